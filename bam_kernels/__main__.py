@@ -1,0 +1,88 @@
+"""The doctor: what is installed, what was built, and whether every backend that can run here agrees with the spec."""
+
+import platform
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from . import __version__, reference
+from .backends import cpu, cuda
+from .loss import bam_loss
+
+TOLERANCE = 1e-5
+
+
+def main() -> int:
+    print(f"bam_kernels {__version__}, Python {platform.python_version()}, {platform.machine()} {platform.system()}")
+    print("packages    " + ", ".join(f"{name} {_version(name)}" for name in ("torch", "triton", "numpy", "nvtx")))
+    architectures = cuda.architectures()
+    print(f"CUDA build  {'for ' + architectures if architectures else 'no'}")
+    print(f"CPU         {_cpu_line()}")
+    for device in cuda.devices() if cuda.unavailable() is None else []:
+        capability = "".join(map(str, device["capability"]))
+        print(f"GPU         {device['name']}, sm_{capability}, {device['memory_bytes'] >> 20} MiB")
+    print("\nbackend     against the float64 reference (relative error of the gradient)")
+    agreed = [_report("reference", None, reference.bam_loss), _report("cpu", cpu.unavailable(), _cpu_loss)]
+    print(f"{'triton':<12}no kernels in this version")
+    print(f"{'cuda':<12}no loss kernels in this version; unit_rows: {cuda.unavailable() or _unit_rows_line()}")
+    print("\nall backends that can run here agree" if all(agreed) else "\nA BACKEND DISAGREES WITH THE REFERENCE")
+    return 0 if all(agreed) else 1
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu_line() -> str:
+    if cpu.unavailable():
+        return f"reference only: {cpu.unavailable()}"
+    return f"{torch.get_num_threads()} threads, instruction set {cpu.kernels().isa}"
+
+
+def _cpu_loss(*args: Any, **options: Any) -> Any:
+    return bam_loss(*args, backend="cpu", **options)
+
+
+def _report(name: str, unavailable: str | None, loss: Callable[..., Any]) -> bool:
+    """Print one backend's line; True unless it ran and was wrong."""
+    if unavailable:
+        print(f"{name:<12}cannot run here: {unavailable}")
+        return True
+    error = max(_gradient_error(loss, with_teacher) for with_teacher in (False, True))
+    verdict = "agrees" if error <= TOLERANCE else f"WRONG, more than {TOLERANCE:.0e}"
+    print(f"{name:<12}{error:.1e}  {verdict}")
+    return error <= TOLERANCE
+
+
+def _gradient_error(loss: Callable[..., Any], with_teacher: bool) -> float:
+    """|dz - dz_reference| / |dz_reference| of a small problem in float32, the truth in float64."""
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(4, 24, 40, generator=generator)
+    teacher = torch.randn(2, 24, 40, generator=generator) if with_teacher else None
+    exact = student.double().requires_grad_()
+    exact_loss: Any = reference.bam_loss(exact, teacher.double() if teacher is not None else None)
+    (expected,) = torch.autograd.grad(exact_loss, exact)
+    student.requires_grad_()
+    (dz,) = torch.autograd.grad(loss(student, teacher, precision="exact"), student)
+    return ((dz - expected).norm() / expected.norm()).item()
+
+
+def _unit_rows_line() -> str:
+    x = torch.randn(33, 100, device="cuda")
+    unit, inverse_norm = cuda.unit_rows(x)
+    expected = torch.nn.functional.normalize(x, dim=-1)
+    error = max(
+        (unit.float() / cuda.UNIT_SCALE - expected).abs().max().item(),
+        (inverse_norm * x.norm(dim=-1) - 1).abs().max().item(),
+    )
+    return f"largest error {error:.1e}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

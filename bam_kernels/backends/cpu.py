@@ -1,0 +1,295 @@
+"""The C++ row kernels: shapes checked here, addresses handed to csrc/cpu.
+
+Scores are (m, N) or (views, images, N), float32 or int16, with contiguous columns. Potentials are pairs of (n,)
+float32 tensors. All work runs on torch.get_num_threads() threads; results do not depend on their number.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..layout import Layout
+from .extension import _C, import_error
+
+LOG2_E = 1 / math.log(2)
+FIXED_STEPS = 32000.0
+
+
+def unavailable() -> str | None:
+    """Why these kernels cannot run, or None."""
+    if _C is None:
+        return f"the extension is not built ({import_error}); install it with a C++ compiler: pip install -e ."
+    return None
+
+
+class Potential(NamedTuple):
+    """2^exponent * mantissa, per row or column; the exponent is an integer held in a float."""
+
+    exponent: Tensor
+    mantissa: Tensor
+
+    @staticmethod
+    def one(n: int) -> "Potential":
+        return Potential(torch.zeros(n), torch.ones(n))
+
+    def rows(self, first: int, last: int) -> "Potential":
+        return Potential(self.exponent[first:last], self.mantissa[first:last])
+
+    def natural_log(self) -> Tensor:
+        """Natural logarithm in float64."""
+        return (self.exponent.double() + self.mantissa.double().log2()) / LOG2_E
+
+    @property
+    def address(self) -> tuple[int, int]:
+        return self.exponent.data_ptr(), self.mantissa.data_ptr()
+
+
+NO_POTENTIAL = (0, 0)
+NO_SCORES = (0, False, 0, 0)
+
+
+def _threads(elements: int) -> int:
+    """torch's number of threads, one where starting them would take longer than the work."""
+    return 1 if elements < 16384 else torch.get_num_threads()
+
+
+def _scores(s: Tensor) -> tuple[int, bool, int, int]:
+    assert s.stride(-1) == 1 and s.dtype in (torch.float32, torch.int16)
+    view_stride = s.stride(0) if s.dim() == 3 else 0
+    return s.data_ptr(), s.dtype == torch.int16, view_stride, s.stride(-2)
+
+
+@dataclass(frozen=True)
+class Matched:
+    """Sums over the images of one slab, natural logarithms, float64 scalars."""
+
+    loss: Tensor
+    target_entropy: Tensor
+    source_entropy: Tensor
+
+
+class CpuKernels:
+    """The row kernels for one instruction set: auto, avx512, avx2 or plain; or a given table of them."""
+
+    def __init__(self, isa: str = "auto", table: Any = None) -> None:
+        self._kernels = table if table is not None else _C.cpu_kernels(isa)
+        self.isa: str = self._kernels.isa
+
+    def normalize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (m, D) of any float type -> unit rows (m, D) float32 and norms (m,) float64."""
+        x = x.float()
+        if x.stride(-1) != 1:
+            x = x.contiguous()
+        m, d = x.shape
+        unit, norm = torch.empty(m, d), torch.empty(m, dtype=torch.float64)
+        self._kernels.normalize(x.data_ptr(), m, d, x.stride(0), unit.data_ptr(), norm.data_ptr(), _threads(m * d))
+        return unit, norm
+
+    def centre_potential(self, unit: Tensor, centre: Tensor, epsilon: float) -> Potential:
+        """The row potential exp(<unit_i, centre>/eps) that scores against centred keys start from."""
+        m, d = unit.shape
+        row = Potential(torch.empty(m), torch.empty(m))
+        self._kernels.centre_potential(
+            unit.data_ptr(), centre.data_ptr(), m, d, LOG2_E / epsilon, row.address, _threads(m * d)
+        )
+        return row
+
+    def project_(self, d: Tensor, unit: Tensor, norm: Tensor) -> Tensor:
+        """d (m, D) <- (d - unit <unit, d>) / norm, 0 for a row with norm below 1e-12."""
+        m, features = d.shape
+        assert d.is_contiguous() and unit.is_contiguous()
+        self._kernels.project(d.data_ptr(), unit.data_ptr(), norm.data_ptr(), m, features, _threads(m * features))
+        return d
+
+    def symmetrize_(self, G: Tensor) -> Tensor:
+        """G (m, m) <- G + Gᵀ; returns its row sums (m,)."""
+        m = len(G)
+        assert G.shape == (m, m) and G.stride(1) == 1
+        sums = torch.empty(m)
+        self._kernels.symmetrize(G.data_ptr(), m, G.stride(0), sums.data_ptr(), _threads(m * m))
+        return sums
+
+    def mask_positives_(self, scores: Tensor, layout: Layout, first_row: int) -> Tensor:
+        """Write the masked score where rows first_row .. of (m, N) float32 scores meet keys of their own image."""
+        _C.mask_positives(
+            scores.data_ptr(),
+            len(scores),
+            scores.stride(0),
+            first_row,
+            layout.B,
+            layout.T,
+            layout.own_columns,
+            _threads(len(scores) * layout.T),
+        )
+        return scores
+
+    def quantize(self, scores: Tensor, step: float, out: Tensor) -> Tensor:
+        """rint(scores/step) clamped to +-32767 into `out` (m, N) int16; masked scores as -32768."""
+        assert scores.is_contiguous() and out.is_contiguous()
+        m, n = scores.shape
+        self._kernels.quantize(scores.data_ptr(), m, n, 1 / step, out.data_ptr(), _threads(m * n))
+        return out
+
+    def column_lse(
+        self, scores: Tensor, scale: float, row: Potential, shift: Tensor, sums: Tensor, accumulate: bool
+    ) -> None:
+        """Per column Σ_i 2^(scale*s_ij) row_i = sums_j * 2^shift_j, added to what is there if `accumulate`."""
+        m, n = scores.shape
+        self._kernels.column_lse(
+            _scores(scores),
+            m,
+            n,
+            scale,
+            row.address,
+            shift.data_ptr(),
+            sums.data_ptr(),
+            accumulate,
+            _threads(m * n),
+        )
+
+    def reciprocal_potential(self, shift: Tensor, sums: Tensor) -> Potential:
+        """1 / (sums * 2^shift)."""
+        col = Potential(torch.empty_like(shift), torch.empty_like(shift))
+        _C.reciprocal_potential(col.address, shift.data_ptr(), sums.data_ptr(), len(shift))
+        return col
+
+    def divide_potential_(self, col: Potential, c: Tensor) -> None:
+        """col <- col / c."""
+        _C.divide_potential(col.address, c.data_ptr(), len(c))
+
+    def sinkhorn_pass(
+        self, scores: Tensor, scale: float, row: Potential, col: Potential, c: Tensor, accumulate: bool
+    ) -> None:
+        """row_i = 1 / Σ_j 2^(scale*s_ij) col_j, then c_j += Σ_i 2^(scale*s_ij) row_i col_j, in one read."""
+        m, n = scores.shape
+        self._kernels.sinkhorn_pass(
+            _scores(scores),
+            m,
+            n,
+            scale,
+            row.address,
+            col.address,
+            c.data_ptr(),
+            accumulate,
+            _threads(m * n),
+        )
+
+    def match(
+        self,
+        target: Tensor,
+        source: Tensor | None,
+        layout: Layout,
+        col: Potential,
+        row_exponent: Tensor,
+        *,
+        epsilon: float,
+        temperature: float,
+        step: float = 1.0,
+        top_k: int = 0,
+        targets: Tensor | None = None,
+        row_out: Potential | None = None,
+        gradient: Tensor | None = None,
+    ) -> Matched:
+        """Targets of b images and, with `source`, the loss of their source rows; `gradient` may be `source` itself.
+
+        target (L, b, N), source (V, b, N), row_exponent (L, b): guesses; targets (L, b, N) and gradient (V, b, N)
+        float32 are written where given; row_out (b,) is the potential of target view 0.
+        """
+        L, b, n = target.shape
+        V = len(source) if source is not None else 0
+        per_image = torch.zeros(3, b, dtype=torch.float64)
+        address: dict[str, Any] = {
+            "target": _scores(target),
+            "source": _scores(source) if source is not None else NO_SCORES,
+            "row_exponent": row_exponent.data_ptr(),
+            "row_view_stride": row_exponent.stride(0),
+            "col": col.address,
+            "col_log2": 0,
+            "loss": per_image[0].data_ptr(),
+            "target_entropy": per_image[1].data_ptr(),
+            "source_entropy": per_image[2].data_ptr(),
+            "targets": targets.data_ptr() if targets is not None else 0,
+            "targets_view_stride": targets.stride(0) if targets is not None else 0,
+            "row_out": row_out.address if row_out is not None else NO_POTENTIAL,
+            "gradient": gradient.data_ptr() if gradient is not None else 0,
+            "gradient_view_stride": gradient.stride(0) if gradient is not None else 0,
+            "gradient_row_stride": gradient.stride(1) if gradient is not None else 0,
+        }
+        assert row_exponent.stride(1) == 1 and (targets is None or targets.stride()[1:] == (n, 1))
+        col_log2 = col.mantissa.log2()
+        address["col_log2"] = col_log2.data_ptr()
+        self._kernels.match(
+            dict(
+                address,
+                L=L,
+                V=V,
+                b=b,
+                n=n,
+                W=layout.W,
+                T=layout.T,
+                B=layout.B,
+                top_k=top_k,
+                target_scale=LOG2_E / epsilon * step,
+                source_scale=LOG2_E / temperature * step,
+                source_step_over_tau=step / temperature,
+                gradient_scale=1 / (layout.B * temperature),
+            ),
+            _threads((L + V) * b * n),
+        )
+        return Matched(*per_image.sum(1))
+
+    def plan_products(
+        self, scores: Tensor, scale: float, row: Potential, col: Potential, v: Tensor | None, u: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """E v (m,) and Eᵀ u (N,), E_ij = 2^(scale*s_ij) row_i col_j; empty where v or u is None."""
+        m, n = scores.shape
+        y, w = torch.empty(m if v is not None else 0), torch.empty(n if u is not None else 0)
+        self._kernels.plan_products(
+            _scores(scores),
+            m,
+            n,
+            scale,
+            row.address,
+            col.address,
+            v.data_ptr() if v is not None else 0,
+            u.data_ptr() if u is not None else 0,
+            y.data_ptr(),
+            w.data_ptr(),
+            _threads(m * n),
+        )
+        return y, w
+
+    def plan_subtract_(
+        self,
+        x: Tensor,
+        scores: Tensor,
+        scale: float,
+        row: Potential,
+        col: Potential,
+        u: Tensor | None,
+        v: Tensor | None,
+    ) -> None:
+        """x_ij <- x_ij - E_ij (u_i + v_j)."""
+        m, n = scores.shape
+        self._kernels.plan_subtract(
+            _scores(scores),
+            m,
+            n,
+            scale,
+            row.address,
+            col.address,
+            u.data_ptr() if u is not None else 0,
+            v.data_ptr() if v is not None else 0,
+            x.data_ptr(),
+            _threads(m * n),
+        )
+
+
+@cache
+def kernels(isa: str = "auto") -> CpuKernels:
+    """The row kernels; "auto" is the best instruction set of this processor."""
+    return CpuKernels(isa)

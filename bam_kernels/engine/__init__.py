@@ -1,0 +1,1 @@
+"""Engines: how the row kernels and the matrix products are put together into the loss."""

@@ -1,0 +1,179 @@
+"""The balanced attention with the slab engine's row kernels, and its gradient through the unrolled iterations.
+
+m rows q, N keys k, D features. Scores are taken against centred keys, so row potentials inside carry q·centre/eps.
+"""
+
+import sys
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..backends.cpu import LOG2_E, CpuKernels, Potential
+from ..layout import Layout
+from ..options import check_finite
+from ..ranks import ONE_RANK
+from .plan import plan_slabs
+from .slab import Scores, TargetScores, balance
+
+
+@dataclass
+class _Rows:
+    q: Tensor
+    q_norm: Tensor | None
+    k: Tensor
+    k_norm: Tensor | None
+    start: Potential
+    target: TargetScores
+
+
+def _prepare(
+    q: Tensor,
+    k: Tensor | None,
+    layout: Layout,
+    epsilon: float,
+    masked: bool,
+    normalize: bool,
+    kernels: CpuKernels,
+    budget: int | None,
+) -> _Rows:
+    q_rows, q_norm = _rows("q", q, normalize, kernels)
+    if k is None:
+        k_rows, k_norm = q_rows[: layout.N], None
+    else:
+        k_rows, k_norm = _rows("k", k, normalize, kernels)
+    centre = k_rows.mean(0)
+    plan = plan_slabs(
+        "sinkhorn_attention",
+        rows=len(q_rows),
+        images=len(q_rows),
+        columns=layout.N,
+        target_views=1,
+        source_views=1,
+        shared=True,
+        fixed=False,
+        budget=budget,
+        device=q.device,
+    )
+    scores = Scores(k_rows - centre, layout, masked, False, plan, kernels)
+    start = kernels.centre_potential(q_rows, centre, epsilon)
+    return _Rows(q_rows, q_norm, k_rows, k_norm, start, TargetScores(q_rows, scores, plan))
+
+
+def _rows(argument: str, x: Tensor, normalize: bool, kernels: CpuKernels) -> tuple[Tensor, Tensor | None]:
+    unit, norm = kernels.normalize(x)
+    check_finite("sinkhorn_attention", argument, norm)
+    return (unit, norm) if normalize else (x.float().contiguous(), None)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor | None,
+    layout: Layout,
+    epsilon: float,
+    iterations: int,
+    masked: bool,
+    normalize: bool,
+    wants_plan: bool,
+    kernels: CpuKernels,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """P (m, N), or empty where not wanted, f (m,) and g (N,), float32; natural log."""
+    rows = _prepare(q, k, layout, epsilon, masked, normalize, kernels, sys.maxsize if wants_plan else None)
+    m, target = len(rows.q), rows.target
+    row = Potential(*(part.clone() for part in rows.start))
+    col, _ = balance(target, row, epsilon, iterations, ONE_RANK)
+    for first, scores in target.sweep():
+        last = first + len(scores)
+        kernels.match(
+            scores[None],
+            None,
+            layout,
+            col,
+            row.exponent[None, first:last],
+            epsilon=epsilon,
+            temperature=1.0,
+            targets=scores[None],
+            row_out=row.rows(first, last),
+        )
+    f = row.natural_log() - rows.start.natural_log()
+    plan = target.kept if wants_plan and target.kept is not None else torch.empty(0)
+    assert not wants_plan or plan.shape == (m, layout.N)
+    return plan, f.float(), col.natural_log().float()
+
+
+def backward(
+    q: Tensor,
+    k: Tensor | None,
+    layout: Layout,
+    epsilon: float,
+    iterations: int,
+    masked: bool,
+    normalize: bool,
+    kernels: CpuKernels,
+    plan: Tensor | None,
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+) -> tuple[Tensor, Tensor]:
+    """dq (m, D) and dk (n, D), dk added to dq where k is None, from the gradients of (P, f, g)."""
+    rows = _prepare(q, k, layout, epsilon, masked, normalize, kernels, sys.maxsize)
+    ds = _score_gradient(rows, epsilon, iterations, plan, grads)
+    dq, dk = ds @ rows.k, ds.T @ rows.q
+    if k is None:
+        dq[: layout.N] += dk
+        dk = dk[:0, 0]
+    elif rows.k_norm is not None:
+        dk = kernels.project_(dk, rows.k, rows.k_norm)
+    if rows.q_norm is not None:
+        dq = kernels.project_(dq, rows.q, rows.q_norm)
+    return dq, dk
+
+
+def _score_gradient(
+    rows: _Rows,
+    epsilon: float,
+    iterations: int,
+    plan: Tensor | None,
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+) -> Tensor:
+    """dL/ds (m, N): reverse through f_t = -LSE_j(x + g_t) and g_t = -LSE_i(x + f_{t-1}), x = s/eps.
+
+    With U = dL/dP * P, every half step takes its softmax matrix times what reached its potential off dL/dx.
+    """
+    target, kernels = rows.target, rows.target.scores.kernels
+    scores, steps = _unrolled(rows, epsilon, iterations)
+    grad_plan, grad_f, grad_g = grads
+    scale = LOG2_E / epsilon
+    dx = torch.zeros_like(scores) if grad_plan is None or plan is None else grad_plan.float() * plan
+    df, dg = dx.sum(1), dx.sum(0)
+    if grad_f is not None:
+        df += grad_f
+    if grad_g is not None:
+        dg += grad_g
+    for f_before, g, f in reversed(steps):
+        dg -= kernels.plan_products(scores, scale, f, g, None, df)[1]
+        kernels.plan_subtract_(dx, scores, scale, f, g, df, None)
+        df = -kernels.plan_products(scores, scale, f_before, g, dg, None)[0]
+        kernels.plan_subtract_(dx, scores, scale, f_before, g, None, dg)
+        dg = torch.zeros_like(dg)
+    assert target.kept is scores
+    return dx.div_(epsilon)
+
+
+def _unrolled(
+    rows: _Rows, epsilon: float, iterations: int
+) -> tuple[Tensor, list[tuple[Potential, Potential, Potential]]]:
+    """The kept scores and (f_{t-1}, g_t, f_t) of every iteration."""
+    target, kernels = rows.target, rows.target.scores.kernels
+    row = Potential(*(part.clone() for part in rows.start))
+    col, _ = balance(target, row, epsilon, 1, ONE_RANK)
+    ((_, scores),) = target.sweep()
+    c = torch.empty_like(col.mantissa)
+    steps = []
+    f_before = rows.start
+    for t in range(iterations):
+        if t > 0:
+            kernels.divide_potential_(col, c)
+        kernels.sinkhorn_pass(scores, LOG2_E / epsilon, row, col, c, accumulate=False)
+        g, f = Potential(*(part.clone() for part in col)), Potential(*(part.clone() for part in row))
+        steps.append((f_before, g, f))
+        f_before = f
+    return scores, steps

@@ -1,0 +1,239 @@
+"""The public loss: argument checks, one torch.library operator, its gradient, and the module.
+
+Letters are those of layout.py.
+"""
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import reference
+from .backends import choose, cpu
+from .engine import slab
+from .layout import Layout
+from .once import differentiable_once
+from .options import Options
+from .precision import product_precision
+from .ranks import ONE_RANK
+from .stats import BAMStats
+
+_library = torch.library.Library("bam_kernels", "FRAGMENT")
+_library.define(
+    "loss(Tensor student, Tensor? teacher, int[] dimensions, float temperature, float epsilon, int iterations, "
+    "int top_k, bool mask_positives, str target_rows, str backend, str precision, int? memory_budget, bool needs_grad) "
+    "-> (Tensor loss, Tensor stats, Tensor dz)"
+)
+
+
+def bam_loss(
+    student: Tensor,
+    teacher: Tensor | None = None,
+    *,
+    views: int | None = None,
+    target_views: int | None = None,
+    key_views: int | None = None,
+    temperature: float = 0.1,
+    epsilon: float = 0.05,
+    iterations: int = 3,
+    top_k: int = 0,
+    mask_positives: bool = True,
+    target_rows: str = "teacher",
+    group: Any = None,
+    backend: str = "auto",
+    engine: str = "auto",
+    precision: str = "default",
+    memory_budget: int | None = None,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, BAMStats]:
+    """loss = mean_{t<L} mean_{v != t} mean_i ( -Σ_j P_t,ij log A_v,ij ).
+
+    A = softmax(z kᵀ / temperature) is each view's attention over the images of the global batch; P is the same
+    attention after `iterations` of Sinkhorn normalisation of columns and rows at regularisation epsilon, taken as a
+    constant. z, k are L2-normalised embeddings and keys; a row does not attend to the views of its own image.
+
+    student         (V*B, D) embeddings, row v*B + i is view v of image i, or (V, B, D); float32, float16, bfloat16, or
+                    float64 (reference)
+    teacher         (R*B, D) or (R, B, D), never differentiated; None: the student's own embeddings are the keys
+    views           V; needed for a 2-D student
+    target_views    L, the first L views give targets; default min(V, 2), or min(V, R, 2) with a teacher
+    key_views       T, the first T views are the keys; default L
+    temperature     tau, of the source attention A
+    epsilon         Sinkhorn regularisation of the target P; float32 is accurate down to 1e-3
+    iterations      Sinkhorn iterations, columns then rows
+    top_k           keep the k largest columns of each image's mean target, in all its target views; 0: all
+    mask_positives  leave the views of a row's own image out of A and P
+    target_rows     with a teacher, whose rows are balanced: "teacher" or "student"
+    group           torch.distributed process group
+    backend         auto | reference | cpu | triton | cuda; auto takes the best that can run here
+    engine          auto | slab | flash (triton only)
+    precision       default | exact (float32 products whatever torch's flags) | fp8 (where a backend has it)
+    memory_budget   bytes the engine may use for scores; None: a quarter of the memory that is free
+    return_stats    also return BAMStats
+
+    Returns a scalar, float32 (float64 for float64 input): this rank's mean over its own images. The gradient is
+    computed with the loss and is differentiable once.
+    Raises: ValueError or TypeError naming the argument, what must hold and what came.
+    Source: Shalam and Korman, "Unsupervised Representation Learning by Balanced Self Attention Matching", ECCV 2024.
+    """
+    options = Options(
+        views,
+        target_views,
+        key_views,
+        temperature,
+        epsilon,
+        iterations,
+        top_k,
+        mask_positives,
+        target_rows,
+        group,
+        backend,
+        engine,
+        precision,
+        memory_budget,
+    )
+    return _loss(student, teacher, options, return_stats)
+
+
+def _loss(
+    student: Tensor, teacher: Tensor | None, options: Options, return_stats: bool
+) -> Tensor | tuple[Tensor, BAMStats]:
+    options.check("bam_loss")
+    layout = options.layout("bam_loss", student, teacher)
+    backend = choose("bam_loss", options, student.device, student.dtype)
+    if backend == "reference":
+        named = {field.name: getattr(options, field.name) for field in fields(options)}
+        return reference.bam_loss(student, teacher, **named, return_stats=return_stats)
+    loss, stats, _ = torch.ops.bam_kernels.loss(
+        student,
+        teacher.detach() if teacher is not None else None,
+        [layout.V, layout.L, layout.T, layout.R],
+        options.temperature,
+        options.epsilon,
+        options.iterations,
+        options.top_k,
+        options.mask_positives,
+        options.target_rows,
+        backend,
+        options.precision,
+        options.memory_budget,
+        student.requires_grad and torch.is_grad_enabled(),
+    )
+    return (loss, BAMStats(*stats.unbind())) if return_stats else loss
+
+
+@torch.no_grad()
+def bam_targets(student: Tensor, teacher: Tensor | None = None, **options: Any) -> Tensor:
+    """The targets P of `bam_loss` with the same options (all but return_stats), without gradient.
+
+    Returns (L*B, N) float32 (float64 for float64 input); row t*B + i is target view t of image i; columns in public
+    order: view, rank, image. Every row sums to one.
+    """
+    resolved = Options(**options)
+    resolved.check("bam_targets")
+    layout = resolved.layout("bam_targets", student, teacher)
+    if choose("bam_targets", resolved, student.device, student.dtype) == "reference":
+        return reference.bam_targets(student, teacher, **options)
+    with product_precision(student.device, resolved.precision):
+        return slab.targets("bam_targets", student, teacher, layout, resolved, ONE_RANK, cpu.kernels())
+
+
+def _loss_impl(
+    student: Tensor,
+    teacher: Tensor | None,
+    dimensions: list[int],
+    temperature: float,
+    epsilon: float,
+    iterations: int,
+    top_k: int,
+    mask_positives: bool,
+    target_rows: str,
+    backend: str,
+    precision: str,
+    memory_budget: int | None,
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    V, L, T, R = dimensions
+    options = Options(
+        temperature=temperature,
+        epsilon=epsilon,
+        iterations=iterations,
+        top_k=top_k,
+        mask_positives=mask_positives,
+        target_rows=target_rows,
+        memory_budget=memory_budget,
+    )
+    D = student.shape[-1]
+    layout = Layout(B=student.numel() // (V * D), V=V, L=L, T=T, D=D, R=R)
+    assert backend == "cpu"
+    with product_precision(student.device, precision):
+        result = slab.evaluate(
+            "bam_loss", student, teacher, layout, options, ONE_RANK, cpu.kernels(), needs_grad=needs_grad
+        )
+    dz = result.dz if result.dz is not None else student.new_empty(0, dtype=torch.float32)
+    return result.loss.float(), result.stats.float(), dz
+
+
+def _loss_fake(student: Tensor, teacher: Tensor | None, dimensions: list[int], *options: Any):
+    D = student.shape[-1]
+    needs_grad = options[-1]
+    return (
+        student.new_empty((), dtype=torch.float32),
+        student.new_empty(6, dtype=torch.float32),
+        student.new_empty((student.numel() // D, D) if needs_grad else 0, dtype=torch.float32),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    student, (_, stats, dz) = inputs[0], output
+    ctx.mark_non_differentiable(stats, dz)
+    ctx.save_for_backward(dz)
+    ctx.shape, ctx.dtype = student.shape, student.dtype
+
+
+def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    (dz,) = ctx.saved_tensors
+    grad = (grad_loss * dz).to(ctx.dtype).view(ctx.shape)
+    return (differentiable_once(grad), *[None] * 12)
+
+
+_library.impl("loss", _loss_impl, "CompositeExplicitAutograd")
+torch.library.register_fake("bam_kernels::loss", _loss_fake, lib=_library)
+torch.library.register_autograd("bam_kernels::loss", _backward, setup_context=_setup_context, lib=_library)
+
+
+class BAMLoss(nn.Module):
+    """`bam_loss` with its options given once.
+
+    epsilon may be a schedule: a callable from the step to a float; `forward` then needs `step`.
+    """
+
+    def __init__(
+        self, *, epsilon: float | Callable[[int], float] = 0.05, return_stats: bool = False, **options: Any
+    ) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+        self.return_stats = return_stats
+        self.options = Options(**options)
+        self.options.check("BAMLoss")
+        if not callable(epsilon):
+            Options(epsilon=epsilon).check("BAMLoss")
+
+    def forward(
+        self, student: Tensor, teacher: Tensor | None = None, step: int | None = None
+    ) -> Tensor | tuple[Tensor, BAMStats]:
+        """The loss of `bam_loss`; with return_stats, (loss, BAMStats)."""
+        epsilon = self.epsilon
+        if callable(epsilon):
+            if step is None:
+                raise ValueError("BAMLoss: epsilon is a schedule, so forward needs step, got None")
+            epsilon = epsilon(step)
+        named = {f.name: getattr(self.options, f.name) for f in fields(self.options) if f.name != "epsilon"}
+        return _loss(student, teacher, Options(epsilon=epsilon, **named), self.return_stats)
+
+    def extra_repr(self) -> str:
+        shown = {f.name: getattr(self.options, f.name) for f in fields(self.options)} | {"epsilon": self.epsilon}
+        default = {f.name: f.default for f in fields(Options)}
+        return ", ".join(f"{name}={value}" for name, value in shown.items() if value != default[name])

@@ -1,0 +1,238 @@
+"""Options of the public functions, checked in one place. Letters are those of layout.py."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .layout import Layout
+from .ranks import ranks_of
+
+FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
+ENGINES = ("auto", "slab", "flash")
+PRECISIONS = ("default", "exact", "fp8")
+MASKS = ("none", "self", "block")
+OUTPUTS = ("plan", "potentials")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options shared by `bam_loss`, `bam_targets` and `BAMLoss`; `bam_loss` says what each means."""
+
+    views: int | None = None
+    target_views: int | None = None
+    key_views: int | None = None
+    temperature: float = 0.1
+    epsilon: float = 0.05
+    iterations: int = 3
+    top_k: int = 0
+    mask_positives: bool = True
+    target_rows: str = "teacher"
+    group: Any = None
+    backend: str = "auto"
+    engine: str = "auto"
+    precision: str = "default"
+    memory_budget: int | None = None
+
+    def check(self, name: str) -> None:
+        """Check what can be checked without tensors. Raises: ValueError, TypeError."""
+        for field in ("views", "target_views", "key_views", "memory_budget"):
+            if getattr(self, field) is not None:
+                _check_int(name, field, getattr(self, field), 1)
+        _check_int(name, "iterations", self.iterations, 1)
+        _check_int(name, "top_k", self.top_k, 0)
+        _check_positive(name, "temperature", self.temperature)
+        _check_positive(name, "epsilon", self.epsilon)
+        if not isinstance(self.mask_positives, bool):
+            raise TypeError(f"{name}: mask_positives must be True or False, got {self.mask_positives!r}")
+        _check_choice(name, "target_rows", self.target_rows, ("teacher", "student"))
+        _check_choice(name, "engine", self.engine, ENGINES)
+        check_execution(name, self.backend, self.precision)
+        if self.engine == "flash" and self.backend not in ("auto", "triton"):
+            raise ValueError(f'{name}: engine="flash" exists for backend="triton" only, got backend="{self.backend}"')
+
+    def layout(self, name: str, student: Tensor, teacher: Tensor | None) -> Layout:
+        """Check the tensors against the options and return the dimensions. Raises: ValueError, TypeError."""
+        check_tensor(name, "student", student, (2, 3))
+        V, B = self._student_shape(name, student)
+        D = student.shape[-1]
+        R = 0
+        if teacher is not None:
+            check_tensor(name, "teacher", teacher, (2, 3))
+            check_same(name, "student", student, "teacher", teacher)
+            R = _teacher_views(name, teacher, B)
+        L, T = self._view_counts(name, V, R)
+        ranks = ranks_of(self.group)
+        layout = Layout(B=B, V=V, L=L, T=T, D=D, R=R, W=ranks.W, rank=ranks.rank)
+        if self.mask_positives and layout.N <= T:
+            raise ValueError(
+                f"{name}: nothing left to attend to: N={layout.N} keys, all of them views of the one image; "
+                "give at least 2 images over all ranks, or mask_positives=False"
+            )
+        return layout
+
+    def _student_shape(self, name: str, student: Tensor) -> tuple[int, int]:
+        if student.dim() == 3:
+            V, B = student.shape[0], student.shape[1]
+            if self.views not in (None, V):
+                raise ValueError(f"{name}: student has {V} views in dimension 0, but views={self.views}")
+        elif self.views is None:
+            raise ValueError(f"{name}: views is needed for a 2-D student, got shape {tuple(student.shape)}")
+        else:
+            V = self.views
+            if student.shape[0] % V:
+                raise ValueError(f"{name}: student has {student.shape[0]} rows, not a multiple of views={V}")
+            B = student.shape[0] // V
+        if V == 0 or B == 0 or student.shape[-1] == 0:
+            raise ValueError(f"{name}: student is empty, got shape {tuple(student.shape)}")
+        return V, B
+
+    def _view_counts(self, name: str, V: int, R: int) -> tuple[int, int]:
+        L = self.target_views
+        if L is None:
+            L = min(V, R, 2) if R else min(V, 2)
+        T = L if self.key_views is None else self.key_views
+        if L > V:
+            raise ValueError(f"{name}: target_views={L} must be at most views={V}")
+        if R and self.target_rows == "teacher" and L > R:
+            raise ValueError(f"{name}: target_views={L} must be at most the teacher's {R} views")
+        if R and T > R:
+            raise ValueError(f"{name}: key_views={T} must be at most the teacher's {R} views")
+        if not R and T > V:
+            raise ValueError(f"{name}: key_views={T} must be at most views={V}")
+        return L, T
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """The options of `sinkhorn_attention`, checked here."""
+
+    epsilon: float
+    iterations: int
+    mask: str
+    views: int
+    key_views: int | None
+    normalize: bool
+    output: str
+    differentiable: bool
+    group: Any
+    backend: str
+    precision: str
+
+    def layout(self, name: str, q: Tensor, k: Tensor | None) -> Layout:
+        """Check everything and return the dimensions; rows and columns of an unmasked problem are B = n, V = T = 1."""
+        _check_positive(name, "epsilon", self.epsilon)
+        _check_int(name, "iterations", self.iterations, 1)
+        _check_int(name, "views", self.views, 1)
+        if self.key_views is not None:
+            _check_int(name, "key_views", self.key_views, 1)
+        _check_choice(name, "mask", self.mask, MASKS)
+        _check_choice(name, "output", self.output, OUTPUTS)
+        check_execution(name, self.backend, self.precision)
+        check_tensor(name, "q", q, (2,))
+        if k is not None:
+            check_tensor(name, "k", k, (2,))
+            check_same(name, "q", q, "k", k)
+        if 0 in q.shape or (k is not None and 0 in k.shape):
+            shapes = f"q {tuple(q.shape)}" + (f", k {tuple(k.shape)}" if k is not None else "")
+            raise ValueError(f"{name}: q and k must not be empty, got {shapes}")
+        ranks = ranks_of(self.group)
+        if self.mask == "block":
+            return self._block_layout(name, q, k, ranks.W, ranks.rank)
+        if self.views != 1 or self.key_views is not None:
+            raise ValueError(f'{name}: views and key_views belong to mask="block", got mask="{self.mask}"')
+        if self.mask == "self" and k is not None:
+            raise ValueError(f'{name}: mask="self" is for k=None, where row i and key i are the same')
+        n = len(q) if k is None else len(k)
+        layout = Layout(B=n, V=1, L=1, T=1, D=q.shape[1], W=ranks.W, rank=ranks.rank)
+        if self.mask == "self" and layout.N < 2:
+            raise ValueError(f'{name}: nothing left to attend to: mask="self" with {layout.N} key')
+        return layout
+
+    def _block_layout(self, name: str, q: Tensor, k: Tensor | None, W: int, rank: int) -> Layout:
+        V, T = self.views, self.views if self.key_views is None else self.key_views
+        if len(q) % V:
+            raise ValueError(f"{name}: q has {len(q)} rows, not a multiple of views={V}")
+        B = len(q) // V
+        if k is None and T > V:
+            raise ValueError(f"{name}: key_views={T} must be at most views={V} where k is None")
+        if k is not None and len(k) != T * B:
+            raise ValueError(f"{name}: k has {len(k)} rows, must have key_views * B = {T} * {B}")
+        layout = Layout(B=B, V=V, L=V, T=T, D=q.shape[1], W=W, rank=rank)
+        if layout.N <= T:
+            raise ValueError(f"{name}: nothing left to attend to: N={layout.N} keys, all of them views of one image")
+        return layout
+
+
+def _teacher_views(name: str, teacher: Tensor, B: int) -> int:
+    if teacher.dim() == 3:
+        if teacher.shape[1] != B:
+            raise ValueError(f"{name}: teacher has {teacher.shape[1]} images in dimension 1, student has {B}")
+        R = teacher.shape[0]
+    else:
+        if teacher.shape[0] % B:
+            raise ValueError(f"{name}: teacher has {teacher.shape[0]} rows, not a multiple of the student's {B} images")
+        R = teacher.shape[0] // B
+    if R == 0:
+        raise ValueError(f"{name}: teacher is empty, got shape {tuple(teacher.shape)}")
+    return R
+
+
+def check_execution(name: str, backend: str, precision: str) -> None:
+    """Check the options that say how, not what, to compute."""
+    _check_choice(name, "backend", backend, BACKENDS)
+    _check_choice(name, "precision", precision, PRECISIONS)
+
+
+def check_tensor(name: str, argument: str, x: Tensor, dims: tuple[int, ...]) -> None:
+    """A floating tensor with one of the numbers of dimensions."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: {argument} must be a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in FLOAT_TYPES:
+        raise TypeError(f"{name}: {argument} must be float32, float16, bfloat16 or float64, got {x.dtype}")
+    if x.dim() not in dims:
+        wanted = " or ".join(f"{d}-D" for d in dims)
+        raise ValueError(f"{name}: {argument} must be {wanted}, got shape {tuple(x.shape)}")
+
+
+def check_same(name: str, first: str, a: Tensor, second: str, b: Tensor) -> None:
+    """Two tensors that are multiplied: same features, device and (outside autocast) dtype."""
+    if a.shape[-1] != b.shape[-1]:
+        raise ValueError(f"{name}: {first} has {a.shape[-1]} features, {second} has {b.shape[-1]}")
+    if a.device != b.device:
+        raise ValueError(f"{name}: {first} is on {a.device}, {second} on {b.device}")
+    if a.dtype != b.dtype and not torch.is_autocast_enabled(a.device.type):
+        raise TypeError(f"{name}: {first} is {a.dtype}, {second} is {b.dtype}; they may differ under autocast only")
+
+
+def check_finite(name: str, argument: str, norms: Tensor) -> None:
+    """Raise if a row's norm is not finite. On the CPU only: elsewhere the answer would cost a synchronisation."""
+    if norms.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    bad = (~torch.isfinite(norms.flatten())).nonzero()
+    if len(bad):
+        raise ValueError(
+            f"{name}: {argument} has {len(bad)} row(s) with non-finite values, the first is row {int(bad[0])}"
+        )
+
+
+def _check_int(name: str, field: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: {field} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name}: {field} must be at least {least}, got {value}")
+
+
+def _check_positive(name: str, field: str, value: Any) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name}: {field} must be a number, got {value!r}")
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name}: {field} must be positive and finite, got {value}")
+
+
+def _check_choice(name: str, field: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: {field} must be one of {', '.join(choices)}, got {value!r}")

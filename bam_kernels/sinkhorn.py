@@ -1,0 +1,177 @@
+"""The balanced attention by itself, for other methods: Sinkhorn-normalised cosine similarities.
+
+m rows q, N keys k of all ranks, D features; with mask "block" the letters of layout.py.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .backends import choose, cpu
+from .engine import attention
+from .layout import Layout
+from .once import differentiable_once
+from .options import AttentionOptions
+from .precision import product_precision
+
+_library = torch.library.Library("bam_kernels", "FRAGMENT")
+_PROBLEM = "Tensor q, Tensor? k, float epsilon, int iterations, str mask, int[] dimensions, bool normalize"
+_library.define(f"sinkhorn_attention({_PROBLEM}, bool plan, str precision) -> (Tensor plan, Tensor f, Tensor g)")
+_library.define(
+    f"sinkhorn_attention_backward({_PROBLEM}, str precision, Tensor? plan, Tensor? grad_plan, Tensor? grad_f, "
+    "Tensor? grad_g) -> (Tensor dq, Tensor dk)"
+)
+
+
+def sinkhorn_attention(
+    q: Tensor,
+    k: Tensor | None = None,
+    *,
+    epsilon: float = 0.05,
+    iterations: int = 3,
+    mask: str = "none",
+    views: int = 1,
+    key_views: int | None = None,
+    normalize: bool = True,
+    output: str = "plan",
+    differentiable: bool = False,
+    group: Any = None,
+    backend: str = "auto",
+    precision: str = "default",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """P_ij = exp(s_ij/epsilon + f_i + g_j), s = q kᵀ, after `iterations` of Sinkhorn normalisation.
+
+    From f = 0, each iteration sets g_j = -log Σ_i exp(s_ij/epsilon + f_i), then f_i = -log Σ_j exp(s_ij/epsilon + g_j):
+    columns first, rows last, so every row of P sums to one.
+
+    q, k            (m, D) and (n, D), float32, float16, bfloat16, or float64 (reference); k None: q
+    epsilon         Sinkhorn regularisation
+    iterations      Sinkhorn iterations
+    mask            "none"; "self": row i does not attend to key i, k None; "block": rows are view-major, row v*B + i is
+                    view v of image i, keys likewise, and a row does not attend to the views of its own image
+    views, key_views  of mask "block": q has views*B rows, k key_views*B (default views; with k None the keys are the
+                    first key_views*B rows of q)
+    normalize       L2-normalise rows of q and k first
+    output          "plan": P (m, N); "potentials": natural-log f (m,) and g (N,), in memory linear in m + N
+    differentiable  exact gradient through the unrolled iterations, by recomputation; otherwise the result is a constant
+    group           torch.distributed process group
+    backend         auto | reference | cpu | triton | cuda
+    precision       default | exact, as in `bam_loss`
+
+    Returns float32 (float64 for float64 input). Raises: ValueError or TypeError naming the argument and what came.
+    Source: Cuturi, "Sinkhorn Distances", NeurIPS 2013, in log space.
+    """
+    options = AttentionOptions(
+        epsilon,
+        iterations,
+        mask,
+        views,
+        key_views,
+        normalize,
+        output,
+        differentiable,
+        group,
+        backend,
+        precision,
+    )
+    layout = options.layout("sinkhorn_attention", q, k)
+    if choose("sinkhorn_attention", options, q.device, q.dtype) == "reference":
+        return reference.attention(q, k, layout, options)
+    if not differentiable:
+        q, k = q.detach(), k.detach() if k is not None else None
+    plan, f, g = torch.ops.bam_kernels.sinkhorn_attention(
+        q, k, epsilon, iterations, mask, [layout.V, layout.T], normalize, output == "plan", precision
+    )
+    return plan if output == "plan" else (f, g)
+
+
+def _layout(q: Tensor, k: Tensor | None, mask: str, dimensions: list[int]) -> Layout:
+    V, T = dimensions
+    B = len(q) // V if mask == "block" else len(q if k is None else k)
+    return Layout(B=B, V=V, L=V, T=T, D=q.shape[1])
+
+
+def _attention_impl(
+    q: Tensor,
+    k: Tensor | None,
+    epsilon: float,
+    iterations: int,
+    mask: str,
+    dimensions: list[int],
+    normalize: bool,
+    plan: bool,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    layout = _layout(q, k, mask, dimensions)
+    with product_precision(q.device, precision):
+        return attention.forward(q, k, layout, epsilon, iterations, mask != "none", normalize, plan, cpu.kernels())
+
+
+def _attention_fake(q: Tensor, k: Tensor | None, epsilon: float, iterations: int, mask: str, dimensions: list[int],
+                    normalize: bool, plan: bool, precision: str) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    N = _layout(q, k, mask, dimensions).N
+    m = len(q)
+    return (
+        q.new_empty((m, N) if plan else 0, dtype=torch.float32),
+        q.new_empty(m, dtype=torch.float32),
+        q.new_empty(N, dtype=torch.float32),
+    )
+
+
+def _backward_impl(
+    q: Tensor,
+    k: Tensor | None,
+    epsilon: float,
+    iterations: int,
+    mask: str,
+    dimensions: list[int],
+    normalize: bool,
+    precision: str,
+    plan: Tensor | None,
+    grad_plan: Tensor | None,
+    grad_f: Tensor | None,
+    grad_g: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    layout = _layout(q, k, mask, dimensions)
+    with product_precision(q.device, precision):
+        dq, dk = attention.backward(
+            q,
+            k,
+            layout,
+            epsilon,
+            iterations,
+            mask != "none",
+            normalize,
+            cpu.kernels(),
+            plan,
+            (grad_plan, grad_f, grad_g),
+        )
+    return dq.to(q.dtype), dk.to(q.dtype if k is None else k.dtype)
+
+
+def _backward_fake(q: Tensor, k: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k) if k is not None else q.new_empty(0)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, k, epsilon, iterations, mask, dimensions, normalize, wants_plan, precision = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, output[0] if wants_plan else None)
+    ctx.problem = (epsilon, iterations, mask, dimensions, normalize, precision)
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, plan = ctx.saved_tensors
+    dq, dk = torch.ops.bam_kernels.sinkhorn_attention_backward(q, k, *ctx.problem, plan, *grads)
+    return (differentiable_once(dq), differentiable_once(dk) if k is not None else None, *[None] * 7)
+
+
+_library.impl("sinkhorn_attention", _attention_impl, "CompositeExplicitAutograd")
+_library.impl("sinkhorn_attention_backward", _backward_impl, "CompositeExplicitAutograd")
+torch.library.register_fake("bam_kernels::sinkhorn_attention", _attention_fake, lib=_library)
+torch.library.register_fake("bam_kernels::sinkhorn_attention_backward", _backward_fake, lib=_library)
+torch.library.register_autograd(
+    "bam_kernels::sinkhorn_attention", _backward, setup_context=_setup_context, lib=_library
+)

@@ -1,0 +1,97 @@
+"""Errors of P and of dz = dloss/dz against float64, from spread-out embeddings to nearly collapsed ones.
+
+    python benchmarks/accuracy.py --json benchmarks/results/cpu_accuracy.json
+
+Relative Frobenius norms, by the mean cosine between images and by epsilon. One process, N = views*B keys; float32 input
+and products. Nothing is timed. A star marks what the other benchmarks would not time: an error above 1e-5 (1e-4 from
+epsilon 0.005 down), for int16 scores above 1e-3, or NaN.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from common import Row, aligned, checked, error_text, problem_fields, write_csv, write_json
+from competitors import Choice, RowName, whole_competitors
+from hardware import Machine
+from problem import Problem, layout_of, truth_of_embeddings
+
+from bam_kernels.options import Options
+
+
+@dataclass
+class AccuracyOptions:
+    images: int = 256
+    views: int = 2
+    D: int = 256
+    cosines: tuple[float, ...] = (0.0, 0.9, 0.99, 0.999)
+    """Mean cosine between two images."""
+    epsilons: tuple[float, ...] = (0.05, 0.005, 0.001)
+    temperature: float = 0.1
+    iterations: int = 3
+    top_k: int = 0
+    rows: tuple[RowName, ...] = ("cpu", "cpu-int16", "eager", "authors")
+    authors: Path | None = None
+    """A checkout of the authors' published code."""
+    device: str = "auto"
+    threads: int | None = None
+    json: Path | None = None
+    csv: Path | None = None
+
+
+def evaluated(options: AccuracyOptions, machine: Machine, cosine: float, epsilon: float) -> list[dict[str, Any]]:
+    M = options.views * options.images
+    layout = layout_of(M, M, options.D, V=options.views, L=options.views, T=options.views, teacher=False)
+    named = Options(
+        epsilon=epsilon, temperature=options.temperature, iterations=options.iterations, top_k=options.top_k
+    )
+    named.check("accuracy")
+    torch.compiler.reset()
+    problem = Problem.made(layout, named, machine.device, cosine=cosine)
+    truth = truth_of_embeddings(problem)
+    head = {"benchmark": "accuracy", "part": "whole", "cosine": cosine} | problem_fields(problem)
+    competitors = whole_competitors(problem, Choice(options.rows, ("auto",), options.authors, 0))
+    rows = [checked(c, truth, epsilon) for c in competitors if c.outputs is not None]
+    return [head | fields(row) | machine.fields() for row in rows]
+
+
+def fields(row: Row) -> dict[str, Any]:
+    keys = ("kind", "competitor", "precision", "status", "reason", "error_P", "error_gradient", "threshold")
+    return {key: value for key, value in row.fields().items() if key in keys}
+
+
+def table(rows: list[dict[str, Any]], cosines: tuple[float, ...]) -> str:
+    """One line per epsilon and competitor, P / dz for every mean cosine."""
+    cells = [["epsilon", "scores", *(f"cosine {c}: P / dz" for c in cosines), ""]]
+    for epsilon, name in dict.fromkeys((row["epsilon"], row["competitor"]) for row in rows):
+        line = [f"{epsilon:g}", name]
+        for row in rows:
+            if (row["epsilon"], row["competitor"]) == (epsilon, name):
+                errors = f"{error_text(row['error_P'])} / {error_text(row['error_gradient'])}"
+                line.append(errors + ("      " if row["status"] == "ok" else " *    "))
+        cells.append([*line, ""])
+    return aligned(cells)
+
+
+def main(options: AccuracyOptions) -> int:
+    machine = Machine.found(options.device, options.threads)
+    print(machine.line(), flush=True)
+    rows = []
+    for epsilon in options.epsilons:
+        for cosine in options.cosines:
+            rows += evaluated(options, machine, cosine, epsilon)
+    M = options.views * options.images
+    print(f"\nM=N={M} D={options.D} V=L=T={options.views} iterations={options.iterations} top_k={options.top_k}")
+    print(table(rows, options.cosines))
+    if options.json is not None:
+        write_json(options.json, rows)
+    if options.csv is not None:
+        write_csv(options.csv, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(AccuracyOptions, description=__doc__)))

@@ -1,0 +1,188 @@
+"""The data of a benchmark, its float64 truth, and the work that no implementation can leave out.
+
+Letters are those of bam_kernels/layout.py. Scores are in the public order of columns unless said otherwise.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bam_kernels import reference
+from bam_kernels.layout import Layout
+from bam_kernels.options import Options
+
+IMAGES_PER_CLUSTER = 16
+
+
+def features(views: int, images: int, D: int, *, cosine: float = 0.0, seed: int = 0) -> Tensor:
+    """(views, images, D) float32 embeddings in clusters with a power-law spectrum; two images have the given cosine
+    in the mean, and lengths differ."""
+    generator = torch.Generator().manual_seed(seed)
+    spectrum = torch.arange(1, D + 1, dtype=torch.float64) ** -0.5
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, D, generator=generator, dtype=torch.float64) * spectrum
+
+    centres = draw(max(images // IMAGES_PER_CLUSTER, 2))
+    cluster = torch.randint(len(centres), (images,), generator=generator)
+    x = centres[cluster] + 0.7 * draw(images) + 0.4 * draw(views, images)
+    x = x - x.mean((0, 1))
+    common = torch.nn.functional.normalize(draw(1), dim=-1)
+    x = math.sqrt(cosine) * common + math.sqrt(1 - cosine) * torch.nn.functional.normalize(x, dim=-1)
+    return (x * (1 + 2 * torch.rand(views, images, 1, generator=generator, dtype=torch.float64))).float()
+
+
+def parse_shape(text: str) -> tuple[int, int, int]:
+    """ "2048x8192x256" -> M, N, D."""
+    parts = text.split("x")
+    if len(parts) != 3 or not all(part.isdigit() and int(part) for part in parts):
+        raise ValueError(f"shapes: a shape is MxNxD, three positive integers, got {text!r}")
+    M, N, D = map(int, parts)
+    return M, N, D
+
+
+def layout_of(M: int, N: int, D: int, *, V: int, L: int, T: int, teacher: bool) -> Layout:
+    """One process, or rank 0's share of W ranks where M rows alone have fewer than N keys."""
+    if M % V:
+        raise ValueError(f"shapes: M={M} rows are not a multiple of views={V}")
+    B = M // V
+    if N % (T * B):
+        raise ValueError(f"shapes: N={N} keys are not a multiple of key_views * B = {T} * {B}")
+    if max(L, T) > V:
+        raise ValueError(f"target_views={L} and key_views={T} must be at most views={V}")
+    return Layout(B=B, V=V, L=L, T=T, D=D, R=max(L, T) if teacher else 0, W=N // (T * B))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """student (M, D) and teacher (R*B, D) or None: rank 0's embeddings; keys (N, D): unit rows of all ranks."""
+
+    layout: Layout
+    options: Options
+    student: Tensor
+    teacher: Tensor | None
+    keys: Tensor
+
+    @staticmethod
+    def made(layout: Layout, options: Options, device: torch.device, *, cosine: float = 0.0) -> "Problem":
+        V, B, W, D = layout.V, layout.B, layout.W, layout.D
+        student = features(V, B * W, D, cosine=cosine)
+        teacher = None
+        if layout.R:
+            noise = features(layout.R, B * W, D, seed=1)
+            teacher = student[: layout.R] + 0.1 * math.sqrt(1 - cosine) * noise
+        keys = (student if teacher is None else teacher)[: layout.T].reshape(layout.N, D)
+        own = None if teacher is None else teacher[:, :B].reshape(layout.R * B, D).to(device)
+        unit = reference.normalize(keys.to(device))[0]
+        return Problem(layout, options, student[:, :B].reshape(layout.M, D).to(device), own, unit)
+
+    def scores(self) -> tuple[Tensor, Tensor | None]:
+        """Source scores (M, N) and a teacher's target scores (R*B, N), float32."""
+        source = reference.normalize(self.student)[0] @ self.keys.T
+        return source, None if self.teacher is None else reference.normalize(self.teacher)[0] @ self.keys.T
+
+
+@dataclass(frozen=True)
+class Truth:
+    """P and the gradient with respect to the input, public order; None where there is none to be had."""
+
+    P: Tensor | None
+    gradient: Tensor | None
+
+
+def relative_error(x: Tensor | None, truth: Tensor | None) -> float | None:
+    """Frobenius norm of the difference over that of the truth; None where there is nothing to compare."""
+    if x is None or truth is None:
+        return None
+    return ((x.to(truth) - truth).norm() / truth.norm()).item()
+
+
+def truth_of_sinkhorn(scores: Tensor, layout: Layout, options: Options) -> Truth:
+    log_K = scores.double() / options.epsilon
+    log_K.masked_fill_(layout.positive_mask(len(scores), scores.device), -math.inf)
+    f, g, _ = reference.log_sinkhorn(log_K, options.iterations)
+    return Truth((log_K + f[:, None] + g).exp_(), None)
+
+
+def truth_of_scores(source: Tensor, target: Tensor | None, layout: Layout, options: Options) -> Truth:
+    leaf = source.double().requires_grad_()
+    rows = leaf if target is None else target.double()
+    loss, _ = reference.loss_from_scores(leaf, rows, layout, options)
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    with torch.no_grad():
+        return Truth(reference.log_targets(rows, layout, options)[0].exp_(), gradient)
+
+
+def truth_of_embeddings(problem: Problem) -> Truth:
+    leaf = problem.student.double().requires_grad_()
+    teacher = None if problem.teacher is None else problem.teacher.double()
+    named = loss_options(problem)
+    (gradient,) = torch.autograd.grad(reference.bam_loss(leaf, teacher, **named), leaf)
+    return Truth(reference.bam_targets(leaf.detach(), teacher, **named), gradient)
+
+
+def loss_options(problem: Problem) -> dict[str, object]:
+    """The problem's options as `bam_loss` takes them."""
+    layout, o = problem.layout, problem.options
+    return {
+        "views": layout.V,
+        "target_views": layout.L,
+        "key_views": layout.T,
+        "temperature": o.temperature,
+        "epsilon": o.epsilon,
+        "iterations": o.iterations,
+        "top_k": o.top_k,
+    }
+
+
+@dataclass(frozen=True)
+class Work:
+    """Bytes to and from memory, exponentials, and flops of matrix products.
+
+    Bytes: each score once per step that depends on all of the step before. A cache may hold some of them: the floor
+    takes the rate of a copy of the scores' own size.
+    """
+
+    bytes: int
+    exps: int
+    flops: int
+
+    def floor_ms(self, copy_gbs: float, exp_per_s: float, gemm_gflops: float) -> float:
+        """Products, then the slower of memory and exponentials, which can overlap."""
+        return 1e3 * (self.flops / (gemm_gflops * 1e9) + max(self.bytes / (copy_gbs * 1e9), self.exps / exp_per_s))
+
+
+def sinkhorn_work(layout: Layout, iterations: int, score_bytes: int = 4) -> Work:
+    """The first column step, then per iteration a row step and, from the same read, the next column step."""
+    reads = iterations + 1
+    return Work(reads * layout.M * layout.N * score_bytes, reads * layout.M * layout.N, 0)
+
+
+def loss_work(layout: Layout, iterations: int, score_bytes: int = 4) -> Work:
+    """`iterations` reads of the target problem's rows; then target rows and source rows read once, G written.
+
+    The last row step is part of that read. Without a teacher the target rows are source rows.
+    """
+    N, rows = layout.N, layout.R * layout.B or layout.M
+    reads = iterations * rows + layout.M + (layout.L * layout.B if layout.R else 0)
+    exps = iterations * rows + layout.L * layout.B + layout.M
+    return Work((reads * score_bytes + layout.M * 4) * N, exps * N, 0)
+
+
+def whole_work(layout: Layout, iterations: int, score_bytes: int = 4) -> Work:
+    """From scores, and the products: scores 2MND (a teacher's too), dz 2MND, dk 2MND.
+
+    Where the keys are the first N rows, dz and dk of those rows are one product with G + Gᵀ.
+    """
+    scores = loss_work(layout, iterations, score_bytes)
+    M, N, D = layout.M, layout.N, layout.D
+    products = 2 * M * N + 2 * layout.R * layout.B * N if layout.R else 2 * M * N + (M - N) * N
+    return Work(scores.bytes, scores.exps, 2 * products * D)
+
+
+def products_work(layout: Layout) -> Work:
+    """Scores, dz = G k, and dk = Gᵀ z or, with a teacher, the target scores."""
+    third = layout.R * layout.B if layout.R else layout.M
+    return Work(0, 0, 2 * (2 * layout.M + third) * layout.N * layout.D)

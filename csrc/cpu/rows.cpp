@@ -1,0 +1,83 @@
+// Embedding rows: the L2 normalisation, its gradient, and scores to fixed point.
+#include <math.h>
+
+#include "kernels.h"
+
+namespace bam::cpu::BAM_ISA {
+namespace {
+
+constexpr double kNormFloor = 1e-12;
+
+// <a, b> in double: float32 rows of any finite magnitude have a finite norm.
+double dot(const float* a, const float* b, int64_t d) {
+  double lanes[8] = {};
+  int64_t k = 0;
+  for (; k + 8 <= d; k += 8)
+    for (int l = 0; l < 8; ++l) lanes[l] += (double)a[k + l] * (double)b[k + l];
+  for (; k < d; ++k) lanes[k % 8] += (double)a[k] * (double)b[k];
+  double total = 0.0;
+  for (int l = 0; l < 8; ++l) total += lanes[l];
+  return total;
+}
+
+}  // namespace
+
+void normalize(const Normalize& p) {
+#pragma omp parallel for num_threads(p.threads) schedule(static)
+  for (int64_t i = 0; i < p.m; ++i) {
+    const float* x = p.x + i * p.row_stride;
+    float* unit = p.unit + i * p.d;
+    const double norm = sqrt(dot(x, x, p.d));
+    p.norm[i] = norm;
+    const double inverse = 1.0 / (norm > kNormFloor ? norm : kNormFloor);
+    const bool in_range = inverse < 1e38 && inverse > 1e-37;
+    const float factor = (float)inverse;
+    if (in_range) {
+      for (int64_t k = 0; k < p.d; ++k) unit[k] = x[k] * factor;
+    } else {
+      for (int64_t k = 0; k < p.d; ++k) unit[k] = (float)(x[k] * inverse);
+    }
+  }
+}
+
+void centre_potential(const CentrePotential& p) {
+#pragma omp parallel for num_threads(p.threads) schedule(static)
+  for (int64_t i = 0; i < p.m; ++i) {
+    const double x = p.scale * dot(p.unit + i * p.d, p.centre, p.d);
+    const double exponent = floor(x);
+    p.row.exponent[i] = (float)exponent;
+    p.row.mantissa[i] = (float)::exp2(x - exponent);
+  }
+}
+
+void project(const Project& p) {
+#pragma omp parallel for num_threads(p.threads) schedule(static)
+  for (int64_t i = 0; i < p.m; ++i) {
+    float* d = p.d + i * p.d_features;
+    const float* unit = p.unit + i * p.d_features;
+    const double inverse = p.norm[i] < kNormFloor ? 0.0 : 1.0 / p.norm[i];
+    vfloat dots = splat(0.0f);
+    for_columns(p.d_features, [&](int64_t k, auto part) { dots = fma(load(d + k, part), load(unit + k, part), dots); });
+    const vfloat along = splat(-sum(dots)), factor = splat((float)inverse);
+    for_columns(p.d_features, [&](int64_t k, auto part) {
+      store(d + k, fma(load(unit + k, part), along, load(d + k, part)) * factor, part);
+    });
+  }
+}
+
+void quantize(const Quantize& p) {
+#pragma omp parallel for num_threads(p.threads) schedule(static)
+  for (int64_t i = 0; i < p.m; ++i) {
+    const float* s = p.scores + i * p.n;
+    int16_t* q = p.out + i * p.n;
+    for_columns(p.n, [&](int64_t j, auto part) {
+      const vfloat x = load_scores(s + j, part);
+      const vfloat clamped = min(max(round(x * splat(p.steps_per_unit)), splat(-32767.0f)), splat(32767.0f));
+      const vfloat fixed = x <= splat(kMaskedScore) ? splat((float)kMaskedFixed) : clamped;
+      const vshort steps = __builtin_convertvector(__builtin_convertvector(fixed, vint), vshort);
+      memcpy(q + j, &steps, part.count * sizeof(int16_t));
+    });
+  }
+}
+
+}  // namespace bam::cpu::BAM_ISA

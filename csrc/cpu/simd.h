@@ -1,0 +1,229 @@
+// One vector of BAM_LANES floats and the operations the kernels need. Included once per instruction set, into a
+// namespace of its own: objects of different instruction sets must not share an inline function, because the linker
+// keeps one copy of it, and nothing here may use the standard library for the same reason.
+#pragma once
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#include "../bam.h"
+
+#define BAM_INLINE static inline __attribute__((always_inline))
+
+namespace bam::cpu::BAM_ISA {
+
+constexpr int64_t kLanes = BAM_LANES;
+typedef float vfloat __attribute__((vector_size(4 * BAM_LANES)));
+typedef int32_t vint __attribute__((vector_size(4 * BAM_LANES)));
+typedef int16_t vshort __attribute__((vector_size(2 * BAM_LANES)));
+
+BAM_INLINE vfloat splat(float x) {
+  return x - vfloat{};
+}
+
+BAM_INLINE vint bits(vfloat x) {
+  return (vint)x;
+}
+
+#if defined(__AVX512F__) && BAM_LANES == 16
+BAM_INLINE vfloat fma(vfloat a, vfloat b, vfloat c) {
+  return (vfloat)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+BAM_INLINE vfloat max(vfloat a, vfloat b) {
+  return (vfloat)_mm512_max_ps((__m512)a, (__m512)b);
+}
+BAM_INLINE vfloat min(vfloat a, vfloat b) {
+  return (vfloat)_mm512_min_ps((__m512)a, (__m512)b);
+}
+#elif defined(__FMA__) && BAM_LANES == 8
+BAM_INLINE vfloat fma(vfloat a, vfloat b, vfloat c) {
+  return (vfloat)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+BAM_INLINE vfloat max(vfloat a, vfloat b) {
+  return (vfloat)_mm256_max_ps((__m256)a, (__m256)b);
+}
+BAM_INLINE vfloat min(vfloat a, vfloat b) {
+  return (vfloat)_mm256_min_ps((__m256)a, (__m256)b);
+}
+#elif defined(__aarch64__) && BAM_LANES == 4
+BAM_INLINE vfloat fma(vfloat a, vfloat b, vfloat c) {
+  return (vfloat)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+}
+BAM_INLINE vfloat max(vfloat a, vfloat b) {
+  return (vfloat)vmaxq_f32((float32x4_t)a, (float32x4_t)b);
+}
+BAM_INLINE vfloat min(vfloat a, vfloat b) {
+  return (vfloat)vminq_f32((float32x4_t)a, (float32x4_t)b);
+}
+#else
+// Without a fused instruction: the product in two halves of 12 bits, so that score * scale + exponent still rounds
+// at the size of the sum. Callers rely on that, see Potential in bam.h.
+BAM_INLINE vfloat upper_half(vfloat x) {
+  return (vfloat)(bits(x) & (int32_t)0xfffff000);
+}
+BAM_INLINE vfloat fma(vfloat a, vfloat b, vfloat c) {
+  const vfloat a1 = upper_half(a), b1 = upper_half(b);
+  const vfloat a2 = a - a1, b2 = b - b1;
+  return ((a1 * b1 + c) + (a1 * b2 + a2 * b1)) + a2 * b2;
+}
+BAM_INLINE vfloat max(vfloat a, vfloat b) {
+  return a > b ? a : b;
+}
+BAM_INLINE vfloat min(vfloat a, vfloat b) {
+  return a < b ? a : b;
+}
+#endif
+
+// Columns j .. j + count - 1, a full vector or the tail of a row.
+struct Full {
+  static constexpr int64_t count = kLanes;
+};
+struct Tail {
+  int64_t count;
+};
+
+BAM_INLINE vfloat load(const float* p, Full) {
+  vfloat x;
+  memcpy(&x, p, sizeof x);
+  return x;
+}
+BAM_INLINE vfloat load(const float* p, Tail tail, float fill = 0.0f) {
+  vfloat x = splat(fill);
+  memcpy(&x, p, tail.count * sizeof(float));
+  return x;
+}
+BAM_INLINE void store(float* p, vfloat x, Full) {
+  memcpy(p, &x, sizeof x);
+}
+BAM_INLINE void store(float* p, vfloat x, Tail tail) {
+  memcpy(p, &x, tail.count * sizeof(float));
+}
+
+// Scores as floats; masked ones, and the lanes beyond a tail, as kMaskedScore.
+BAM_INLINE vfloat load_scores(const float* p, Full full) {
+  return load(p, full);
+}
+BAM_INLINE vfloat load_scores(const float* p, Tail tail) {
+  return load(p, tail, kMaskedScore);
+}
+BAM_INLINE vfloat from_fixed(vshort q) {
+  const vfloat x = __builtin_convertvector(__builtin_convertvector(q, vint), vfloat);
+  return x == splat(kMaskedFixed) ? splat(kMaskedScore) : x;
+}
+BAM_INLINE vfloat load_scores(const int16_t* p, Full) {
+  vshort q;
+  memcpy(&q, p, sizeof q);
+  return from_fixed(q);
+}
+BAM_INLINE vfloat load_scores(const int16_t* p, Tail tail) {
+  vshort q = kMaskedFixed - vshort{};
+  memcpy(&q, p, tail.count * sizeof(int16_t));
+  return from_fixed(q);
+}
+
+// body(j, part) for every vector of columns first <= j < last.
+template <class Body>
+BAM_INLINE void for_columns(int64_t first, int64_t last, Body body) {
+  int64_t j = first;
+  for (; j + kLanes <= last; j += kLanes) body(j, Full{});
+  if (j < last) body(j, Tail{last - j});
+}
+template <class Body>
+BAM_INLINE void for_columns(int64_t n, Body body) {
+  for_columns(0, n, body);
+}
+
+// Row sums are taken panel by panel in float and the panels added in double: the error does not grow with the row.
+constexpr int64_t kPanel = 1024;
+BAM_INLINE int64_t panel_end(int64_t first, int64_t n) {
+  return first + kPanel < n ? first + kPanel : n;
+}
+
+// 2^x, relative error below 2e-7; exactly 0 below -127, and 2^127 above.
+// Adding the magic number leaves round(x) + 127 in the low bits, which shifted up are the float 2^round(x), and the
+// float 0 for -127. The polynomial is the minimax fit on [-1/2, 1/2] among float coefficients.
+BAM_INLINE vfloat exp2(vfloat x) {
+  const vfloat magic = splat(12582912.0f + 127.0f);
+  x = min(max(x, splat(-127.0f)), splat(127.0f));
+  const vfloat rounded = x + magic;
+  const vfloat r = x - (rounded - magic);
+  const vfloat r2 = r * r;
+  const vfloat p01 = fma(splat(0x1.62e42cp-1f), r, splat(1.0f));
+  const vfloat p23 = fma(splat(0x1.c6b5e6p-5f), r, splat(0x1.ebf9b8p-3f));
+  const vfloat p45 = fma(splat(0x1.5c1480p-10f), r, splat(0x1.3ceb68p-7f));
+  const vfloat p = fma(fma(p45, r2, p23), r2, p01);
+  return p * (vfloat)(bits(rounded) << 23);
+}
+
+// x to the nearest integer where |x| < 2^22; beyond, x itself.
+BAM_INLINE vfloat round(vfloat x) {
+  const vfloat magic = splat(12582912.0f);
+  return max(x, -x) < splat(4194304.0f) ? (x + magic) - magic : x;
+}
+
+BAM_INLINE float sum(vfloat x) {
+  float total = 0.0f;
+  for (int64_t l = 0; l < kLanes; ++l) total += x[l];
+  return total;
+}
+
+BAM_INLINE float max(vfloat x) {
+  float most = x[0];
+  for (int64_t l = 1; l < kLanes; ++l) most = x[l] > most ? x[l] : most;
+  return most;
+}
+
+BAM_INLINE bool any_greater(vfloat a, vfloat b) {
+#if defined(__AVX512F__) && BAM_LANES == 16
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ) != 0;
+#elif defined(__AVX__) && BAM_LANES == 8
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GT_OQ)) != 0;
+#else
+  const vint greater = a > b;
+  int32_t any = 0;
+  for (int64_t l = 0; l < kLanes; ++l) any |= greater[l];
+  return any != 0;
+#endif
+}
+
+// Floats aligned to a cache line, freed at the end of the scope. Rows are padded to whole lines, so that neighbours
+// share none.
+struct Buffer {
+  explicit Buffer(int64_t count) : data(nullptr) {
+    if (posix_memalign((void**)&data, 64, (size_t)(count > 0 ? count : 1) * sizeof(float))) abort();
+  }
+  ~Buffer() { free(data); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  float* data;
+};
+
+BAM_INLINE int64_t padded(int64_t n) {
+  return (n + 15) / 16 * 16;
+}
+
+// Rows are summed chunk by chunk and the chunks in order, so that results do not depend on the number of threads.
+struct Chunks {
+  explicit Chunks(int64_t m) {
+    rows = (m + 63) / 64;
+    rows = rows < 16 ? 16 : (rows + 3) / 4 * 4;
+    count = (m + rows - 1) / rows;
+  }
+  int64_t rows, count;
+};
+
+BAM_INLINE const float* row_of(const Scores& s, float, int64_t v, int64_t i) {
+  return (const float*)s.data + v * s.view_stride + i * s.row_stride;
+}
+BAM_INLINE const int16_t* row_of(const Scores& s, int16_t, int64_t v, int64_t i) {
+  return (const int16_t*)s.data + v * s.view_stride + i * s.row_stride;
+}
+
+}  // namespace bam::cpu::BAM_ISA

@@ -1,0 +1,1 @@
+"""The pretraining driver: `python driver/pretrain.py --help`."""

@@ -1,0 +1,110 @@
+"""What the loop and the evaluation need of a data set, and the embedded digits. Folders are in folder.py.
+
+B images per step, V views per image, C channels, S pixels a side; images are float32 in [0, 1].
+"""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from .augment import augment_digits
+from .config import Data, UserError, missing
+
+SPLIT_SEED = 0
+
+
+class Images(Protocol):
+    """A data set on its device."""
+
+    channels: int
+    training: int
+    """Images to train on."""
+    tested: int
+    """Held-out images; 0 where there are no labels to test with."""
+
+    def views(self, epoch: int) -> Iterator[Tensor]:
+        """The steps of one epoch: (V*B, C, S, S), row v*B + i is view v of image i. Depends on seed and epoch only."""
+
+    def bank(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Training images (n, C, S, S) as they are, and their labels (n,)."""
+
+    def held_out(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Held-out images as they are, and their labels; always in the same order."""
+
+
+def make_images(data: Data, device: torch.device, seed: int) -> Images:
+    """The data set that the options name. Raises: UserError."""
+    if data.root is None:
+        return Digits(data, device, seed)
+    try:
+        from .folder import Folder
+    except ImportError as error:
+        raise UserError(missing("--data.root", "torchvision", error)) from error
+    return Folder(data, device, seed)
+
+
+class Digits:
+    """scikit-learn's handwritten digits: 1,797 real images of 8 x 8 pixels, on the device, augmented there."""
+
+    channels = 1
+
+    def __init__(self, data: Data, device: torch.device, seed: int) -> None:
+        from sklearn.datasets import load_digits
+
+        source = load_digits()
+        images = torch.from_numpy(source.images).float().div_(16)[:, None]
+        if data.size != images.shape[-1]:
+            images = F.interpolate(images, size=(data.size, data.size), mode="bilinear", antialias=True)
+        labels = torch.from_numpy(source.target).long()
+        train, test = split(labels, data.held_out)
+        check_batch(len(train), data, "the digits")
+        self.images, self.labels = images[train].to(device), labels[train].to(device)
+        self.test_images, self.test_labels = images[test].to(device), labels[test].to(device)
+        self.training, self.tested = len(train), len(test)
+        self.data, self.device, self.seed = data, device, seed
+
+    def views(self, epoch: int) -> Iterator[Tensor]:
+        generator = Generator(self.device).manual_seed(seed_of(self.seed, epoch))
+        order = torch.randperm(self.training, generator=generator, device=self.device)
+        B = self.data.batch_size
+        for step in range(self.training // B):
+            batch = self.images[order[step * B : (step + 1) * B]]
+            yield augment_digits(batch.repeat(self.data.views, 1, 1, 1), self.data.augment, generator)
+
+    def bank(self) -> Iterator[tuple[Tensor, Tensor]]:
+        yield self.images, self.labels
+
+    def held_out(self) -> Iterator[tuple[Tensor, Tensor]]:
+        yield self.test_images, self.test_labels
+
+
+def split(labels: Tensor, held_out: float) -> tuple[Tensor, Tensor]:
+    """Indices of training and held-out images: the same share of every class, the same for every run."""
+    generator = Generator().manual_seed(SPLIT_SEED)
+    train, test = [], []
+    for label in labels.unique():
+        members = (labels == label).nonzero().flatten()
+        members = members[torch.randperm(len(members), generator=generator)]
+        cut = round(held_out * len(members))
+        test.append(members[:cut])
+        train.append(members[cut:])
+    return torch.cat(train).sort().values, torch.cat(test).sort().values
+
+
+def seed_of(*parts: int) -> int:
+    """One seed from several numbers: run, epoch, image."""
+    seed = 0
+    for part in parts:
+        seed = (seed * 1_000_003 + part + 1) % 2**63
+    return seed
+
+
+def check_batch(training: int, data: Data, where: str) -> None:
+    """At least one whole batch. Raises: UserError."""
+    if training >= data.batch_size:
+        return
+    advice = f"give --data.batch-size {training} or less" if training > 1 else "at least 2 are needed"
+    raise UserError(f"{where}: {training} images to train on, fewer than one batch of {data.batch_size}; {advice}")

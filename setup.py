@@ -1,0 +1,171 @@
+"""Builds the extension bam_kernels._C: C++ kernels for the CPU and, where nvcc is found, CUDA kernels.
+
+The extension neither includes nor links torch, so a bare isolated environment builds it and it works with any
+torch. One ninja file runs all compilers in parallel and recompiles only what changed.
+
+    BAM_KERNELS_BUILD     auto (default: CUDA when nvcc is found), cpu, cuda, or none (no extension: the reference
+                          and the Triton kernels still work)
+    TORCH_CUDA_ARCH_LIST  CUDA architectures, as torch writes them; default 8.0+PTX, 9.0a, 10.0a as nvcc knows them
+    CUDA_HOME, CXX        where to find nvcc; the C++ compiler
+    MAX_JOBS              compilers at once; default: one a core
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+CPU_KERNELS = ("column_lse", "sinkhorn_pass", "match", "plan", "rows", "symmetrize", "table")
+CUDA_FILES = ("device", "unit_rows")
+X86_ISAS = {
+    "plain": (4, ""),
+    "avx2": (8, "-mavx2 -mfma"),
+    "avx512": (16, "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mprefer-vector-width=512"),
+}
+WITHOUT_EXTENSION = "To install without the extension: BAM_KERNELS_BUILD=none pip install -e ."
+
+
+def build_mode() -> str:
+    mode = os.environ.get("BAM_KERNELS_BUILD", "auto")
+    if mode not in ("auto", "cpu", "cuda", "none"):
+        sys.exit(f"BAM_KERNELS_BUILD must be auto, cpu, cuda or none, got {mode!r}")
+    return mode
+
+
+def find_nvcc() -> Path | None:
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    candidates = [Path(home) / "bin" / "nvcc" for home in homes if home]
+    on_path = shutil.which("nvcc")
+    if on_path:
+        candidates.append(Path(on_path))
+    candidates.append(Path("/usr/local/cuda/bin/nvcc"))
+    return next((nvcc for nvcc in candidates if nvcc.exists()), None)
+
+
+def nvcc_home(nvcc: Path) -> Path:
+    """The toolkit's root, from nvcc itself: `nvcc` may be a wrapper that lies elsewhere."""
+    dry_run = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True)
+    for line in dry_run.stderr.splitlines():
+        if line.startswith("#$ TOP="):
+            return Path(line.removeprefix("#$ TOP=")).resolve()
+    return nvcc.resolve().parent.parent
+
+
+def cuda_architectures(nvcc: Path) -> list[str]:
+    """Architectures in torch's notation, e.g. 8.0+PTX or 9.0a."""
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if asked:
+        return asked.replace(";", " ").split()
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    default = {"8.0+PTX": "compute_80", "9.0a": "compute_90", "10.0a": "compute_100"}
+    return [name for name, arch in default.items() if arch in listed]
+
+
+def gencode(architecture: str) -> list[str]:
+    number = architecture.removesuffix("+PTX").replace(".", "")
+    flags = [f"-gencode=arch=compute_{number},code=sm_{number}"]
+    if architecture.endswith("+PTX"):
+        flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+class NinjaBuild(build_ext):
+    """Writes build.ninja, runs it, and says what to do when a command fails."""
+
+    def build_extension(self, ext: Extension) -> None:
+        import ninja
+
+        build_dir = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        build_dir.mkdir(parents=True, exist_ok=True)
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        nvcc = None if build_mode() == "cpu" else find_nvcc()
+        if build_mode() == "cuda" and nvcc is None:
+            sys.exit(f"BAM_KERNELS_BUILD=cuda, but no nvcc in CUDA_HOME, PATH or /usr/local/cuda. {WITHOUT_EXTENSION}")
+        module = build_dir / target.name
+        self.write_ninja(build_dir / "build.ninja", module, nvcc)
+        command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(build_dir)]
+        if os.environ.get("MAX_JOBS"):
+            command += ["-j", os.environ["MAX_JOBS"]]
+        if subprocess.run(command).returncode:
+            sys.exit(
+                "\nbam_kernels: the command printed after FAILED above did not compile or link the extension.\n"
+                f"To leave CUDA out: BAM_KERNELS_BUILD=cpu pip install -e .\n{WITHOUT_EXTENSION}"
+            )
+        shutil.copyfile(module, target)
+
+    def write_ninja(self, path: Path, module: Path, nvcc: Path | None) -> None:
+        from ninja.ninja_syntax import Writer
+
+        source = ROOT / "csrc"
+        with path.open("w") as file:
+            w = Writer(file, width=100000)
+            w.variable("cxx", os.environ.get("CXX", "g++" if shutil.which("g++") else "c++"))
+            w.variable("flags", "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -Wall -Wextra")
+            w.rule("cpp", "$cxx -MMD -MF $out.d $flags $more -c $in -o $out", depfile="$out.d", deps="gcc")
+            objects = [self.cpu_object(w, source / "cpu" / "dispatch.cpp", "dispatch", self.openmp_flags())]
+            for isa, (lanes, machine) in self.isas().items():
+                more = f"{self.openmp_flags()} {machine} -DBAM_ISA={isa} -DBAM_LANES={lanes}"
+                if isa == "avx512":
+                    more += " -Wno-maybe-uninitialized -Wno-uninitialized"  # gcc 12's own headers
+                objects += [self.cpu_object(w, source / "cpu" / f"{k}.cpp", f"{k}.{isa}", more) for k in CPU_KERNELS]
+            bindings, link = self.binding_flags(), self.openmp_flags()
+            if nvcc:
+                cuda_objects, bind_cuda, link_cuda = self.cuda_objects(w, source, nvcc)
+                objects += cuda_objects
+                bindings += bind_cuda
+                link += link_cuda
+            objects.append(self.cpu_object(w, source / "bindings.cpp", "bindings", bindings))
+            shared = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
+            w.rule("link", f"$cxx {shared} -o $out $in {link}")
+            w.build(str(module), "link", objects)
+
+    @staticmethod
+    def cpu_object(w, source: Path, name: str, more: str) -> str:
+        w.build(f"{name}.o", "cpp", str(source), variables={"more": more})
+        return f"{name}.o"
+
+    @staticmethod
+    def isas() -> dict[str, tuple[int, str]]:
+        if platform.machine() in ("x86_64", "AMD64"):
+            return X86_ISAS
+        return {"plain": (4, "")}
+
+    @staticmethod
+    def openmp_flags() -> str:
+        """Plain -fopenmp shares one runtime with torch. Apple's compiler has none: one thread there."""
+        return "" if sys.platform == "darwin" else "-fopenmp"
+
+    @staticmethod
+    def binding_flags() -> str:
+        import pybind11
+
+        # Only this file sees pybind11: with build isolation its path changes at every install.
+        return f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}"
+
+    @staticmethod
+    def cuda_objects(w, source: Path, nvcc: Path) -> tuple[list[str], str, str]:
+        architectures = cuda_architectures(nvcc)
+        generated = " ".join(flag for a in architectures for flag in gencode(a))
+        w.variable("nvcc", str(nvcc))
+        w.variable("nvflags", f"-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-Wall {generated}")
+        w.rule("cuda", "$nvcc -MD -MF $out.d $nvflags -c $in -o $out", depfile="$out.d", deps="gcc")
+        objects = []
+        for name in CUDA_FILES:
+            w.build(f"{name}.cuda.o", "cuda", str(source / "cuda" / f"{name}.cu"))
+            objects.append(f"{name}.cuda.o")
+        define = f" -DBAM_WITH_CUDA -DBAM_CUDA_ARCHITECTURES='\"{' '.join(architectures)}\"'"
+        home = nvcc_home(nvcc)
+        libraries = next((d for d in (home / "lib64", home / "lib") if (d / "libcudart_static.a").exists()), home)
+        return objects, define, f" -L{libraries} -lcudart_static -ldl -lrt -lpthread"
+
+
+extensions = [] if build_mode() == "none" else [Extension("bam_kernels._C", sources=[])]
+setup(ext_modules=extensions, cmdclass={"build_ext": NinjaBuild})

@@ -1,0 +1,24 @@
+"""Fixtures that put process-wide settings of torch back."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+pytest.register_assert_rewrite("problems")
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """The test may call torch.set_num_threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def matmul_precision() -> Iterator[None]:
+    """The test may call torch.set_float32_matmul_precision."""
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)

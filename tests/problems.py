@@ -1,0 +1,122 @@
+"""What the tests compute with: the published implementation's problems, embeddings, and the comparison.
+
+Letters are those of bam_kernels/layout.py; tests/golden/README.md describes the files.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from bam_kernels.backends import cpu
+
+GOLDEN_FILES = sorted((Path(__file__).parent / "golden").glob("*.npz"))
+COSINES = (0.0, 0.9, 0.99, 0.999)  # mean cosine between images: training may start near collapse
+
+needs_cpu_kernels = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+golden = pytest.mark.parametrize("golden", GOLDEN_FILES, ids=lambda path: path.stem)
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Largest error of loss and gradient relative to their maximum, of the gradient besides, and of a target."""
+
+    loss: float
+    grad: float
+    grad_floor: float
+    target: float
+
+
+FLOAT64 = Tolerance(loss=1e-10, grad=1e-9, grad_floor=0.0, target=1e-11)
+FLOAT32 = Tolerance(loss=1e-5, grad=1e-4, grad_floor=1e-7, target=1e-4)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One golden file as one process that holds the images of all ranks: image i of rank r is image r*B + i.
+
+    student (V, W*B, D) and teacher (R, W*B, D) or None, float32; options of bam_loss; float64 truth: loss, the mean of
+    the ranks'; grad (V, W*B, D), that of the loss, 1/W of what the ranks hold; target (L*W*B, N).
+    """
+
+    student: Tensor
+    teacher: Tensor | None
+    options: dict[str, Any]
+    loss: Tensor
+    grad: Tensor
+    target: Tensor
+
+    def check_loss(self, loss: Tensor, tolerance: Tolerance) -> None:
+        assert_close(loss, self.loss, tolerance.loss * self.loss.abs().item())
+
+    def check_grad(self, grad: Tensor, tolerance: Tolerance) -> None:
+        assert_close(grad, self.grad, tolerance.grad * self.grad.abs().max().item() + tolerance.grad_floor)
+
+    def check_target(self, target: Tensor, tolerance: Tolerance) -> None:
+        assert_close(target, self.target, tolerance.target)
+
+
+def load(path: Path) -> Problem:
+    with np.load(path) as file:
+        data = {key: file[key] for key in file.files}
+    config = {key: value.item() for key, value in data.items() if value.ndim == 0}
+    W, B = config["world_size"], config["batch_size"]
+
+    def merged(key: str) -> Tensor:
+        """(W, views*B, n) of the ranks -> (views, W*B, n)."""
+        of_ranks = torch.from_numpy(data[key])
+        return of_ranks.unflatten(1, (-1, B)).transpose(0, 1).flatten(1, 2)
+
+    return Problem(
+        student=merged("z"),
+        teacher=merged("z_teacher") if config["n_teacher_views"] else None,
+        options={
+            "target_views": config["n_large"],
+            "key_views": config["n_key_views"],
+            "temperature": config["temperature"],
+            "epsilon": config["reg"],
+            "iterations": config["n_iters"],
+            "top_k": config["top_k"],
+            "mask_positives": config["positive_masking"],
+            "target_rows": config["target_rows"],
+        },
+        loss=torch.from_numpy(data["loss"]).mean(),
+        grad=merged("grad") / W,
+        target=merged("target").flatten(0, 1),
+    )
+
+
+def features(views: int, images: int, D: int, *, cosine: float = 0.0, seed: int = 0) -> Tensor:
+    """(views, images, D) float32 rows of lengths around 3; two images have the given cosine in the mean.
+
+    Half of what does not belong to all rows is the image's own, half the view's.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def unit(*shape: int) -> Tensor:
+        return torch.nn.functional.normalize(torch.randn(*shape, D, generator=generator), dim=-1)
+
+    rest = math.sqrt((1 - cosine) / 2)
+    x = math.sqrt(cosine) * unit(1, 1) + rest * unit(1, images) + rest * unit(views, images)
+    return x * (2 + 2 * torch.rand(views, images, 1, generator=generator))
+
+
+def loss_and_grad(function, student: Tensor, teacher: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
+    """Loss and gradient of a fresh leaf with the student's values and strides."""
+    leaf = student.detach().requires_grad_()
+    loss = function(leaf, teacher, **options) if teacher is not None else function(leaf, **options)
+    (grad,) = torch.autograd.grad(loss, leaf)
+    return loss.detach(), grad
+
+
+def assert_close(actual: Tensor, expected: Tensor | float, bound: float | Tensor) -> None:
+    """Every element within `bound`; NaN is not."""
+    expected = torch.as_tensor(expected, dtype=torch.float64)
+    assert actual.shape == expected.shape
+    error = (actual.double() - expected).abs()
+    assert (error <= bound).all(), f"largest error {error.max():.3g}, bound {torch.as_tensor(bound).max():.3g}"

@@ -1,0 +1,186 @@
+"""The benchmarks at toy size: they run, their rows are complete, and what is wrong is neither timed nor hidden."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bam_kernels.backends import cpu
+from bam_kernels.layout import Layout
+from bam_kernels.options import Options
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import plot  # noqa: E402
+from common import BenchmarkOptions, Report, checked, threshold_of  # noqa: E402
+from competitors import Competitor, Rotation  # noqa: E402
+from hardware import Machine  # noqa: E402
+from problem import Problem, Truth, Work, features, layout_of, parse_shape, truth_of_sinkhorn  # noqa: E402
+
+OURS = {"cpu", "cpu-int16"} if cpu.unavailable() is None else set()
+REQUIRED = {
+    *("benchmark", "part", "kind", "competitor", "precision", "note", "status", "reason"),
+    *("M", "N", "D", "B", "V", "L", "T", "R", "W", "epsilon", "temperature", "iterations", "top_k"),
+    *("median_ms", "p20_ms", "p80_ms", "repetitions", "peak_bytes", "bytes", "exps", "flops"),
+    *("floor_ms", "share_of_floor", "error_P", "error_gradient", "threshold"),
+    *("device", "isa", "threads", "torch", "bam_kernels", "commit", "copy_gbs", "gemm_gflops"),
+    *("x_eager", "x_compile", "x_gemms", "x_authors"),
+}
+# Small sizes: one rank's share of two, with rows that are no multiple of a vector.
+TOY = ("--shapes", "36x72x16", "--repetitions", "3", "--warmup-s", "0", "--threads", "1")
+
+
+def run(script: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, BENCHMARKS / script, *arguments]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
+
+
+def rows_of(finished: subprocess.CompletedProcess[str], file: Path) -> list[dict]:
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return json.loads(file.read_text())
+
+
+def check_times(row: dict) -> None:
+    assert row["status"] == "ok", row["reason"]
+    assert REQUIRED <= set(row)
+    assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
+    assert row["repetitions"] == 3 and row["threads"] == 1
+    assert row["floor_ms"] > 0 and row["share_of_floor"] == pytest.approx(row["floor_ms"] / row["median_ms"])
+
+
+def test_sinkhorn_rows_are_complete(tmp_path: Path) -> None:
+    file = tmp_path / "sinkhorn.json"
+    finished = run("sinkhorn.py", *TOY, "--rows", "cpu", "cpu-int16", "eager", "--json", file)
+    rows = rows_of(finished, file)
+    assert {row["kind"] for row in rows} == {"eager", *OURS}
+    for row in rows:
+        check_times(row)
+        assert row["W"] == 2 and row["error_P"] < row["threshold"] and row["error_gradient"] is None
+
+
+def test_loss_rows_are_complete_and_drawn(tmp_path: Path) -> None:
+    file, table, trace = tmp_path / "loss.json", tmp_path / "loss.csv", tmp_path / "trace"
+    options = ("--rows", "cpu", "cpu-int16", "eager", "gemms", "--top-k", "5", "--teacher")
+    finished = run("loss.py", *TOY, *options, "--json", file, "--csv", table, "--profile", trace)
+    rows = rows_of(finished, file)
+    assert {(row["part"], row["kind"]) for row in rows} == {
+        (part, kind) for part in ("from-scores", "whole") for kind in ("eager", "gemms", *OURS)
+    }
+    for row in rows:
+        check_times(row)
+        assert row["N"] == (72 if row["part"] == "from-scores" else 36)
+        assert (row["error_gradient"] is None) == (row["kind"] == "gemms")
+        assert row["x_eager"] > 0 and row["x_compile"] is None
+    with table.open() as lines:
+        assert [row["competitor"] for row in csv.DictReader(lines)] == [row["competitor"] for row in rows]
+    assert len(list(trace.glob("*.json"))) == 2
+    drawn = run("plot.py", file)
+    assert drawn.returncode == 0, drawn.stderr
+    assert file.with_suffix(".png").stat().st_size > 0
+
+
+def test_accuracy_covers_the_grid_and_is_drawn(tmp_path: Path) -> None:
+    file = tmp_path / "accuracy.json"
+    grid = ("--images", "17", "--D", "16", "--cosines", "0", "0.9", "--epsilons", "0.05", "0.005")
+    rows = rows_of(run("accuracy.py", *grid, "--rows", "cpu", "cpu-int16", "eager", "--json", file), file)
+    kinds = {"eager", *OURS}
+    assert {(row["cosine"], row["epsilon"], row["kind"]) for row in rows} == {
+        (cosine, epsilon, kind) for cosine in (0, 0.9) for epsilon in (0.05, 0.005) for kind in kinds
+    }
+    assert all(row["status"] == "ok" for row in rows)
+    plot.main(plot.PlotOptions(files=(file,), out=tmp_path / "drawn"))
+    assert (tmp_path / "drawn" / "accuracy.png").exists()
+
+
+def test_unknown_option_is_an_error() -> None:
+    finished = run("sinkhorn.py", "--iteration-count", "3")
+    assert finished.returncode == 2
+    assert "iteration-count" in finished.stdout + finished.stderr
+
+
+@pytest.fixture
+def problem() -> Problem:
+    layout = layout_of(12, 12, 8, V=2, L=2, T=2, teacher=False)
+    return Problem.made(layout, Options(), torch.device("cpu"))
+
+
+def competitor(outputs, runs: list[int], kind: str = "eager") -> Competitor:
+    return Competitor(kind, "broken", lambda: (), lambda: runs.append(1), outputs, Work(1, 1, 1))
+
+
+def raising() -> Truth:
+    raise RuntimeError("no such kernel")
+
+
+@pytest.mark.parametrize("kind, status", [("eager", 0), ("cpu", 1)])  # only our own failures are the script's
+@pytest.mark.parametrize("way, words", [("wrong", "error above 1e-05"), ("nan", "not finite"), ("raises", "no such")])
+def test_broken_competitor_fails_and_is_not_timed(problem, capsys, tmp_path, way, words, kind, status) -> None:
+    truth = truth_of_sinkhorn(problem.scores()[0], problem.layout, problem.options)
+    wrong = {"wrong": lambda: Truth(truth.P * 1.0001, None), "nan": lambda: Truth(truth.P * float("nan"), None)}
+    machine = Machine(torch.device("cpu"), "a test", "none", 1, "none", gemm_gflops=1.0, copy_gbs=1.0)
+    report = Report("sinkhorn", machine, BenchmarkOptions(repetitions=1, warmup_s=0.0, json=tmp_path / "rows.json"))
+    runs: list[int] = []
+    good: list[int] = []
+    kept = competitor(lambda: truth, good, "gemms")
+    report.table("sinkhorn", problem, [kept, competitor(wrong.get(way, raising), runs, kind)], truth)
+    assert not runs and good
+    assert [row["status"] for row in report.rows] == ["ok", "failing"]
+    assert report.rows[1]["median_ms"] is None and words in report.rows[1]["reason"]
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "FAILING" in line]
+    assert line.startswith("broken") and words in line
+    assert report.finish() == status
+    written = json.loads((tmp_path / "rows.json").read_text(), parse_constant=pytest.fail)  # no NaN in the file
+    assert [row["status"] for row in written] == ["ok", "failing"]
+
+
+def test_a_gradient_off_by_more_than_the_threshold_fails(problem) -> None:
+    truth = Truth(torch.ones(3, 4, dtype=torch.float64), torch.ones(3, 4, dtype=torch.float64))
+    for scale, status in ((1 + 2e-5, "failing"), (1 + 5e-6, "ok")):
+        row = checked(competitor(lambda scale=scale: Truth(truth.P, truth.gradient * scale), []), truth, 0.05)
+        assert row.status == status
+
+
+def test_thresholds() -> None:
+    assert threshold_of("float32", 0.05) == 1e-5
+    assert threshold_of("float32", 0.005) == 1e-4
+    assert threshold_of("int16", 0.05) == 1e-3
+
+
+@pytest.mark.parametrize("cold_bytes, buffers", [(0, 1), (1000, 4)])  # 400 bytes a copy: three others between two uses
+def test_fresh_copies_survive_destruction_and_rotate(cold_bytes: int, buffers: int) -> None:
+    given = torch.arange(100.0)
+    fresh = Rotation((given, None), cold_bytes)
+    seen = []
+    for _ in range(2 * buffers):
+        copy, absent = fresh()
+        assert absent is None and torch.equal(copy, torch.arange(100.0))
+        seen.append(copy.data_ptr())
+        copy.zero_()
+    assert len(set(seen)) == buffers and seen[:buffers] == seen[buffers:]
+
+
+@pytest.mark.parametrize("cosine", [0.0, 0.9, 0.99])
+def test_features_have_the_mean_cosine(cosine: float) -> None:
+    x = torch.nn.functional.normalize(features(2, 200, 32, cosine=cosine).double(), dim=-1)[0]
+    between = (x @ x.T).sum() - len(x)
+    assert between / (len(x) * (len(x) - 1)) == pytest.approx(cosine, abs=0.02)
+
+
+def test_shapes() -> None:
+    assert parse_shape("512x1024x256") == (512, 1024, 256)
+    shared = layout_of(512, 1024, 256, V=2, L=2, T=2, teacher=False)
+    assert shared == Layout(B=256, V=2, L=2, T=2, D=256, W=2)
+    assert (shared.M, shared.N) == (512, 1024)
+
+
+@pytest.mark.parametrize(
+    "text, V, words", [("512x1024", 2, "MxNxD"), ("0x4x4", 2, "positive"), ("7x14x4", 2, "M=7"), ("8x12x4", 2, "N=12")]
+)
+def test_bad_shapes(text: str, V: int, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        layout_of(*parse_shape(text), V=V, L=V, T=V, teacher=False)

@@ -1,0 +1,176 @@
+"""The operators as torch.library sees them, and whole training steps under torch.compile."""
+
+import pytest
+import torch
+from problems import assert_close, features, needs_cpu_kernels
+from torch import Tensor, nn
+
+from bam_kernels import BAMLoss, bam_loss, sinkhorn_attention
+
+pytestmark = needs_cpu_kernels
+
+
+@pytest.fixture(autouse=True)
+def compile_afresh():
+    yield
+    torch.compiler.reset()
+
+
+def leaf(x: Tensor, requires_grad: bool = True) -> Tensor:
+    return x.clone().requires_grad_(requires_grad)
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+@pytest.mark.parametrize("R,target_rows", [(0, "teacher"), (2, "teacher"), (2, "student")])
+@pytest.mark.parametrize("needs_grad", [True, False])
+def test_opcheck_of_the_loss(needs_grad, R, target_rows, dimensions):
+    student, teacher = features(3, 6, 8), features(R, 6, 8, seed=1) if R else None
+    if dimensions == 2:
+        student, teacher = student.flatten(0, 1), teacher.flatten(0, 1) if R else None
+    args = (leaf(student, needs_grad), teacher, [3, 2, 2, R], 0.1, 0.05, 3, 0, True, target_rows, "cpu", "exact", None)
+    torch.library.opcheck(torch.ops.bam_kernels.loss.default, (*args, needs_grad))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_opcheck_of_the_loss_in_16_bit(dtype):
+    args = ([3, 2, 2, 2], 0.1, 0.05, 3, 4, True, "teacher", "cpu", "default", 10**6, True)
+    student, teacher = features(3, 6, 8).to(dtype), features(2, 6, 8, seed=1).to(dtype)
+    torch.library.opcheck(torch.ops.bam_kernels.loss.default, (leaf(student), teacher, *args))
+
+
+@pytest.mark.parametrize("keys", [False, True])
+@pytest.mark.parametrize("wants_plan", [True, False])
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_opcheck_of_attention(requires_grad, wants_plan, keys):
+    q, k = features(1, 18, 8)[0], features(1, 12, 8, seed=1)[0] if keys else None
+    args = (leaf(q, requires_grad), leaf(k, requires_grad) if keys else None, 0.05, 3, "block", [3, 2])
+    torch.library.opcheck(torch.ops.bam_kernels.sinkhorn_attention.default, (*args, True, wants_plan, "exact"))
+
+
+@pytest.mark.parametrize("keys", [False, True])
+def test_opcheck_of_attention_backward(keys):
+    q, k = features(1, 18, 8)[0], features(1, 12, 8, seed=1)[0] if keys else None
+    problem = (0.05, 3, "block", [3, 2], True, "exact")
+    plan, f, g = torch.ops.bam_kernels.sinkhorn_attention(q, k, *problem[:5], True, "exact")
+    for given in ((plan, torch.ones_like(plan), None, None), (None, None, torch.ones_like(f), torch.ones_like(g))):
+        torch.library.opcheck(torch.ops.bam_kernels.sinkhorn_attention_backward.default, (q, k, *problem, *given))
+
+
+class Model(nn.Module):
+    """Embeddings of three views by one layer, and the loss."""
+
+    def __init__(self, **options) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(12, 8)
+        self.loss = BAMLoss(views=3, **options)
+
+    def forward(self, images: Tensor, teacher: Tensor | None = None) -> Tensor:
+        return self.loss(self.layer(images).relu(), teacher)
+
+
+def step(function, model: nn.Module, *inputs: Tensor) -> list[Tensor]:
+    """Loss, statistics if any, and the gradients of the parameters."""
+    model.zero_grad()
+    output = function(*inputs)
+    loss, stats = output if isinstance(output, tuple) else (output, None)
+    loss.backward()
+    values = [] if stats is None else list(vars(stats).values())
+    return [loss.detach(), *values, *(p.grad.clone() for p in model.parameters())]
+
+
+def check_step(model: nn.Module, *inputs: Tensor, **compile_options) -> None:
+    """Compiled as one graph, the step is the eager one to the rounding of the layer's fused arithmetic."""
+    compiled = torch.compile(model, fullgraph=True, **compile_options)
+    for actual, expected in zip(step(compiled, model, *inputs), step(model, model, *inputs), strict=True):
+        assert_close(actual, expected.double(), 1e-5 * expected.abs().max().item() + 1e-6)
+
+
+def images(batch: int, views: int = 3, D: int = 12, seed: int = 0) -> Tensor:
+    return features(views, batch, D, seed=seed).flatten(0, 1)
+
+
+def test_training_step_with_the_default_compiler():
+    check_step(Model(), images(6))
+
+
+@pytest.mark.parametrize("options", [{}, {"return_stats": True}, {"top_k": 3, "target_rows": "student"}], ids=str)
+def test_training_step_with_a_teacher(options):
+    check_step(Model(**options), images(6), images(6, views=2, D=8, seed=1), backend="aot_eager")
+
+
+@pytest.mark.parametrize("dynamic,graphs", [(None, 2), (True, 1)])
+def test_any_batch(dynamic, graphs):
+    """By default torch compiles the first batch as it is, and the second for any other."""
+    model = Model()
+    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend=(counter := Counter()))
+    for batch in (6, 11, 4):
+        actual, expected = step(compiled, model, images(batch)), step(model, model, images(batch))
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    assert counter.graphs == graphs
+
+
+@pytest.mark.parametrize("steps", [3, 10])
+def test_epsilon_schedule(steps):
+    """Every step has its epsilon; torch gives up after eight compilations of one function."""
+    loss = BAMLoss(views=3, epsilon=lambda step: 0.1 / (1 + step))
+    compiled = torch.compile(loss, fullgraph=True, backend=Counter())
+    for number in range(steps):
+        assert compiled(images(6), step=number).item() == loss(images(6), step=number).item()
+
+
+class Counter:
+    """A compiler that runs graphs as they are and counts them."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list) -> torch.fx.GraphModule:
+        self.graphs += 1
+        return graph
+
+
+def test_training_step_under_autocast():
+    """The layer gives bfloat16; the loss and the gradients of the parameters stay float32."""
+    model = Model()
+
+    def autocast_step(images: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(images)
+
+    compiled = torch.compile(autocast_step, fullgraph=True, backend="aot_eager")
+    actual, expected = step(compiled, model, images(6)), step(autocast_step, model, images(6))
+    for a, b in zip(actual, expected, strict=True):
+        assert a.dtype == torch.float32
+        assert_close(a, b.double(), 1e-2 * b.abs().max().item())
+
+
+def test_functions_without_gradient():
+    def evaluate(student: Tensor) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            loss = bam_loss(student, views=3, precision="exact")
+            return loss, sinkhorn_attention(student, mask="block", views=3, precision="exact")
+
+    student = images(6).requires_grad_()
+    actual = torch.compile(evaluate, fullgraph=True, backend="aot_eager")(student)
+    for a, b in zip(actual, evaluate(student), strict=True):
+        assert torch.equal(a, b) and not a.requires_grad
+
+
+@pytest.mark.parametrize("output", ["plan", "potentials"])
+def test_differentiable_attention(output):
+    weights = torch.randn(18, 12, generator=torch.Generator().manual_seed(2))
+
+    def loss(q: Tensor, k: Tensor) -> Tensor:
+        options = {"mask": "block", "views": 3, "key_views": 2, "output": output, "precision": "exact"}
+        result = sinkhorn_attention(q, k, differentiable=True, **options)
+        if output == "plan":
+            return (weights * result).sum()
+        return (weights[:, 0] * result[0]).sum() + (weights[0] * result[1]).sum()
+
+    def gradients(function) -> tuple[Tensor, ...]:
+        leaves = leaf(images(6)), leaf(images(6, views=2, seed=1))
+        return torch.autograd.grad(function(*leaves), leaves)
+
+    compiled = gradients(torch.compile(loss, fullgraph=True, backend="aot_eager"))
+    assert all(torch.equal(a, b) for a, b in zip(compiled, gradients(loss), strict=True))

@@ -1,0 +1,359 @@
+"""The driver: options, data, evaluation, checkpoints, and whole runs of a few seconds."""
+
+import ast
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from driver import augment, checkpoint, config, data, evaluate, model, optim, train  # noqa: E402
+from driver.config import UserError  # noqa: E402
+from driver.pretrain import main  # noqa: E402
+
+EXTRA = ("torchvision", "timm", "kornia", "tensorboard", "safetensors")
+# Two steps an epoch of 1,348 digits, and a network that costs nothing.
+TINY = ["--data.batch-size=512", "--model.width=4", "--model.head-width=16", "--model.head-dim=8", "--run.seed=3"]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Runs are written under the current directory. One thread: these networks are too small to share."""
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def pretrain(*options: str) -> Path:
+    return train.pretrain(config.parse([*TINY, *options]))
+
+
+def content(directory: Path) -> dict:
+    return torch.load(directory / checkpoint.FILE, weights_only=True)
+
+
+def same(a, b) -> bool:
+    """Nested containers with bitwise equal tensors."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def script(*options: str, without: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    """driver/pretrain.py in a process of its own, in which some packages cannot be imported."""
+    Path("sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({without!r}))\n")
+    paths = os.pathsep.join([os.getcwd(), str(ROOT)])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "driver" / "pretrain.py"), *options]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+# Whole runs
+
+
+def test_digits_run_with_the_base_install():
+    run = script("--model.width=8", "--optim.epochs=3", "--optim.warmup-epochs=1", without=EXTRA)
+    assert run.returncode == 0, run.stderr
+    for row in ("raw pixels", "network, untrained", "network, after 3 epochs of BAM"):
+        assert re.search(rf"^ *{row} +0\.\d\d\d +0\.\d\d\d$", run.stdout, re.M), run.stdout
+    last = run.stdout.strip().splitlines()[-1]
+    assert last.startswith("next") and last.endswith(
+        'pip install -e ".[driver]" && python driver/pretrain.py --data.root PATH'
+    )
+
+    directory = Path("runs/digits-001")
+    assert sorted(p.name for p in directory.iterdir()) == ["checkpoint.pt", "config.json", "curves.png", "history.json"]
+    assert (directory / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    history = json.loads((directory / "history.json").read_text())
+    assert history["log"][-1]["step"] == 30
+    assert history["log"][-1]["target_entropy"] < history["log"][-1]["loss"] < history["log"][-1]["uniform_loss"]
+    assert [entry["epoch"] for entry in history["knn"]] == [0, 3]
+    assert history["pixels"][0]["moved"] + 0.2 < history["pixels"][0]["plain"] > 0.95
+
+
+def test_resume_is_bit_exact_and_seeded():
+    """Two epochs equal one and then one more; with a teacher, whose weights are part of the state."""
+    options = ["--optim.epochs=2", "--model.teacher-momentum=0.9", "--optim.clip-norm=1"]
+    straight = content(pretrain(*options))
+    first = pretrain(*options, "--run.stop-after=1")
+    half = content(first)
+    assert half["epoch"] == 1 and not same(half["network"], straight["network"])
+    assert train.pretrain(config.parse([f"--run.resume={first}"])) == first
+    resumed = content(first)
+    for part in ("network", "teacher", "optimizer", "epoch", "step", "rng", "config"):
+        assert same(resumed[part], straight[part]), part
+    assert [entry["step"] for entry in resumed["history"]["log"]] == [2, 4]
+    assert same(resumed["history"]["knn"][-1], straight["history"]["knn"][-1])
+
+
+def test_another_seed_is_another_run():
+    a, b = (content(pretrain("--optim.epochs=1", f"--run.seed={seed}"))["network"] for seed in (1, 2))
+    assert not same(a, b)
+
+
+def test_non_finite_loss_stops_and_keeps_the_checkpoint():
+    directory = pretrain("--optim.epochs=1")
+    before = (directory / checkpoint.FILE).read_bytes()
+    with pytest.raises(UserError, match=r"stopped at step \d+ \(epoch \d\).*last good checkpoint is runs/digits-001/"):
+        train.pretrain(
+            config.parse([f"--run.resume={directory}", "--optim.epochs=9", "--optim.lr=1e30", "--run.save-every=9"])
+        )
+    assert (directory / checkpoint.FILE).read_bytes() == before
+    with pytest.raises(UserError, match="no checkpoint was written yet"):
+        pretrain("--optim.epochs=9", "--optim.lr=1e30")
+
+
+@pytest.mark.parametrize(
+    "what, message",
+    [
+        ("loss", r"stopped at step 3 \(epoch 2\): the loss is nan"),
+        ("gradient", r"stopped at step 4.*weight is not finite"),
+    ],
+)
+def test_nan_without_an_error_is_not_saved(monkeypatch, what, message):
+    """As on a GPU, where the library does not look at values. Step 3 is the last one before the second checkpoint."""
+
+    class NanAtStep3(train.BAMLoss):
+        def forward(self, student, teacher=None, step=None):
+            if step == 3 and what == "gradient":
+                student.register_hook(lambda gradient: gradient * float("nan"))
+            loss, stats = super().forward(student, teacher, step)
+            return loss * (float("nan") if step == 3 and what == "loss" else 1.0), stats
+
+    monkeypatch.setattr(train, "BAMLoss", NanAtStep3)
+    with pytest.raises(UserError, match=message + ".*last good checkpoint is runs/digits-001/"):
+        pretrain("--optim.epochs=3", "--run.save-every=1", "--run.log-every=50")
+    saved = content(Path("runs/digits-001"))
+    assert saved["step"] == 2 and all(value.isfinite().all() for value in saved["network"].values())
+
+
+def test_an_interrupted_save_leaves_the_last_one(monkeypatch):
+    directory = pretrain("--optim.epochs=1")
+    before = (directory / checkpoint.FILE).read_bytes()
+
+    def interrupted(content, path):
+        Path(path).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train.pretrain(config.parse([f"--run.resume={directory}", "--optim.epochs=2"]))
+    assert (directory / checkpoint.FILE).read_bytes() == before
+    assert not list(directory.glob("*.writing"))
+
+
+def test_run_directories_are_never_shared():
+    assert [str(train.fresh_directory("a")) for _ in range(3)] == ["runs/a-001", "runs/a-002", "runs/a-003"]
+
+
+# Options
+
+
+def test_every_option_is_read():
+    """Each field's name is an attribute read in the driver's code; config.py itself, which checks, does not count."""
+    read = set()
+    for path in (ROOT / "driver").glob("*.py"):
+        if path.name != "config.py":
+            nodes = ast.walk(ast.parse(path.read_text()))
+            read |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    options = {field.name for part in config.PARTS.values() for field in dataclasses.fields(part)}
+    assert options <= read, options - read
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--data.nonsense=1"], ["--optim.epochs=many"], ["--loss.backend=abacus"], ["--loss.top-k=1.5"], ["digits"]],
+)
+def test_unknown_or_mistyped_option(options, capsys):
+    with pytest.raises(SystemExit) as stop:
+        config.parse(options)
+    assert stop.value.code == 2
+    assert options[0].split("=")[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--optim.epochs=0"], "--optim.epochs must be at least 1, got 0"),
+        (["--data.held-out=1"], "--data.held_out must be at least 0 and below 1, got 1.0"),
+        (["--optim.lr=nan"], "--optim.lr must be at least 0, got nan"),
+        (["--run.name=a/b"], "--run.name must be a plain name"),
+        (["--run.stop-after=0"], "--run.stop_after must be at least 1"),
+        (["--run.resume=nowhere"], "nowhere: not the directory of a run"),
+        (["--run.device=abacus"], "--run.device abacus"),
+        (["--loss.epsilon=-1"], "epsilon must be positive"),
+        (["--run.device=cpu", "--loss.backend=cuda"], '--loss: bam_loss: backend="cuda"'),
+        (["--data.batch-size=5000"], "1347 images to train on, fewer than one batch of 5000"),
+        (["--model.name=convent"], "--model.name convent"),
+    ],
+)
+def test_bad_values(options, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        train.pretrain(config.parse(options))
+    assert not Path("runs").exists()
+
+
+def test_config_survives_the_file(tmp_path):
+    options = config.parse(["--data.root=some", "--optim.lr=0.5", "--run.stop-after=3"])
+    assert options.model.name == "resnet18" and options.run.name == "some"
+    config.save(options, tmp_path)
+    loaded = config.load(tmp_path)
+    assert loaded.data.root == tmp_path / "some" and loaded.optim.lr == 0.5
+    assert loaded.run.stop_after is None and loaded.model == options.model
+
+
+def test_learning_rate_and_decay_groups():
+    rates = [optim.learning_rate(step, 100, 10, 1.0) for step in range(100)]
+    assert rates.index(max(rates)) == 10 and max(rates) == 1.0
+    assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)
+    assert 0 < rates[0] < 0.1 and 0 < rates[-1] < 1e-3
+    decayed, others = optim.parameter_groups(model.Network(config.Model(width=4), 1, 8), 0.1)
+    assert {p.ndim for p in decayed["params"]} == {2, 4} and {p.ndim for p in others["params"]} == {1}
+    assert others["weight_decay"] == 0
+
+
+# Data, augmentation, evaluation
+
+
+def test_augmentation_keeps_shape_and_range_and_is_seeded():
+    images = torch.rand(6, 1, 8, 8)
+    a, b, c = (augment.augment_digits(images, 1.0, torch.Generator().manual_seed(seed)) for seed in (5, 5, 6))
+    assert a.shape == images.shape and a.dtype == images.dtype
+    assert ((a >= 0) & (a <= 1)).all()
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert torch.equal(augment.augment_digits(images, 0.0, torch.Generator()), images)
+    still = augment.random_affine(images, augment.Affine(0, 0), torch.Generator())
+    assert (still - images).abs().max() <= 1e-6
+
+
+def test_digits_views_are_view_major_and_depend_on_seed_and_epoch():
+    options = config.Data(batch_size=64, views=3, augment=0.0)
+    digits = data.Digits(options, torch.device("cpu"), seed=0)
+    steps = list(digits.views(epoch=4))
+    assert len(steps) == digits.training // 64 and steps[0].shape == (192, 1, 8, 8)
+    first, second, third = steps[0].unflatten(0, (3, 64))
+    assert torch.equal(first, second) and torch.equal(first, third)
+    assert torch.equal(steps[0], next(digits.views(epoch=4)))
+    assert not torch.equal(steps[0], next(digits.views(epoch=5)))
+
+
+def test_split_keeps_the_share_of_every_class():
+    labels = torch.arange(1000) % 10
+    train_part, test_part = data.split(labels, 0.25)
+    assert torch.equal(torch.cat([train_part, test_part]).sort().values, torch.arange(1000))
+    assert (labels[test_part].bincount() == 25).all()
+    assert len(data.split(labels, 0.0)[1]) == 0
+
+
+@pytest.mark.parametrize("neighbours", [1, 7, 200])  # 200: more than there are keys
+def test_knn_equals_brute_force(neighbours, monkeypatch):
+    monkeypatch.setattr(evaluate, "QUERY_CHUNK", 32)  # 70 queries: two chunks and a tail
+    generator = torch.Generator().manual_seed(0)
+    queries, keys = (torch.randn(n, 5, generator=generator, dtype=torch.float64) for n in (70, 90))
+    labels = torch.randint(4, (90,), generator=generator)
+    found = evaluate.knn(queries, keys, labels, neighbours)
+    for i, query in enumerate(queries):
+        cosines = [float(query @ key / query.norm() / key.norm()) for key in keys]
+        votes = [0.0] * 4
+        for j in sorted(range(90), key=lambda j: -cosines[j])[:neighbours]:
+            votes[labels[j]] += np.exp(cosines[j] / evaluate.VOTE_TEMPERATURE)
+        assert found[i] == int(np.argmax(votes))
+
+
+def test_evaluation_leaves_the_network_as_it_was():
+    network = model.Network(config.Model(width=4), 1, 8)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    digits = data.Digits(config.Data(), torch.device("cpu"), 0)
+    state = torch.get_rng_state()
+    first = evaluate.evaluate(evaluate.features(network.backbone), digits, 10)
+    assert first == evaluate.evaluate(evaluate.features(network.backbone), digits, 10)
+    assert network.training and same(before, dict(network.state_dict()))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# Folders of images
+
+
+def write_images(folder: Path, count: int, seed: int = 0, side: int = 20) -> None:
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (count, side, side + 4, 3), dtype=np.uint8)
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / f"{i:02d}.png")
+
+
+FOLDER = ["--data.size=16", "--data.batch-size=8", "--model.name=convnet", "--model.width=4", "--optim.epochs=2"]
+
+
+def test_folder_without_torchvision():
+    Path("images").mkdir()
+    run = script("--data.root=images", without=EXTRA)
+    assert run.returncode == 1
+    assert "Traceback" not in run.stderr
+    assert [line.strip() for line in run.stderr.splitlines() if "install -e" in line] == ['pip install -e ".[driver]"']
+
+
+def test_folder_of_classes_resumes_bit_exactly():
+    pytest.importorskip("torchvision")
+    for label in ("cats", "dogs"):
+        write_images(Path("pets") / label, 11, seed=len(label))
+    options = [*FOLDER, "--data.root=pets", "--data.held-out=0.2", "--data.workers=1"]
+    straight = train.pretrain(config.parse(options))
+    assert str(straight) == "runs/pets-001"
+    first = train.pretrain(config.parse([*options, "--run.stop-after=1", "--data.workers=0"]))
+    train.pretrain(config.parse([f"--run.resume={first}"]))
+    assert same(content(first)["network"], content(straight)["network"])
+    assert [entry["epoch"] for entry in content(first)["history"]["knn"]] == [0, 1, 2]
+
+
+def test_flat_folder_with_a_timm_backbone(capsys):
+    pytest.importorskip("torchvision")
+    pytest.importorskip("timm")
+    write_images(Path("flat"), 9)
+    options = ["--data.root=flat", "--data.size=32", "--data.batch-size=8", "--data.workers=0", "--optim.epochs=1"]
+    train.pretrain(config.parse([*options, "--model.name=test_vit"]))
+    assert "k-NN accuracy" not in capsys.readouterr().out
+    assert content(Path("runs/flat-001"))["history"]["knn"] == []
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_unreadable_image_is_named(workers, capsys):
+    pytest.importorskip("torchvision")
+    write_images(Path("flat"), 8)
+    Path("flat/03.png").write_bytes(b"not a picture")
+    assert main([*FOLDER, "--data.root=flat", f"--data.workers={workers}"]) == 1
+    shown = capsys.readouterr().err
+    assert "\nerror: flat/03.png: not a readable image" in shown
+    assert "Traceback" not in shown
+
+
+def test_bad_folders():
+    pytest.importorskip("torchvision")
+
+    def stops(root: str, message: str) -> None:
+        with pytest.raises(UserError, match=message):
+            train.pretrain(config.parse([*FOLDER, f"--data.root={root}"]))
+
+    stops("nowhere", "nowhere: no such folder")
+    Path("empty/sub").mkdir(parents=True)
+    stops("empty", "empty: no images in it or in its subfolders")
+    Path("file").touch()
+    stops("file", "file: not a folder")
+    write_images(Path("few"), 5)
+    stops("few", "few: 5 images to train on, fewer than one batch of 8; give --data.batch-size 5 or less")
+    write_images(Path("one"), 1)
+    stops("one", "one: 1 images to train on.*at least 2 are needed")

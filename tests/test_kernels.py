@@ -1,0 +1,332 @@
+"""Each row kernel of csrc/cpu against float64, for every instruction set that this processor runs."""
+
+import math
+
+import pytest
+import torch
+
+from bam_kernels import reference
+from bam_kernels.backends import cpu
+from bam_kernels.backends.cpu import LOG2_E, CpuKernels, Potential
+from bam_kernels.layout import Layout
+
+if cpu.unavailable():
+    pytest.skip(cpu.unavailable(), allow_module_level=True)
+
+MASKED = -1e30
+# A single entry; a tail shorter than any vector; around 8 and 16 lanes; a prime; around a panel of 1024 columns.
+COLUMNS = (1, 3, 7, 8, 9, 15, 16, 17, 97, 1023, 1024, 1025)
+# One row; around a block of 4 rows; more than one chunk of 16 rows; more than 64 chunks of 16.
+ROWS = (1, 3, 4, 5, 17, 1031)
+
+
+def isas() -> list[str]:
+    best = cpu.kernels().isa
+    return {"avx512": ["avx512", "avx2", "plain"], "avx2": ["avx2", "plain"]}.get(best, ["plain"])
+
+
+@pytest.fixture(params=isas())
+def kernels(request) -> CpuKernels:
+    return cpu.kernels(request.param)
+
+
+def representable(epsilon: float) -> float:
+    """The regularisation nearest to `epsilon` whose scale log2(e)/eps is a float32: kernels round the scale once."""
+    return LOG2_E / torch.tensor(LOG2_E / epsilon, dtype=torch.float32).item()
+
+
+EPSILONS = [representable(0.05), representable(1e-3)]
+
+
+def made_scores(m: int, n: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return 2 * torch.rand(m, n, generator=generator) - 1
+
+
+def masked(scores: torch.Tensor) -> torch.Tensor:
+    """The kernels' masked score as minus infinity, in float64."""
+    return scores.double().masked_fill(scores <= MASKED, -math.inf)
+
+
+def fixed(kernels: CpuKernels, scores: torch.Tensor) -> tuple[torch.Tensor, float]:
+    step = 1 / 32000
+    return kernels.quantize(scores, step, torch.empty(scores.shape, dtype=torch.int16)), step
+
+
+def log2(p: Potential) -> torch.Tensor:
+    return p.exponent.double() + p.mantissa.double().log2()
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, relative: float, absolute: float = 0.0) -> None:
+    error = (actual.double() - expected.double()).abs()
+    assert (error <= relative * expected.double().abs() + absolute).all(), error.max()
+
+
+@pytest.mark.parametrize("n", COLUMNS)
+@pytest.mark.parametrize("epsilon", EPSILONS, ids=["0.05", "0.001"])
+def test_column_lse(kernels, n, epsilon):
+    for m in ROWS:
+        scores = made_scores(m, n)
+        row = kernels.centre_potential(made_scores(m, 3, 1), torch.tensor([0.5, -0.2, 0.1]), epsilon)
+        shift, sums = torch.empty(n), torch.empty(n)
+        kernels.column_lse(scores, LOG2_E / epsilon, row, shift, sums, accumulate=False)
+        expected = torch.logsumexp(scores.double() / epsilon + row.natural_log()[:, None], 0) * LOG2_E
+        assert_close(shift.double() + sums.double().log2(), expected, 0, 2e-6)
+
+
+def test_column_lse_of_slabs_is_that_of_all_rows(kernels):
+    m, n, epsilon = 50, 33, representable(0.01)
+    scores, row = made_scores(m, n), Potential.one(m)
+    shift, sums = torch.empty(n), torch.empty(n)
+    for first in range(0, m, 13):
+        last = min(first + 13, m)
+        kernels.column_lse(scores[first:last], LOG2_E / epsilon, row.rows(first, last), shift, sums, first > 0)
+    expected = torch.logsumexp(scores.double() / epsilon, 0) * LOG2_E
+    assert_close(shift.double() + sums.double().log2(), expected, 0, 2e-6)
+
+
+@pytest.mark.parametrize("n", COLUMNS)
+@pytest.mark.parametrize("epsilon", EPSILONS, ids=["0.05", "0.001"])
+def test_sinkhorn_pass(kernels, n, epsilon):
+    for m in ROWS:
+        scores = made_scores(m, n)
+        # Column potentials as large as the scores: what Sinkhorn finds.
+        g = -scores.double().amax(0) / epsilon * LOG2_E
+        col = Potential(g.floor().float(), torch.exp2(g - g.floor()).float())
+        row, c = Potential.one(m), torch.empty(n)
+        kernels.sinkhorn_pass(scores, LOG2_E / epsilon, row, col, c, accumulate=False)
+        x = scores.double() * LOG2_E / epsilon + log2(col)
+        f = -torch.logsumexp(x / LOG2_E, 1) * LOG2_E
+        # Two roundings at the size of the exponent, up to 20, where there is no fused multiply-add.
+        assert_close(log2(row), f, 0, 1.5e-6 if kernels.isa != "plain" else 3e-6)
+        assert_close(c, torch.exp2(x + f[:, None]).sum(0), 5e-6, 1e-9)
+
+
+def test_a_bad_guess_of_the_row_potential_costs_no_accuracy(kernels):
+    m, n, scale = 8, 40, LOG2_E / 0.01
+    scores, col = made_scores(m, n), Potential.one(n)
+    outcomes = []
+    for guess in (0.0, -1000.0, 1000.0):
+        row, c = Potential(torch.full((m,), guess), torch.ones(m)), torch.empty(n)
+        kernels.sinkhorn_pass(scores, scale, row, col, c, accumulate=False)
+        outcomes.append((log2(row), c))
+    for f, c in outcomes[1:]:
+        assert_close(f, outcomes[0][0], 1e-7, 1e-6)
+        assert_close(c, outcomes[0][1], 1e-5, 1e-9)
+
+
+def test_a_row_with_no_key_left_adds_nothing(kernels):
+    scores = made_scores(5, 19)
+    scores[2] = MASKED
+    row, c = Potential.one(5), torch.empty(19)
+    kernels.sinkhorn_pass(scores, 10.0, row, Potential.one(19), c, accumulate=False)
+    assert row.mantissa[2] == math.inf
+    others = torch.tensor([0, 1, 3, 4])
+    expected = torch.softmax(scores[others].double() * 10 / LOG2_E, 1).sum(0)
+    assert_close(c, expected, 1e-6)
+
+
+@pytest.mark.parametrize("n", COLUMNS)
+def test_masked_scores_are_skipped_in_both_types(kernels, n):
+    if n < 3:
+        pytest.skip("two masked columns and one left need three")
+    scores = made_scores(6, n)
+    scores[:, 1] = MASKED
+    scores[3, 0] = MASKED
+    scale = LOG2_E / 0.1
+    q, step = fixed(kernels, scores)
+    assert (q[:, 1] == -32768).all() and q[3, 0] == -32768
+    exact = torch.where(q == -32768, -math.inf, q.double() * step)
+    for s, used, truth in ((scores, scale, masked(scores)), (q, scale * step, exact)):
+        row, c = Potential.one(6), torch.empty(n)
+        kernels.sinkhorn_pass(s, used, row, Potential.one(n), c, accumulate=False)
+        assert_close(c, torch.softmax(truth / 0.1, 1).sum(0), 1e-5, 1e-12)
+        assert c[1] == 0
+
+
+def test_quantize_rounds_and_clamps(kernels):
+    scores = torch.tensor([[0.0, 1e-5, -1e-5, 0.4999, 2.0, -2.0, MASKED, 1.0, -1.0]])
+    q, _ = fixed(kernels, scores)
+    assert q.tolist() == [[0, 0, 0, 15997, 32767, -32767, -32768, 32000, -32000]]
+
+
+def match_problem(V: int, L: int, B: int, T: int, W: int, epsilon: float):
+    """Scores with masked positives, columns in gathered order, and column potentials near those of one iteration.
+
+    The potentials are unequal: with exact ones at small eps, columns tie that have their largest entry in one row.
+    """
+    layout = Layout(B=B, V=V, L=L, T=T, D=1, W=W, rank=W - 1)
+    scores = made_scores(layout.M, layout.N)
+    mask = layout.to_gathered(layout.positive_mask(layout.M))
+    scores[mask] = MASKED
+    g = -torch.logsumexp(masked(scores) / epsilon, 0) * LOG2_E + torch.linspace(0, 3, layout.N).double()
+    col = Potential(g.floor().float(), torch.exp2(g - g.floor()).float())
+    return layout, scores, col
+
+
+def expected_match(layout: Layout, scores: torch.Tensor, col: Potential, epsilon: float, tau: float, k: int):
+    """Targets, loss and dloss/ds in float64, in gathered column order."""
+    s = masked(scores)
+    rows = layout.L * layout.B
+    log_P = torch.log_softmax(s[:rows] / epsilon + col.natural_log(), 1)
+    if k:
+        public = reference._keep_top_k(layout.to_public(log_P), layout, k)
+        log_P = layout.to_gathered(public)
+    P = log_P.exp().view(layout.L, layout.B, layout.N)
+    s = s.clone().requires_grad_()
+    log_A = torch.log_softmax(s / tau, 1).view(layout.V, layout.B, layout.N)
+    log_A = log_A.masked_fill(log_A == -math.inf, 0.0)
+    loss = s.new_zeros(())
+    for v in range(layout.V):
+        for t in layout.target_terms(v):
+            loss = loss - layout.pair_weight * (P[t] * log_A[v]).sum()
+    (G,) = torch.autograd.grad(loss / layout.B, s)
+    return P, loss.detach(), G, torch.special.entr(P).sum(), -(log_A.exp() * log_A).sum().detach()
+
+
+# V, L, B, T, W: one view; two; multi-crop; more targets than two; fewer key views; several ranks.
+@pytest.mark.parametrize(
+    "dimensions", [(1, 1, 9, 1, 1), (2, 2, 8, 2, 1), (5, 2, 6, 2, 2), (4, 3, 5, 1, 3), (3, 1, 7, 3, 1)]
+)
+# Top-k at the larger eps alone: one-hot targets of several views tie in their mean.
+@pytest.mark.parametrize(("epsilon", "top_k"), [(0.05, 0), (2e-3, 0), (0.05, 1), (0.05, 5)])
+def test_match(kernels, dimensions, epsilon, top_k):
+    tau, epsilon = 0.1, representable(epsilon)
+    layout, scores, col = match_problem(*dimensions, epsilon)
+    P, loss, G, target_entropy, source_entropy = expected_match(layout, scores, col, epsilon, tau, top_k)
+    shape = (-1, layout.B, layout.N)
+    targets = torch.empty(layout.L, layout.B, layout.N)
+    kept = scores.clone()
+    matched = kernels.match(
+        kept.view(shape)[: layout.L],
+        kept.view(shape),
+        layout,
+        col,
+        torch.zeros(layout.L, layout.B),
+        epsilon=epsilon,
+        temperature=tau,
+        top_k=top_k,
+        targets=targets,
+        gradient=kept.view(shape),
+    )
+    assert_close(targets, P, 1e-5, 1e-9)
+    assert_close(matched.loss, loss, 1e-6, 1e-6 * layout.B)
+    assert_close(matched.target_entropy, target_entropy, 1e-5, 1e-5)
+    assert_close(matched.source_entropy, source_entropy, 1e-5)
+    assert_close(kept, G, 0, 2e-6 * G.abs().max().item())
+
+
+def test_top_k_breaks_ties_by_the_lower_public_column(kernels):
+    # Equal scores everywhere: every column ties. T = 2 key views on W = 3 ranks, so gathered order differs from public.
+    layout = Layout(B=4, V=2, L=2, T=2, D=1, W=3, rank=1)
+    scores = torch.full((layout.M, layout.N), 0.25)
+    targets = torch.empty(2, layout.B, layout.N)
+    kernels.match(
+        scores.view(2, layout.B, -1),
+        None,
+        layout,
+        Potential.one(layout.N),
+        torch.zeros(2, layout.B),
+        epsilon=0.05,
+        temperature=0.1,
+        top_k=7,
+        targets=targets,
+    )
+    public = layout.to_public(targets)
+    assert (public[..., :7] == 1 / torch.tensor(7.0)).all()
+    assert (public[..., 7:] == 0).all()
+
+
+def test_top_k_keeps_a_view_whose_kept_mass_underflows(kernels):
+    # View 0 puts all its mass on columns that the mean does not keep; its kept columns are below float32's range.
+    layout = Layout(B=1, V=2, L=2, T=1, D=1, W=6)
+    scores = torch.tensor([[1.0, 1.0, -1.0, -1.0, -0.99, -1.0], [-1.0, -1.0, 1.0, 1.0, 0.0, 0.0]])
+    epsilon = 0.01
+    col = Potential(torch.tensor([-70.0, -70.0, 0.0, 0.0, 0.0, 0.0]), torch.ones(6))
+    targets = torch.empty(2, 1, 6)
+    kernels.match(
+        scores.view(2, 1, 6),
+        None,
+        layout,
+        col,
+        torch.zeros(2, 1),
+        epsilon=epsilon,
+        temperature=0.1,
+        top_k=2,
+        targets=targets,
+    )
+    log_P = scores.double() / epsilon + col.natural_log()
+    mean = torch.softmax(log_P, 1).mean(0)
+    kept = mean.sort(descending=True, stable=True).indices[:2]
+    expected = torch.zeros(2, 6, dtype=torch.float64)
+    expected[:, kept] = torch.softmax(log_P[:, kept], 1)
+    assert_close(targets.view(2, 6), expected, 1e-4, 1e-7)
+
+
+@pytest.mark.parametrize("n", [1, 8, 33, 1025])
+def test_plan_operator(kernels, n):
+    m, epsilon = 37, 0.05
+    scores = made_scores(m, n)
+    row, col = Potential(torch.full((m,), -20.0), torch.full((m,), 1.5)), Potential.one(n)
+    E = torch.exp(scores.double() / epsilon + row.natural_log()[:, None] + col.natural_log())
+    u, v, x = torch.randn(m), torch.randn(n), torch.randn(m, n)
+    y, w = kernels.plan_products(scores, LOG2_E / epsilon, row, col, v, u)
+    assert_close(y, E @ v.double(), 0, 1e-5 * (E @ v.double().abs()).max().item())
+    assert_close(w, E.T @ u.double(), 0, 1e-5 * (E.T @ u.double().abs()).max().item())
+    expected = x.double() - E * (u.double()[:, None] + v.double())
+    kernels.plan_subtract_(x, scores, LOG2_E / epsilon, row, col, u, v)
+    assert_close(x, expected, 1e-5, 1e-5)
+
+
+@pytest.mark.parametrize("magnitude", [1e-30, 1.0, 1e30])
+def test_normalize_any_magnitude(kernels, magnitude):
+    x = torch.randn(9, 21) * magnitude
+    unit, norm = kernels.normalize(x)
+    expected = x.double().norm(dim=1)
+    assert_close(norm, expected, 1e-12)
+    assert_close(unit, x.double() / expected.clamp_min(1e-12)[:, None], 1e-6, 1e-30)
+
+
+def test_normalize_zero_row_and_its_gradient(kernels):
+    x = torch.zeros(2, 5)
+    x[1] = 1
+    unit, norm = kernels.normalize(x)
+    assert (unit[0] == 0).all()
+    d = kernels.project_(torch.randn(2, 5), unit, norm)
+    assert (d[0] == 0).all() and (d[1] != 0).any()
+
+
+@pytest.mark.parametrize("d", [1, 7, 8, 9, 64, 129])
+def test_project(kernels, d):
+    x = torch.randn(6, d)
+    unit, norm = kernels.normalize(x)
+    gradient = torch.randn(6, d)
+    ud, gd = unit.double(), gradient.double()
+    expected = (gd - ud * (ud * gd).sum(1, keepdim=True)) / norm[:, None]
+    assert_close(kernels.project_(gradient, unit, norm), expected, 1e-5, 1e-5)
+
+
+# Within a tile of 64, at its edge, past it, and an odd number of tiles.
+@pytest.mark.parametrize("m", [1, 63, 64, 65, 150])
+def test_symmetrize(kernels, m):
+    G = torch.randn(m, m)
+    expected = G + G.T
+    sums = kernels.symmetrize_(G)
+    assert torch.equal(G, expected)
+    assert_close(sums, expected.double().sum(1), 0, 1e-5 * max(1, m**0.5))
+
+
+def test_every_instruction_set_agrees_with_the_first():
+    scores = made_scores(70, 300)
+    outcomes = []
+    for isa in isas():
+        kernels, row, c = cpu.kernels(isa), Potential.one(70), torch.empty(300)
+        kernels.sinkhorn_pass(scores, LOG2_E / 0.02, row, Potential.one(300), c, accumulate=False)
+        outcomes.append(c)
+    for c in outcomes[1:]:
+        assert_close(c, outcomes[0], 2e-6, 1e-12)
+
+
+def test_an_instruction_set_that_is_not_here_is_an_error():
+    with pytest.raises(ValueError, match="sse9"):
+        CpuKernels("sse9")

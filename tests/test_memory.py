@@ -1,0 +1,59 @@
+"""Peak memory: the budget is obeyed, and what is beyond it is small."""
+
+import subprocess
+import sys
+
+import pytest
+from problems import needs_cpu_kernels
+
+pytestmark = [
+    needs_cpu_kernels,
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status"),
+]
+
+# Peak resident bytes of one call beyond what was resident before it, in a process of its own. A small call first
+# brings in the libraries and their thread pools.
+PROGRAM = """
+import ctypes, sys, torch
+from bam_kernels import bam_loss, reference
+torch.set_num_threads(2)
+def resident(key):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) << 10 for line in file if line.startswith(key))
+function = reference.bam_loss if {reference} else bam_loss
+def run(student, teacher, **options):
+    function(student, teacher, **options).backward()
+run(torch.randn(2, 1024, 64, requires_grad=True), None)
+student = torch.randn(2, {B}, {D}, requires_grad=True)
+teacher = torch.randn({R}, {B}, {D}) if {R} else None
+ctypes.CDLL("libc.so.6").malloc_trim(0)
+before = resident("VmRSS")
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")
+run(student, teacher, **{options})
+print(resident("VmHWM") - before)
+"""
+
+
+def peak_bytes(B: int, D: int, R: int = 0, *, by_reference: bool = False, **options) -> int:
+    program = PROGRAM.format(B=B, D=D, R=R, options=options, reference=by_reference)
+    return int(subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout)
+
+
+def test_budget_is_obeyed():
+    B, D = 2560, 64
+    M = N = 2 * B
+    scores, embeddings = 4 * M * N, 4 * M * D
+    for budget in (scores, scores // 8):
+        peak = peak_bytes(B, D, memory_budget=budget)
+        # Unit rows, centred keys and gradients; the kernels' partial sums and the product library's own buffers.
+        assert peak <= budget + 7 * embeddings + (10 << 20), (peak, budget)
+
+
+def test_peak_beyond_the_slab_is_a_tenth_of_the_eager_reference():
+    # M = 2048 rows against N = 8192 keys: 8 views of a teacher.
+    shape = {"B": 1024, "D": 64, "R": 8, "key_views": 8, "target_views": 2, "target_rows": "student"}
+    slab = 4 * 2048 * 8192
+    eager = peak_bytes(**shape, by_reference=True)
+    ours = peak_bytes(**shape, memory_budget=slab)
+    assert ours - slab <= 0.1 * eager, (ours, eager)
