@@ -15,15 +15,15 @@ from .backends import choose, cpu
 from .engine import slab
 from .layout import Layout
 from .once import differentiable_once
-from .options import Options
+from .options import Options, as_tensor, check_bool, options_of
 from .precision import product_precision
 from .ranks import ONE_RANK
 from .stats import BAMStats
 
 _library = torch.library.Library("bam_kernels", "FRAGMENT")
 _library.define(
-    "loss(Tensor student, Tensor? teacher, int[] dimensions, float temperature, float epsilon, int iterations, "
-    "int top_k, bool mask_positives, str target_rows, str backend, str precision, int? memory_budget, bool needs_grad) "
+    "loss(Tensor student, Tensor? teacher, int[] dimensions, Tensor scales, int iterations, int top_k, "
+    "bool mask_positives, str target_rows, str backend, str precision, int? memory_budget, bool needs_grad) "
     "-> (Tensor loss, Tensor stats, Tensor dz)"
 )
 
@@ -61,7 +61,7 @@ def bam_loss(
     target_views    L, the first L views give targets; default min(V, 2), or min(V, R, 2) with a teacher
     key_views       T, the first T views are the keys; default L
     temperature     tau, of the source attention A
-    epsilon         Sinkhorn regularisation of the target P; float32 is accurate down to 1e-3
+    epsilon         Sinkhorn regularisation of the target P, at least 1e-6; float32 is accurate down to 1e-3
     iterations      Sinkhorn iterations, columns then rows
     top_k           keep the k largest columns of each image's mean target, in all its target views; 0: all
     mask_positives  leave the views of a row's own image out of A and P
@@ -101,8 +101,9 @@ def _loss(
     student: Tensor, teacher: Tensor | None, options: Options, return_stats: bool
 ) -> Tensor | tuple[Tensor, BAMStats]:
     options.check("bam_loss")
+    check_bool("bam_loss", "return_stats", return_stats)
     layout = options.layout("bam_loss", student, teacher)
-    backend = choose("bam_loss", options, student.device, student.dtype)
+    backend = choose("bam_loss", options, student.device, student.dtype, options.engine)
     if backend == "reference":
         named = {field.name: getattr(options, field.name) for field in fields(options)}
         return reference.bam_loss(student, teacher, **named, return_stats=return_stats)
@@ -110,8 +111,7 @@ def _loss(
         student,
         teacher.detach() if teacher is not None else None,
         [layout.V, layout.L, layout.T, layout.R],
-        options.temperature,
-        options.epsilon,
+        as_tensor(options.temperature, options.epsilon),
         options.iterations,
         options.top_k,
         options.mask_positives,
@@ -131,10 +131,9 @@ def bam_targets(student: Tensor, teacher: Tensor | None = None, **options: Any) 
     Returns (L*B, N) float32 (float64 for float64 input); row t*B + i is target view t of image i; columns in public
     order: view, rank, image. Every row sums to one.
     """
-    resolved = Options(**options)
-    resolved.check("bam_targets")
+    resolved = options_of("bam_targets", options)
     layout = resolved.layout("bam_targets", student, teacher)
-    if choose("bam_targets", resolved, student.device, student.dtype) == "reference":
+    if choose("bam_targets", resolved, student.device, student.dtype, resolved.engine) == "reference":
         return reference.bam_targets(student, teacher, **options)
     with product_precision(student.device, resolved.precision):
         return slab.targets("bam_targets", student, teacher, layout, resolved, ONE_RANK, cpu.kernels())
@@ -144,8 +143,7 @@ def _loss_impl(
     student: Tensor,
     teacher: Tensor | None,
     dimensions: list[int],
-    temperature: float,
-    epsilon: float,
+    scales: Tensor,
     iterations: int,
     top_k: int,
     mask_positives: bool,
@@ -156,6 +154,7 @@ def _loss_impl(
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     V, L, T, R = dimensions
+    temperature, epsilon = scales.tolist()
     options = Options(
         temperature=temperature,
         epsilon=epsilon,
@@ -196,7 +195,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     (dz,) = ctx.saved_tensors
     grad = (grad_loss * dz).to(ctx.dtype).view(ctx.shape)
-    return (differentiable_once(grad), *[None] * 12)
+    return (differentiable_once(grad), *[None] * 11)
 
 
 _library.impl("loss", _loss_impl, "CompositeExplicitAutograd")
@@ -216,8 +215,8 @@ class BAMLoss(nn.Module):
         super().__init__()
         self.epsilon = epsilon
         self.return_stats = return_stats
-        self.options = Options(**options)
-        self.options.check("BAMLoss")
+        self.options = options_of("BAMLoss", options)
+        check_bool("BAMLoss", "return_stats", return_stats)
         if not callable(epsilon):
             Options(epsilon=epsilon).check("BAMLoss")
 
@@ -234,6 +233,7 @@ class BAMLoss(nn.Module):
         return _loss(student, teacher, Options(epsilon=epsilon, **named), self.return_stats)
 
     def extra_repr(self) -> str:
-        shown = {f.name: getattr(self.options, f.name) for f in fields(self.options)} | {"epsilon": self.epsilon}
-        default = {f.name: f.default for f in fields(Options)}
+        shown = {f.name: getattr(self.options, f.name) for f in fields(self.options)}
+        shown |= {"epsilon": self.epsilon, "return_stats": self.return_stats}
+        default = {f.name: f.default for f in fields(Options)} | {"return_stats": False}
         return ", ".join(f"{name}={value}" for name, value in shown.items() if value != default[name])

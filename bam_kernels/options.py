@@ -1,7 +1,7 @@
 """Options of the public functions, checked in one place. Letters are those of layout.py."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ ENGINES = ("auto", "slab", "flash")
 PRECISIONS = ("default", "exact", "fp8")
 MASKS = ("none", "self", "block")
 OUTPUTS = ("plan", "potentials")
+LEAST_SCALE = 1e-6  # float32 holds the exponents of exp(1/eps) as exact integers down to 2e-7
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,7 @@ class Options:
         _check_int(name, "top_k", self.top_k, 0)
         _check_positive(name, "temperature", self.temperature)
         _check_positive(name, "epsilon", self.epsilon)
-        if not isinstance(self.mask_positives, bool):
-            raise TypeError(f"{name}: mask_positives must be True or False, got {self.mask_positives!r}")
+        check_bool(name, "mask_positives", self.mask_positives)
         _check_choice(name, "target_rows", self.target_rows, ("teacher", "student"))
         _check_choice(name, "engine", self.engine, ENGINES)
         check_execution(name, self.backend, self.precision)
@@ -65,7 +65,7 @@ class Options:
             check_same(name, "student", student, "teacher", teacher)
             R = _teacher_views(name, teacher, B)
         L, T = self._view_counts(name, V, R)
-        ranks = ranks_of(self.group)
+        ranks = ranks_of(name, self.group)
         layout = Layout(B=B, V=V, L=L, T=T, D=D, R=R, W=ranks.W, rank=ranks.rank)
         if self.mask_positives and layout.N <= T:
             raise ValueError(
@@ -106,6 +106,21 @@ class Options:
         return L, T
 
 
+def options_of(name: str, given: dict[str, Any]) -> Options:
+    """Options from keywords. Raises: TypeError naming the operation and the keyword it has not."""
+    unknown = given.keys() - {field.name for field in fields(Options)}
+    if unknown:
+        raise TypeError(f"{name}() got an unexpected keyword argument {min(unknown)!r}")
+    options = Options(**given)
+    options.check(name)
+    return options
+
+
+def as_tensor(*numbers: float) -> Tensor:
+    """Numbers that may be scheduled, for an operator: torch.compile would compile afresh for every value of a float."""
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu")
+
+
 @dataclass(frozen=True)
 class AttentionOptions:
     """The options of `sinkhorn_attention`, checked here."""
@@ -131,6 +146,8 @@ class AttentionOptions:
             _check_int(name, "key_views", self.key_views, 1)
         _check_choice(name, "mask", self.mask, MASKS)
         _check_choice(name, "output", self.output, OUTPUTS)
+        check_bool(name, "normalize", self.normalize)
+        check_bool(name, "differentiable", self.differentiable)
         check_execution(name, self.backend, self.precision)
         check_tensor(name, "q", q, (2,))
         if k is not None:
@@ -139,7 +156,7 @@ class AttentionOptions:
         if 0 in q.shape or (k is not None and 0 in k.shape):
             shapes = f"q {tuple(q.shape)}" + (f", k {tuple(k.shape)}" if k is not None else "")
             raise ValueError(f"{name}: q and k must not be empty, got {shapes}")
-        ranks = ranks_of(self.group)
+        ranks = ranks_of(name, self.group)
         if self.mask == "block":
             return self._block_layout(name, q, k, ranks.W, ranks.rank)
         if self.views != 1 or self.key_views is not None:
@@ -219,6 +236,11 @@ def check_finite(name: str, argument: str, norms: Tensor) -> None:
         )
 
 
+def check_bool(name: str, field: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: {field} must be True or False, got {value!r}")
+
+
 def _check_int(name: str, field: str, value: Any, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name}: {field} must be an integer, got {value!r}")
@@ -229,8 +251,8 @@ def _check_int(name: str, field: str, value: Any, least: int) -> None:
 def _check_positive(name: str, field: str, value: Any) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name}: {field} must be a number, got {value!r}")
-    if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{name}: {field} must be positive and finite, got {value}")
+    if not LEAST_SCALE <= value < math.inf:
+        raise ValueError(f"{name}: {field} must be positive and finite (at least {LEAST_SCALE}), got {value}")
 
 
 def _check_choice(name: str, field: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -50,17 +50,17 @@ class OneRank:
 ONE_RANK = OneRank()
 
 
-def ranks_of(group: Any) -> Ranks:
+def ranks_of(name: str, group: Any) -> Ranks:
     """The ranks of `group`; of the default process group where it is None and torch.distributed is initialised."""
     distributed = torch.distributed
     if not distributed.is_available() or not distributed.is_initialized():
         if group is not None:
-            raise ValueError("group: torch.distributed is not initialised, so there is no process group")
+            raise ValueError(f"{name}: group is given, but torch.distributed is not initialised")
         return ONE_RANK
     size = distributed.get_world_size(group)
     if size == 1:
         return ONE_RANK
     raise NotImplementedError(
-        f"group: the process group has {size} ranks; this version computes the loss of one rank only. "
+        f"{name}: the process group has {size} ranks; this version computes the loss of one rank only. "
         "Pass a group of one rank to compute each rank's own loss"
     )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .layout import Layout
-from .options import AttentionOptions, Options, check_finite
+from .options import AttentionOptions, Options, check_finite, options_of
 from .precision import product_precision
 from .stats import BAMStats
 
@@ -89,8 +89,7 @@ def loss_from_scores(
 @torch.no_grad()
 def bam_targets(student: Tensor, teacher: Tensor | None = None, **options: Any) -> Tensor:
     """The targets P (L*B, N) of `bam_loss` with the same options, columns in public order."""
-    resolved = Options(**options)
-    resolved.check("bam_targets")
+    resolved = options_of("bam_targets", options)
     layout = resolved.layout("bam_targets", student, teacher)
     _, target = _scores("bam_targets", student, teacher, layout, resolved)
     return log_targets(target, layout, resolved)[0].exp()

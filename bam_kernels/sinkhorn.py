@@ -13,11 +13,11 @@ from .backends import choose, cpu
 from .engine import attention
 from .layout import Layout
 from .once import differentiable_once
-from .options import AttentionOptions
+from .options import AttentionOptions, as_tensor
 from .precision import product_precision
 
 _library = torch.library.Library("bam_kernels", "FRAGMENT")
-_PROBLEM = "Tensor q, Tensor? k, float epsilon, int iterations, str mask, int[] dimensions, bool normalize"
+_PROBLEM = "Tensor q, Tensor? k, Tensor epsilon, int iterations, str mask, int[] dimensions, bool normalize"
 _library.define(f"sinkhorn_attention({_PROBLEM}, bool plan, str precision) -> (Tensor plan, Tensor f, Tensor g)")
 _library.define(
     f"sinkhorn_attention_backward({_PROBLEM}, str precision, Tensor? plan, Tensor? grad_plan, Tensor? grad_f, "
@@ -82,7 +82,7 @@ def sinkhorn_attention(
     if not differentiable:
         q, k = q.detach(), k.detach() if k is not None else None
     plan, f, g = torch.ops.bam_kernels.sinkhorn_attention(
-        q, k, epsilon, iterations, mask, [layout.V, layout.T], normalize, output == "plan", precision
+        q, k, as_tensor(epsilon), iterations, mask, [layout.V, layout.T], normalize, output == "plan", precision
     )
     return plan if output == "plan" else (f, g)
 
@@ -96,7 +96,7 @@ def _layout(q: Tensor, k: Tensor | None, mask: str, dimensions: list[int]) -> La
 def _attention_impl(
     q: Tensor,
     k: Tensor | None,
-    epsilon: float,
+    epsilon: Tensor,
     iterations: int,
     mask: str,
     dimensions: list[int],
@@ -106,10 +106,12 @@ def _attention_impl(
 ) -> tuple[Tensor, Tensor, Tensor]:
     layout = _layout(q, k, mask, dimensions)
     with product_precision(q.device, precision):
-        return attention.forward(q, k, layout, epsilon, iterations, mask != "none", normalize, plan, cpu.kernels())
+        return attention.forward(
+            q, k, layout, epsilon.item(), iterations, mask != "none", normalize, plan, cpu.kernels()
+        )
 
 
-def _attention_fake(q: Tensor, k: Tensor | None, epsilon: float, iterations: int, mask: str, dimensions: list[int],
+def _attention_fake(q: Tensor, k: Tensor | None, epsilon: Tensor, iterations: int, mask: str, dimensions: list[int],
                     normalize: bool, plan: bool, precision: str) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     N = _layout(q, k, mask, dimensions).N
     m = len(q)
@@ -123,7 +125,7 @@ def _attention_fake(q: Tensor, k: Tensor | None, epsilon: float, iterations: int
 def _backward_impl(
     q: Tensor,
     k: Tensor | None,
-    epsilon: float,
+    epsilon: Tensor,
     iterations: int,
     mask: str,
     dimensions: list[int],
@@ -140,7 +142,7 @@ def _backward_impl(
             q,
             k,
             layout,
-            epsilon,
+            epsilon.item(),
             iterations,
             mask != "none",
             normalize,
@@ -158,13 +160,13 @@ def _backward_fake(q: Tensor, k: Tensor | None, *_: Any) -> tuple[Tensor, Tensor
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     q, k, epsilon, iterations, mask, dimensions, normalize, wants_plan, precision = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, output[0] if wants_plan else None)
-    ctx.problem = (epsilon, iterations, mask, dimensions, normalize, precision)
+    ctx.save_for_backward(q, k, epsilon, output[0] if wants_plan else None)
+    ctx.problem = (iterations, mask, dimensions, normalize, precision)
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, plan = ctx.saved_tensors
-    dq, dk = torch.ops.bam_kernels.sinkhorn_attention_backward(q, k, *ctx.problem, plan, *grads)
+    q, k, epsilon, plan = ctx.saved_tensors
+    dq, dk = torch.ops.bam_kernels.sinkhorn_attention_backward(q, k, epsilon, *ctx.problem, plan, *grads)
     return (differentiable_once(dq), differentiable_once(dk) if k is not None else None, *[None] * 7)
 
 

@@ -83,6 +83,11 @@ OPTIONS = {
     "temperature NaN": ({"temperature": math.nan}, ValueError, ["temperature must be positive and finite", "nan"]),
     "temperature text": ({"temperature": "0.1"}, TypeError, ["temperature must be a number", "'0.1'"]),
     "epsilon -1": ({"epsilon": -1.0}, ValueError, ["epsilon must be positive and finite", "-1.0"]),
+    "epsilon 1e-45": (
+        {"epsilon": 1e-45},
+        ValueError,
+        ["epsilon must be positive and finite (at least 1e-06)", "1e-45"],
+    ),
     "epsilon infinite": ({"epsilon": math.inf}, ValueError, ["epsilon must be positive and finite", "inf"]),
     "epsilon None": ({"epsilon": None}, TypeError, ["epsilon must be a number", "None"]),
     "iterations 0": ({"iterations": 0}, ValueError, ["iterations must be at least 1", "0"]),
@@ -133,6 +138,13 @@ ATTENTION = {
     "epsilon text": ((Q,), {"epsilon": "small"}, TypeError, ["epsilon must be a number", "'small'"]),
     "iterations": ((Q,), {"iterations": 0}, ValueError, ["iterations must be at least 1", "0"]),
     "iterations None": ((Q,), {"iterations": None}, TypeError, ["iterations must be an integer", "None"]),
+    "normalize 1": ((Q,), {"normalize": 1}, TypeError, ["normalize must be True or False", "1"]),
+    "differentiable None": (
+        (Q,),
+        {"differentiable": None},
+        TypeError,
+        ["differentiable must be True or False", "None"],
+    ),
     "mask": ((Q,), {"mask": "diagonal"}, ValueError, ["mask must be one of none, self, block", "'diagonal'"]),
     "output": ((Q,), {"output": "f"}, ValueError, ["output must be one of plan, potentials", "'f'"]),
     "backend": ((Q,), {"backend": "gpu"}, ValueError, ["backend must be one of", "'gpu'"]),
@@ -249,6 +261,12 @@ def test_group_without_torch_distributed():
 def test_stats_of_targets():
     """An option of bam_loss that bam_targets has not."""
     check_error(bam_targets, TypeError, ["bam_targets", "'return_stats'"], Z, return_stats=True)
+
+
+def test_return_stats_is_a_bool():
+    words = ["return_stats must be True or False", "'yes'"]
+    check_error(bam_loss, TypeError, ["bam_loss", *words], Z, return_stats="yes")
+    check_error(BAMLoss, TypeError, ["BAMLoss", *words], return_stats="yes")
 
 
 def test_schedule():

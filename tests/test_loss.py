@@ -394,7 +394,7 @@ def test_global_precision_flag(matmul_precision, monkeypatch, precision, flag):
 def operator(student, teacher, needs_grad):
     """torch.ops.bam_kernels.loss with default options."""
     dimensions = [len(student), 2, 2, len(teacher) if teacher is not None else 0]
-    options = (0.1, 0.05, 3, 0, True, "teacher", "cpu", "exact", None)
+    options = (torch.tensor([0.1, 0.05], dtype=torch.float64), 3, 0, True, "teacher", "cpu", "exact", None)
     return torch.ops.bam_kernels.loss(student, teacher, dimensions, *options, needs_grad)
 
 
@@ -516,6 +516,7 @@ def test_module_shows_the_options_that_are_not_default():
     for part in ("views=4", "epsilon=0.02", "top_k=8", "mask_positives=False", "backend=cpu"):
         assert part in shown
     assert "temperature" not in shown
+    assert repr(BAMLoss(return_stats=True)) == "BAMLoss(return_stats=True)"
     assert "linear_decay" in repr(BAMLoss(epsilon=linear_decay))
 
 

@@ -23,7 +23,7 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=4)
 
 
-def choose(name: str, options: Execution, device: torch.device, dtype: torch.dtype) -> str:
+def choose(name: str, options: Execution, device: torch.device, dtype: torch.dtype, engine: str = "auto") -> str:
     """The backend that will run: the one asked for if it can run these tensors, the best one for "auto".
 
     Raises: TypeError for float64 with a backend other than reference; ValueError for one that cannot run here, or has
@@ -32,6 +32,8 @@ def choose(name: str, options: Execution, device: torch.device, dtype: torch.dty
     backend = _choose(name, options.backend, device, dtype)
     if options.precision == "fp8":
         raise ValueError(f'{name}: precision="fp8" is not to be had from backend="{backend}"')
+    if engine == "flash":
+        raise ValueError(f'{name}: engine="flash" is not to be had from backend="{backend}"')
     return backend
 
 
