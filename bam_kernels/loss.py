@@ -11,20 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from . import reference
+from .agreement import told
 from .backends import choose, cpu
 from .engine import slab
 from .layout import Layout
 from .once import differentiable_once
 from .options import Options, as_tensor, check_bool, options_of
 from .precision import product_precision
-from .ranks import ONE_RANK
+from .ranks import ranks_named, ranks_of
 from .stats import BAMStats
 
 _library = torch.library.Library("bam_kernels", "FRAGMENT")
 _library.define(
     "loss(Tensor student, Tensor? teacher, int[] dimensions, Tensor scales, int iterations, int top_k, "
-    "bool mask_positives, str target_rows, str backend, str precision, int? memory_budget, bool needs_grad) "
-    "-> (Tensor loss, Tensor stats, Tensor dz)"
+    "bool mask_positives, str target_rows, str backend, str precision, int? memory_budget, bool regather, str group, "
+    "bool needs_grad) -> (Tensor loss, Tensor stats, Tensor dz)"
 )
 
 
@@ -46,6 +47,7 @@ def bam_loss(
     engine: str = "auto",
     precision: str = "default",
     memory_budget: int | None = None,
+    regather: bool = False,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, BAMStats]:
     """loss = mean_{t<L} mean_{v != t} mean_i ( -Σ_j P_t,ij log A_v,ij ).
@@ -66,15 +68,20 @@ def bam_loss(
     top_k           keep the k largest columns of each image's mean target, in all its target views; 0: all
     mask_positives  leave the views of a row's own image out of A and P
     target_rows     with a teacher, whose rows are balanced: "teacher" or "student"
-    group           torch.distributed process group
+    group           torch.distributed process group over whose ranks the batch is spread, with the same number of images
+                    on each; None: the default group where there is one
     backend         auto | reference | cpu | triton | cuda; auto takes the best that can run here
     engine          auto | slab | flash (triton only)
     precision       default | exact (float32 products whatever torch's flags) | fp8 (where a backend has it)
     memory_budget   bytes the engine may use for scores; None: a quarter of the memory that is free
+    regather        with several ranks: gather the keys again for the gradient instead of holding them; all scores are
+                    then kept
     return_stats    also return BAMStats
 
-    Returns a scalar, float32 (float64 for float64 input): this rank's mean over its own images. The gradient is
-    computed with the loss and is differentiable once.
+    Returns a scalar, float32 (float64 for float64 input): this rank's mean over its own images. The gradient is that
+    of the sum of all ranks' losses by this rank's embeddings, so that the mean over ranks that
+    DistributedDataParallel makes of parameter gradients is the gradient of the mean loss. It is computed with the loss
+    and is differentiable once. Every rank must call, with the same options; ranks that differ raise ValueError.
     Raises: ValueError or TypeError naming the argument, what must hold and what came.
     Source: Shalam and Korman, "Unsupervised Representation Learning by Balanced Self Attention Matching", ECCV 2024.
     """
@@ -93,6 +100,7 @@ def bam_loss(
         engine,
         precision,
         memory_budget,
+        regather,
     )
     return _loss(student, teacher, options, return_stats)
 
@@ -100,10 +108,11 @@ def bam_loss(
 def _loss(
     student: Tensor, teacher: Tensor | None, options: Options, return_stats: bool
 ) -> Tensor | tuple[Tensor, BAMStats]:
-    options.check("bam_loss")
-    check_bool("bam_loss", "return_stats", return_stats)
-    layout = options.layout("bam_loss", student, teacher)
-    backend = choose("bam_loss", options, student.device, student.dtype, options.engine)
+    with told("bam_loss", options.group, student):
+        options.check("bam_loss")
+        check_bool("bam_loss", "return_stats", return_stats)
+        layout = options.layout("bam_loss", student, teacher)
+        backend = choose("bam_loss", options, student.device, student.dtype, options.engine)
     if backend == "reference":
         named = {field.name: getattr(options, field.name) for field in fields(options)}
         return reference.bam_loss(student, teacher, **named, return_stats=return_stats)
@@ -119,6 +128,8 @@ def _loss(
         backend,
         options.precision,
         options.memory_budget,
+        options.regather,
+        ranks_of("bam_loss", options.group)[2],
         student.requires_grad and torch.is_grad_enabled(),
     )
     return (loss, BAMStats(*stats.unbind())) if return_stats else loss
@@ -131,12 +142,15 @@ def bam_targets(student: Tensor, teacher: Tensor | None = None, **options: Any) 
     Returns (L*B, N) float32 (float64 for float64 input); row t*B + i is target view t of image i; columns in public
     order: view, rank, image. Every row sums to one.
     """
-    resolved = options_of("bam_targets", options)
-    layout = resolved.layout("bam_targets", student, teacher)
-    if choose("bam_targets", resolved, student.device, student.dtype, resolved.engine) == "reference":
+    with told("bam_targets", options.get("group"), student):
+        resolved = options_of("bam_targets", options)
+        layout = resolved.layout("bam_targets", student, teacher)
+        backend = choose("bam_targets", resolved, student.device, student.dtype, resolved.engine)
+    if backend == "reference":
         return reference.bam_targets(student, teacher, **options)
     with product_precision(student.device, resolved.precision):
-        return slab.targets("bam_targets", student, teacher, layout, resolved, ONE_RANK, cpu.kernels())
+        ranks = ranks_named(ranks_of("bam_targets", resolved.group)[2])
+        return slab.targets("bam_targets", student, teacher, layout, resolved, ranks, cpu.kernels())
 
 
 def _loss_impl(
@@ -151,6 +165,8 @@ def _loss_impl(
     backend: str,
     precision: str,
     memory_budget: int | None,
+    regather: bool,
+    group: str,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     V, L, T, R = dimensions
@@ -162,14 +178,16 @@ def _loss_impl(
         top_k=top_k,
         mask_positives=mask_positives,
         target_rows=target_rows,
+        precision=precision,
         memory_budget=memory_budget,
+        regather=regather,
     )
-    D = student.shape[-1]
-    layout = Layout(B=student.numel() // (V * D), V=V, L=L, T=T, D=D, R=R)
+    D, ranks = student.shape[-1], ranks_named(group)
+    layout = Layout(B=student.numel() // (V * D), V=V, L=L, T=T, D=D, R=R, W=ranks.W, rank=ranks.rank)
     assert backend == "cpu"
     with product_precision(student.device, precision):
         result = slab.evaluate(
-            "bam_loss", student, teacher, layout, options, ONE_RANK, cpu.kernels(), needs_grad=needs_grad
+            "bam_loss", student, teacher, layout, options, ranks, cpu.kernels(), needs_grad=needs_grad
         )
     dz = result.dz if result.dz is not None else student.new_empty(0, dtype=torch.float32)
     return result.loss.float(), result.stats.float(), dz
@@ -195,7 +213,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     (dz,) = ctx.saved_tensors
     grad = (grad_loss * dz).to(ctx.dtype).view(ctx.shape)
-    return (differentiable_once(grad), *[None] * 11)
+    return (differentiable_once(grad), *[None] * 13)
 
 
 _library.impl("loss", _loss_impl, "CompositeExplicitAutograd")

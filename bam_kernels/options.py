@@ -37,6 +37,7 @@ class Options:
     engine: str = "auto"
     precision: str = "default"
     memory_budget: int | None = None
+    regather: bool = False
 
     def check(self, name: str) -> None:
         """Check what can be checked without tensors. Raises: ValueError, TypeError."""
@@ -48,6 +49,7 @@ class Options:
         _check_positive(name, "temperature", self.temperature)
         _check_positive(name, "epsilon", self.epsilon)
         check_bool(name, "mask_positives", self.mask_positives)
+        check_bool(name, "regather", self.regather)
         _check_choice(name, "target_rows", self.target_rows, ("teacher", "student"))
         _check_choice(name, "engine", self.engine, ENGINES)
         check_execution(name, self.backend, self.precision)
@@ -65,14 +67,34 @@ class Options:
             check_same(name, "student", student, "teacher", teacher)
             R = _teacher_views(name, teacher, B)
         L, T = self._view_counts(name, V, R)
-        ranks = ranks_of(name, self.group)
-        layout = Layout(B=B, V=V, L=L, T=T, D=D, R=R, W=ranks.W, rank=ranks.rank)
+        W, rank, _ = ranks_of(name, self.group)
+        layout = Layout(B=B, V=V, L=L, T=T, D=D, R=R, W=W, rank=rank)
         if self.mask_positives and layout.N <= T:
             raise ValueError(
                 f"{name}: nothing left to attend to: N={layout.N} keys, all of them views of the one image; "
                 "give at least 2 images over all ranks, or mask_positives=False"
             )
         return layout
+
+    def header(
+        self, layout: Layout, student: Tensor, teacher: Tensor | None, backend: str, needs_grad: bool
+    ) -> dict[str, Any]:
+        """What must be the same on all ranks: number, order and size of their messages follow from it."""
+        return {
+            **{letter: getattr(layout, letter) for letter in "BVRLTD"},
+            "student's type": str(student.dtype),
+            "teacher's type": str(teacher.dtype) if teacher is not None else None,
+            "temperature": self.temperature,
+            "epsilon": self.epsilon,
+            "iterations": self.iterations,
+            "top_k": self.top_k,
+            "mask_positives": self.mask_positives,
+            "target_rows": self.target_rows if teacher is not None else None,
+            "precision": self.precision,
+            "regather": self.regather,
+            "backend": backend,
+            "needs_grad": needs_grad,
+        }
 
     def _student_shape(self, name: str, student: Tensor) -> tuple[int, int]:
         if student.dim() == 3:
@@ -156,18 +178,30 @@ class AttentionOptions:
         if 0 in q.shape or (k is not None and 0 in k.shape):
             shapes = f"q {tuple(q.shape)}" + (f", k {tuple(k.shape)}" if k is not None else "")
             raise ValueError(f"{name}: q and k must not be empty, got {shapes}")
-        ranks = ranks_of(name, self.group)
+        W, rank, _ = ranks_of(name, self.group)
+        if W > 1 and self.differentiable:
+            raise NotImplementedError(f"{name}: differentiable=True is for one rank, the process group has {W}")
         if self.mask == "block":
-            return self._block_layout(name, q, k, ranks.W, ranks.rank)
+            return self._block_layout(name, q, k, W, rank)
         if self.views != 1 or self.key_views is not None:
             raise ValueError(f'{name}: views and key_views belong to mask="block", got mask="{self.mask}"')
         if self.mask == "self" and k is not None:
             raise ValueError(f'{name}: mask="self" is for k=None, where row i and key i are the same')
         n = len(q) if k is None else len(k)
-        layout = Layout(B=n, V=1, L=1, T=1, D=q.shape[1], W=ranks.W, rank=ranks.rank)
+        layout = Layout(B=n, V=1, L=1, T=1, D=q.shape[1], W=W, rank=rank)
         if self.mask == "self" and layout.N < 2:
             raise ValueError(f'{name}: nothing left to attend to: mask="self" with {layout.N} key')
         return layout
+
+    def header(self, layout: Layout, q: Tensor, k: Tensor | None, backend: str) -> dict[str, Any]:
+        """What must be the same on all ranks. Without a mask they may have different numbers of rows."""
+        return {
+            **{letter: getattr(layout, letter) for letter in "BVTD"},
+            "q's type": str(q.dtype),
+            "k's type": str(k.dtype) if k is not None else None,
+            **{field: getattr(self, field) for field in ("epsilon", "iterations", "mask", "normalize", "precision")},
+            "backend": backend,
+        }
 
     def _block_layout(self, name: str, q: Tensor, k: Tensor | None, W: int, rank: int) -> Layout:
         V, T = self.views, self.views if self.key_views is None else self.key_views

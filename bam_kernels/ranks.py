@@ -1,31 +1,49 @@
-"""How one rank sees the others. The engines speak to this interface alone.
+"""How one rank sees the others. Engines, reference and operators speak to this interface alone.
 
-B, T, D, N and W are those of layout.py; gathered order is rank-major.
+W ranks, this one is `rank`; each holds n = T*B of the N = W*n keys, rows r*n .. (r+1)*n - 1 in gathered order.
+Three kinds: no other rank (here), torch.distributed (distributed.py), and simulated ones (simulated.py).
 """
 
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
+from .header import Header
+
 
 class Ranks(Protocol):
-    """Gather keys, reduce column sums, scatter key gradients."""
+    """Agree on the problem, gather keys, reduce column sums, scatter key gradients.
+
+    Every rank calls the same methods in the same order with tensors of the same shapes: they follow from what `agree`
+    has compared.
+    """
 
     W: int
     rank: int
+    name: str
+    """Under which `ranks_named` finds them: operators take strings."""
 
-    def gather_keys(self, keys: Tensor) -> Tensor:
-        """(T*B, D) of this rank -> (N, D) of all ranks, gathered order."""
+    def agree(self, header: Header, device: torch.device) -> None:
+        """Return if all ranks have the same header and none has a fault. Raises: ValueError saying what differs."""
 
-    def sum(self, columns: Tensor) -> Tensor:
-        """Sum of a (N,) tensor over the ranks."""
+    def gather(self, own: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """(first row, (n, D) rows) of every rank's `own`, as they arrive, this rank's first; each valid until the next.
 
-    def max(self, columns: Tensor) -> Tensor:
-        """Maximum of a (N,) tensor over the ranks."""
+        To be read to its end, and not to be written to.
+        """
 
-    def scatter_keys(self, dk: Tensor) -> Tensor:
-        """(N, D) of this rank's rows -> (T*B, D): the sum over ranks of the rows that this rank owns."""
+    def sum(self, x: Tensor, meanwhile: Callable[[], None] | None = None) -> Tensor:
+        """x <- its sum over the ranks; `meanwhile` is done while the sum is under way."""
+
+    def max(self, x: Tensor) -> Tensor:
+        """x <- its maximum over the ranks."""
+
+    def scatter(self, part: Callable[[int], Tensor]) -> Tensor:
+        """Σ over ranks of their part(this rank): `part(r)` is this rank's (n, D) contribution to rank r, a tensor of
+        its own that may be written to. Asked for the other ranks first."""
 
 
 class OneRank:
@@ -33,34 +51,97 @@ class OneRank:
 
     W = 1
     rank = 0
+    name = ""
 
-    def gather_keys(self, keys: Tensor) -> Tensor:
-        return keys
+    def agree(self, header: Header, device: torch.device) -> None:
+        pass
 
-    def sum(self, columns: Tensor) -> Tensor:
-        return columns
+    def gather(self, own: Tensor) -> Iterator[tuple[int, Tensor]]:
+        yield 0, own
 
-    def max(self, columns: Tensor) -> Tensor:
-        return columns
+    def sum(self, x: Tensor, meanwhile: Callable[[], None] | None = None) -> Tensor:
+        return x
 
-    def scatter_keys(self, dk: Tensor) -> Tensor:
-        return dk
+    def max(self, x: Tensor) -> Tensor:
+        return x
+
+    def scatter(self, part: Callable[[int], Tensor]) -> Tensor:
+        return part(0)
 
 
 ONE_RANK = OneRank()
+_named: WeakValueDictionary[str, Ranks] = WeakValueDictionary({"": ONE_RANK})
+_of_groups: dict[Any, Ranks] = {}  # keeps those of process groups, with what they have agreed on
 
 
-def ranks_of(name: str, group: Any) -> Ranks:
-    """The ranks of `group`; of the default process group where it is None and torch.distributed is initialised."""
+def ranks_named(name: str) -> Ranks:
+    """The ranks that `ranks_of` has returned under this name."""
+    return _named[name]
+
+
+@torch.compiler.assume_constant_result
+def ranks_of(operation: str, group: Any) -> tuple[int, int, str]:
+    """(W, rank, name) of `group`; of the default process group where it is None and torch.distributed is initialised.
+
+    A compiled function keeps what it was compiled with. Raises: ValueError, TypeError naming the operation.
+    """
+    ranks = _resolve(operation, group)
+    _named[ranks.name] = ranks
+    return ranks.W, ranks.rank, ranks.name
+
+
+def _resolve(operation: str, group: Any) -> Ranks:
+    from .simulated import SimulatedRanks, ThreadRanks
+
+    if isinstance(group, (OneRank, SimulatedRanks, ThreadRanks)):
+        return group
     distributed = torch.distributed
     if not distributed.is_available() or not distributed.is_initialized():
         if group is not None:
-            raise ValueError(f"{name}: group is given, but torch.distributed is not initialised")
+            raise ValueError(f"{operation}: group is given, but torch.distributed is not initialised")
         return ONE_RANK
-    size = distributed.get_world_size(group)
-    if size == 1:
+    from .distributed import GroupRanks
+
+    if group is None:
+        group = distributed.group.WORLD
+    if not isinstance(group, distributed.ProcessGroup):
+        raise TypeError(f"{operation}: group must be a torch.distributed process group, got {type(group).__name__}")
+    if distributed.get_rank(group) < 0:
+        raise ValueError(f"{operation}: this process is not a member of group")
+    if group.size() == 1:
         return ONE_RANK
-    raise NotImplementedError(
-        f"{name}: the process group has {size} ranks; this version computes the loss of one rank only. "
-        "Pass a group of one rank to compute each rank's own loss"
-    )
+    known = _of_groups.get(group)
+    if known is None:
+        for destroyed in [other for other in _of_groups if not _is_alive(other)]:
+            del _of_groups[destroyed]
+        _of_groups[group] = known = GroupRanks(group)
+    return known
+
+
+def _is_alive(group: Any) -> bool:
+    try:
+        return torch.distributed.get_rank(group) >= 0
+    except (ValueError, RuntimeError):
+        return False
+
+
+class _Gathered(torch.autograd.Function):
+    """All ranks' rows; backwards, every rank gets the sum of what its rows have contributed."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        whole = own.new_empty(ranks.W * len(own), own.shape[1])
+        for first, rows in ranks.gather(own):
+            whole[first : first + len(rows)] = rows
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        blocks = grads[0].chunk(ctx.ranks.W)
+        return ctx.ranks.scatter(lambda r: blocks[r].clone()), None
+
+
+def gather(own: Tensor, ranks: Ranks) -> Tensor:
+    """(N, D) in gathered order from (n, D); its gradient is scattered and summed over the ranks."""
+    return own if ranks.W == 1 else _Gathered.apply(own, ranks)

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .agreement import agreed
 from .layout import Layout
 from .options import AttentionOptions, Options, check_finite, options_of
 from .precision import product_precision
+from .ranks import ONE_RANK, Ranks, gather, ranks_named, ranks_of
 from .stats import BAMStats
 
 NORM_FLOOR = 1e-12
@@ -38,6 +40,7 @@ def bam_loss(
     engine: str = "auto",
     precision: str = "default",
     memory_budget: int | None = None,
+    regather: bool = False,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, BAMStats]:
     """loss = mean_{t<L} mean_{v != t} mean_i ( -Σ_j P_t,ij log A_v,ij ), differentiable by autograd.
@@ -60,20 +63,28 @@ def bam_loss(
         engine,
         precision,
         memory_budget,
+        regather,
     )
     options.check("bam_loss")
     layout = options.layout("bam_loss", student, teacher)
-    source, target = _scores("bam_loss", student, teacher, layout, options)
-    loss, stats = loss_from_scores(source, target, layout, options, wants_stats=return_stats)
+    ranks = ranks_named(ranks_of("bam_loss", group)[2])
+    source, target = _scores("bam_loss", student, teacher, layout, options, ranks)
+    loss, stats = loss_from_scores(source, target, layout, options, ranks, wants_stats=return_stats)
     return (loss, stats) if stats is not None else loss
 
 
 def loss_from_scores(
-    source: Tensor, target: Tensor, layout: Layout, options: Options, *, wants_stats: bool = False
+    source: Tensor,
+    target: Tensor,
+    layout: Layout,
+    options: Options,
+    ranks: Ranks = ONE_RANK,
+    *,
+    wants_stats: bool = False,
 ) -> tuple[Tensor, BAMStats | None]:
     """The loss and its statistics from source scores (M, N) and target scores (rows, N); P carries no gradient."""
     with torch.no_grad():
-        log_P, column_residual = log_targets(target, layout, options)
+        log_P, column_residual = log_targets(target, layout, options, ranks)
         P = log_P.exp().view(layout.L, layout.B, layout.N)
     log_A = _log_source(source, layout, options).view(layout.V, layout.B, layout.N)
     loss = source.new_zeros(())
@@ -91,8 +102,9 @@ def bam_targets(student: Tensor, teacher: Tensor | None = None, **options: Any) 
     """The targets P (L*B, N) of `bam_loss` with the same options, columns in public order."""
     resolved = options_of("bam_targets", options)
     layout = resolved.layout("bam_targets", student, teacher)
-    _, target = _scores("bam_targets", student, teacher, layout, resolved)
-    return log_targets(target, layout, resolved)[0].exp()
+    ranks = ranks_named(ranks_of("bam_targets", resolved.group)[2])
+    _, target = _scores("bam_targets", student, teacher, layout, resolved, ranks)
+    return log_targets(target, layout, resolved, ranks)[0].exp()
 
 
 def normalize(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,18 +114,28 @@ def normalize(x: Tensor) -> tuple[Tensor, Tensor]:
     return kept / norm.clamp_min(NORM_FLOOR).to(x.dtype), norm
 
 
-def log_sinkhorn(log_K: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
+def log_sinkhorn(log_K: Tensor, iterations: int, ranks: Ranks = ONE_RANK) -> tuple[Tensor, Tensor, Tensor]:
     """Sinkhorn-Knopp in log space: log P_ij = log K_ij + f_i + g_j, columns first, rows last.
 
     Starts from f = 0; `iterations` times g_j = -log Σ_i exp(log K_ij + f_i), f_i = -log Σ_j exp(log K_ij + g_j).
+    The rows i are those of all ranks, each of which holds its own; the columns j are all keys.
     Returns f (m,), g (n,), and the column sums (n,) of P that entered the last column step (NaN if iterations = 1).
     """
     f = log_K.new_zeros(log_K.shape[0])
     g = log_K.new_full((log_K.shape[1],), math.nan)
     for _ in range(iterations):
-        before, g = g, -torch.logsumexp(log_K + f[:, None], dim=0)
+        before, g = g, -_column_logsumexp(log_K + f[:, None], ranks)
         f = -torch.logsumexp(log_K + g, dim=1)
     return f, g, torch.exp(before - g)
+
+
+def _column_logsumexp(x: Tensor, ranks: Ranks) -> Tensor:
+    """log Σ_i exp(x_ij) over the rows i of all ranks."""
+    own = torch.logsumexp(x, dim=0)
+    if ranks.W == 1:
+        return own
+    most = ranks.max(own.clone())
+    return most + torch.log(ranks.sum(torch.exp(own - most)))
 
 
 def _embeddings(name: str, student: Tensor, teacher: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -129,22 +151,25 @@ def _embeddings(name: str, student: Tensor, teacher: Tensor | None) -> tuple[Ten
 
 
 def _scores(
-    name: str, student: Tensor, teacher: Tensor | None, layout: Layout, options: Options
+    name: str, student: Tensor, teacher: Tensor | None, layout: Layout, options: Options, ranks: Ranks
 ) -> tuple[Tensor, Tensor]:
-    """Source scores z kᵀ (M, N) and target scores, the same or y kᵀ (R*B, N)."""
+    """Source scores z kᵀ (M, N) and target scores, the same or y kᵀ (R*B, N), columns in public order."""
+    needs_grad = student.requires_grad and torch.is_grad_enabled()
+    header = options.header(layout, student, teacher, "reference", needs_grad)
     with product_precision(student.device, options.precision):
-        z, y = _embeddings(name, student, teacher)
-        keys = (z if y is None else y)[: layout.T * layout.B]
+        with agreed(ranks, name, header, student.device):
+            z, y = _embeddings(name, student, teacher)
+        keys = layout.to_public(gather((z if y is None else y)[: layout.T * layout.B], ranks).T).T
         source = z @ keys.T
         return source, source if y is None or options.target_rows == "student" else y @ keys.T
 
 
-def log_targets(scores: Tensor, layout: Layout, options: Options) -> tuple[Tensor, Tensor]:
+def log_targets(scores: Tensor, layout: Layout, options: Options, ranks: Ranks = ONE_RANK) -> tuple[Tensor, Tensor]:
     """log P (L*B, N) of the target views and the column residual: Sinkhorn on all rows of (rows, N) scores, top-k."""
     log_K = scores / options.epsilon
     if options.mask_positives:
         log_K = log_K.masked_fill(layout.positive_mask(len(scores), scores.device), -math.inf)
-    f, g, c = log_sinkhorn(log_K, options.iterations)
+    f, g, c = log_sinkhorn(log_K, options.iterations, ranks)
     kept = layout.L * layout.B
     log_P = log_K[:kept] + f[:kept, None] + g
     if 0 < options.top_k < layout.N:
@@ -226,14 +251,17 @@ def sinkhorn_attention(
 
 def attention(q: Tensor, k: Tensor | None, layout: Layout, options: AttentionOptions) -> Tensor | tuple[Tensor, Tensor]:
     """`sinkhorn_attention` after its arguments have been checked."""
+    ranks = ranks_named(ranks_of("sinkhorn_attention", options.group)[2])
     with torch.set_grad_enabled(options.differentiable and torch.is_grad_enabled()):
         with product_precision(q.device, options.precision):
-            rows = _attention_rows("q", q, options.normalize)
-            keys = rows[: layout.N] if k is None else _attention_rows("k", k, options.normalize)
+            with agreed(ranks, "sinkhorn_attention", options.header(layout, q, k, "reference"), q.device):
+                rows = _attention_rows("q", q, options.normalize)
+                own = rows[: layout.T * layout.B] if k is None else _attention_rows("k", k, options.normalize)
+            keys = layout.to_public(gather(own, ranks).T).T
             log_K = rows @ keys.T / options.epsilon
         if options.mask != "none":
             log_K = log_K.masked_fill(layout.positive_mask(len(rows), rows.device), -math.inf)
-        f, g, _ = log_sinkhorn(log_K, options.iterations)
+        f, g, _ = log_sinkhorn(log_K, options.iterations, ranks)
         return (log_K + f[:, None] + g).exp() if options.output == "plan" else (f, g)
 
 

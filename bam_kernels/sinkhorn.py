@@ -9,16 +9,20 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .agreement import told
 from .backends import choose, cpu
 from .engine import attention
 from .layout import Layout
 from .once import differentiable_once
 from .options import AttentionOptions, as_tensor
 from .precision import product_precision
+from .ranks import ONE_RANK, ranks_named, ranks_of
 
 _library = torch.library.Library("bam_kernels", "FRAGMENT")
 _PROBLEM = "Tensor q, Tensor? k, Tensor epsilon, int iterations, str mask, int[] dimensions, bool normalize"
-_library.define(f"sinkhorn_attention({_PROBLEM}, bool plan, str precision) -> (Tensor plan, Tensor f, Tensor g)")
+_library.define(
+    f"sinkhorn_attention({_PROBLEM}, bool plan, str precision, str group) -> (Tensor plan, Tensor f, Tensor g)"
+)
 _library.define(
     f"sinkhorn_attention_backward({_PROBLEM}, str precision, Tensor? plan, Tensor? grad_plan, Tensor? grad_f, "
     "Tensor? grad_g) -> (Tensor dq, Tensor dk)"
@@ -56,11 +60,13 @@ def sinkhorn_attention(
     normalize       L2-normalise rows of q and k first
     output          "plan": P (m, N); "potentials": natural-log f (m,) and g (N,), in memory linear in m + N
     differentiable  exact gradient through the unrolled iterations, by recomputation; otherwise the result is a constant
-    group           torch.distributed process group
+    group           torch.distributed process group over whose ranks q and k are spread, with the same number of keys on
+                    each; None: the default group where there is one. With several ranks the result is a constant
     backend         auto | reference | cpu | triton | cuda
     precision       default | exact, as in `bam_loss`
 
-    Returns float32 (float64 for float64 input). Raises: ValueError or TypeError naming the argument and what came.
+    Returns float32 (float64 for float64 input); columns are the keys of all ranks, ordered by view, rank, image.
+    Raises: ValueError or TypeError naming the argument and what came.
     Source: Cuturi, "Sinkhorn Distances", NeurIPS 2013, in log space.
     """
     options = AttentionOptions(
@@ -76,21 +82,51 @@ def sinkhorn_attention(
         backend,
         precision,
     )
-    layout = options.layout("sinkhorn_attention", q, k)
-    if choose("sinkhorn_attention", options, q.device, q.dtype) == "reference":
+    with told("sinkhorn_attention", group, q):
+        layout = options.layout("sinkhorn_attention", q, k)
+        backend_chosen = choose("sinkhorn_attention", options, q.device, q.dtype)
+    if backend_chosen == "reference":
         return reference.attention(q, k, layout, options)
     if not differentiable:
         q, k = q.detach(), k.detach() if k is not None else None
     plan, f, g = torch.ops.bam_kernels.sinkhorn_attention(
-        q, k, as_tensor(epsilon), iterations, mask, [layout.V, layout.T], normalize, output == "plan", precision
+        q,
+        k,
+        as_tensor(epsilon),
+        iterations,
+        mask,
+        [layout.V, layout.T],
+        normalize,
+        output == "plan",
+        precision,
+        ranks_of("sinkhorn_attention", group)[2],
     )
     return plan if output == "plan" else (f, g)
 
 
-def _layout(q: Tensor, k: Tensor | None, mask: str, dimensions: list[int]) -> Layout:
+def _layout(q: Tensor, k: Tensor | None, mask: str, dimensions: list[int], group: str) -> Layout:
     V, T = dimensions
     B = len(q) // V if mask == "block" else len(q if k is None else k)
-    return Layout(B=B, V=V, L=V, T=T, D=q.shape[1])
+    ranks = ranks_named(group)
+    return Layout(B=B, V=V, L=V, T=T, D=q.shape[1], W=ranks.W, rank=ranks.rank)
+
+
+def _options(
+    epsilon: Tensor, iterations: int, mask: str, dimensions: list[int], normalize: bool, plan: bool, precision: str
+) -> AttentionOptions:
+    return AttentionOptions(
+        epsilon=epsilon.item(),
+        iterations=iterations,
+        mask=mask,
+        views=dimensions[0],
+        key_views=dimensions[1],
+        normalize=normalize,
+        output="plan" if plan else "potentials",
+        differentiable=False,
+        group=None,
+        backend="cpu",
+        precision=precision,
+    )
 
 
 def _attention_impl(
@@ -103,17 +139,27 @@ def _attention_impl(
     normalize: bool,
     plan: bool,
     precision: str,
+    group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    layout = _layout(q, k, mask, dimensions)
+    layout = _layout(q, k, mask, dimensions, group)
+    options = _options(epsilon, iterations, mask, dimensions, normalize, plan, precision)
     with product_precision(q.device, precision):
-        return attention.forward(
-            q, k, layout, epsilon.item(), iterations, mask != "none", normalize, plan, cpu.kernels()
-        )
+        return attention.forward(q, k, layout, options, ranks_named(group), cpu.kernels())
 
 
-def _attention_fake(q: Tensor, k: Tensor | None, epsilon: Tensor, iterations: int, mask: str, dimensions: list[int],
-                    normalize: bool, plan: bool, precision: str) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    N = _layout(q, k, mask, dimensions).N
+def _attention_fake(
+    q: Tensor,
+    k: Tensor | None,
+    epsilon: Tensor,
+    iterations: int,
+    mask: str,
+    dimensions: list[int],
+    normalize: bool,
+    plan: bool,
+    precision: str,
+    group: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    N = _layout(q, k, mask, dimensions, group).N
     m = len(q)
     return (
         q.new_empty((m, N) if plan else 0, dtype=torch.float32),
@@ -136,20 +182,10 @@ def _backward_impl(
     grad_f: Tensor | None,
     grad_g: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    layout = _layout(q, k, mask, dimensions)
+    layout = _layout(q, k, mask, dimensions, ONE_RANK.name)
+    options = _options(epsilon, iterations, mask, dimensions, normalize, plan is not None, precision)
     with product_precision(q.device, precision):
-        dq, dk = attention.backward(
-            q,
-            k,
-            layout,
-            epsilon.item(),
-            iterations,
-            mask != "none",
-            normalize,
-            cpu.kernels(),
-            plan,
-            (grad_plan, grad_f, grad_g),
-        )
+        dq, dk = attention.backward(q, k, layout, options, cpu.kernels(), plan, (grad_plan, grad_f, grad_g))
     return dq.to(q.dtype), dk.to(q.dtype if k is None else k.dtype)
 
 
@@ -158,7 +194,7 @@ def _backward_fake(q: Tensor, k: Tensor | None, *_: Any) -> tuple[Tensor, Tensor
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    q, k, epsilon, iterations, mask, dimensions, normalize, wants_plan, precision = inputs
+    q, k, epsilon, iterations, mask, dimensions, normalize, wants_plan, precision, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, epsilon, output[0] if wants_plan else None)
     ctx.problem = (iterations, mask, dimensions, normalize, precision)
@@ -167,7 +203,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, epsilon, plan = ctx.saved_tensors
     dq, dk = torch.ops.bam_kernels.sinkhorn_attention_backward(q, k, epsilon, *ctx.problem, plan, *grads)
-    return (differentiable_once(dq), differentiable_once(dk) if k is not None else None, *[None] * 7)
+    return (differentiable_once(dq), differentiable_once(dk) if k is not None else None, *[None] * 8)
 
 
 _library.impl("sinkhorn_attention", _attention_impl, "CompositeExplicitAutograd")

@@ -30,13 +30,13 @@ def test_opcheck_of_the_loss(needs_grad, R, target_rows, dimensions):
     student, teacher = features(3, 6, 8), features(R, 6, 8, seed=1) if R else None
     if dimensions == 2:
         student, teacher = student.flatten(0, 1), teacher.flatten(0, 1) if R else None
-    args = (leaf(student, needs_grad), teacher, [3, 2, 2, R], SCALES, 3, 0, True, target_rows, "cpu", "exact", None)
+    args = (leaf(student, needs_grad), teacher, [3, 2, 2, R], SCALES, 3, 0, True, target_rows, "cpu", "exact", None, False, "")
     torch.library.opcheck(torch.ops.bam_kernels.loss.default, (*args, needs_grad))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_opcheck_of_the_loss_in_16_bit(dtype):
-    args = ([3, 2, 2, 2], SCALES, 3, 4, True, "teacher", "cpu", "default", 10**6, True)
+    args = ([3, 2, 2, 2], SCALES, 3, 4, True, "teacher", "cpu", "default", 10**6, False, "", True)
     student, teacher = features(3, 6, 8).to(dtype), features(2, 6, 8, seed=1).to(dtype)
     torch.library.opcheck(torch.ops.bam_kernels.loss.default, (leaf(student), teacher, *args))
 
@@ -47,14 +47,14 @@ def test_opcheck_of_the_loss_in_16_bit(dtype):
 def test_opcheck_of_attention(requires_grad, wants_plan, keys):
     q, k = features(1, 18, 8)[0], features(1, 12, 8, seed=1)[0] if keys else None
     args = (leaf(q, requires_grad), leaf(k, requires_grad) if keys else None, EPSILON, 3, "block", [3, 2])
-    torch.library.opcheck(torch.ops.bam_kernels.sinkhorn_attention.default, (*args, True, wants_plan, "exact"))
+    torch.library.opcheck(torch.ops.bam_kernels.sinkhorn_attention.default, (*args, True, wants_plan, "exact", ""))
 
 
 @pytest.mark.parametrize("keys", [False, True])
 def test_opcheck_of_attention_backward(keys):
     q, k = features(1, 18, 8)[0], features(1, 12, 8, seed=1)[0] if keys else None
     problem = (EPSILON, 3, "block", [3, 2], True, "exact")
-    plan, f, g = torch.ops.bam_kernels.sinkhorn_attention(q, k, *problem[:5], True, "exact")
+    plan, f, g = torch.ops.bam_kernels.sinkhorn_attention(q, k, *problem[:5], True, "exact", "")
     for given in ((plan, torch.ones_like(plan), None, None), (None, None, torch.ones_like(f), torch.ones_like(g))):
         torch.library.opcheck(torch.ops.bam_kernels.sinkhorn_attention_backward.default, (q, k, *problem, *given))
 

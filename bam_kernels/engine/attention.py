@@ -9,12 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..agreement import agreed
 from ..backends.cpu import LOG2_E, CpuKernels, Potential
 from ..layout import Layout
-from ..options import check_finite
-from ..ranks import ONE_RANK
+from ..options import AttentionOptions, check_finite
+from ..ranks import ONE_RANK, Ranks
 from .plan import plan_slabs
-from .slab import Scores, TargetScores, balance
+from .scores import Keys, Scores, TargetScores
+from .slab import balance
 
 
 @dataclass
@@ -31,32 +33,35 @@ def _prepare(
     q: Tensor,
     k: Tensor | None,
     layout: Layout,
-    epsilon: float,
-    masked: bool,
-    normalize: bool,
+    options: AttentionOptions,
+    ranks: Ranks,
     kernels: CpuKernels,
     budget: int | None,
 ) -> _Rows:
-    q_rows, q_norm = _rows("q", q, normalize, kernels)
-    if k is None:
-        k_rows, k_norm = q_rows[: layout.N], None
-    else:
-        k_rows, k_norm = _rows("k", k, normalize, kernels)
-    centre = k_rows.mean(0)
-    plan = plan_slabs(
-        "sinkhorn_attention",
-        rows=len(q_rows),
-        images=len(q_rows),
-        columns=layout.N,
-        target_views=1,
-        source_views=1,
-        shared=True,
-        fixed=False,
-        budget=budget,
-        device=q.device,
-    )
-    scores = Scores(k_rows - centre, layout, masked, False, plan, kernels)
-    start = kernels.centre_potential(q_rows, centre, epsilon)
+    masked = options.mask != "none"
+    with agreed(ranks, "sinkhorn_attention", options.header(layout, q, k, "cpu"), q.device):
+        plan = plan_slabs(
+            "sinkhorn_attention",
+            rows=len(q),
+            images=len(q),
+            columns=layout.N,
+            target_views=1,
+            source_views=1,
+            shared=True,
+            fixed=False,
+            ranks=layout.W,
+            regather=False,
+            budget=budget,
+            device=q.device,
+        )
+        q_rows, q_norm = _rows("q", q, options.normalize, kernels)
+        if k is None:
+            k_rows, k_norm = q_rows[: layout.T * layout.B], None
+        else:
+            k_rows, k_norm = _rows("k", k, options.normalize, kernels)
+    keys = Keys(k_rows, ranks)
+    scores = Scores(keys, layout, masked, False, plan, kernels)
+    start = kernels.centre_potential(q_rows, keys.centre, options.epsilon)
     return _Rows(q_rows, q_norm, k_rows, k_norm, start, TargetScores(q_rows, scores, plan))
 
 
@@ -70,18 +75,16 @@ def forward(
     q: Tensor,
     k: Tensor | None,
     layout: Layout,
-    epsilon: float,
-    iterations: int,
-    masked: bool,
-    normalize: bool,
-    wants_plan: bool,
+    options: AttentionOptions,
+    ranks: Ranks,
     kernels: CpuKernels,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """P (m, N), or empty where not wanted, f (m,) and g (N,), float32; natural log."""
-    rows = _prepare(q, k, layout, epsilon, masked, normalize, kernels, sys.maxsize if wants_plan else None)
+    """P (m, N), or empty where not wanted, f (m,) and g (N,), float32, public column order; natural log."""
+    wants_plan, epsilon = options.output == "plan", options.epsilon
+    rows = _prepare(q, k, layout, options, ranks, kernels, sys.maxsize if wants_plan else None)
     m, target = len(rows.q), rows.target
     row = Potential(*(part.clone() for part in rows.start))
-    col, _ = balance(target, row, epsilon, iterations, ONE_RANK)
+    col, _ = balance(target, row, epsilon, options.iterations, ranks, cosines=options.normalize)
     for first, scores in target.sweep():
         last = first + len(scores)
         kernels.match(
@@ -98,24 +101,23 @@ def forward(
     f = row.natural_log() - rows.start.natural_log()
     plan = target.kept if wants_plan and target.kept is not None else torch.empty(0)
     assert not wants_plan or plan.shape == (m, layout.N)
-    return plan, f.float(), col.natural_log().float()
+    if wants_plan:
+        plan = layout.to_public(plan)
+    return plan, f.float(), layout.to_public(col.natural_log().float())
 
 
 def backward(
     q: Tensor,
     k: Tensor | None,
     layout: Layout,
-    epsilon: float,
-    iterations: int,
-    masked: bool,
-    normalize: bool,
+    options: AttentionOptions,
     kernels: CpuKernels,
     plan: Tensor | None,
     grads: tuple[Tensor | None, Tensor | None, Tensor | None],
 ) -> tuple[Tensor, Tensor]:
-    """dq (m, D) and dk (n, D), dk added to dq where k is None, from the gradients of (P, f, g)."""
-    rows = _prepare(q, k, layout, epsilon, masked, normalize, kernels, sys.maxsize)
-    ds = _score_gradient(rows, epsilon, iterations, plan, grads)
+    """dq (m, D) and dk (n, D), dk added to dq where k is None, from the gradients of (P, f, g). One rank."""
+    rows = _prepare(q, k, layout, options, ONE_RANK, kernels, sys.maxsize)
+    ds = _score_gradient(rows, options.epsilon, options.iterations, plan, grads)
     dq, dk = ds @ rows.k, ds.T @ rows.q
     if k is None:
         dq[: layout.N] += dk

@@ -13,13 +13,17 @@ PRODUCT_ROWS = 1024  # rows from which a library product no longer gains by havi
 
 @dataclass(frozen=True)
 class SlabPlan:
-    """Whether target scores are kept, rows per sweep slab, images per match slab, and the rows that slabs need."""
+    """Whether target scores are kept, rows per sweep slab, images per match slab, and the rows that slabs need.
+
+    source_cached: the student's scores are kept whole beside a teacher's.
+    """
 
     cached: bool
     sweep_rows: int
     match_images: int
     slab_rows: int
     score_bytes: int
+    source_cached: bool = False
 
 
 def free_bytes(device: torch.device) -> int:
@@ -45,14 +49,17 @@ def plan_slabs(
     source_views: int,
     shared: bool,
     fixed: bool,
+    ranks: int,
+    regather: bool,
     budget: int | None,
     device: torch.device,
 ) -> SlabPlan:
     """Choose slabs within `budget` bytes of scores (None: a quarter of the memory that is free).
 
     rows x columns are the target scores; an image's match takes `target_views` rows of them and `source_views` rows of
-    source scores, the same rows where `shared`. fixed: scores are int16, made from a float32 slab.
-    Raises: ValueError if the budget does not hold one image. A plan is made once per shape.
+    source scores, the same rows where `shared`. fixed: scores are int16, made from a float32 slab. With several ranks
+    source scores are kept too where they fit: they are made while the ranks add up columns. regather: all must be kept.
+    Raises: ValueError if the budget does not hold one image, or with regather all scores. Made once per shape.
     """
     if budget is None:
         budget = int(free_bytes(device) * DEFAULT_SHARE)
@@ -60,6 +67,14 @@ def plan_slabs(
     slab_row_bytes = columns * (6 if fixed else 4)
     if shared and not fixed and kept_bytes <= budget:
         return SlabPlan(True, rows, images, 0, kept_bytes)
+    source_bytes = 0 if shared else source_views * images * columns * 4
+    if ranks > 1 and not shared and not fixed and kept_bytes + source_bytes <= budget:
+        return SlabPlan(True, rows, images, 0, kept_bytes + source_bytes, source_cached=True)
+    if regather and ranks > 1:
+        raise ValueError(
+            f"{name}: regather=True keeps all scores, {kept_bytes + source_bytes} bytes, "
+            f"more than memory_budget={budget}"
+        )
     image_bytes = source_views * slab_row_bytes
     left = budget - kept_bytes
     if not (shared and not fixed) and left >= image_bytes:

@@ -1,0 +1,42 @@
+"""Checks whose failure on one rank is told to the others, which would otherwise wait for it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .header import Header
+from .ranks import Ranks, ranks_named, ranks_of
+
+
+@contextmanager
+def told(operation: str, group: Any, x: Any) -> Iterator[None]:
+    """Check arguments in the block; the other ranks of `group`, who wait for this one, are told of an error first.
+
+    x: the tensor whose device the ranks would have met on. On GPUs they do not meet at every call, so nothing is said.
+    """
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        device = x.device if isinstance(x, Tensor) else torch.device("cpu")
+        if device.type == "cpu" and not torch.compiler.is_compiling():
+            ranks = ranks_named(ranks_of(operation, group)[2])
+            ranks.agree(Header(operation, {}, str(error)), device)
+        raise
+
+
+@contextmanager
+def agreed(ranks: Ranks, operation: str, values: dict[str, Any], device: torch.device) -> Iterator[None]:
+    """Check this rank's input in the block; the other ranks are told of an error before it is raised here."""
+    header = Header(operation, values)
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        if ranks.W > 1:
+            ranks.agree(replace(header, fault=str(error)), device)
+        raise
+    if ranks.W > 1:
+        ranks.agree(header, device)

@@ -1,0 +1,105 @@
+"""Ranks that are the processes of a torch.distributed group: gloo on CPUs, NCCL on GPUs, the same code.
+
+Keys travel round a ring in blocks of one rank, so that a product can start with each block that has arrived while the
+next is under way, and key gradients travel round it adding up: each rank talks to its two neighbours, whatever W is.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .header import HEADER_BYTES, Header
+
+CHECK_EVERY_CALL = "BAM_KERNELS_CHECK_RANKS"
+
+
+class GroupRanks:
+    """The ranks of one process group. Raises: RuntimeError naming the exchange that failed."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.W, self.rank, self.name = group.size(), group.rank(), f"group-{group.group_name}"
+        self._left = dist.get_global_rank(group, (self.rank - 1) % self.W)
+        self._right = dist.get_global_rank(group, (self.rank + 1) % self.W)
+        self._agreed: set[bytes] = set()
+
+    def agree(self, header: Header, device: torch.device) -> None:
+        """On CPUs at every call; on GPUs, where reading the answer waits for the device, once for each header."""
+        encoded = header.encoded()
+        every_call = device.type == "cpu" or os.environ.get(CHECK_EVERY_CALL) == "1"
+        if encoded in self._agreed and not every_call:
+            return
+        own = torch.frombuffer(bytearray(encoded), dtype=torch.uint8).to(device)
+        whole = own.new_empty(self.W * HEADER_BYTES)
+        with self._told(f"{header.operation}: comparing the problem"):
+            dist.all_gather_into_tensor(whole, own, group=self.group)
+        header.check([bytes(row) for row in whole.view(self.W, HEADER_BYTES).tolist()])
+        if not every_call:
+            self._agreed.add(encoded)
+
+    def gather(self, own: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Step t passes the block of rank - t on to the right while it is used here."""
+        block, n = own.contiguous(), len(own)
+        for step in range(self.W):
+            arriving = torch.empty_like(block) if step < self.W - 1 else None
+            with self._told("gathering keys"):
+                pending = self._exchange(block, arriving) if arriving is not None else []
+            yield (self.rank - step) % self.W * n, block
+            with self._told("gathering keys"):
+                _wait(pending)
+            if arriving is not None:
+                block = arriving
+
+    def sum(self, x: Tensor, meanwhile: Callable[[], None] | None = None) -> Tensor:
+        with self._told("adding up columns"):
+            pending = dist.all_reduce(x, group=self.group, async_op=True)
+        if meanwhile is not None:
+            meanwhile()
+        with self._told("adding up columns"):
+            _wait([pending])
+        return x
+
+    def max(self, x: Tensor) -> Tensor:
+        with self._told("comparing columns"):
+            dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.group)
+        return x
+
+    def scatter(self, part: Callable[[int], Tensor]) -> Tensor:
+        """The sum for rank r starts at r + 1 and gains each rank's part on its way round to r."""
+        arriving: Tensor | None = None
+        pending: list[dist.Work] = []
+        for step in range(self.W):
+            total = part((self.rank - 1 - step) % self.W)
+            with self._told("adding up key gradients"):
+                _wait(pending)
+                if arriving is not None:
+                    total += arriving
+                if step < self.W - 1:
+                    arriving = torch.empty_like(total)
+                    pending = self._exchange(total, arriving)
+        return total
+
+    def _exchange(self, right: Tensor, left: Tensor) -> list[dist.Work]:
+        """Send a tensor to the right neighbour, receive one from the left."""
+        send = dist.P2POp(dist.isend, right, self._right, self.group)
+        receive = dist.P2POp(dist.irecv, left, self._left, self.group)
+        return dist.batch_isend_irecv([send, receive])
+
+    @contextmanager
+    def _told(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"bam_kernels: rank {self.rank} of {self.W} failed while {doing}: another rank has ended, left or "
+                f"stalled beyond the group's time-out ({error})"
+            ) from error
+
+
+def _wait(pending: list[dist.Work]) -> None:
+    for work in pending:
+        work.wait()

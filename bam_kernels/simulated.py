@@ -1,0 +1,131 @@
+"""Ranks without a process group: threads of one process, and one rank alone with the others' keys given."""
+
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from .header import Header
+
+Result = TypeVar("Result")
+_numbers = itertools.count()
+
+
+class SimulatedRanks:
+    """Rank `rank` of W alone: the other ranks' keys are given, reductions stay local.
+
+    For one rank's share of the work and memory on one device. The loss is not that of W ranks: columns are balanced
+    over this rank's rows only.
+    keys (N, D): unit keys in gathered order; this rank's own block is replaced by what it gathers.
+    """
+
+    def __init__(self, W: int, rank: int, keys: Tensor) -> None:
+        if len(keys) % W:
+            raise ValueError(f"SimulatedRanks: keys has {len(keys)} rows, not a multiple of W={W}")
+        if not 0 <= rank < W:
+            raise ValueError(f"SimulatedRanks: rank={rank} must be at least 0 and below W={W}")
+        self.W, self.rank, self.keys = W, rank, keys
+        self.name = f"simulated-{next(_numbers)}"
+
+    def agree(self, header: Header, device: torch.device) -> None:
+        pass
+
+    def gather(self, own: Tensor) -> Iterator[tuple[int, Tensor]]:
+        n = len(own)
+        if len(self.keys) != self.W * n or self.keys.shape[1] != own.shape[1]:
+            raise ValueError(
+                f"SimulatedRanks: keys is {tuple(self.keys.shape)}, must be W times {tuple(own.shape)}, W={self.W}"
+            )
+        yield self.rank * n, own
+        for step in range(1, self.W):
+            first = (self.rank - step) % self.W * n
+            yield first, self.keys[first : first + n].to(own.dtype)
+
+    def sum(self, x: Tensor, meanwhile: Callable[[], None] | None = None) -> Tensor:
+        if meanwhile is not None:
+            meanwhile()
+        return x
+
+    def max(self, x: Tensor) -> Tensor:
+        return x
+
+    def scatter(self, part: Callable[[int], Tensor]) -> Tensor:
+        for step in range(self.W - 1):
+            part((self.rank - 1 - step) % self.W)
+        return part(self.rank)
+
+
+class ThreadRanks:
+    """One of W ranks that are threads of this process; `run_ranks` starts them. The same results as processes."""
+
+    def __init__(self, W: int, rank: int, meeting: "_Meeting") -> None:
+        self.W, self.rank, self._meeting = W, rank, meeting
+        self.name = f"threads-{next(_numbers)}"
+
+    def agree(self, header: Header, device: torch.device) -> None:
+        header.check(self._meeting.exchange(self.rank, header.encoded()))
+
+    def gather(self, own: Tensor) -> Iterator[tuple[int, Tensor]]:
+        blocks, n = self._meeting.exchange(self.rank, own.clone()), len(own)
+        for step in range(self.W):
+            source = (self.rank - step) % self.W
+            yield source * n, blocks[source]
+
+    def sum(self, x: Tensor, meanwhile: Callable[[], None] | None = None) -> Tensor:
+        all_ranks = self._meeting.exchange(self.rank, x.clone())
+        if meanwhile is not None:
+            meanwhile()
+        return x.copy_(torch.stack(all_ranks).sum(0))
+
+    def max(self, x: Tensor) -> Tensor:
+        return x.copy_(torch.stack(self._meeting.exchange(self.rank, x.clone())).amax(0))
+
+    def scatter(self, part: Callable[[int], Tensor]) -> Tensor:
+        parts = self._meeting.exchange(self.rank, [part(r) for r in range(self.W)])
+        return torch.stack([of_rank[self.rank] for of_rank in parts]).sum(0)
+
+
+class _Meeting:
+    """Where W threads put a value each and take everyone's."""
+
+    def __init__(self, W: int) -> None:
+        self.barrier = threading.Barrier(W)
+        self.values: list[Any] = [None] * W
+
+    def exchange(self, rank: int, value: Any) -> list[Any]:
+        self.values[rank] = value
+        self.barrier.wait()
+        values = list(self.values)
+        self.barrier.wait()
+        return values
+
+
+def run_ranks(W: int, function: Callable[[ThreadRanks], Result]) -> list[Result]:
+    """`function(group)` on W ranks at once, each a thread of this process; their results in rank order.
+
+    Pass the `ThreadRanks` given as `group=`. Raises: the first rank's error that is not a consequence of another's.
+    """
+    meeting = _Meeting(W)
+    results: list[Any] = [None] * W
+    errors: list[BaseException | None] = [None] * W
+
+    def run(rank: int) -> None:
+        try:
+            results[rank] = function(ThreadRanks(W, rank, meeting))
+        except BaseException as error:
+            errors[rank] = error
+            meeting.barrier.abort()
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(W)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found = [error for error in errors if error is not None]
+    causes = [error for error in found if not isinstance(error, threading.BrokenBarrierError)]
+    if found:
+        raise (causes or found)[0]
+    return results
