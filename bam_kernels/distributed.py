@@ -95,8 +95,8 @@ class GroupRanks:
             yield
         except RuntimeError as error:
             raise RuntimeError(
-                f"bam_kernels: rank {self.rank} of {self.W} failed while {doing}: another rank has ended, left or "
-                f"stalled beyond the group's time-out ({error})"
+                f"bam_kernels: rank {self.rank} of {self.W} failed while {doing}, as when another rank ends, leaves "
+                f"or stalls beyond the group's time-out ({error})"
             ) from error
 
 

@@ -42,8 +42,8 @@ class Ranks(Protocol):
         """x <- its maximum over the ranks."""
 
     def scatter(self, part: Callable[[int], Tensor]) -> Tensor:
-        """Σ over ranks of their part(this rank): `part(r)` is this rank's (n, D) contribution to rank r, a tensor of
-        its own that may be written to. Asked for the other ranks first."""
+        """Σ over ranks of their part(this rank): `part(r)` is this rank's (n, D) contribution to rank r, a contiguous
+        tensor that may be written to. Asked for the other ranks first."""
 
 
 class OneRank:
@@ -104,10 +104,10 @@ def _resolve(operation: str, group: Any) -> Ranks:
 
     if group is None:
         group = distributed.group.WORLD
+    if group is distributed.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(f"{operation}: this process is not a member of group")
     if not isinstance(group, distributed.ProcessGroup):
         raise TypeError(f"{operation}: group must be a torch.distributed process group, got {type(group).__name__}")
-    if distributed.get_rank(group) < 0:
-        raise ValueError(f"{operation}: this process is not a member of group")
     if group.size() == 1:
         return ONE_RANK
     known = _of_groups.get(group)
@@ -139,7 +139,7 @@ class _Gathered(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         blocks = grads[0].chunk(ctx.ranks.W)
-        return ctx.ranks.scatter(lambda r: blocks[r].clone()), None
+        return ctx.ranks.scatter(lambda r: blocks[r].clone(memory_format=torch.contiguous_format)), None
 
 
 def gather(own: Tensor, ranks: Ranks) -> Tensor:

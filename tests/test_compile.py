@@ -30,7 +30,21 @@ def test_opcheck_of_the_loss(needs_grad, R, target_rows, dimensions):
     student, teacher = features(3, 6, 8), features(R, 6, 8, seed=1) if R else None
     if dimensions == 2:
         student, teacher = student.flatten(0, 1), teacher.flatten(0, 1) if R else None
-    args = (leaf(student, needs_grad), teacher, [3, 2, 2, R], SCALES, 3, 0, True, target_rows, "cpu", "exact", None, False, "")
+    args = (
+        leaf(student, needs_grad),
+        teacher,
+        [3, 2, 2, R],
+        SCALES,
+        3,
+        0,
+        True,
+        target_rows,
+        "cpu",
+        "exact",
+        None,
+        False,
+        "",
+    )
     torch.library.opcheck(torch.ops.bam_kernels.loss.default, (*args, needs_grad))
 
 

@@ -1,0 +1,125 @@
+"""Real processes over gloo: the same numbers as one process, messages counted, and faults between ranks."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from problems import features, needs_cpu_kernels
+
+from bam_kernels import bam_loss, verify_ranks
+from bam_kernels.header import HEADER_BYTES
+
+pytestmark = [
+    needs_cpu_kernels,
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed"),
+]
+
+PROGRAM = Path(__file__).parent / "rank_programs.py"
+V, B, D, TIMEOUT_S = 3, 4, 8, 8  # those of the programs
+
+
+def run(program: str, W: int, folder: Path, survivors: tuple[int, ...] | None = None) -> dict[int, dict]:
+    """The results of a program's ranks; those that are not expected to end well are left out."""
+    environment = os.environ | {"WORLD_SIZE": str(W), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen([sys.executable, str(PROGRAM), program, str(folder)], env=environment | {"RANK": str(rank)})
+        for rank in range(W)
+    ]
+    codes = [process.wait(timeout=180) for process in processes]
+    expected = tuple(range(W)) if survivors is None else survivors
+    assert all(codes[rank] == 0 for rank in expected), codes
+    return {rank: json.loads((folder / f"{rank}.json").read_text()) for rank in expected}
+
+
+@pytest.mark.parametrize("W", [1, 2, 4, 8])
+def test_ranks_equal_one_process(W, tmp_path):
+    """The command itself: every case, float64 to 1e-12 and float32 to 1e-5."""
+    command = [sys.executable, "-m", "bam_kernels.verify_ranks", "--world", str(W), "--images", "5", "--features", "12"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the ranks agree with one" in done.stdout
+    assert all(f"\n{name} " in done.stdout for name in verify_ranks.CASES)
+
+
+def test_a_wrong_gradient_is_seen(tmp_path, monkeypatch, capsys):
+    def wrong(student, teacher, **options):
+        loss, dz = original(student, teacher, **options)
+        return loss, dz if "group" in options else dz * (1 + 1e-4)
+
+    original = verify_ranks._loss_and_gradient
+    monkeypatch.setattr(verify_ranks, "_loss_and_gradient", wrong)
+    rendezvous = {"RANK": "0", "WORLD_SIZE": "1", "BAM_KERNELS_RENDEZVOUS": f"file://{tmp_path}/meeting"}
+    for name, value in rendezvous.items():
+        monkeypatch.setenv(name, value)
+    assert verify_ranks.main(["--images", "5", "--features", "12"]) == 1
+    assert "DO NOT AGREE" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("W", [2, 4])
+def test_messages_of_a_step(W, tmp_path):
+    """A header, W - 1 blocks of keys, a sum of N numbers per iteration, W - 1 blocks of key gradients; nothing else."""
+    for steps in run("traffic", W, tmp_path).values():
+        N, block = 2 * B * W, 2 * B * D * 4
+        for name, step in steps.items():
+            iterations = 5 if name == "five iterations" else 3
+            rounds = {"no teacher": 2, "least epsilon": 2, "slabs": 1, "regather": 2}.get(name, 1)
+            more = name == "least epsilon"  # the maximum of each column, where one float64 does not hold all sums
+            assert step["calls"] == {
+                "all_gather_into_tensor": 1,
+                "isend": rounds * (W - 1),
+                "irecv": rounds * (W - 1),
+                "all_reduce": iterations + more,
+            }, name
+            assert step["bytes"] == {
+                "all_gather_into_tensor": HEADER_BYTES,
+                "isend": rounds * (W - 1) * block,
+                "irecv": rounds * (W - 1) * block,
+                "all_reduce": 8 * N + 4 * N * (iterations - 1 + more),
+            }, name
+
+
+def test_ranks_that_differ_are_told_within_seconds(tmp_path):
+    ranks = run("disagreements", 3, tmp_path)
+    words = {
+        "B": "ranks disagree on B: 4 on ranks 0, 2; 3 on rank 1",
+        "D": "ranks disagree on D: 8 on ranks 0, 2; 7 on rank 1",
+        "dtype": "ranks disagree on student's type",
+        "epsilon": "ranks disagree on epsilon: 0.05 on ranks 0, 2; 0.04 on rank 1",
+        "NaN": "bam_loss: student has 12 row(s) with non-finite values",
+        "argument": "bam_loss: top_k must be at least 0, got -1",
+        "another operation": "ranks disagree on operation: 'bam_loss' on ranks 0, 2; 'sinkhorn_attention' on rank 1",
+    }
+    for number, results in ranks.items():
+        for name, text in words.items():
+            assert text in results[name]["message"], (number, name)
+            assert results[name]["seconds"] < 5
+            told = "stopped because of rank 1" in results[name]["message"]
+            assert told == (number != 1 and name in ("NaN", "argument"))
+    whole = bam_loss(features(V, 3 * B, D))
+    mean = sum(results["after"] for results in ranks.values()) / 3
+    assert mean == pytest.approx(whole.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("program", ["death", "absence"])
+def test_no_rank_waits_for_ever(program, tmp_path):
+    """The others end within the group's time-out with an error that says what was under way."""
+    for result in run(program, 3, tmp_path, survivors=(0, 2)).values():
+        assert "of 3 failed while" in result["message"] and "as when another rank ends" in result["message"]
+        assert result["seconds"] < TIMEOUT_S + 10
+
+
+def test_compiled_step(tmp_path):
+    for result in run("compiled", 2, tmp_path).values():
+        assert result["compiled"] == result["eager"]
+
+
+def test_subgroups(tmp_path):
+    ranks = run("subgroup", 3, tmp_path)
+    whole = bam_loss(features(V, 2 * B, D)).item()
+    assert (ranks[0]["loss"] + ranks[2]["loss"]) / 2 == pytest.approx(whole, rel=1e-6)
+    assert ranks[1]["loss"] == pytest.approx(whole, rel=1e-6)
+    assert "this process is not a member of group" in ranks[1]["message"]
