@@ -1,9 +1,10 @@
 """Balanced self-Attention Matching (BAM): the loss and its gradient as fused kernels."""
 
 from . import reference
+from .forecast import plan
 from .loss import BAMLoss, bam_loss, bam_targets
 from .sinkhorn import sinkhorn_attention
 from .stats import BAMStats
 
 __version__ = "0.1.0"
-__all__ = ["BAMLoss", "BAMStats", "bam_loss", "bam_targets", "reference", "sinkhorn_attention"]
+__all__ = ["BAMLoss", "BAMStats", "bam_loss", "bam_targets", "plan", "reference", "sinkhorn_attention"]

@@ -66,7 +66,7 @@ class Options:
             check_tensor(name, "teacher", teacher, (2, 3))
             check_same(name, "student", student, "teacher", teacher)
             R = _teacher_views(name, teacher, B)
-        L, T = self._view_counts(name, V, R)
+        L, T = self.view_counts(name, V, R)
         W, rank, _ = ranks_of(name, self.group)
         layout = Layout(B=B, V=V, L=L, T=T, D=D, R=R, W=W, rank=rank)
         if self.mask_positives and layout.N <= T:
@@ -112,7 +112,7 @@ class Options:
             raise ValueError(f"{name}: student is empty, got shape {tuple(student.shape)}")
         return V, B
 
-    def _view_counts(self, name: str, V: int, R: int) -> tuple[int, int]:
+    def view_counts(self, name: str, V: int, R: int) -> tuple[int, int]:
         L = self.target_views
         if L is None:
             L = min(V, R, 2) if R else min(V, 2)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from problems import features, needs_cpu_kernels
 
-from bam_kernels import bam_loss, verify_ranks
+from bam_kernels import bam_loss, plan, verify_ranks
 from bam_kernels.header import HEADER_BYTES
 
 pytestmark = [
@@ -62,23 +62,42 @@ def test_a_wrong_gradient_is_seen(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("W", [2, 4])
 def test_messages_of_a_step(W, tmp_path):
     """A header, W - 1 blocks of keys, a sum of N numbers per iteration, W - 1 blocks of key gradients; nothing else."""
+    shapes = {
+        "no teacher": {},
+        "teacher": {"teacher_views": 2},
+        "least epsilon": {"epsilon": 1e-3},
+        "five iterations": {"teacher_views": 2, "iterations": 5},
+        "regather": {"teacher_views": 2, "regather": True},
+        "slabs": {"teacher_views": 2, "memory_budget": 6000},
+        "no gradient": {"needs_grad": False},
+    }
     for steps in run("traffic", W, tmp_path).values():
+        assert steps.keys() == shapes.keys()
         N, block = 2 * B * W, 2 * B * D * 4
-        for name, step in steps.items():
-            iterations = 5 if name == "five iterations" else 3
-            rounds = {"no teacher": 2, "least epsilon": 2, "slabs": 1, "regather": 2}.get(name, 1)
-            more = name == "least epsilon"  # the maximum of each column, where one float64 does not hold all sums
+        for name, shape in shapes.items():
+            step, iterations = steps[name], shape.get("iterations", 3)
+            gathers = 2 if name == "regather" else 1
+            scatters = name in ("no teacher", "least epsilon")
+            maximum = name == "least epsilon"  # of each column, where one float64 does not hold all sums
             assert step["calls"] == {
                 "all_gather_into_tensor": 1,
-                "isend": rounds * (W - 1),
-                "irecv": rounds * (W - 1),
-                "all_reduce": iterations + more,
+                "isend": (gathers + scatters) * (W - 1),
+                "irecv": (gathers + scatters) * (W - 1),
+                "all_reduce": iterations + maximum,
             }, name
+            sums = 8 * N + 4 * N * (iterations - 1 + maximum)
             assert step["bytes"] == {
                 "all_gather_into_tensor": HEADER_BYTES,
-                "isend": rounds * (W - 1) * block,
-                "irecv": rounds * (W - 1) * block,
-                "all_reduce": 8 * N + 4 * N * (iterations - 1 + more),
+                "isend": (gathers + scatters) * (W - 1) * block,
+                "irecv": (gathers + scatters) * (W - 1) * block,
+                "all_reduce": sums,
+            }, name
+            forecast = plan(views=V, images=B, features=D, ranks=W, **shape).messages
+            assert {m.exchange: (m.count, m.bytes) for m in forecast} == {
+                "header": (1, HEADER_BYTES),
+                "key blocks": (gathers * (W - 1), gathers * (W - 1) * block),
+                "column sums": (iterations + maximum, sums),
+                **({"key gradient blocks": (W - 1, (W - 1) * block)} if scatters else {}),
             }, name
 
 
