@@ -62,8 +62,8 @@ class Scores:
         self.keys, self.layout, self.masked, self.fixed, self.kernels = keys, layout, masked, fixed, kernels
         # |z·k| <= max_j |k_j| for unit z.
         self.step = keys.whole.norm(dim=1).max().item() / FIXED_STEPS if fixed else 1.0
-        self._made = torch.empty(plan.slab_rows, layout.N)
-        self._read = torch.empty(plan.slab_rows, layout.N, dtype=torch.int16) if fixed else self._made
+        self._made = keys.own.new_empty(plan.slab_rows, layout.N)
+        self._read = torch.empty_like(self._made, dtype=torch.int16) if fixed else self._made
 
     def slab(self, rows: int, after: int = 0) -> tuple[Tensor, Tensor]:
         """`rows` rows of the buffer, past the first `after`."""
@@ -148,7 +148,7 @@ class TargetScores:
             for first in range(0, rows, size):
                 yield first, self.scores.make(self.unit[first : first + size], first, slab)[1]
             return
-        kept = torch.empty(rows, self.columns, dtype=torch.int16 if self.scores.fixed else torch.float32)
+        kept = self.unit.new_empty(rows, self.columns, dtype=torch.int16 if self.scores.fixed else torch.float32)
         for first in range(0, rows, size):
             part = kept[first : first + size]
             slab = (self.scores.slab(size)[0] if self.scores.fixed else part, part)
@@ -161,7 +161,7 @@ class SourceScores:
 
     def __init__(self, unit: Tensor, scores: Scores, portions: int) -> None:
         self.unit, self.scores = unit, scores
-        self.kept = torch.empty(len(unit), scores.layout.N)
+        self.kept = unit.new_empty(len(unit), scores.layout.N)
         self._portion = -(-len(unit) // portions)
         self._done = 0
 

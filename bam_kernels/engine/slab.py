@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..agreement import agreed
-from ..backends.cpu import LOG2_E, CpuKernels, Potential
+from ..backends.cpu import LOG2_E, CpuKernels, Matched, Potential
 from ..layout import Layout
 from ..options import Options, check_finite
 from ..ranks import ONE_RANK, Ranks
@@ -68,7 +68,7 @@ def embed(
             ranks=layout.W,
             regather=options.regather,
             budget=options.memory_budget,
-            device=torch.device("cpu"),
+            device=student.device,
         )
         z, z_norm = kernels.normalize(student.reshape(layout.M, layout.D))
         check_finite(name, "student", z_norm)
@@ -100,12 +100,12 @@ def balance(
     """
     kernels, n = target.kernels, target.columns
     scale = LOG2_E / epsilon * target.step
-    shift, sums = torch.empty(n), torch.empty(n)
+    shift, sums = row.mantissa.new_empty(n), row.mantissa.new_empty(n)
     for first, scores in target.sweep():
         rows = row.rows(first, first + len(scores))
         kernels.column_lse(scores, scale, rows, shift, sums, accumulate=first > 0)
     col = kernels.reciprocal_potential(*_sum_over_ranks(shift, sums, epsilon if cosines else 0.0, ranks, meanwhile))
-    c = torch.full((n,), math.nan)
+    c = shift.new_full((n,), math.nan)
     for _ in range(iterations - 1):
         for first, scores in target.sweep():
             rows = row.rows(first, first + len(scores))
@@ -140,31 +140,30 @@ class Evaluated:
 
 
 class _Sums:
-    """Adds up the kernels' sums over match slabs and turns them into means over images."""
+    """Adds up the kernels' sums over match slabs and turns them into means over images, without leaving the device."""
 
     def __init__(self) -> None:
-        self.loss = self.target_entropy = self.source_entropy = torch.zeros((), dtype=torch.float64)
+        self.parts: list[Tensor] = []
 
-    def add(self, matched) -> None:
-        self.loss = self.loss + matched.loss
-        self.target_entropy = self.target_entropy + matched.target_entropy
-        self.source_entropy = self.source_entropy + matched.source_entropy
+    def add(self, matched: Matched) -> None:
+        self.parts.append(torch.stack([matched.loss, matched.target_entropy, matched.source_entropy]))
 
     def evaluated(self, layout: Layout, masked: bool, column_sums: Tensor, dz: Tensor | None) -> Evaluated:
-        loss = self.loss.item() / layout.B
-        target_entropy = self.target_entropy.item() / (layout.L * layout.B)
+        total = self.parts[0] if len(self.parts) == 1 else torch.stack(self.parts).sum(0)
+        loss = total[0] / layout.B
+        target_entropy = total[1] / (layout.L * layout.B)
         least, most = column_sums.aminmax()
-        mean = column_sums.mean(dtype=torch.float64).item()
-        uniform_loss = math.log(layout.N - layout.T if masked else layout.N)
+        mean = column_sums.mean(dtype=torch.float64)
+        uniform_loss = loss.new_full((), math.log(layout.N - layout.T if masked else layout.N))
         stats = [
             target_entropy,
-            self.source_entropy.item() / layout.M,
+            total[2] / layout.M,
             loss - target_entropy,
-            max(most.item() / mean - 1, 1 - least.item() / mean),
+            torch.maximum(most / mean - 1, 1 - least / mean),
             uniform_loss,
             uniform_loss - loss,
         ]
-        return Evaluated(torch.tensor(loss, dtype=torch.float64), torch.tensor(stats, dtype=torch.float64), dz)
+        return Evaluated(loss, torch.stack(stats), dz)
 
 
 def evaluate(
@@ -190,7 +189,7 @@ def evaluate(
     target = TargetScores(x.target_rows, scores, plan)
     source = SourceScores(x.z, scores, options.iterations) if plan.source_cached else None
     if source is not None and options.regather:
-        target.kept = torch.empty(len(x.target_rows), layout.N)
+        target.kept = x.z.new_empty(len(x.target_rows), layout.N)
         scores.make_both(x.target_rows, x.z, target.kept, source.kept)
         source.mark_made()
     meanwhile = source.next_portion if source is not None else None
@@ -280,7 +279,7 @@ def targets(
     plan, scores = x.plan, x.scores
     target = TargetScores(x.target_rows, scores, plan)
     col, _ = balance(target, x.row, options.epsilon, options.iterations, ranks)
-    P = torch.empty(layout.L, layout.B, layout.N)
+    P = x.z.new_empty(layout.L, layout.B, layout.N)
     unit = x.target_rows.view(-1, layout.B, layout.D)[: layout.L]
     row_exponent = x.row.exponent.view(-1, layout.B)
     kept = target.kept.view(-1, layout.B, layout.N) if target.kept is not None else None
