@@ -1,4 +1,7 @@
-"""Checkpoints: everything the loop mutates, as plain tensors, numbers and dictionaries."""
+"""Checkpoints: everything the loop mutates, as plain tensors, numbers and dictionaries.
+
+The same for any number of ranks and micro-batches. Random numbers follow from seed, epoch and rank.
+"""
 
 import os
 import pickle
@@ -40,8 +43,6 @@ def save(state: State, config: dict[str, Any], directory: Path) -> Path:
         "epoch": state.epoch,
         "step": state.step,
         "history": state.history,
-        "rng": torch.get_rng_state(),
-        "rng_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
         "config": config,
     }
     path = directory / FILE
@@ -54,8 +55,8 @@ def save(state: State, config: dict[str, Any], directory: Path) -> Path:
     return path
 
 
-def load(state: State, directory: Path, device: torch.device) -> None:
-    """Put a saved state in place, the random generators included. Raises: UserError."""
+def load(state: State, directory: Path) -> None:
+    """Put a saved state in place. Raises: UserError."""
     path = directory / FILE
     if not path.is_file():
         raise UserError(f"--run.resume {directory}: no {FILE} there; the run was stopped before its first one")
@@ -71,6 +72,3 @@ def load(state: State, directory: Path, device: torch.device) -> None:
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{path}: does not fit the model that the options describe: {error}") from error
     state.epoch, state.step, state.history = content["epoch"], content["step"], content["history"]
-    torch.set_rng_state(content["rng"])
-    if device.type == "cuda" and len(content["rng_cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(content["rng_cuda"])

@@ -8,7 +8,7 @@ import json
 import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -31,7 +31,10 @@ class Data:
     size: int = 8
     """Side of the square images that the network sees, pixels. With a folder: 96."""
     batch_size: int = 128
-    """Images per step; each gives `views` views. With a folder: 256."""
+    """Images of one micro-batch on one rank; each gives `views` views. With a folder: 256."""
+    virtual_batch: Annotated[int, tyro.conf.arg(aliases=["--virtual-batch"])] = 0
+    """Images per optimiser step, over all ranks and micro-batches; a multiple of batch_size times ranks. The loss is
+    over all of them; the memory is that of one micro-batch. 0: batch_size times ranks."""
     views: int = 2
     """Augmented views per image. The first two give targets and keys; further ones are matched to them."""
     augment: float = 1.0
@@ -48,6 +51,9 @@ class Model:
 
     name: str = "convnet"
     """Backbone: `convnet` (built in) or any model of timm. With a folder: resnet18."""
+    norm: Literal["batch", "layer"] = "batch"
+    """Normalisation in `convnet` and the head: `batch`, by the statistics of one micro-batch of one rank, or `layer`,
+    by each image's own (then the run does not depend on ranks and micro-batches). Models of timm keep theirs."""
     width: int = 32
     """Channels of the first stage of `convnet`; doubled at each stage, up to 8 times."""
     head_width: int = 512
@@ -76,8 +82,10 @@ class Loss:
 
 @dataclass(frozen=True)
 class Optim:
-    """AdamW with linear warm-up and cosine decay, by step."""
+    """The optimiser, with linear warm-up and cosine decay, by step."""
 
+    name: Literal["adamw", "sgd"] = "adamw"
+    """AdamW, or SGD with momentum 0.9."""
     epochs: int = 100
     """Passes over the training images."""
     lr: float = 5e-3
@@ -85,7 +93,7 @@ class Optim:
     warmup_epochs: float = 5.0
     """Length of the warm-up, epochs. With a folder: 10."""
     weight_decay: float = 0.05
-    """Decoupled weight decay; norms and biases have none."""
+    """Weight decay, decoupled in AdamW; norms and biases have none."""
     clip_norm: float = 0.0
     """Largest norm of the whole gradient. 0: no clipping."""
 
@@ -101,7 +109,9 @@ class Run:
     stop_after: int | None = None
     """Stop once this many epochs are done, as if interrupted: `resume` goes on. None: run to the end."""
     device: str = "auto"
-    """Torch device, e.g. cpu, cuda, cuda:1. auto: the GPU where there is one."""
+    """Torch device, e.g. cpu, cuda, cuda:1. auto: the GPU where there is one; under torchrun, one for each rank."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Type of weights, activations and loss. float64 is for comparing runs."""
     seed: int = 0
     """Seed of weights, order and augmentation. The held-out images are the same for every seed."""
     log_every: int = 20
@@ -192,6 +202,7 @@ def check(config: Config) -> None:
     least = {
         "data.size": 1,
         "data.batch_size": 2,
+        "data.virtual_batch": 0,
         "data.views": 2,
         "data.augment": 0,
         "data.workers": 0,

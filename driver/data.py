@@ -1,6 +1,8 @@
 """What the loop and the evaluation need of a data set, and the embedded digits. Folders are in folder.py.
 
-B images per step, V views per image, C channels, S pixels a side; images are float32 in [0, 1].
+B images per micro-batch, G per step over all ranks and micro-batches (the virtual batch), V views per image,
+C channels, S pixels a side; images are float32 in [0, 1]. The images of a step, their order and their views depend on
+seed and epoch alone: rank r of W has images r*G/W to (r+1)*G/W - 1 of the virtual batch, B after B.
 """
 
 from collections.abc import Iterator
@@ -12,6 +14,7 @@ from torch import Generator, Tensor
 
 from .augment import augment_digits
 from .config import Data, UserError, missing
+from .world import World
 
 SPLIT_SEED = 0
 
@@ -25,8 +28,8 @@ class Images(Protocol):
     tested: int
     """Held-out images; 0 where there are no labels to test with."""
 
-    def views(self, epoch: int) -> Iterator[Tensor]:
-        """The steps of one epoch: (V*B, C, S, S), row v*B + i is view v of image i. Depends on seed and epoch only."""
+    def views(self, epoch: int) -> Iterator[list[Tensor]]:
+        """This rank's micro-batches of each step: (V*B, C, S, S), row v*B + i is view v of image i."""
 
     def bank(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Training images (n, C, S, S) as they are, and their labels (n,)."""
@@ -35,15 +38,15 @@ class Images(Protocol):
         """Held-out images as they are, and their labels; always in the same order."""
 
 
-def make_images(data: Data, device: torch.device, seed: int) -> Images:
+def make_images(data: Data, device: torch.device, seed: int, world: World) -> Images:
     """The data set that the options name. Raises: UserError."""
     if data.root is None:
-        return Digits(data, device, seed)
+        return Digits(data, device, seed, world)
     try:
         from .folder import Folder
     except ImportError as error:
         raise UserError(missing("--data.root", "torchvision", error)) from error
-    return Folder(data, device, seed)
+    return Folder(data, device, seed, world)
 
 
 class Digits:
@@ -51,7 +54,7 @@ class Digits:
 
     channels = 1
 
-    def __init__(self, data: Data, device: torch.device, seed: int) -> None:
+    def __init__(self, data: Data, device: torch.device, seed: int, world: World) -> None:
         from sklearn.datasets import load_digits
 
         source = load_digits()
@@ -60,19 +63,22 @@ class Digits:
             images = F.interpolate(images, size=(data.size, data.size), mode="bilinear", antialias=True)
         labels = torch.from_numpy(source.target).long()
         train, test = split(labels, data.held_out)
-        check_batch(len(train), data, "the digits")
+        check_batch(len(train), data, world, "the digits")
         self.images, self.labels = images[train].to(device), labels[train].to(device)
         self.test_images, self.test_labels = images[test].to(device), labels[test].to(device)
         self.training, self.tested = len(train), len(test)
-        self.data, self.device, self.seed = data, device, seed
+        self.data, self.device, self.seed, self.world = data, device, seed, world
 
-    def views(self, epoch: int) -> Iterator[Tensor]:
+    def views(self, epoch: int) -> Iterator[list[Tensor]]:
+        """Every rank makes the views of the whole virtual batch, at most all the digits, and takes its own."""
         generator = Generator(self.device).manual_seed(seed_of(self.seed, epoch))
         order = torch.randperm(self.training, generator=generator, device=self.device)
-        B = self.data.batch_size
-        for step in range(self.training // B):
-            batch = self.images[order[step * B : (step + 1) * B]]
-            yield augment_digits(batch.repeat(self.data.views, 1, 1, 1), self.data.augment, generator)
+        V, G = self.data.views, virtual_batch(self.data, self.world)
+        for step in range(self.training // G):
+            batch = self.images[order[step * G : (step + 1) * G]]
+            views = augment_digits(batch.repeat(V, 1, 1, 1), self.data.augment, generator).unflatten(0, (V, G))
+            own = views.chunk(self.world.size, dim=1)[self.world.rank]
+            yield [part.flatten(0, 1) for part in own.split(self.data.batch_size, dim=1)]
 
     def bank(self) -> Iterator[tuple[Tensor, Tensor]]:
         yield self.images, self.labels
@@ -102,9 +108,24 @@ def seed_of(*parts: int) -> int:
     return seed
 
 
-def check_batch(training: int, data: Data, where: str) -> None:
-    """At least one whole batch. Raises: UserError."""
-    if training >= data.batch_size:
+def virtual_batch(data: Data, world: World) -> int:
+    """G, images per step over all ranks and micro-batches. Raises: UserError."""
+    least = data.batch_size * world.size
+    G = data.virtual_batch or least
+    if G % least:
+        raise UserError(
+            f"--data.virtual_batch must be a multiple of batch_size times ranks, {data.batch_size} x {world.size} = "
+            f"{least}, got {G}; another --data.batch-size may divide it"
+        )
+    return G
+
+
+def check_batch(training: int, data: Data, world: World, where: str) -> None:
+    """At least one whole virtual batch. Raises: UserError."""
+    G = virtual_batch(data, world)
+    if training >= G:
         return
-    advice = f"give --data.batch-size {training} or less" if training > 1 else "at least 2 are needed"
-    raise UserError(f"{where}: {training} images to train on, fewer than one batch of {data.batch_size}; {advice}")
+    advice = "a smaller --virtual-batch or --data.batch-size" if training > 1 else "at least 2 are needed"
+    if training > 1 and G == data.batch_size:
+        advice = f"give --data.batch-size {training} or less"
+    raise UserError(f"{where}: {training} images to train on, fewer than one batch of {G}; {advice}")

@@ -1,7 +1,7 @@
 """A folder of images: decoded, and augmented by torchvision, in loader processes.
 
-B images per step, V views per image, S pixels a side; images are float32 in [0, 1]. Without at least two classes there
-is nothing to test with, and every image is trained on.
+B images per micro-batch, G per step over all ranks and micro-batches, V views per image, S pixels a side; images are
+float32 in [0, 1]. Without at least two classes there is nothing to test with, and every image is trained on.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +15,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder, pil_loader
 from torchvision.transforms import v2
 
 from .config import Data, UserError
-from .data import check_batch, seed_of, split
+from .data import check_batch, seed_of, split, virtual_batch
+from .world import World
 
 BANK_LIMIT = 10_000
 EVAL_BATCH = 256
@@ -28,15 +29,17 @@ class Folder:
 
     channels = 3
 
-    def __init__(self, data: Data, device: torch.device, seed: int) -> None:
+    def __init__(self, data: Data, device: torch.device, seed: int, world: World) -> None:
         assert data.root is not None
         paths, labels = list_images(data.root)
         train, test = split(labels, data.held_out if len(labels.unique()) > 1 else 0.0)
-        check_batch(len(train), data, str(data.root))
+        check_batch(len(train), data, world, str(data.root))
         self.training, self.tested = len(train), len(test)
         self.device, self.data = device, data
 
-        self.order = EpochOrder(self.training, seed)
+        G = virtual_batch(data, world)
+        self.order = EpochOrder(self.training, seed, G, world)
+        self.micro_batches = G // world.size // data.batch_size
         views = Views([paths[i] for i in train], two_views(data), data.views, seed)
         self.train = self._loader(views, data.batch_size, self.order)
         bank = train[torch.randperm(len(train), generator=Generator().manual_seed(0))[:BANK_LIMIT]]
@@ -45,10 +48,10 @@ class Folder:
             for part in (bank, test)
         ]
 
-    def views(self, epoch: int) -> Iterator[Tensor]:
+    def views(self, epoch: int) -> Iterator[list[Tensor]]:
+        """Micro-batches stay on the host, where a large virtual batch has room; the network fetches them one by one."""
         self.order.epoch = epoch
-        for batch in self.train:  # (B, V, C, S, S)
-            yield batch.to(self.device, non_blocking=True).transpose(0, 1).flatten(0, 1)
+        return map(list, zip(*[iter(self.train)] * self.micro_batches, strict=True))
 
     def bank(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self._labelled(0)
@@ -61,12 +64,12 @@ class Folder:
             yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
     def _loader(self, dataset: Dataset, batch_size: int, order: Sampler | None = None) -> DataLoader:
-        """With an order: the training loader, whose processes stay and whose last, short batch is left out."""
+        """With an order: the training loader, whose processes stay and whose batches are (V*B, C, S, S)."""
         return DataLoader(
             dataset,
             batch_size,
             sampler=order,
-            drop_last=order is not None,
+            collate_fn=None if order is None else by_view,
             num_workers=self.data.workers,
             persistent_workers=order is not None and self.data.workers > 0,
             pin_memory=self.device.type == "cuda",
@@ -75,17 +78,21 @@ class Folder:
 
 
 class EpochOrder(Sampler):
-    """(epoch, index) in an order that depends on seed and epoch alone."""
+    """(epoch, index) of this rank's images of every virtual batch, in an order that depends on seed and epoch alone.
 
-    def __init__(self, count: int, seed: int) -> None:
-        self.count, self.seed, self.epoch = count, seed, 0
+    The last images, fewer than a virtual batch, are left out.
+    """
+
+    def __init__(self, count: int, seed: int, G: int, world: World) -> None:
+        self.count, self.seed, self.G, self.world, self.epoch = count, seed, G, world, 0
 
     def __len__(self) -> int:
-        return self.count
+        return self.count // self.G * self.G // self.world.size
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         generator = Generator().manual_seed(seed_of(self.seed, self.epoch))
-        for index in torch.randperm(self.count, generator=generator).tolist():
+        order = torch.randperm(self.count, generator=generator)[: self.count // self.G * self.G]
+        for index in order.view(-1, self.world.size, self.G // self.world.size)[:, self.world.rank].flatten().tolist():
             yield self.epoch, index
 
 
@@ -103,6 +110,11 @@ class Views(Dataset):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed_of(self.seed, *key))
             return torch.stack([self.transform(image) for _ in range(self.count)])
+
+
+def by_view(images: list[Tensor]) -> Tensor:
+    """(V*B, C, S, S), row v*B + i is view v of image i, from B images (V, C, S, S)."""
+    return torch.stack(images, dim=1).flatten(0, 1)
 
 
 class Labelled(Dataset):

@@ -12,17 +12,19 @@ from bam_kernels.stats import BAMStats
 
 from . import checkpoint
 from .config import UserError
+from .world import World
 
 CURVES = ("loss", "target_entropy", "source_entropy", "uniform_loss", "collapse_gap")
 
 
 class Log:
-    """The progress bar and the history's log lines."""
+    """The progress bar and the history's log lines, of steps of G images over all ranks."""
 
-    def __init__(self, state: checkpoint.State, directory: Path, steps: int, epochs: int, batch_size: int) -> None:
-        self.state, self.directory, self.steps, self.batch_size = state, directory, steps, batch_size
+    def __init__(self, state: checkpoint.State, directory: Path, steps: int, epochs: int, G: int, world: World) -> None:
+        self.state, self.directory, self.steps, self.G, self.world = state, directory, steps, G, world
         self.pending: list[Tensor] = []
-        self.bar = tqdm(total=steps * epochs, initial=state.step, unit="step", dynamic_ncols=True)
+        total = steps * epochs
+        self.bar = tqdm(total=total, initial=state.step, unit="step", dynamic_ncols=True, disable=not world.first)
         self.since = time.perf_counter()
 
     def add(self, loss: Tensor, stats: BAMStats) -> None:
@@ -31,16 +33,19 @@ class Log:
         self.pending.append(torch.stack(values))
 
     def line(self, lr: float) -> None:
-        """Wait for the device; note the mean of the steps since the last line. Raises: UserError on a bad loss."""
+        """Wait for the device; note the mean over ranks and over the steps since the last line.
+
+        Raises: UserError on a bad loss, on every rank.
+        """
         if not self.pending:
             return
-        rows = torch.stack(self.pending).tolist()
+        rows = self.world.mean(torch.stack(self.pending)).tolist()
         first = self.state.step - len(rows)
         for i, row in enumerate(rows):
             if not math.isfinite(row[0]):
                 raise self.stopped(first + i, f"the loss is {row[0]}")
         mean = dict(zip(CURVES, (sum(column) / len(rows) for column in zip(*rows, strict=True)), strict=True))
-        rate = self.batch_size * len(rows) / (time.perf_counter() - self.since)
+        rate = self.G * len(rows) / (time.perf_counter() - self.since)
         self.state.history["log"].append({"step": self.state.step, "lr": lr, "images_per_s": rate, **mean})
         self.bar.set_postfix_str(
             f"loss {mean['loss']:.3f}, gap to collapse {mean['collapse_gap']:.3f}, lr {lr:.1e}, {rate:.0f} images/s"

@@ -11,7 +11,8 @@ from .config import Model, UserError, missing
 class Network(nn.Module):
     """Images (n, C, S, S) in [0, 1] -> embeddings (n, head_dim). `backbone` alone gives the features.
 
-    The head ends in a batch norm: embeddings with a common mean have all cosines near 1, and training may stay there.
+    Images are fetched to the network's device. The head ends in a norm: embeddings with a common mean have all cosines
+    near 1, and training may stay there.
     """
 
     def __init__(self, model: Model, channels: int, size: int) -> None:
@@ -21,10 +22,12 @@ class Network(nn.Module):
         width = feature_width(self.backbone, channels, size, model.name)
         self.head = nn.Sequential(
             nn.Linear(width, model.head_width, bias=False),
-            nn.BatchNorm1d(model.head_width),
+            nn.BatchNorm1d(model.head_width) if model.norm == "batch" else nn.LayerNorm(model.head_width),
             nn.ReLU(inplace=True),
             nn.Linear(model.head_width, model.head_dim, bias=False),
-            nn.BatchNorm1d(model.head_dim, affine=False),
+            nn.BatchNorm1d(model.head_dim, affine=False)
+            if model.norm == "batch"
+            else nn.LayerNorm(model.head_dim, elementwise_affine=False),
         )
 
     def forward(self, images: Tensor) -> Tensor:
@@ -32,16 +35,20 @@ class Network(nn.Module):
 
 
 class Standardize(nn.Module):
-    """[0, 1] to about zero mean and unit variance."""
+    """[0, 1] to about zero mean and unit variance, on the device and in the type of the network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(0.5), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        return (images - 0.5) * 4
+        return (images.to(self.mean, non_blocking=True) - self.mean) * 4
 
 
 def make_backbone(model: Model, channels: int, size: int) -> nn.Module:
     """The built-in convnet, or a timm model without its classifier. Raises: UserError."""
     if model.name == "convnet":
-        return convnet(channels, size, model.width)
+        return convnet(channels, size, model.width, model.norm)
     try:
         import timm
     except ImportError as error:
@@ -55,20 +62,21 @@ def make_backbone(model: Model, channels: int, size: int) -> nn.Module:
         return timm.create_model(model.name, num_classes=0, in_chans=channels)
 
 
-def convnet(channels: int, size: int, width: int) -> nn.Module:
+def convnet(channels: int, size: int, width: int, norm: str) -> nn.Module:
     """3x3 convolutions; each stage halves the side and doubles the channels until the side is 2."""
-    layers: list[nn.Module] = [*_convolution(channels, width, 1)]
+    layers: list[nn.Module] = [*_convolution(channels, width, 1, norm)]
     widest, side = 8 * width, size
     while side > 2:
         wider = min(2 * width, widest)
-        layers += [*_convolution(width, wider, 2), *_convolution(wider, wider, 1)]
+        layers += [*_convolution(width, wider, 2, norm), *_convolution(wider, wider, 1, norm)]
         width, side = wider, (side + 1) // 2
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-def _convolution(channels: int, width: int, stride: int) -> tuple[nn.Module, ...]:
+def _convolution(channels: int, width: int, stride: int, norm: str) -> tuple[nn.Module, ...]:
     convolution = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
-    return convolution, nn.BatchNorm2d(width), nn.ReLU(inplace=True)
+    normalize = nn.BatchNorm2d(width) if norm == "batch" else nn.GroupNorm(1, width)
+    return convolution, normalize, nn.ReLU(inplace=True)
 
 
 @torch.no_grad()

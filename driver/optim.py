@@ -1,9 +1,20 @@
-"""Parameter groups and the learning rate."""
+"""The optimiser, its parameter groups, and the learning rate."""
 
 import math
 from typing import Any
 
+import torch
 from torch import nn
+
+from .config import Optim
+
+
+def make_optimizer(network: nn.Module, optim: Optim) -> torch.optim.Optimizer:
+    """The optimiser that the options name."""
+    groups = parameter_groups(network, optim.weight_decay)
+    if optim.name == "sgd":
+        return torch.optim.SGD(groups, lr=optim.lr, momentum=0.9, fused=True)
+    return torch.optim.AdamW(groups, lr=optim.lr, fused=True)
 
 
 def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -2,9 +2,12 @@
 
 python driver/pretrain.py                      handwritten digits, about a minute on two cores
 python driver/pretrain.py --data.root PATH     your own images
+python driver/pretrain.py --virtual-batch 512  a loss over 512 images, with the memory of one micro-batch
+torchrun --nproc-per-node 2 driver/pretrain.py  on two ranks, each a GPU or a share of the CPU
 python driver/pretrain.py --help               every option
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -13,19 +16,29 @@ if __name__ == "__main__":  # the driver is run from its repository, not install
 
 from driver.config import UserError, parse
 from driver.train import pretrain
+from driver.world import World
 
 
 def main(args: list[str] | None = None) -> int:
     """The exit code: 0, 1 for what the user can put right, 130 after Ctrl-C; 2 (from tyro) for a wrong option."""
+    world = World.from_environment()
+    if not world.first:
+        sys.stdout = open(os.devnull, "w")
     try:
-        pretrain(parse(args))
+        pretrain(world.from_first("options", lambda: parse(args)), world)
     except UserError as error:
-        # A loader's worker wraps its error in a traceback; the user's part is the end.
-        print(f"\nerror: {str(error).rsplit('UserError: ', 1)[-1]}", file=sys.stderr)
+        if world.first_to_fail():
+            # A loader's worker wraps its error in a traceback; the user's part is the end.
+            print(f"\nerror: {str(error).rsplit('UserError: ', 1)[-1]}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ninterrupted; --run.resume RUN_DIR goes on from the last checkpoint", file=sys.stderr)
+        if world.first:
+            print("\ninterrupted; --run.resume RUN_DIR goes on from the last checkpoint", file=sys.stderr)
         return 130
+    except RuntimeError:
+        if world.failed():  # this rank missed the one that failed, which has said why
+            return 1
+        raise
     return 0
 
 

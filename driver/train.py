@@ -1,67 +1,80 @@
-"""The training loop, from options to a finished run. V views per image, B images per step, view-major."""
+"""The training loop, from options to a finished run. V views per image, view-major; G images per step."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from bam_kernels import BAMLoss
+from bam_kernels import BAMLoss, GradientCache
 
 from . import checkpoint, config, report
 from .config import Config, Loss, UserError
-from .data import make_images
+from .data import make_images, seed_of, virtual_batch
 from .evaluate import evaluate, features, pixels
 from .log import Log
 from .model import Network, follow, make_teacher
-from .optim import learning_rate, parameter_groups
+from .optim import learning_rate, make_optimizer
+from .world import World
 
 TEACHER_VIEWS = 2
 
 
-def pretrain(options: Config) -> Path:
+def pretrain(options: Config, world: World | None = None) -> Path:
     """Train as the options say and return the run's directory. Raises: UserError."""
+    world = world or World()
     data, model, optim, run = options.data, options.model, options.optim, options.run
-    device = choose_device(run.device)
+    device = world.choose_device(run.device)
+    world.start(device)
     torch.manual_seed(run.seed)
 
-    images = make_images(data, device, run.seed)
-    network = Network(model, images.channels, data.size).to(device).to(memory_format=torch.channels_last)
+    G = virtual_batch(data, world)
+    images = make_images(data, device, run.seed, world)
+    dtype = getattr(torch, run.dtype)
+    network = Network(model, images.channels, data.size).to(device, dtype).to(memory_format=torch.channels_last)
     teacher = make_teacher(network) if model.teacher_momentum > 0 else None
-    bam = make_loss(options.loss, device)
-    optimizer = torch.optim.AdamW(parameter_groups(network, optim.weight_decay), lr=optim.lr, fused=True)
+    bam = make_loss(options.loss, device, dtype)
+    optimizer = make_optimizer(network, optim)
 
     state = checkpoint.State(network, teacher, optimizer)
     if run.resume is not None:
-        checkpoint.load(state, run.resume, device)
-    directory = run.resume or fresh_directory(run.name)
-    config.save(options, directory)
+        checkpoint.load(state, run.resume)
+    directory = run.resume or world.from_first("directory", lambda: fresh_directory(run.name))
+    # Resumed on other ranks, the run keeps its objective.
+    options = replace(options, data=replace(data, virtual_batch=G))
+    if world.first:
+        config.save(options, directory)
 
-    steps = images.training // data.batch_size
+    steps = images.training // G
     total, warmup = optim.epochs * steps, optim.warmup_epochs * steps
     last_epoch = min(optim.epochs, run.stop_after or optim.epochs)
     print(f"{directory}: {images.training} training images, {images.tested} held out; {steps} steps an epoch; {device}")
-    if images.tested and state.epoch == 0:
+    if images.tested and state.epoch == 0 and world.first:
         state.note("pixels", 0, evaluate(pixels, images, run.neighbours))
         state.note("knn", 0, evaluate(features(network.backbone), images, run.neighbours))
 
-    log = Log(state, directory, steps, optim.epochs, data.batch_size)
+    log = Log(state, directory, steps, optim.epochs, G, world)
+
+    def criterion(*embeddings: Tensor) -> Any:
+        try:
+            return bam(*embeddings, step=state.step)
+        except ValueError as error:
+            raise log.stopped(state.step, str(error)) from error
+
+    def teach(views: Tensor) -> Tensor:
+        return teacher(views[: TEACHER_VIEWS * data.batch_size])
+
+    cache = GradientCache(world.parallel(network), criterion, teach if teacher else None, views=data.views)
     try:
         while state.epoch < last_epoch:
-            for views in images.views(state.epoch):
+            torch.manual_seed(seed_of(run.seed, state.epoch, world.rank))
+            for micro_batches in images.views(state.epoch):
                 lr = learning_rate(state.step, total, warmup, optim.lr)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                student = network(views).unflatten(0, (data.views, -1))
-                keys = None
-                if teacher is not None:
-                    with torch.no_grad():
-                        keys = teacher(views[: TEACHER_VIEWS * data.batch_size]).unflatten(0, (TEACHER_VIEWS, -1))
-                try:
-                    value, stats = bam(student, keys, step=state.step)
-                except ValueError as error:
-                    raise log.stopped(state.step, str(error)) from error
                 optimizer.zero_grad()
-                value.backward()
+                value, stats = cache(micro_batches)
                 if optim.clip_norm > 0:
                     nn.utils.clip_grad_norm_(network.parameters(), optim.clip_norm)
                 optimizer.step()
@@ -78,21 +91,24 @@ def pretrain(options: Config) -> Path:
             save = finished or due(state.epoch, run.save_every)
             if test or save:
                 log.line(lr)
-            if test:
+            if test and world.first:
                 state.note("knn", state.epoch, evaluate(features(network.backbone), images, run.neighbours))
             if save:
                 log.check_weights()
+            if save and world.first:
                 checkpoint.save(state, config.as_plain(options), directory)
             if test or save:
                 log.restart_clock()
     finally:
         log.close()
 
-    report.write(state, options, directory, images.tested, steps)
+    if world.first:
+        report.write(state, options, directory, images.tested, steps)
+    world.end()
     return directory
 
 
-def make_loss(loss: Loss, device: torch.device) -> BAMLoss:
+def make_loss(loss: Loss, device: torch.device, dtype: torch.dtype) -> BAMLoss:
     """BAM with these options, tried on two images: what cannot run here is known before anything is written.
 
     Raises: UserError.
@@ -106,20 +122,10 @@ def make_loss(loss: Loss, device: torch.device) -> BAMLoss:
             backend=loss.backend,
             return_stats=True,
         )
-        bam(torch.eye(4, device=device).view(2, 2, 4))
+        bam(torch.eye(4, device=device, dtype=dtype).view(2, 2, 4))
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"--loss: {error}") from error
     return bam
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of that name, seen to work. Raises: UserError."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--run.device {name}: {str(error).splitlines()[0]}") from error
 
 
 def fresh_directory(name: str) -> Path:

@@ -1,0 +1,191 @@
+"""The exact gradient of a loss over a batch that is embedded in parts: the memory of one part, the objective of all.
+
+V views, b images in a micro-batch, B images in all micro-batches of this rank, D features.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+_OPERATION = "GradientCache"
+
+
+class GradientCache:
+    """Back-propagates criterion(model(whole batch)) with the activations of one micro-batch at a time.
+
+        dL/dtheta = Σ_m (dL/dz_m)ᵀ dz_m/dtheta
+
+    Every micro-batch is embedded without a graph; the loss of all embeddings z and its gradient dL/dz follow, over all
+    ranks where the criterion gathers them; then every micro-batch is embedded again, with a graph and with the random
+    numbers it had, and its rows of dL/dz are propagated. Beyond one micro-batch's activations the memory is that of
+    the embeddings and of the criterion; the cost is one more forward pass. A single micro-batch is embedded once.
+
+        cache = GradientCache(model, BAMLoss(return_stats=True))
+        loss, stats = cache(micro_batches, step=step)  # adds to .grad, as loss.backward() does
+        optimizer.step()
+
+    model      nn.Module, or one in DistributedDataParallel (which then synchronises once, in the last micro-batch);
+               micro-batch -> (V, b, D), or (V*b, D) with `views`
+    criterion  called once as criterion(z, **options), or criterion(z, y, **options) with a teacher; z (V, B, D), the
+               images in the order of the micro-batches. Returns the loss, or a tuple that begins with it
+    teacher    micro-batch -> (R, b, D) or (R*b, D); called once for each, without gradient
+    scaler     torch.amp.GradScaler; `scaler.step(optimizer)` and `scaler.update()` stay with the caller
+    views      V, needed where the model returns (V*b, D)
+
+    A micro-batch is whatever the model takes, for example a list of crops of two sizes; they may differ in b. Call it
+    inside `torch.autocast` if the model runs so. The buffers and torch's random numbers (dropout, drop-path; not those
+    of `random` or numpy) end as a single pass over the micro-batches leaves them. BatchNorm normalises each micro-batch
+    by its own statistics, SyncBatchNorm by those of one micro-batch of every rank (then all ranks need the same number
+    of micro-batches): with them the result depends on the micro-batches' size, with anything per image it does not.
+
+    Source: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", RepL4NLP 2021.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: Callable[..., Any],
+        teacher: Callable[[Any], Tensor] | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        *,
+        views: int | None = None,
+    ) -> None:
+        if views is not None and (not isinstance(views, int) or views < 1):
+            raise ValueError(f"{_OPERATION}: views must be a positive integer or None, got {views!r}")
+        self.model, self.criterion, self.teacher, self.scaler, self.views = model, criterion, teacher, scaler, views
+
+    def __call__(self, micro_batches: Sequence[Any], **options: Any) -> Any:
+        """Adds the gradient to .grad and returns what criterion(z, **options) does, detached. Raises: ValueError."""
+        if not hasattr(micro_batches, "__len__") or isinstance(micro_batches, Tensor):
+            came = type(micro_batches).__name__
+            raise TypeError(f"{_OPERATION}: micro_batches must be a sequence of micro-batches, read twice; got {came}")
+        if len(micro_batches) == 0:
+            raise ValueError(f"{_OPERATION}: micro_batches is empty")
+        if not torch.is_grad_enabled():
+            raise ValueError(f"{_OPERATION}: gradients are switched off here (no_grad or inference_mode)")
+
+        if len(micro_batches) == 1:
+            z = self._embed(micro_batches[0], 0)
+            return self._backward_of_loss(z, self._teach(micro_batches[0], 0, z.shape[1]), options)
+
+        devices = {p.device for p in self.model.parameters() if p.device.type != "cpu"}
+        parts, taught, random = [], [], []
+        with torch.no_grad(), _unchanged(self.model):
+            for m, batch in enumerate(micro_batches):
+                random.append(_random_state(devices))
+                parts.append(self._embed(batch, m))
+                taught.append(self._teach(batch, m, parts[-1].shape[1]))
+        sizes = [part.shape[1] for part in parts]
+        z = _joined(parts, "model").detach().requires_grad_()
+        del parts
+        y = None if self.teacher is None else _joined(taught, "teacher")
+        result = self._backward_of_loss(z, y, options)
+        if z.grad is None:
+            raise ValueError(f"{_OPERATION}: the criterion's loss does not depend on the embeddings")
+
+        end = _random_state(devices)
+        dz = z.grad.split(sizes, dim=1)
+        for m, batch in enumerate(micro_batches):
+            _set_random_state(random[m])
+            with self._synchronised(m == len(micro_batches) - 1):
+                z_m = self._embed(batch, m)
+                if not z_m.requires_grad:
+                    raise ValueError(f"{_OPERATION}: the model's output for micro-batch {m} has no graph")
+                if z_m.shape != dz[m].shape:
+                    came = f"{tuple(dz[m].shape)}, then {tuple(z_m.shape)}"
+                    raise ValueError(f"{_OPERATION}: two passes over micro-batch {m} gave embeddings of shape {came}")
+                with torch.autocast(z_m.device.type, enabled=False):
+                    z_m.backward(dz[m])
+        _set_random_state(end)
+        return result
+
+    def _embed(self, batch: Any, m: int) -> Tensor:
+        return _by_view(self.model(batch), "model", m, views=self.views)
+
+    def _teach(self, batch: Any, m: int, b: int) -> Tensor | None:
+        if self.teacher is None:
+            return None
+        with torch.no_grad():
+            return _by_view(self.teacher(batch), "teacher", m, b=b)
+
+    def _backward_of_loss(self, z: Tensor, y: Tensor | None, options: dict[str, Any]) -> Any:
+        """Back-propagate the (scaled) loss into what z depends on, and the criterion's own parameters."""
+        result = self.criterion(z, **options) if y is None else self.criterion(z, y, **options)
+        loss = result[0] if isinstance(result, tuple) else result
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            came = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(
+                f"{_OPERATION}: the criterion must return one number, or a tuple with it first; got {came}"
+            )
+        if not loss.requires_grad:
+            raise ValueError(f"{_OPERATION}: the criterion's loss has no graph: nothing to propagate to the model")
+        scaled = loss if self.scaler is None else self.scaler.scale(loss)
+        # The derivative of a product that autocast left in float32 is a product in float32 too.
+        with torch.autocast(z.device.type, enabled=False):
+            scaled.backward()
+        if not isinstance(result, tuple):
+            return loss.detach()
+        return tuple(part.detach() if isinstance(part, Tensor) else part for part in result)
+
+    def _synchronised(self, last: bool) -> AbstractContextManager[Any]:
+        no_sync = getattr(self.model, "no_sync", None)
+        return nullcontext() if last or no_sync is None else no_sync()
+
+
+def _by_view(out: Any, whose: str, m: int, views: int | None = None, b: int | None = None) -> Tensor:
+    """(V, b, D) from that or (V*b, D), of which views or b must be known; what is known must hold."""
+    if not isinstance(out, Tensor) or out.ndim not in (2, 3) or out.numel() == 0:
+        came = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+        raise ValueError(f"{_OPERATION}: the {whose} must return (V, b, D) or (V*b, D), got {came}, micro-batch {m}")
+    returned = f"{_OPERATION}: the {whose} returned shape {tuple(out.shape)} for micro-batch {m}"
+    if out.ndim == 2:
+        known = views or b
+        if known is None:
+            raise ValueError(f"{returned}, so views must be given")
+        if len(out) % known:
+            raise ValueError(f"{returned}: {len(out)} rows, not a multiple of {known} {'views' if views else 'images'}")
+        out = out.unflatten(0, (views or -1, b or -1))
+    if views not in (None, out.shape[0]) or b not in (None, out.shape[1]):
+        raise ValueError(f"{returned}, but it has {f'views={views}' if views else f'{b} images'}")
+    return out
+
+
+def _joined(parts: list[Any], whose: str) -> Tensor:
+    """(V, B, D) of all micro-batches."""
+    first = parts[0]
+    for m, part in enumerate(parts):
+        if (part.shape[0], part.shape[2], part.dtype) != (first.shape[0], first.shape[2], first.dtype):
+            raise ValueError(
+                f"{_OPERATION}: micro-batches must agree in views, features and dtype; the {whose} returned "
+                f"{tuple(first.shape)} {first.dtype} for micro-batch 0, {tuple(part.shape)} {part.dtype} for {m}"
+            )
+    return torch.cat(parts, dim=1)
+
+
+@contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Buffers end as they began, and DistributedDataParallel broadcasts them in the next pass, as it was about to."""
+    before = [buffer.clone() for buffer in model.buffers()]
+    broadcast = isinstance(model, DistributedDataParallel) and model.require_forward_param_sync
+    try:
+        yield
+    finally:
+        for buffer, value in zip(model.buffers(), before, strict=True):
+            buffer.copy_(value)
+        if isinstance(model, DistributedDataParallel):
+            model.require_forward_param_sync = broadcast
+
+
+def _random_state(devices: set[torch.device]) -> list[tuple[torch.device, Tensor]]:
+    state = [(torch.device("cpu"), torch.get_rng_state())]
+    return state + [(device, torch.get_device_module(device).get_rng_state(device)) for device in devices]
+
+
+def _set_random_state(state: list[tuple[torch.device, Tensor]]) -> None:
+    for device, value in state:
+        module = torch if device.type == "cpu" else torch.get_device_module(device)
+        module.set_rng_state(value, *([] if device.type == "cpu" else [device]))

@@ -1,0 +1,135 @@
+"""One step on W ranks: the forecast of `bam_kernels.plan` beside what one rank's share takes here, then at any W.
+
+    python benchmarks/scale.py --json benchmarks/results/cpu_scale.json
+
+Measured: `bam_loss` and its gradient of one rank of W, alone, with the other ranks' keys given, so nothing is sent;
+forecast: its products and passes at the rates measured on this machine. Then the same forecast, with messages, at the
+stated rates of an H200 and the published batch (8 views of 256 images, 4096 features, a teacher of 2 views).
+"""
+
+import itertools
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from common import aligned, number, write_csv, write_json
+from hardware import Machine
+
+from bam_kernels import bam_loss, plan
+from bam_kernels.forecast import H200, Forecast, Rates
+from bam_kernels.simulated import SimulatedRanks
+
+
+@dataclass
+class ScaleOptions:
+    views: int = 2
+    images: int = 512
+    """Images per rank."""
+    features: int = 256
+    ranks: tuple[int, ...] = (1, 2, 4, 8, 16)
+    teacher: tuple[bool, ...] = (False, True)
+    """Without and with a teacher of as many views."""
+    forecast_ranks: tuple[int, ...] = (1, 8, 16, 64, 256, 1024, 4096)
+    repetitions: int = 10
+    device: str = "auto"
+    threads: int | None = None
+    json: Path | None = None
+    csv: Path | None = None
+
+
+def measured(options: ScaleOptions, machine: Machine, W: int, teacher: bool) -> dict[str, Any]:
+    V, B, D = options.views, options.images, options.features
+    generator = torch.Generator().manual_seed(0)
+
+    def embeddings() -> torch.Tensor:
+        return torch.randn(V, B, D, generator=generator).to(machine.device)
+
+    student, y = embeddings().requires_grad_(), embeddings() if teacher else None
+    keys = torch.nn.functional.normalize(torch.randn(W * V * B, D, generator=generator), dim=1).to(machine.device)
+    group = SimulatedRanks(W, 0, keys) if W > 1 else None
+
+    def step() -> None:
+        student.grad = None
+        bam_loss(student, y, key_views=V, target_views=V, group=group, precision="exact").backward()
+
+    step()
+    peak = machine.peak_bytes(step)
+    times = sorted(machine.time_ms(step) for _ in range(options.repetitions))
+    rates = Rates(machine.gemm_gflops * 1e9, machine.copy_gbs * 1e9, machine.exp_per_s, float("inf"), 0.0)
+    forecast = plan(
+        views=V,
+        images=B,
+        features=D,
+        ranks=W,
+        teacher_views=V if teacher else 0,
+        target_views=V,
+        key_views=V,
+        rates=rates,
+    )
+    median = times[len(times) // 2]
+    return {
+        **shape(forecast),
+        "teacher": teacher,
+        "median_ms": median,
+        "forecast_ms": 1e3 * forecast.step_s,
+        "ratio": median / (1e3 * forecast.step_s),
+        "peak_bytes": peak,
+        "forecast_bytes": forecast.total_bytes,
+        "rates": "measured here",
+    }
+
+
+def stated(W: int) -> dict[str, Any]:
+    forecast = plan(
+        views=8, images=256, features=4096, ranks=W, teacher_views=2, int16_scores=True, key_bytes=2, rates=H200
+    )
+    parts = {f"{name.replace(' ', '_')}_ms": 1e3 * seconds for name, seconds in forecast.seconds.items()}
+    return {
+        **shape(forecast),
+        "teacher": True,
+        **parts,
+        "forecast_ms": 1e3 * forecast.step_s,
+        "forecast_bytes": forecast.total_bytes,
+        "sent_bytes": sum(message.bytes for message in forecast.messages),
+        "rates": "stated, H200",
+    }
+
+
+def shape(forecast: Forecast) -> dict[str, int]:
+    return {letter: getattr(forecast.layout, letter) for letter in "WMND"}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    heads = list(rows[0])
+    cells = [[*heads, ""]]
+    for row in rows:
+        text = [number(value) if isinstance(value, float) else str(value) for value in row.values()]
+        cells.append([*text, ""])
+    return aligned(cells)
+
+
+def main(options: ScaleOptions) -> int:
+    machine = Machine.found(options.device, options.threads)
+    print(machine.line(), flush=True)
+    here = []
+    for teacher, W in itertools.product(options.teacher, options.ranks):
+        machine.measure()
+        here.append(measured(options, machine, W, teacher))
+    print(f"\none rank's share, measured and forecast\n{table(here)}")
+    anywhere = [stated(W) for W in options.forecast_ranks]
+    print(f"\nforecast at stated rates: nothing of this has been run\n{table(anywhere)}")
+    keys = dict.fromkeys(key for row in here + anywhere for key in row)
+    rows = [dict.fromkeys(keys) | row | machine.fields() for row in here + anywhere]
+    rows = [{"benchmark": "scale"} | row for row in rows]
+    if options.json is not None:
+        write_json(options.json, rows)
+    if options.csv is not None:
+        write_csv(options.csv, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(ScaleOptions, description=__doc__)))

@@ -1,0 +1,109 @@
+"""Memory and time of one step on a virtual batch: the gradient cache, by the number of micro-batches.
+
+    python benchmarks/virtual_batch.py --json benchmarks/results/cpu_virtual_batch.json
+
+A small convolutional network embeds two views of random 8 x 8 images, a micro-batch of a fixed size at a time, and the
+loss is over all of them. Peak memory beyond the images; what is left beyond the loss's own (as `bam_kernels.plan`
+forecasts it), the embeddings and their gradient must not grow with the number of micro-batches. The last row is plain
+backward on one micro-batch.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from common import aligned, number, write_csv, write_json
+from hardware import Machine
+from torch import Tensor, nn
+
+from bam_kernels import BAMLoss, GradientCache, plan
+
+VIEWS = 2
+
+
+@dataclass
+class VirtualBatchOptions:
+    batches: tuple[int, ...] = (1024, 4096, 16384)
+    """Images of the virtual batch."""
+    micro_batch: int = 128
+    features: int = 128
+    width: int = 32
+    memory_budget: int = 128 << 20
+    """Bytes that the loss may use for scores."""
+    device: str = "auto"
+    threads: int | None = None
+    json: Path | None = None
+    csv: Path | None = None
+
+
+def network(width: int, features: int) -> nn.Module:
+    def block(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
+        return [nn.Conv2d(inputs, outputs, 3, stride, 1), nn.GroupNorm(8, outputs), nn.ReLU()]
+
+    layers = [*block(1, width, 1), *block(width, 2 * width, 2), *block(2 * width, 4 * width, 2)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, features))
+
+
+def row(options: VirtualBatchOptions, machine: Machine, images: int, cached: bool) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = network(options.width, options.features).to(machine.device)
+    loss = BAMLoss(views=VIEWS, memory_budget=options.memory_budget, precision="exact")
+    b = options.micro_batch
+    batches = [torch.rand(VIEWS * b, 1, 8, 8, device=machine.device) for _ in range(images // b)]
+    cache = GradientCache(model, loss, views=VIEWS)
+
+    def step() -> Tensor:
+        model.zero_grad()
+        if cached:
+            return cache(batches)
+        value = loss(model(batches[0]))
+        value.backward()
+        return value
+
+    step()
+    peak = machine.peak_bytes(step)
+    embeddings = VIEWS * images * options.features * 4
+    of_loss = plan(
+        views=VIEWS, images=images, features=options.features, memory_budget=options.memory_budget
+    ).total_bytes
+    return {
+        "step": "gradient cache" if cached else "plain",
+        "images": images,
+        "micro_batch": b,
+        "micro_batches": len(batches),
+        "features": options.features,
+        "memory_budget": options.memory_budget,
+        "ms": machine.time_ms(step),
+        "peak_bytes": peak,
+        "embeddings_bytes": embeddings,
+        "loss_bytes": of_loss,
+        "beyond_bytes": None if peak is None else peak - of_loss - 2 * embeddings,
+    }
+
+
+def main(options: VirtualBatchOptions) -> int:
+    for images in options.batches:
+        if images % options.micro_batch:
+            print(f"--batches: {images} is not a multiple of --micro-batch {options.micro_batch}", file=sys.stderr)
+            return 2
+    machine = Machine.found(options.device, options.threads)
+    print(machine.line(), flush=True)
+    rows = [row(options, machine, images, True) for images in options.batches]
+    rows.append(row(options, machine, options.micro_batch, False))
+    cells = [[*rows[0], ""]]
+    for values in rows:
+        cells.append([*(number(v) if isinstance(v, float) else str(v) for v in values.values()), ""])
+    print(aligned(cells))
+    rows = [{"benchmark": "virtual_batch"} | values | machine.fields() for values in rows]
+    if options.json is not None:
+        write_json(options.json, rows)
+    if options.csv is not None:
+        write_csv(options.csv, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(VirtualBatchOptions, description=__doc__)))

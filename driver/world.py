@@ -1,0 +1,109 @@
+"""The ranks of a run: one process alone, or those that torchrun has started, each with its own device."""
+
+import os
+import pickle
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .config import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """`size` ranks, of which this is `rank`; the first one alone prints, evaluates and writes."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    store: dist.Store | None = None
+    """Small things that pass between ranks, before the process group is there and after it has failed."""
+
+    @classmethod
+    def from_environment(cls) -> "World":
+        """As torchrun describes it in environment variables; without them, one process alone."""
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return cls()
+        store, rank, size = next(dist.rendezvous("env://"))
+        return cls(rank, size, int(os.environ.get("LOCAL_RANK", rank)), store)
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def from_first(self, name: str, make: Callable[[], T]) -> T:
+        """What `make()` gives on the first rank. Where it ends there, the others end too, without a word."""
+        if self.store is None:
+            return make()
+        if self.first:
+            value = None
+            try:
+                value = make()
+            finally:
+                self.store.set(name, pickle.dumps(value))
+            return value
+        value = pickle.loads(self.store.get(name))
+        return sys.exit(0) if value is None else value
+
+    def choose_device(self, name: str) -> torch.device:
+        """The device of that name, seen to work; of several GPUs each rank takes its own. Raises: UserError."""
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        if self.size > 1 and name.startswith("cuda"):
+            if name != "cuda":
+                raise UserError(
+                    f"--run.device {name}: one device for {self.size} ranks; give cuda, and each takes its own"
+                )
+            name = f"cuda:{self.local_rank}"
+        try:
+            return torch.zeros(1, device=name).device
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise UserError(f"--run.device {name}: {str(error).splitlines()[0]}") from error
+
+    def start(self, device: torch.device) -> None:
+        """The process group: NCCL between GPUs, gloo between CPUs."""
+        if self.store is None:
+            return
+        nccl = device.type == "cuda"
+        if nccl:
+            torch.cuda.set_device(device)
+        dist.init_process_group(
+            "nccl" if nccl else "gloo",
+            store=self.store,
+            rank=self.rank,
+            world_size=self.size,
+            device_id=device if nccl else None,
+        )
+
+    def end(self) -> None:
+        """Wait for all ranks, then leave the group: gloo may abort where a rank leaves another behind."""
+        if self.store is not None:
+            dist.barrier()
+            dist.destroy_process_group()
+
+    def parallel(self, network: nn.Module) -> nn.Module:
+        """The network, its gradients averaged over ranks."""
+        return network if self.store is None else DistributedDataParallel(network)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """x <- its mean over ranks."""
+        if self.store is not None:
+            dist.all_reduce(x)
+            x /= self.size
+        return x
+
+    def first_to_fail(self) -> bool:
+        """Whether no other rank has asked: what several ranks meet is said once."""
+        return self.store is None or self.store.add("failures", 1) == 1
+
+    def failed(self) -> bool:
+        """Whether a rank has failed, and said why."""
+        return self.store is not None and self.store.add("failures", 0) > 0

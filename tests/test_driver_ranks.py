@@ -1,0 +1,199 @@
+"""The driver on several ranks (real processes over gloo, started by torchrun) and with virtual batches."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_driver import write_images
+
+from driver import checkpoint, config, data, train
+from driver.config import UserError
+from driver.world import World
+
+ROOT = Path(__file__).resolve().parent.parent
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
+
+# 42 steps an epoch of 32 digits. Nothing but the loss mixes images, so the split of a step must not matter.
+STEP, EPOCHS = 32, 3
+RUN = ["--model.norm=layer", "--model.width=8", f"--optim.epochs={EPOCHS}", "--optim.warmup-epochs=1"]
+RUN += ["--loss.epsilon=0.01", "--run.log-every=1", "--run.eval-every=0", "--run.device=cpu"]
+FLOAT64_SGD = [*RUN, "--run.dtype=float64", "--optim.name=sgd", "--optim.lr=0.01"]
+CURVES = ("loss", "target_entropy", "source_entropy", "uniform_loss", "lr")
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch, threads):
+    """Runs are written under the current directory. One thread, as torchrun gives to each rank."""
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+
+
+def alone(*options: str) -> Path:
+    return train.pretrain(config.parse(list(options)))
+
+
+def torchrun(W: int, *options: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(W)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command += [str(ROOT / "driver" / "pretrain.py"), *options]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+
+
+def on_ranks(W: int, *options: str) -> Path:
+    """The directory of a run that torchrun made, the only new one."""
+    before = set(Path("runs").glob("*"))
+    run = torchrun(W, *options)
+    assert run.returncode == 0, run.stderr
+    (made,) = set(Path("runs").glob("*")) - before
+    assert run.stdout.count("written: ") == 1
+    return made
+
+
+def history(directory: Path) -> dict:
+    return json.loads((directory / "history.json").read_text())
+
+
+def difference(a: Path, b: Path) -> float:
+    """The largest of the curves', over all steps. Both have every step once."""
+    logs = [history(directory)["log"] for directory in (a, b)]
+    assert [[entry["step"] for entry in log] for log in logs] == [list(range(1, len(logs[0]) + 1))] * 2
+    return max(abs(x[name] - y[name]) for x, y in zip(*logs, strict=True) for name in CURVES)
+
+
+# The objective does not depend on the split
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory) -> Path:
+    """126 steps on one rank, in one batch each."""
+    before, threads = Path.cwd(), torch.get_num_threads()
+    os.chdir(tmp_path_factory.mktemp("one"))
+    torch.set_num_threads(1)
+    directory = alone(*FLOAT64_SGD, f"--data.batch-size={STEP}").absolute()
+    os.chdir(before)
+    torch.set_num_threads(threads)
+    log = history(directory)["log"]
+    assert len(log) == 126 > 100 and log[-1]["collapse_gap"] > log[0]["collapse_gap"] + 0.3  # it learns
+    return directory
+
+
+def equal_runs(a: Path, b: Path) -> None:
+    assert difference(a, b) <= 1e-9
+    first, second = (torch.load(directory / checkpoint.FILE, weights_only=True) for directory in (a, b))
+    assert first.keys() == second.keys() and first["step"] == second["step"]
+    for name, value in first["network"].items():
+        assert value.dtype == torch.float64 and ((value - second["network"][name]).abs() <= 1e-9).all(), name
+    assert first["history"]["knn"][-1] == second["history"]["knn"][-1]
+    for content in (first, second):
+        content["config"]["data"].pop("batch_size")  # the virtual batch is kept, and the same
+    assert first["config"] == second["config"]
+
+
+def test_micro_batches_give_the_same_curve(one_rank):
+    equal_runs(alone(*FLOAT64_SGD, "--data.batch-size=16", "--virtual-batch=32"), one_rank)
+
+
+def test_two_ranks_give_the_same_curve(one_rank):
+    equal_runs(on_ranks(2, *FLOAT64_SGD, "--data.batch-size=16"), one_rank)
+
+
+def test_resumed_on_two_ranks_in_micro_batches(one_rank):
+    """One epoch on one rank, the others on two ranks with two micro-batches each; then it is one rank's again."""
+    first = alone(*FLOAT64_SGD, f"--data.batch-size={STEP}", "--run.stop-after=1")
+    run = torchrun(2, f"--run.resume={first}", "--data.batch-size=8", "--run.stop-after=2")
+    assert run.returncode == 0, run.stderr
+    alone(f"--run.resume={first}", f"--data.batch-size={STEP}")
+    equal_runs(first, one_rank)
+
+
+def test_with_a_teacher_and_three_views():
+    options = [*FLOAT64_SGD, "--model.teacher-momentum=0.9", "--data.views=3", "--optim.epochs=1"]
+    equal_runs(
+        alone(*options, "--data.batch-size=8", "--virtual-batch=32"), alone(*options, f"--data.batch-size={STEP}")
+    )
+
+
+def test_float32_adamw_stays_close():
+    """Rounding grows along a run; the largest difference of the curves over these 42 steps is about 5e-7."""
+    options = [*RUN, "--optim.lr=1e-3", "--optim.epochs=1"]
+    one = alone(*options, f"--data.batch-size={STEP}")
+    assert 0 < difference(alone(*options, "--data.batch-size=16", "--virtual-batch=32"), one) < 1e-4
+
+
+def steps(images, epoch: int) -> list[list[torch.Tensor]]:
+    return [[part.unflatten(0, (2, -1)) for part in parts] for parts in images.views(epoch)]
+
+
+@pytest.mark.parametrize("kind", ["digits", "folder"])
+def test_images_of_a_step_do_not_depend_on_the_split(kind):
+    """Joined over micro-batches, then ranks: the same images in the same order with the same augmentation."""
+    if kind == "folder":
+        pytest.importorskip("torchvision")
+        write_images(Path("flat"), 27)
+
+    def joined(W: int, batch_size: int) -> list[torch.Tensor]:
+        options = config.Data(batch_size=batch_size, virtual_batch=8, workers=0)
+        if kind == "folder":
+            options = config.Data(batch_size=batch_size, virtual_batch=8, workers=0, root=Path("flat"), size=16)
+        ranks = []
+        for rank in range(W):
+            images = data.make_images(options, torch.device("cpu"), 3, World(rank, W))
+            ranks.append([torch.cat(parts, dim=1) for parts in steps(images, epoch=2)])
+            assert all(len(parts) == 8 // W // batch_size for parts in images.views(2))
+        return [torch.cat(parts, dim=1) for parts in zip(*ranks, strict=True)]
+
+    whole = joined(1, 8)
+    assert len(whole) == (27 if kind == "folder" else 1347) // 8 and whole[0].shape[:2] == (2, 8)
+    assert not torch.equal(whole[0][0], whole[0][1]) and not torch.equal(whole[0], whole[1])
+    for W, batch_size in ((1, 4), (2, 4), (2, 2), (4, 2)):
+        assert all(map(torch.equal, joined(W, batch_size), whole)), (W, batch_size)
+
+
+# What is said, and once
+
+
+def test_virtual_batch_that_does_not_divide():
+    message = "--data.virtual_batch must be a multiple of batch_size times ranks, 128 x 1 = 128, got 100"
+    with pytest.raises(UserError, match=message):
+        alone("--virtual-batch=100")
+    with pytest.raises(
+        UserError, match="1347 images to train on, fewer than one batch of 2048; a smaller --virtual-batch"
+    ):
+        alone("--virtual-batch=2048")
+
+
+@pytest.mark.parametrize(
+    "options, code, message",
+    [
+        (
+            ["--virtual-batch=40"],
+            1,
+            "error: --data.virtual_batch must be a multiple of batch_size times ranks, 128 x 2 = 256",
+        ),
+        (["--data.nonsense=1"], 1, "--data.nonsense"),
+        (["--optim.lr=1e30", "--model.width=4", "--data.batch-size=64"], 1, "error: stopped at step "),
+        (["--help"], 0, "Images per optimiser step, over all ranks and micro-batches"),
+    ],
+)
+def test_errors_and_help_are_said_once(options, code, message):
+    run = torchrun(2, *options)
+    said = " ".join((run.stdout + run.stderr).replace("│", " ").split())
+    assert run.returncode == code and said.count(message) == 1, said
+    assert 'pretrain.py", line' not in said  # no rank's traceback
+
+
+def test_error_of_one_rank_ends_both():
+    """The file is in one rank's half of the batch; the other rank, which loses its partner, says nothing."""
+    pytest.importorskip("torchvision")
+    write_images(Path("flat"), 8)
+    Path("flat/03.png").write_bytes(b"not a picture")
+    options = ["--data.root=flat", "--data.size=16", "--data.batch-size=4", "--model.name=convnet", "--model.width=4"]
+    run = torchrun(2, *options, "--data.workers=0")
+    assert run.returncode == 1
+    assert run.stderr.count("error: flat/03.png: not a readable image") == 1
+    assert 'pretrain.py", line' not in run.stderr
