@@ -168,8 +168,8 @@ def _memory(
     blocks = 3 if x.W > 1 else 0  # one that is used, one that arrives, one that is centred
     whole = slabs.source_cached or (slabs.cached and not slabs.slab_rows)
     gradient_rows = x.M * needs_grad
-    if scatters and x.W > 1:
-        gradient_rows += 2 * n if whole else x.N + 2 * n
+    if scatters:
+        gradient_rows += (0 if whole else x.N) + (2 * n if x.W > 1 else 0)
     return {
         "unit rows": (x.M + x.R * x.B) * x.D * FLOAT_BYTES,
         "keys": (blocks * n if regather and x.W > 1 else x.N + (blocks - 1) * n if x.W > 1 else x.N) * x.D * key_bytes,
