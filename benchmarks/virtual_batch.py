@@ -2,10 +2,9 @@
 
     python benchmarks/virtual_batch.py --json benchmarks/results/cpu_virtual_batch.json
 
-A small convolutional network embeds two views of random 8 x 8 images, a micro-batch of a fixed size at a time, and the
-loss is over all of them. Peak memory beyond the images, and that of the loss alone on as many embeddings. What the cache
-takes beyond it and the embeddings must not grow with the number of micro-batches. The last row is plain backward on one
-micro-batch.
+A small convolutional network embeds two views of random 8 x 8 images, a micro-batch of a fixed size at a time; the loss
+is over all of them. Peak memory beyond the images, and that of the loss alone on as many embeddings: what the cache
+takes beyond it and the embeddings must not grow with the number of micro-batches. The last row is plain backward on one.
 """
 
 import sys
