@@ -4,7 +4,7 @@
 
 A small convolutional network embeds two views of random 8 x 8 images, a micro-batch of a fixed size at a time; the loss
 is over all of them. Peak memory beyond the images, and that of the loss alone on as many embeddings: what the cache
-takes beyond it and the embeddings must not grow with the number of micro-batches. The last row is plain backward on one.
+takes beyond it and the embeddings must not grow with the number of micro-batches. The last row: plain backward on one.
 """
 
 import sys
