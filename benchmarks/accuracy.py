@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import tyro
-from common import Row, aligned, checked, error_text, problem_fields, write_csv, write_json
+from common import Row, aligned, checked, error_text, problem_fields, write
 from competitors import Choice, RowName, whole_competitors
 from hardware import Machine
 from problem import Problem, layout_of, truth_of_embeddings
@@ -86,10 +86,7 @@ def main(options: AccuracyOptions) -> int:
     M = options.views * options.images
     print(f"\nM=N={M} D={options.D} V=L=T={options.views} iterations={options.iterations} top_k={options.top_k}")
     print(table(rows, options.cosines))
-    if options.json is not None:
-        write_json(options.json, rows)
-    if options.csv is not None:
-        write_csv(options.csv, rows)
+    write(rows, options.json, options.csv)
     return 0
 
 

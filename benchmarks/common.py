@@ -161,11 +161,16 @@ class Report:
 
     def finish(self) -> int:
         """Write the files asked for; the exit status is 1 where one of our own rows did not pass."""
-        if self.options.json is not None:
-            write_json(self.options.json, self.rows)
-        if self.options.csv is not None:
-            write_csv(self.options.csv, self.rows)
+        write(self.rows, self.options.json, self.options.csv)
         return int(any(row["ours"] and row["status"] != "ok" for row in self.rows))
+
+
+def write(rows: list[dict[str, Any]], json_path: Path | None, csv_path: Path | None) -> None:
+    """The files that were asked for."""
+    if json_path is not None:
+        write_json(json_path, rows)
+    if csv_path is not None:
+        write_csv(csv_path, rows)
 
 
 def write_json(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -284,6 +289,14 @@ def number(value: float | None, digits: int = 3) -> str:
 
 def error_text(value: float | None) -> str:
     return "-" if value is None else f"{value:.1e}"
+
+
+def plain_table(rows: list[dict[str, Any]]) -> str:
+    """The rows' own fields, aligned."""
+    cells = [[*rows[0], ""]]
+    for row in rows:
+        cells.append([*(number(value) if isinstance(value, float) else str(value) for value in row.values()), ""])
+    return aligned(cells)
 
 
 def formatted(rows: list[dict[str, Any]]) -> str:

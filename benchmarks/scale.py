@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import tyro
-from common import aligned, number, write_csv, write_json
+from common import plain_table, write
 from hardware import Machine
 
 from bam_kernels import bam_loss, plan
@@ -102,15 +102,6 @@ def shape(forecast: Forecast) -> dict[str, int]:
     return {letter: getattr(forecast.layout, letter) for letter in "WMND"}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    heads = list(rows[0])
-    cells = [[*heads, ""]]
-    for row in rows:
-        text = [number(value) if isinstance(value, float) else str(value) for value in row.values()]
-        cells.append([*text, ""])
-    return aligned(cells)
-
-
 def main(options: ScaleOptions) -> int:
     machine = Machine.found(options.device, options.threads)
     print(machine.line(), flush=True)
@@ -118,16 +109,13 @@ def main(options: ScaleOptions) -> int:
     for teacher, W in itertools.product(options.teacher, options.ranks):
         machine.measure()
         here.append(measured(options, machine, W, teacher))
-    print(f"\none rank's share, measured and forecast\n{table(here)}")
+    print(f"\none rank's share, measured and forecast\n{plain_table(here)}")
     anywhere = [stated(W) for W in options.forecast_ranks]
-    print(f"\nforecast at stated rates: nothing of this has been run\n{table(anywhere)}")
+    print(f"\nforecast at stated rates: nothing of this has been run\n{plain_table(anywhere)}")
     keys = dict.fromkeys(key for row in here + anywhere for key in row)
     rows = [dict.fromkeys(keys) | row | machine.fields() for row in here + anywhere]
     rows = [{"benchmark": "scale"} | row for row in rows]
-    if options.json is not None:
-        write_json(options.json, rows)
-    if options.csv is not None:
-        write_csv(options.csv, rows)
+    write(rows, options.json, options.csv)
     return 0
 
 

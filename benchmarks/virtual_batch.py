@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import tyro
-from common import aligned, number, write_csv, write_json
+from common import plain_table, write
 from hardware import Machine
 from torch import Tensor, nn
 
@@ -91,15 +91,9 @@ def main(options: VirtualBatchOptions) -> int:
     print(machine.line(), flush=True)
     rows = [row(options, machine, images, True) for images in options.batches]
     rows.append(row(options, machine, options.micro_batch, False))
-    cells = [[*rows[0], ""]]
-    for values in rows:
-        cells.append([*(number(v) if isinstance(v, float) else str(v) for v in values.values()), ""])
-    print(aligned(cells))
+    print(plain_table(rows))
     rows = [{"benchmark": "virtual_batch"} | values | machine.fields() for values in rows]
-    if options.json is not None:
-        write_json(options.json, rows)
-    if options.csv is not None:
-        write_csv(options.csv, rows)
+    write(rows, options.json, options.csv)
     return 0
 
 
