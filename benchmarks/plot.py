@@ -145,10 +145,16 @@ def draw_errors(axis: plt.Axes, line: Rows, key: str, kind: str, competitor: str
             axis.text(cosine, 0.955, f"  {kind}: NaN", va="center", fontsize=8, **place)
 
 
+DRAWN = {"accuracy": draw_accuracy, "loss": draw_times, "sinkhorn": draw_times}
+
+
 def main(options: PlotOptions) -> None:
     for file in options.files or sorted(RESULTS.glob("*.json")):
         rows = json.loads(file.read_text())
-        draw = draw_accuracy if rows[0]["benchmark"] == "accuracy" else draw_times
+        draw = DRAWN.get(rows[0]["benchmark"])
+        if draw is None:
+            print(f"{file}: rows of {rows[0]['benchmark']} are for reading, not drawn")
+            continue
         picture = (options.out or file.parent) / f"{file.stem}.png"
         picture.parent.mkdir(parents=True, exist_ok=True)
         draw(rows).savefig(picture, dpi=130)
