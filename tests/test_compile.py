@@ -1,5 +1,8 @@
 """The operators as torch.library sees them, and whole training steps under torch.compile."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from problems import assert_close, features, needs_cpu_kernels
@@ -191,3 +194,8 @@ def test_differentiable_attention(output):
 
     compiled = gradients(torch.compile(loss, fullgraph=True, backend="aot_eager"))
     assert all(torch.equal(a, b) for a, b in zip(compiled, gradients(loss), strict=True))
+
+
+def test_the_compiler_is_imported_by_those_who_compile():
+    program = "import sys, bam_kernels; sys.exit('torch._dynamo' in sys.modules or 'triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
