@@ -4,8 +4,17 @@ import math
 
 import pytest
 import torch
+from row_problems import (
+    MASKED,
+    assert_close,
+    expected_match,
+    log2,
+    made_scores,
+    masked,
+    match_problem,
+    representable,
+)
 
-from bam_kernels import reference
 from bam_kernels.backends import cpu
 from bam_kernels.backends.cpu import LOG2_E, CpuKernels, Potential
 from bam_kernels.layout import Layout
@@ -13,7 +22,6 @@ from bam_kernels.layout import Layout
 if cpu.unavailable():
     pytest.skip(cpu.unavailable(), allow_module_level=True)
 
-MASKED = -1e30
 # A single entry; a tail shorter than any vector; around 8 and 16 lanes; a prime; around a panel of 1024 columns.
 COLUMNS = (1, 3, 7, 8, 9, 15, 16, 17, 97, 1023, 1024, 1025)
 # One row; around a block of 4 rows; more than one chunk of 16 rows; more than 64 chunks of 16.
@@ -30,36 +38,12 @@ def kernels(request) -> CpuKernels:
     return cpu.kernels(request.param)
 
 
-def representable(epsilon: float) -> float:
-    """The regularisation nearest to `epsilon` whose scale log2(e)/eps is a float32: kernels round the scale once."""
-    return LOG2_E / torch.tensor(LOG2_E / epsilon, dtype=torch.float32).item()
-
-
 EPSILONS = [representable(0.05), representable(1e-3)]
-
-
-def made_scores(m: int, n: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return 2 * torch.rand(m, n, generator=generator) - 1
-
-
-def masked(scores: torch.Tensor) -> torch.Tensor:
-    """The kernels' masked score as minus infinity, in float64."""
-    return scores.double().masked_fill(scores <= MASKED, -math.inf)
 
 
 def fixed(kernels: CpuKernels, scores: torch.Tensor) -> tuple[torch.Tensor, float]:
     step = 1 / 32000
     return kernels.quantize(scores, step, torch.empty(scores.shape, dtype=torch.int16)), step
-
-
-def log2(p: Potential) -> torch.Tensor:
-    return p.exponent.double() + p.mantissa.double().log2()
-
-
-def assert_close(actual: torch.Tensor, expected: torch.Tensor, relative: float, absolute: float = 0.0) -> None:
-    error = (actual.double() - expected.double()).abs()
-    assert (error <= relative * expected.double().abs() + absolute).all(), error.max()
 
 
 @pytest.mark.parametrize("n", COLUMNS)
@@ -148,40 +132,6 @@ def test_quantize_rounds_and_clamps(kernels):
     scores = torch.tensor([[0.0, 1e-5, -1e-5, 0.4999, 2.0, -2.0, MASKED, 1.0, -1.0]])
     q, _ = fixed(kernels, scores)
     assert q.tolist() == [[0, 0, 0, 15997, 32767, -32767, -32768, 32000, -32000]]
-
-
-def match_problem(V: int, L: int, B: int, T: int, W: int, epsilon: float):
-    """Scores with masked positives, columns in gathered order, and column potentials near those of one iteration.
-
-    The potentials are unequal: with exact ones at small eps, columns tie that have their largest entry in one row.
-    """
-    layout = Layout(B=B, V=V, L=L, T=T, D=1, W=W, rank=W - 1)
-    scores = made_scores(layout.M, layout.N)
-    mask = layout.to_gathered(layout.positive_mask(layout.M))
-    scores[mask] = MASKED
-    g = -torch.logsumexp(masked(scores) / epsilon, 0) * LOG2_E + torch.linspace(0, 3, layout.N).double()
-    col = Potential(g.floor().float(), torch.exp2(g - g.floor()).float())
-    return layout, scores, col
-
-
-def expected_match(layout: Layout, scores: torch.Tensor, col: Potential, epsilon: float, tau: float, k: int):
-    """Targets, loss and dloss/ds in float64, in gathered column order."""
-    s = masked(scores)
-    rows = layout.L * layout.B
-    log_P = torch.log_softmax(s[:rows] / epsilon + col.natural_log(), 1)
-    if k:
-        public = reference._keep_top_k(layout.to_public(log_P), layout, k)
-        log_P = layout.to_gathered(public)
-    P = log_P.exp().view(layout.L, layout.B, layout.N)
-    s = s.clone().requires_grad_()
-    log_A = torch.log_softmax(s / tau, 1).view(layout.V, layout.B, layout.N)
-    log_A = log_A.masked_fill(log_A == -math.inf, 0.0)
-    loss = s.new_zeros(())
-    for v in range(layout.V):
-        for t in layout.target_terms(v):
-            loss = loss - layout.pair_weight * (P[t] * log_A[v]).sum()
-    (G,) = torch.autograd.grad(loss / layout.B, s)
-    return P, loss.detach(), G, torch.special.entr(P).sum(), -(log_A.exp() * log_A).sum().detach()
 
 
 # V, L, B, T, W: one view; two; multi-crop; more targets than two; fewer key views; several ranks.

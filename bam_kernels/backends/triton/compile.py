@@ -1,0 +1,226 @@
+"""Compile the kernels ahead of time, with no GPU: `python -m bam_kernels.backends.triton.compile`.
+
+The class that launches is driven with tensors that have shapes and no memory, and what it would launch is compiled
+for each target. Prints registers, shared memory, stack and spills of every configuration: what the assembler says.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ...layout import Layout
+from ..cpu import Potential
+from .row_kernels import TritonKernels
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+_TYPES = {
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int16: "i16",
+}
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One kernel with the types, constants and divisibilities of one call."""
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    divisible: tuple[str, ...]
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """Registers of a thread, bytes of shared memory of a program and of stack of a thread, and what was spilled:
+    instructions that load or store local memory, on AMD registers; None where the code was not disassembled."""
+
+    registers: int
+    shared: int
+    stack: int
+    spills: int | None
+
+
+def _configuration(label: str, kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Configuration:
+    """The specialisation that a launch with these arguments would compile."""
+    num_warps = options.pop("num_warps")
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    divisible: list[str] = []
+    for parameter, value in zip(kernel.params, (*args, *options.values()), strict=True):
+        name = parameter.name
+        special = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and special and value == 1):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[name] = f"*{_TYPES[value.dtype]}"
+            divisible.append(name)
+        elif isinstance(value, int):
+            signature[name] = "i32" if abs(value) < 2**31 else "i64"
+            if special and value % 16 == 0:
+                divisible.append(name)
+        else:
+            signature[name] = "fp32"
+    assert list(options) == [p.name for p in kernel.params][len(args) :], "constants in the order of the parameters"
+    return Configuration(label, kernel, signature, constants, tuple(divisible), num_warps)
+
+
+def configurations(*, small: bool = False) -> Iterator[Configuration]:
+    """Every kernel as it is launched at the published shape and at others; `small`: each form of each kernel once."""
+    found: list[Configuration] = []
+    label = ""
+
+    def record(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+        name = kernel.fn.__name__.removesuffix("_kernel")
+        name += "+top_k" if options.get("TOP_K") else "+epilogue" if options.get("MASK_POSITIVES") else ""
+        found.append(_configuration(f"{name} {label}".strip(), kernel, args, options))
+
+    kernels = TritonKernels(record)
+    shapes = [(8192, 2, 8, torch.int16)]
+    if not small:
+        shapes = [
+            (n, L, 8, dtype)
+            for dtype in (torch.int16, torch.float32)
+            for n in (512, 2048, 8192, 16384)
+            for L in (1, 2, 4)
+        ]
+    for n, L, V, dtype in shapes:
+        label = f"N={n} L={L} {_TYPES[dtype]}"
+        _call_row_kernels(kernels, n, L, V, dtype)
+    label = "N=65536"
+    for dtype in (torch.int16,) if small else (torch.int16, torch.float32):
+        _call_row_kernels(kernels, 65536, 2, 8, dtype)
+    label = ""
+    _call_preparation(kernels)
+    seen = set()
+    for one in found:
+        name = one.name.split()[0]
+        key = name if small else (name, *map(str, (one.signature, one.constants, one.divisible)))
+        if key not in seen:
+            seen.add(key)
+            yield one
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _call_row_kernels(kernels: TritonKernels, n: int, L: int, V: int, dtype: torch.dtype) -> None:
+    B = 256
+    layout = Layout(B=B, V=V, L=L, T=2, D=1, W=max(n // (2 * B), 1))
+    m = layout.M
+    s = _empty(m, n, dtype=dtype)
+    row, col = Potential(_empty(m), _empty(m)), Potential(_empty(n), _empty(n))
+    kernels.sinkhorn_pass(s, 1.0, row, col, _empty(n), False)
+    images = s.view(V, B, n)
+    step = _empty(1) if dtype == torch.int16 else 1.0
+    for top_k in (0, 128):
+        kernels.match(
+            images[:L],
+            images,
+            layout,
+            col,
+            _empty(L, B),
+            epsilon=0.05,
+            temperature=0.1,
+            step=step,
+            top_k=top_k,
+            gradient=images.view(torch.float16) if dtype == torch.int16 else images,
+        )
+    kernels.column_lse(s, 1.0, row, _empty(n), _empty(n), False)
+    if dtype == torch.int16:
+        made = _empty(m, n)
+        kernels.finish_scores(
+            made, layout, 0, 1.0, row, _empty(n), _empty(n), False, step=_empty(1), out=_empty(m, n, dtype=dtype)
+        )
+        kernels.quantize(made, _empty(1), s)
+    kernels.mask_positives_(s, layout, 0)
+    kernels.plan_products(s, 1.0, row, col, _empty(n), _empty(m))
+    kernels.plan_subtract_(_empty(m, n), s, 1.0, row, col, _empty(m), _empty(n))
+
+
+def _call_preparation(kernels: TritonKernels) -> None:
+    x = _empty(2048, 4096, dtype=torch.bfloat16)
+    unit, norm = kernels.normalize(x)
+    kernels.centre_potential(unit, _empty(4096), 0.05)
+    kernels.project_(_empty(2048, 4096), unit, norm)
+    kernels.symmetrize_(_empty(2048, 2048))
+    kernels.reciprocal_potential(_empty(8192), _empty(8192))
+    kernels.divide_potential_(Potential(_empty(8192), _empty(8192)), _empty(8192))
+
+
+def compile_for(one: Configuration, target: GPUTarget, *, disassemble: bool = True) -> Compiled:
+    """Raises: whatever the compiler raises."""
+    names = [p.name for p in one.kernel.params]
+    attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in one.divisible}
+    source = ASTSource(one.kernel, one.signature, one.constants, attrs)
+    kernel = triton.compile(source, target=target, options={"num_warps": one.num_warps, "enable_fp_fusion": True})
+    shared = kernel.metadata.shared
+    if target.backend == "hip":
+        text = kernel.asm["amdgcn"]
+        spills = int(re.findall(r"vgpr_spill_count: *(\d+)", text)[0])
+        registers = int(re.findall(r"\.vgpr_count: *(\d+)", text)[0])
+        stack = int(re.findall(r"private_segment_fixed_size: *(\d+)", text)[0])
+        return Compiled(registers, shared, stack, spills)
+    return _assembled(kernel.asm["cubin"], shared, disassemble)
+
+
+def _assembled(cubin: bytes, shared: int, disassemble: bool) -> Compiled:
+    """What the assembler and the machine code say, by the cuobjdump that Triton carries."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "kernel.cubin")
+        Path(path).write_bytes(cubin)
+        listing = subprocess.run(
+            [tool, "-res-usage", *(["-sass"] if disassemble else []), path], capture_output=True, text=True, check=True
+        ).stdout
+    registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", listing)[-1]
+    spills = len(re.findall(r"\b(?:STL|LDL)\b", listing)) if disassemble else None
+    return Compiled(int(registers), shared, int(stack), spills)
+
+
+def compile_all(target: str, *, small: bool = False, containing: str = "") -> Iterator[tuple[Configuration, Compiled]]:
+    """Every configuration whose name contains `containing`, compiled for one of TARGETS."""
+    for one in configurations(small=small):
+        if containing in one.name:
+            yield one, compile_for(one, TARGETS[target])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--small", action="store_true", help="each kernel once")
+    parser.add_argument("--kernels", default="", help="only those whose name contains this")
+    options = parser.parse_args()
+    print(f"{'target':8} {'registers':>9} {'shared':>8} {'stack':>6} {'spills':>6} {'warps':>5}  kernel")
+    for target in options.targets:
+        for one, c in compile_all(target, small=options.small, containing=options.kernels):
+            print(
+                f"{target:8} {c.registers:9} {c.shared:8} {c.stack:6} {c.spills!s:>6} {one.num_warps:5}  {one.name}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""Launching a kernel on the device of its tensors, and the arguments that are numbers or device scalars."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Number = float | Tensor
+Launch = Callable[..., None]
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Launch on the current stream of the device of the first tensor; an empty grid is no launch."""
+    if 0 in grid:
+        return
+    device = next(arg.device for arg in args if isinstance(arg, Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](*args, enable_fp_fusion=True, **options)
+
+
+def number(x: Number) -> tuple[float, Tensor | None]:
+    """A factor and a device scalar, whose product is x."""
+    if isinstance(x, Tensor):
+        assert x.numel() == 1 and x.dtype == torch.float32
+        return 1.0, x
+    return float(x), None
+
+
+def check_scores(s: Tensor) -> None:
+    assert s.stride(-1) == 1 and s.dtype in (torch.float32, torch.int16)
+
+
+class Launcher:
+    """`run(kernel, grid, *args, num_warps, **constants)` launches one kernel."""
+
+    def __init__(self, run: Launch = launch) -> None:
+        self._run = run

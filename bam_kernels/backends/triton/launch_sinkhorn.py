@@ -1,0 +1,193 @@
+"""The Sinkhorn kernels' launchers."""
+
+import torch
+from torch import Tensor
+
+from ...layout import Layout
+from ..cpu import Potential
+from . import plan, sinkhorn
+from .launch import Launcher, Number, check_scores, number
+from .tiles import LONGEST_ROW, block_of, column_tile, row_tile
+
+
+class SinkhornKernels(Launcher):
+    """Column and row steps; sums over rows go through partials that are added in order."""
+
+    def column_lse(
+        self, s: Tensor, scale: Number, row: Potential, shift: Tensor, sums: Tensor, accumulate: bool
+    ) -> None:
+        """Per column Σ_i 2^(scale*s_ij) row_i = sums_j * 2^shift_j, added to what is there if `accumulate`."""
+        self._column_lse(s, scale, row, shift, sums, accumulate, None, 1.0, None, 0)
+
+    def finish_scores(
+        self,
+        s: Tensor,
+        layout: Layout | None,
+        first_row: int,
+        scale: Number,
+        row: Potential,
+        shift: Tensor,
+        sums: Tensor,
+        accumulate: bool,
+        *,
+        step: Number,
+        out: Tensor,
+    ) -> None:
+        """A product's epilogue in one read of s (m, N) float32: positives masked, int16 out (m, N), column_lse of it.
+
+        `layout` None: nothing is masked. s is left as it is.
+        """
+        assert s.dtype == torch.float32 and out.dtype == torch.int16 and out.stride(1) == 1
+        self._column_lse(s, scale, row, shift, sums, accumulate, out, step, layout, first_row)
+
+    def _column_lse(
+        self,
+        s: Tensor,
+        scale: Number,
+        row: Potential,
+        shift: Tensor,
+        sums: Tensor,
+        accumulate: bool,
+        out: Tensor | None,
+        step: Number,
+        layout: Layout | None,
+        first_row: int,
+    ) -> None:
+        check_scores(s)
+        m, n = s.shape
+        tile = column_tile(m, n)
+        partial = torch.empty(2, tile.chunks, n, device=s.device)
+        self._run(
+            sinkhorn.column_lse_kernel,
+            (-(-n // tile.block_n), tile.chunks),
+            s,
+            *row,
+            *partial,
+            *number(scale),
+            out,
+            *number(step),
+            m,
+            n,
+            s.stride(0),
+            out.stride(0) if out is not None else 0,
+            tile.rows,
+            first_row,
+            *((layout.B, layout.T, layout.own_columns) if layout is not None else (1, 1, 0)),
+            MASK_POSITIVES=layout is not None,
+            BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n,
+            num_warps=tile.num_warps,
+        )
+        block = block_of(n, 64)
+        self._run(
+            sinkhorn.merge_lse_kernel,
+            (-(-n // block),),
+            *partial,
+            shift,
+            sums,
+            tile.chunks,
+            n,
+            ACCUMULATE=accumulate,
+            CHUNKS=64,
+            BLOCK=block,
+            num_warps=4,
+        )
+
+    def _add_chunks(self, partial: Tensor, factor: Tensor | None, out: Tensor, accumulate: bool) -> None:
+        chunks, n = partial.shape
+        block = block_of(n, 64)
+        self._run(
+            sinkhorn.add_chunks_kernel,
+            (-(-n // block),),
+            partial,
+            factor,
+            out,
+            chunks,
+            n,
+            ACCUMULATE=accumulate,
+            CHUNKS=128,
+            BLOCK=block,
+            num_warps=4,
+        )
+
+    def reciprocal_potential(self, shift: Tensor, sums: Tensor) -> Potential:
+        """1 / (sums * 2^shift)."""
+        n = len(shift)
+        col = Potential(torch.empty_like(shift), torch.empty_like(shift))
+        self._run(sinkhorn.reciprocal_potential_kernel, (-(-n // 256),), shift, sums, *col, n, BLOCK=256, num_warps=4)
+        return col
+
+    def divide_potential_(self, col: Potential, c: Tensor) -> None:
+        """col <- col / c."""
+        n = len(c)
+        self._run(sinkhorn.divide_potential_kernel, (-(-n // 256),), *col, c, n, BLOCK=256, num_warps=4)
+
+    def sinkhorn_pass(
+        self, s: Tensor, scale: Number, row: Potential, col: Potential, c: Tensor, accumulate: bool
+    ) -> None:
+        """row_i = 1 / Σ_j 2^(scale*s_ij) col_j, then c_j += Σ_i 2^(scale*s_ij) row_i col_j.
+
+        One read of the scores where a row fits on chip (16384 columns), else two.
+        """
+        check_scores(s)
+        m, n = s.shape
+        if n > LONGEST_ROW:
+            block = 4096
+            self._run(
+                sinkhorn.row_step_kernel,
+                (m,),
+                s,
+                *row,
+                *col,
+                *number(scale),
+                n,
+                s.stride(0),
+                BLOCK_N=block,
+                num_warps=8,
+            )
+            self._column_products(s, scale, row, col, None, c, accumulate)
+            return
+        tile = row_tile(m, n)
+        partial = torch.empty(tile.chunks, n, device=s.device)
+        self._run(
+            sinkhorn.sinkhorn_pass_kernel,
+            (tile.chunks,),
+            s,
+            *row,
+            *col,
+            partial,
+            *number(scale),
+            m,
+            n,
+            s.stride(0),
+            tile.rows,
+            BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n,
+            num_warps=tile.num_warps,
+        )
+        self._add_chunks(partial, col.mantissa, c, accumulate)
+
+    def _column_products(
+        self, s: Tensor, scale: Number, row: Potential, col: Potential, u: Tensor | None, w: Tensor, accumulate: bool
+    ) -> None:
+        m, n = s.shape
+        tile = column_tile(m, n)
+        partial = torch.empty(tile.chunks, n, device=s.device)
+        self._run(
+            plan.column_products_kernel,
+            (-(-n // tile.block_n), tile.chunks),
+            s,
+            *row,
+            col.exponent,
+            u,
+            partial,
+            *number(scale),
+            m,
+            n,
+            s.stride(0),
+            tile.rows,
+            BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n,
+            num_warps=tile.num_warps,
+        )
+        self._add_chunks(partial, col.mantissa, w, accumulate)

@@ -1,0 +1,92 @@
+"""What every kernel does with scores, exponentials and potentials.
+
+Scores are float32 or int16; a masked score is MASKED or MASKED_FIXED. Exponentials are of base 2. A potential is
+2^exponent * mantissa, the exponent an integer held in a float: fma(score, scale, exponent) then rounds once, at the
+size of its result. csrc/cpu/row.h is the same in C++.
+"""
+
+import triton
+import triton.language as tl
+
+# The interpreter of Triton 3.6 computes tl.fma in two roundings.
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+MASKED = tl.constexpr(-1e30)  # finite, so that 0 * score is 0; its exponential is exactly 0
+MASKED_FIXED = tl.constexpr(-32768)
+EMPTY = tl.constexpr(-1e20)  # a largest exponent below this comes from masked scores alone
+NO_SHIFT = tl.constexpr(-16777216.0)  # the shift of an empty column
+LEAST_NORMAL = tl.constexpr(2.0**-126)
+LN_2 = tl.constexpr(0.6931471805599453)
+# A row sum outside these bounds was taken with a poor exponent.
+LEAST_SUM = tl.constexpr(2.0**-20)
+MOST_SUM = tl.constexpr(2.0**20)
+
+
+@triton.jit
+def fma(a, b, c):
+    """a*b + c, rounded once."""
+    if INTERPRETED:
+        return (a.to(tl.float64) * b.to(tl.float64) + c.to(tl.float64)).to(tl.float32)
+    else:
+        return tl.fma(a, b, c)
+
+
+@triton.jit
+def scale_of(scale, scale_pointer):
+    """log2(e)/eps * (value of one score step): an argument, or from a device scalar."""
+    scale = tl.full([], scale, tl.float32)
+    if scale_pointer is None:
+        return scale
+    else:
+        return scale * tl.load(scale_pointer)
+
+
+@triton.jit
+def load_scores(pointers, mask):
+    """Scores as float32; masked ones, and those outside `mask`, as MASKED."""
+    if pointers.dtype.element_ty == tl.int16:
+        q = tl.load(pointers, mask=mask, other=MASKED_FIXED)
+        return tl.where(q == MASKED_FIXED, MASKED, q.to(tl.float32))
+    else:
+        return tl.load(pointers, mask=mask, other=MASKED)
+
+
+@triton.jit
+def is_poor(total):
+    """Where a row sum was taken with a poor exponent; NaN too."""
+    return ~((total > LEAST_SUM) & (total < MOST_SUM))
+
+
+@triton.jit
+def exponent_of(most):
+    """The exponent that brings the largest term of a row, 2^most, to about 1; 0 for a row with no key left."""
+    return tl.where(most < EMPTY, 0.0, -tl.ceil(most))
+
+
+@triton.jit
+def split(x):
+    """(power, mantissa), x = 2^power * mantissa with mantissa in [1/2, 1), of a normal positive x."""
+    bits = x.to(tl.int32, bitcast=True)
+    mantissa = ((bits & 0x007FFFFF) | 0x3F000000).to(tl.float32, bitcast=True)
+    return (((bits >> 23) & 255) - 126).to(tl.float32), mantissa
+
+
+@triton.jit
+def reciprocal(exponent, total):
+    """2^exponent / total as a potential with mantissa in (1, 2]; infinite where total is 0, NaN where it is NaN."""
+    power, mantissa = split(total)
+    exponent = tl.where(total > 0.0, exponent - power, 0.0)
+    return exponent, tl.where(total > 0.0, 1.0 / mantissa, tl.where(total == 0.0, float("inf"), total))
+
+
+@triton.jit
+def inverse_or_zero(total):
+    """1 / total, 0 where total is 0."""
+    return tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, total))
+
+
+@triton.jit
+def entropy(total, dot):
+    """H(p) in nats of p_j = e_j / total from total = Σ e_j and dot = Σ e_j log2(e_j); 0 where total is 0."""
+    safe = tl.where(total == 0.0, 1.0, total)
+    return (tl.log2(safe) - dot / safe) * LN_2

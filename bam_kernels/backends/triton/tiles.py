@@ -1,0 +1,74 @@
+"""Block sizes and grids from shapes alone, so that sums are taken in the same order on every device."""
+
+from typing import NamedTuple
+
+LONGEST_ROW = 8192  # columns of a row on chip
+LARGEST_TILE = 16384  # rows * columns on chip: potentials, sums and exponentials in the registers of 512 threads
+LARGEST_IMAGE = 24576  # (target rows + 1) * columns of an image on chip: what 512 threads hold in registers
+IMAGES_AT_ONCE = 128  # of a long match with top-k, whose workspace is a row of means per image
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def clamp(n: int, least: int, most: int) -> int:
+    return max(least, min(n, most))
+
+
+def warps(elements: int, per_thread: int = 32) -> int:
+    return clamp(power_of_two(elements // (32 * per_thread)), 1, 16)
+
+
+class Tile(NamedTuple):
+    """Rows and columns of a tile, rows of a chunk, number of chunks, warps of a program."""
+
+    block_m: int
+    block_n: int
+    rows: int
+    chunks: int
+    num_warps: int
+
+
+def row_tile(m: int, n: int) -> Tile:
+    """Whole rows on chip, one program per chunk: about one program per multiprocessor of a large GPU.
+
+    Several rows share the barriers of one reduction; 32 exponentials a thread.
+    """
+    block_n = max(power_of_two(n), 32)
+    rows = max(-(-m // 128), clamp(2048 // block_n, 1, 8))
+    block_m = clamp(LARGEST_TILE // block_n, 1, min(power_of_two(rows), 32))
+    rows = up(rows, block_m)
+    return Tile(block_m, block_n, rows, -(-m // rows), warps(block_m * block_n))
+
+
+def column_tile(m: int, n: int) -> Tile:
+    """Column sums: a thread owns its columns, so that rows need no barrier; at most 64 chunks of rows."""
+    block_n = clamp(power_of_two(n), 32, 1024)
+    rows = up(max(-(-m // 64), 8), 8)
+    return Tile(8, block_n, rows, -(-m // rows), warps(block_n, per_thread=8))
+
+
+def image_tile(L: int, n: int) -> Tile | None:
+    """The target rows of one image and a source row on chip; None where they do not fit."""
+    block_l, block_n = power_of_two(L), max(power_of_two(n), 32)
+    if (block_l + 1) * block_n > LARGEST_IMAGE:
+        return None
+    return Tile(block_l, block_n, 1, 1, warps(block_n, per_thread=8))
+
+
+def long_image_tile(L: int, n: int) -> Tile:
+    """Blocks of columns of an image's target rows."""
+    block_l = power_of_two(L)
+    block_n = clamp(8192 // block_l, 32, min(power_of_two(n), 4096))
+    return Tile(block_l, block_n, 1, 1, 8)
+
+
+def block_of(n: int, most: int = 4096) -> int:
+    """Columns read at once by a kernel that loops over a row."""
+    return clamp(power_of_two(n), 32, most)

@@ -1,0 +1,47 @@
+"""Every Triton kernel once, compiled ahead of time for three generations of GPUs; no GPU is needed."""
+
+import multiprocessing
+import re
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+if triton.knobs.runtime.interpret:
+    pytest.skip("the interpreter does not compile", allow_module_level=True)
+
+from bam_kernels.backends.triton import compile as ahead  # noqa: E402
+
+TARGETS = ("sm_80", "sm_90", "sm_100")
+
+
+Found = dict[str, ahead.Compiled]
+
+
+def compiled_for(task: tuple[str, int]) -> Found:
+    """Every other kernel, the even or the odd ones."""
+    target, odd = task
+    some = list(ahead.configurations(small=True))[odd::2]
+    return {one.name.split()[0]: ahead.compile_for(one, ahead.TARGETS[target], disassemble=False) for one in some}
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, Found]:
+    tasks = [(target, odd) for target in TARGETS for odd in (0, 1)]
+    found: dict[str, Found] = {target: {} for target in TARGETS}
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        for (target, _), part in zip(tasks, pool.map(compiled_for, tasks), strict=True):
+            found[target] |= part
+    return found
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_kernel_compiles_and_the_hot_ones_stay_in_registers(compiled, target):
+    found = compiled[target]
+    written = "".join(path.read_text() for path in Path(ahead.__file__).parent.glob("*.py"))
+    assert {name.split("+")[0] for name in found} == set(re.findall(r"def (\w+)_kernel\(", written))
+    for name in ("sinkhorn_pass", "match", "column_lse", "column_products", "row_step"):
+        assert found[name].stack == 0, found[name]
+    for name, one in found.items():
+        assert one.shared <= 48 * 1024, name
