@@ -3,13 +3,14 @@
 import platform
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
 from . import __version__, reference
-from .backends import cpu, cuda
+from .backends import cpu, cuda, triton
 from .loss import bam_loss
 
 TOLERANCE = 1e-5
@@ -25,8 +26,11 @@ def main() -> int:
         capability = "".join(map(str, device["capability"]))
         print(f"GPU         {device['name']}, sm_{capability}, {device['memory_bytes'] >> 20} MiB")
     print("\nbackend     against the float64 reference (relative error of the gradient)")
-    agreed = [_report("reference", None, reference.bam_loss), _report("cpu", cpu.unavailable(), _cpu_loss)]
-    print(f"{'triton':<12}no kernels in this version")
+    agreed = [
+        _report("reference", None, "cpu", reference.bam_loss),
+        _report("cpu", cpu.unavailable(), "cpu", partial(bam_loss, backend="cpu")),
+        _report("triton", _no_triton(), "cuda", partial(bam_loss, backend="triton")),
+    ]
     print(f"{'cuda':<12}no loss kernels in this version; unit_rows: {cuda.unavailable() or _unit_rows_line()}")
     print("\nall backends that can run here agree" if all(agreed) else "\nA BACKEND DISAGREES WITH THE REFERENCE")
     return 0 if all(agreed) else 1
@@ -45,26 +49,27 @@ def _cpu_line() -> str:
     return f"{torch.get_num_threads()} threads, instruction set {cpu.kernels().isa}"
 
 
-def _cpu_loss(*args: Any, **options: Any) -> Any:
-    return bam_loss(*args, backend="cpu", **options)
+def _no_triton() -> str | None:
+    reason = triton.unavailable(torch.device("cuda"))
+    return reason or (None if torch.cuda.is_available() else "torch sees no GPU")
 
 
-def _report(name: str, unavailable: str | None, loss: Callable[..., Any]) -> bool:
+def _report(name: str, unavailable: str | None, device: str, loss: Callable[..., Any]) -> bool:
     """Print one backend's line; True unless it ran and was wrong."""
     if unavailable:
         print(f"{name:<12}cannot run here: {unavailable}")
         return True
-    error = max(_gradient_error(loss, with_teacher) for with_teacher in (False, True))
+    error = max(_gradient_error(loss, with_teacher, device) for with_teacher in (False, True))
     verdict = "agrees" if error <= TOLERANCE else f"WRONG, more than {TOLERANCE:.0e}"
     print(f"{name:<12}{error:.1e}  {verdict}")
     return error <= TOLERANCE
 
 
-def _gradient_error(loss: Callable[..., Any], with_teacher: bool) -> float:
+def _gradient_error(loss: Callable[..., Any], with_teacher: bool, device: str) -> float:
     """|dz - dz_reference| / |dz_reference| of a small problem in float32, the truth in float64."""
     generator = torch.Generator().manual_seed(0)
-    student = torch.randn(4, 24, 40, generator=generator)
-    teacher = torch.randn(2, 24, 40, generator=generator) if with_teacher else None
+    student = torch.randn(4, 24, 40, generator=generator).to(device)
+    teacher = torch.randn(2, 24, 40, generator=generator).to(device) if with_teacher else None
     exact = student.double().requires_grad_()
     exact_loss: Any = reference.bam_loss(exact, teacher.double() if teacher is not None else None)
     (expected,) = torch.autograd.grad(exact_loss, exact)

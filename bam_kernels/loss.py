@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from . import reference
 from .agreement import told
-from .backends import choose, cpu
+from .backends import choose, row_kernels
 from .engine import slab
 from .layout import Layout
 from .once import differentiable_once
 from .options import Options, as_tensor, check_bool, options_of
-from .precision import product_precision
+from .precision import product_precision, scores_are_fixed
 from .ranks import ranks_named, ranks_of
 from .stats import BAMStats
 
@@ -148,9 +148,10 @@ def bam_targets(student: Tensor, teacher: Tensor | None = None, **options: Any) 
         backend = choose("bam_targets", resolved, student.device, student.dtype, resolved.engine)
     if backend == "reference":
         return reference.bam_targets(student, teacher, **options)
+    ranks = ranks_named(ranks_of("bam_targets", resolved.group)[2])
+    fixed = scores_are_fixed(backend, resolved.precision, resolved.epsilon, student.dtype)
     with product_precision(student.device, resolved.precision):
-        ranks = ranks_named(ranks_of("bam_targets", resolved.group)[2])
-        return slab.targets("bam_targets", student, teacher, layout, resolved, ranks, cpu.kernels())
+        return slab.targets("bam_targets", student, teacher, layout, resolved, ranks, row_kernels(backend), fixed=fixed)
 
 
 def _loss_impl(
@@ -184,10 +185,18 @@ def _loss_impl(
     )
     D, ranks = student.shape[-1], ranks_named(group)
     layout = Layout(B=student.numel() // (V * D), V=V, L=L, T=T, D=D, R=R, W=ranks.W, rank=ranks.rank)
-    assert backend == "cpu"
+    fixed = scores_are_fixed(backend, precision, epsilon, student.dtype)
     with product_precision(student.device, precision):
         result = slab.evaluate(
-            "bam_loss", student, teacher, layout, options, ranks, cpu.kernels(), needs_grad=needs_grad
+            "bam_loss",
+            student,
+            teacher,
+            layout,
+            options,
+            ranks,
+            row_kernels(backend),
+            needs_grad=needs_grad,
+            fixed=fixed,
         )
     dz = result.dz if result.dz is not None else student.new_empty(0, dtype=torch.float32)
     return result.loss.float(), result.stats.float(), dz

@@ -5,6 +5,19 @@ from contextlib import contextmanager
 
 import torch
 
+LEAST_EPSILON_OF_FIXED_SCORES = 0.003
+
+
+def scores_are_fixed(backend: str, precision: str, epsilon: float, dtype: torch.dtype) -> bool:
+    """Whether scores are cached as int16 fixed point; from options alone, never from what is free.
+
+    On GPUs, where reading them is what takes the time: for 16-bit input, and for float32 input where torch's flag
+    lets its products be rounded. Their error is a multiple of 1/epsilon. The CPU's kernels gain nothing by it.
+    """
+    if backend == "cpu" or precision == "exact" or epsilon < LEAST_EPSILON_OF_FIXED_SCORES:
+        return False
+    return dtype in (torch.float16, torch.bfloat16) or torch.get_float32_matmul_precision() != "highest"
+
 
 @contextmanager
 def product_precision(device: torch.device, precision: str) -> Iterator[None]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import reference
 from .agreement import told
-from .backends import choose, cpu
+from .backends import choose, row_kernels
 from .engine import attention
 from .layout import Layout
 from .once import differentiable_once
@@ -21,11 +21,12 @@ from .ranks import ONE_RANK, ranks_named, ranks_of
 _library = torch.library.Library("bam_kernels", "FRAGMENT")
 _PROBLEM = "Tensor q, Tensor? k, Tensor epsilon, int iterations, str mask, int[] dimensions, bool normalize"
 _library.define(
-    f"sinkhorn_attention({_PROBLEM}, bool plan, str precision, str group) -> (Tensor plan, Tensor f, Tensor g)"
+    f"sinkhorn_attention({_PROBLEM}, bool plan, str precision, str backend, str group) "
+    "-> (Tensor plan, Tensor f, Tensor g)"
 )
 _library.define(
-    f"sinkhorn_attention_backward({_PROBLEM}, str precision, Tensor? plan, Tensor? grad_plan, Tensor? grad_f, "
-    "Tensor? grad_g) -> (Tensor dq, Tensor dk)"
+    f"sinkhorn_attention_backward({_PROBLEM}, str precision, str backend, Tensor? plan, Tensor? grad_plan, "
+    "Tensor? grad_f, Tensor? grad_g) -> (Tensor dq, Tensor dk)"
 )
 
 
@@ -99,6 +100,7 @@ def sinkhorn_attention(
         normalize,
         output == "plan",
         precision,
+        backend_chosen,
         ranks_of("sinkhorn_attention", group)[2],
     )
     return plan if output == "plan" else (f, g)
@@ -124,7 +126,7 @@ def _options(
         output="plan" if plan else "potentials",
         differentiable=False,
         group=None,
-        backend="cpu",
+        backend="auto",
         precision=precision,
     )
 
@@ -139,12 +141,13 @@ def _attention_impl(
     normalize: bool,
     plan: bool,
     precision: str,
+    backend: str,
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     layout = _layout(q, k, mask, dimensions, group)
     options = _options(epsilon, iterations, mask, dimensions, normalize, plan, precision)
     with product_precision(q.device, precision):
-        return attention.forward(q, k, layout, options, ranks_named(group), cpu.kernels())
+        return attention.forward(q, k, layout, options, ranks_named(group), row_kernels(backend))
 
 
 def _attention_fake(
@@ -157,6 +160,7 @@ def _attention_fake(
     normalize: bool,
     plan: bool,
     precision: str,
+    backend: str,
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     N = _layout(q, k, mask, dimensions, group).N
@@ -177,6 +181,7 @@ def _backward_impl(
     dimensions: list[int],
     normalize: bool,
     precision: str,
+    backend: str,
     plan: Tensor | None,
     grad_plan: Tensor | None,
     grad_f: Tensor | None,
@@ -185,7 +190,7 @@ def _backward_impl(
     layout = _layout(q, k, mask, dimensions, ONE_RANK.name)
     options = _options(epsilon, iterations, mask, dimensions, normalize, plan is not None, precision)
     with product_precision(q.device, precision):
-        dq, dk = attention.backward(q, k, layout, options, cpu.kernels(), plan, (grad_plan, grad_f, grad_g))
+        dq, dk = attention.backward(q, k, layout, options, row_kernels(backend), plan, (grad_plan, grad_f, grad_g))
     return dq.to(q.dtype), dk.to(q.dtype if k is None else k.dtype)
 
 
@@ -194,16 +199,16 @@ def _backward_fake(q: Tensor, k: Tensor | None, *_: Any) -> tuple[Tensor, Tensor
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    q, k, epsilon, iterations, mask, dimensions, normalize, wants_plan, precision, _ = inputs
+    q, k, epsilon, iterations, mask, dimensions, normalize, wants_plan, precision, backend, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, epsilon, output[0] if wants_plan else None)
-    ctx.problem = (iterations, mask, dimensions, normalize, precision)
+    ctx.problem = (iterations, mask, dimensions, normalize, precision, backend)
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, epsilon, plan = ctx.saved_tensors
     dq, dk = torch.ops.bam_kernels.sinkhorn_attention_backward(q, k, epsilon, *ctx.problem, plan, *grads)
-    return (differentiable_once(dq), differentiable_once(dk) if k is not None else None, *[None] * 8)
+    return (differentiable_once(dq), differentiable_once(dk) if k is not None else None, *[None] * 9)
 
 
 _library.impl("sinkhorn_attention", _attention_impl, "CompositeExplicitAutograd")

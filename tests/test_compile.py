@@ -64,14 +64,16 @@ def test_opcheck_of_the_loss_in_16_bit(dtype):
 def test_opcheck_of_attention(requires_grad, wants_plan, keys):
     q, k = features(1, 18, 8)[0], features(1, 12, 8, seed=1)[0] if keys else None
     args = (leaf(q, requires_grad), leaf(k, requires_grad) if keys else None, EPSILON, 3, "block", [3, 2])
-    torch.library.opcheck(torch.ops.bam_kernels.sinkhorn_attention.default, (*args, True, wants_plan, "exact", ""))
+    torch.library.opcheck(
+        torch.ops.bam_kernels.sinkhorn_attention.default, (*args, True, wants_plan, "exact", "cpu", "")
+    )
 
 
 @pytest.mark.parametrize("keys", [False, True])
 def test_opcheck_of_attention_backward(keys):
     q, k = features(1, 18, 8)[0], features(1, 12, 8, seed=1)[0] if keys else None
-    problem = (EPSILON, 3, "block", [3, 2], True, "exact")
-    plan, f, g = torch.ops.bam_kernels.sinkhorn_attention(q, k, *problem[:5], True, "exact", "")
+    problem = (EPSILON, 3, "block", [3, 2], True, "exact", "cpu")
+    plan, f, g = torch.ops.bam_kernels.sinkhorn_attention(q, k, *problem[:5], True, "exact", "cpu", "")
     for given in ((plan, torch.ones_like(plan), None, None), (None, None, torch.ones_like(f), torch.ones_like(g))):
         torch.library.opcheck(torch.ops.bam_kernels.sinkhorn_attention_backward.default, (q, k, *problem, *given))
 

@@ -113,7 +113,12 @@ OPTIONS = {
 EXECUTION = {
     "float64 on cpu": ({"backend": "cpu"}, torch.float64, TypeError, ["float64", 'backend="cpu"', '"reference"']),
     "float64 on triton": ({"backend": "triton"}, torch.float64, TypeError, ["float64", 'backend="triton"']),
-    "triton": ({"backend": "triton"}, torch.float32, ValueError, ['backend="triton" cannot run here', "cpu"]),
+    "triton": (
+        {"backend": "triton"},
+        torch.float32,
+        ValueError,
+        ['backend="triton" cannot run here', "TRITON_INTERPRET"],
+    ),
     "cuda": ({"backend": "cuda"}, torch.float32, ValueError, ['backend="cuda" cannot run here', "cpu"]),
     "fp8": ({"precision": "fp8"}, torch.float32, ValueError, ['precision="fp8"', 'backend="cpu"']),
     "fp8 on cpu": ({"precision": "fp8", "backend": "cpu"}, torch.float32, ValueError, ["fp8", 'backend="cpu"']),
@@ -165,7 +170,7 @@ ATTENTION = {
     ),
     "block of one image": ((Q,), {"mask": "block", "views": 10}, ValueError, ["nothing left to attend to", "N=10"]),
     "fp8": ((Q,), {"precision": "fp8"}, ValueError, ['precision="fp8"', "backend="]),
-    "triton": ((Q,), {"backend": "triton"}, ValueError, ['backend="triton" cannot run here', "cpu"]),
+    "triton": ((Q,), {"backend": "triton"}, ValueError, ['backend="triton" cannot run here', "TRITON_INTERPRET"]),
     "cuda": ((Q,), {"backend": "cuda"}, ValueError, ['backend="cuda" cannot run here', "cpu"]),
     "float64 on cpu": ((Q.double(),), {"backend": "cpu"}, TypeError, ["float64", 'backend="cpu"']),
 }

@@ -6,7 +6,8 @@ from typing import Protocol
 
 import torch
 
-from . import cpu
+from . import cpu, triton
+from .interface import RowKernels
 
 
 class Execution(Protocol):
@@ -16,6 +17,14 @@ class Execution(Protocol):
     def backend(self) -> str: ...
     @property
     def precision(self) -> str: ...
+
+
+_UNVERIFIED = 'no kernels for {device} tensors that a GPU has verified; backend="triton" has some that none has run'
+
+
+def row_kernels(backend: str) -> RowKernels:
+    """The row kernels of a backend that `choose` has returned."""
+    return triton.kernels() if backend == "triton" else cpu.kernels()
 
 
 @cache
@@ -47,7 +56,7 @@ def _choose(name: str, backend: str, device: torch.device, dtype: torch.dtype) -
     if backend == "auto":
         if device.type == "cpu" and cpu.unavailable() is None:
             return "cpu"
-        reason = cpu.unavailable() if device.type == "cpu" else f"no kernels for {device.type} tensors yet"
+        reason = cpu.unavailable() if device.type == "cpu" else _UNVERIFIED.format(device=device.type)
         _warn_once(f"bam_kernels: computing with the slow PyTorch reference: {reason}")
         return "reference"
     reason = _cannot_run(backend, device)
@@ -61,4 +70,6 @@ def _cannot_run(backend: str, device: torch.device) -> str | None:
         if device.type != "cpu":
             return f'the tensors are on {device}, it takes CPU tensors; use backend="auto"'
         return cpu.unavailable()
+    if backend == "triton":
+        return triton.unavailable(device)
     return f'this version has no {backend} kernels for the loss; use backend="reference" on {device.type}'

@@ -4,19 +4,15 @@ Scores are (m, N) or (views, images, N), float32 or int16, with contiguous colum
 float32 tensors. All work runs on torch.get_num_threads() threads; results do not depend on their number.
 """
 
-import math
-from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..layout import Layout
 from .extension import _C, import_error
-
-LOG2_E = 1 / math.log(2)
-FIXED_STEPS = 32000.0
+from .interface import LOG2_E, Matched, Potential
 
 
 def unavailable() -> str | None:
@@ -26,30 +22,12 @@ def unavailable() -> str | None:
     return None
 
 
-class Potential(NamedTuple):
-    """2^exponent * mantissa, per row or column; the exponent is an integer held in a float."""
-
-    exponent: Tensor
-    mantissa: Tensor
-
-    @staticmethod
-    def one(n: int) -> "Potential":
-        return Potential(torch.zeros(n), torch.ones(n))
-
-    def rows(self, first: int, last: int) -> "Potential":
-        return Potential(self.exponent[first:last], self.mantissa[first:last])
-
-    def natural_log(self) -> Tensor:
-        """Natural logarithm in float64."""
-        return (self.exponent.double() + self.mantissa.double().log2()) / LOG2_E
-
-    @property
-    def address(self) -> tuple[int, int]:
-        return self.exponent.data_ptr(), self.mantissa.data_ptr()
-
-
 NO_POTENTIAL = (0, 0)
 NO_SCORES = (0, False, 0, 0)
+
+
+def _address(potential: Potential) -> tuple[int, int]:
+    return potential.exponent.data_ptr(), potential.mantissa.data_ptr()
 
 
 def _threads(elements: int) -> int:
@@ -63,17 +41,10 @@ def _scores(s: Tensor) -> tuple[int, bool, int, int]:
     return s.data_ptr(), s.dtype == torch.int16, view_stride, s.stride(-2)
 
 
-@dataclass(frozen=True)
-class Matched:
-    """Sums over the images of one slab, natural logarithms, float64 scalars."""
-
-    loss: Tensor
-    target_entropy: Tensor
-    source_entropy: Tensor
-
-
 class CpuKernels:
     """The row kernels for one instruction set: auto, avx512, avx2 or plain; or a given table of them."""
+
+    backend = "cpu"
 
     def __init__(self, isa: str = "auto", table: Any = None) -> None:
         self._kernels = table if table is not None else _C.cpu_kernels(isa)
@@ -94,7 +65,7 @@ class CpuKernels:
         m, d = unit.shape
         row = Potential(torch.empty(m), torch.empty(m))
         self._kernels.centre_potential(
-            unit.data_ptr(), centre.data_ptr(), m, d, LOG2_E / epsilon, row.address, _threads(m * d)
+            unit.data_ptr(), centre.data_ptr(), m, d, LOG2_E / epsilon, _address(row), _threads(m * d)
         )
         return row
 
@@ -144,7 +115,7 @@ class CpuKernels:
             m,
             n,
             scale,
-            row.address,
+            _address(row),
             shift.data_ptr(),
             sums.data_ptr(),
             accumulate,
@@ -154,12 +125,12 @@ class CpuKernels:
     def reciprocal_potential(self, shift: Tensor, sums: Tensor) -> Potential:
         """1 / (sums * 2^shift)."""
         col = Potential(torch.empty_like(shift), torch.empty_like(shift))
-        _C.reciprocal_potential(col.address, shift.data_ptr(), sums.data_ptr(), len(shift))
+        _C.reciprocal_potential(_address(col), shift.data_ptr(), sums.data_ptr(), len(shift))
         return col
 
     def divide_potential_(self, col: Potential, c: Tensor) -> None:
         """col <- col / c."""
-        _C.divide_potential(col.address, c.data_ptr(), len(c))
+        _C.divide_potential(_address(col), c.data_ptr(), len(c))
 
     def sinkhorn_pass(
         self, scores: Tensor, scale: float, row: Potential, col: Potential, c: Tensor, accumulate: bool
@@ -171,8 +142,8 @@ class CpuKernels:
             m,
             n,
             scale,
-            row.address,
-            col.address,
+            _address(row),
+            _address(col),
             c.data_ptr(),
             accumulate,
             _threads(m * n),
@@ -207,14 +178,14 @@ class CpuKernels:
             "source": _scores(source) if source is not None else NO_SCORES,
             "row_exponent": row_exponent.data_ptr(),
             "row_view_stride": row_exponent.stride(0),
-            "col": col.address,
+            "col": _address(col),
             "col_log2": 0,
             "loss": per_image[0].data_ptr(),
             "target_entropy": per_image[1].data_ptr(),
             "source_entropy": per_image[2].data_ptr(),
             "targets": targets.data_ptr() if targets is not None else 0,
             "targets_view_stride": targets.stride(0) if targets is not None else 0,
-            "row_out": row_out.address if row_out is not None else NO_POTENTIAL,
+            "row_out": _address(row_out) if row_out is not None else NO_POTENTIAL,
             "gradient": gradient.data_ptr() if gradient is not None else 0,
             "gradient_view_stride": gradient.stride(0) if gradient is not None else 0,
             "gradient_row_stride": gradient.stride(1) if gradient is not None else 0,
@@ -253,8 +224,8 @@ class CpuKernels:
             m,
             n,
             scale,
-            row.address,
-            col.address,
+            _address(row),
+            _address(col),
             v.data_ptr() if v is not None else 0,
             u.data_ptr() if u is not None else 0,
             y.data_ptr(),
@@ -280,8 +251,8 @@ class CpuKernels:
             m,
             n,
             scale,
-            row.address,
-            col.address,
+            _address(row),
+            _address(col),
             u.data_ptr() if u is not None else 0,
             v.data_ptr() if v is not None else 0,
             x.data_ptr(),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..agreement import agreed
-from ..backends.cpu import LOG2_E, CpuKernels, Potential
+from ..backends.interface import LOG2_E, Potential, RowKernels
 from ..layout import Layout
 from ..options import AttentionOptions, check_finite
 from ..ranks import ONE_RANK, Ranks
@@ -35,11 +35,11 @@ def _prepare(
     layout: Layout,
     options: AttentionOptions,
     ranks: Ranks,
-    kernels: CpuKernels,
+    kernels: RowKernels,
     budget: int | None,
 ) -> _Rows:
     masked = options.mask != "none"
-    with agreed(ranks, "sinkhorn_attention", options.header(layout, q, k, "cpu"), q.device):
+    with agreed(ranks, "sinkhorn_attention", options.header(layout, q, k, kernels.backend), q.device):
         plan = plan_slabs(
             "sinkhorn_attention",
             rows=len(q),
@@ -65,7 +65,7 @@ def _prepare(
     return _Rows(q_rows, q_norm, k_rows, k_norm, start, TargetScores(q_rows, scores, plan))
 
 
-def _rows(argument: str, x: Tensor, normalize: bool, kernels: CpuKernels) -> tuple[Tensor, Tensor | None]:
+def _rows(argument: str, x: Tensor, normalize: bool, kernels: RowKernels) -> tuple[Tensor, Tensor | None]:
     unit, norm = kernels.normalize(x)
     check_finite("sinkhorn_attention", argument, norm)
     return (unit, norm) if normalize else (x.float().contiguous(), None)
@@ -77,7 +77,7 @@ def forward(
     layout: Layout,
     options: AttentionOptions,
     ranks: Ranks,
-    kernels: CpuKernels,
+    kernels: RowKernels,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """P (m, N), or empty where not wanted, f (m,) and g (N,), float32, public column order; natural log."""
     wants_plan, epsilon = options.output == "plan", options.epsilon
@@ -99,7 +99,7 @@ def forward(
             row_out=row.rows(first, last),
         )
     f = row.natural_log() - rows.start.natural_log()
-    plan = target.kept if wants_plan and target.kept is not None else torch.empty(0)
+    plan = target.kept if wants_plan and target.kept is not None else f.new_empty(0, dtype=torch.float32)
     assert not wants_plan or plan.shape == (m, layout.N)
     if wants_plan:
         plan = layout.to_public(plan)
@@ -111,7 +111,7 @@ def backward(
     k: Tensor | None,
     layout: Layout,
     options: AttentionOptions,
-    kernels: CpuKernels,
+    kernels: RowKernels,
     plan: Tensor | None,
     grads: tuple[Tensor | None, Tensor | None, Tensor | None],
 ) -> tuple[Tensor, Tensor]:

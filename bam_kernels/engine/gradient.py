@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..backends.cpu import CpuKernels
+from ..backends.interface import RowKernels
 from ..layout import Layout
 from ..ranks import Ranks
 from .scores import Keys
@@ -23,7 +23,7 @@ class Gradient:
         layout: Layout,
         own_keys: bool,
         ranks: Ranks,
-        kernels: CpuKernels,
+        kernels: RowKernels,
     ) -> None:
         self.z, self.z_norm, self.keys, self.layout = z, z_norm, keys, layout
         self.own_keys, self.ranks, self.kernels = own_keys, ranks, kernels

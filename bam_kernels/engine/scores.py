@@ -1,12 +1,12 @@
 """Centred keys as they arrive, and scores against them in slabs. Letters are those of layout.py."""
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ..backends.cpu import FIXED_STEPS, CpuKernels
+from ..backends.interface import FIXED_STEPS, RowKernels
 from ..layout import Layout
 from ..ranks import Ranks
 from .plan import SlabPlan
@@ -57,11 +57,13 @@ class Scores:
     """
 
     def __init__(
-        self, keys: Keys, layout: Layout, masked: bool, fixed: bool, plan: SlabPlan, kernels: CpuKernels
+        self, keys: Keys, layout: Layout, masked: bool, fixed: bool, plan: SlabPlan, kernels: RowKernels
     ) -> None:
         self.keys, self.layout, self.masked, self.fixed, self.kernels = keys, layout, masked, fixed, kernels
-        # |z·k| <= max_j |k_j| for unit z.
-        self.step = keys.whole.norm(dim=1).max().item() / FIXED_STEPS if fixed else 1.0
+        self.step: Any = 1.0
+        if fixed:
+            step = keys.whole.norm(dim=1).max() / FIXED_STEPS  # |z·k| <= max_j |k_j| for unit z
+            self.step = step.item() if step.device.type == "cpu" else step
         self._made = keys.own.new_empty(plan.slab_rows, layout.N)
         self._read = torch.empty_like(self._made, dtype=torch.int16) if fixed else self._made
 
@@ -110,8 +112,8 @@ class Scores:
 class Sweeps(Protocol):
     """The scores of the Sinkhorn problem, some rows at a time; `step` is the value of one step of fixed point."""
 
-    step: float
-    kernels: CpuKernels
+    step: Any
+    kernels: RowKernels
     columns: int
 
     def sweep(self) -> Iterator[tuple[int, Tensor]]:
@@ -121,7 +123,7 @@ class Sweeps(Protocol):
 class KeptScores:
     """Scores that are there already."""
 
-    def __init__(self, scores: Tensor, step: float, kernels: CpuKernels) -> None:
+    def __init__(self, scores: Tensor, step: Any, kernels: RowKernels) -> None:
         self.scores, self.step, self.kernels, self.columns = scores, step, kernels, scores.shape[1]
 
     def sweep(self) -> Iterator[tuple[int, Tensor]]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..agreement import agreed
-from ..backends.cpu import LOG2_E, CpuKernels, Matched, Potential
+from ..backends.interface import LOG2_E, Matched, Potential, RowKernels
 from ..layout import Layout
 from ..options import Options, check_finite
 from ..ranks import ONE_RANK, Ranks
@@ -46,7 +46,7 @@ def embed(
     layout: Layout,
     options: Options,
     ranks: Ranks,
-    kernels: CpuKernels,
+    kernels: RowKernels,
     *,
     needs_grad: bool,
     wants_source: bool,
@@ -55,7 +55,7 @@ def embed(
     """Raises: ValueError on non-finite rows or too small a budget on any rank, and where ranks differ."""
     shared = teacher is None or options.target_rows == "student"
     y = None
-    with agreed(ranks, name, options.header(layout, student, teacher, "cpu", needs_grad), student.device):
+    with agreed(ranks, name, options.header(layout, student, teacher, kernels.backend, needs_grad), student.device):
         plan = plan_slabs(
             name,
             rows=layout.M if shared else layout.R * layout.B,
@@ -173,7 +173,7 @@ def evaluate(
     layout: Layout,
     options: Options,
     ranks: Ranks,
-    kernels: CpuKernels,
+    kernels: RowKernels,
     *,
     needs_grad: bool,
     fixed: bool = False,
@@ -268,7 +268,7 @@ def targets(
     layout: Layout,
     options: Options,
     ranks: Ranks,
-    kernels: CpuKernels,
+    kernels: RowKernels,
     *,
     fixed: bool = False,
 ) -> Tensor:
@@ -309,7 +309,7 @@ def from_scores(
     scores: Tensor,
     layout: Layout,
     options: Options,
-    kernels: CpuKernels,
+    kernels: RowKernels,
     *,
     target_scores: Tensor | None = None,
     step: float = 1.0,
@@ -329,9 +329,9 @@ def from_scores(
             kernels.mask_positives_(s, layout, 0)
     rows = given[-1]
     if needs_grad and G is None:
-        G = torch.empty(scores.shape) if fixed else scores
+        G = torch.empty_like(scores, dtype=torch.float32) if fixed else scores
     target = KeptScores(rows, step, kernels)
-    row = Potential.one(len(rows))
+    row = Potential.one(len(rows), scores.device)
     col, column_sums = balance(target, row, options.epsilon, options.iterations, ONE_RANK)
     shape = (-1, layout.B, layout.N)
     sums = _Sums()

@@ -1,110 +1,78 @@
-"""The whole loss by the Triton row kernels against the published implementation's float64 outputs."""
-
-from collections.abc import Iterator
-from dataclasses import dataclass
+"""backend="triton" through the public functions, against the published implementation's outputs and the reference."""
 
 import pytest
 import torch
-from problems import FLOAT32, GOLDEN_FILES, Problem, load
-from torch import Tensor
+from problems import FLOAT32, GOLDEN_FILES, assert_close, features, load, loss_and_grad
 from triton_device import DEVICE, pytestmark  # noqa: F401
 
-from bam_kernels.backends import triton as backend
-from bam_kernels.backends.cpu import LOG2_E, Matched, Potential
-from bam_kernels.layout import Layout
-
-kernels = backend.kernels()
-
-
-@dataclass
-class Loss:
-    """One process: keys centred, scores in slabs of rows, products by torch.mm; see engine/slab.py for the form."""
-
-    problem: Problem
-    fixed: bool = False
-    slab: int = 1 << 30
-
-    def __post_init__(self) -> None:
-        p, o = self.problem, self.problem.options
-        V, B, D = p.student.shape
-        self.layout = Layout(B=B, V=V, L=o["target_views"], T=o["key_views"], D=D)
-        self.z, self.norm = kernels.normalize(p.student.to(DEVICE).view(V * B, D))
-        self.y = None if p.teacher is None else kernels.normalize(p.teacher.to(DEVICE).flatten(0, 1))[0]
-        keys = (self.z if self.y is None else self.y)[: self.layout.N]
-        self.rows = self.z if self.y is None or o["target_rows"] == "student" else self.y
-        self.centre = keys.mean(0)
-        self.keys = keys - self.centre
-        self.step = self.keys.norm(dim=1).max() / 32000 if self.fixed else 1.0
-        self.row = kernels.centre_potential(self.rows, self.centre, o["epsilon"])
-
-    def scores(self, unit: Tensor) -> Tensor:
-        s = unit @ self.keys.T
-        if self.problem.options["mask_positives"]:
-            kernels.mask_positives_(s, self.layout, 0)
-        return kernels.quantize(s, self.step, torch.empty_like(s, dtype=torch.int16)) if self.fixed else s
-
-    def slabs(self, s: Tensor) -> Iterator[tuple[Tensor, Potential, bool]]:
-        for first in range(0, len(s), self.slab):
-            last = min(first + self.slab, len(s))
-            yield s[first:last], self.row.rows(first, last), first > 0
-
-    def balance(self, s: Tensor) -> Potential:
-        o, n = self.problem.options, self.layout.N
-        scale = LOG2_E / o["epsilon"] * self.step
-        shift, sums, c = torch.empty(3, n, device=DEVICE)
-        for part, row, accumulate in self.slabs(s):
-            kernels.column_lse(part, scale, row, shift, sums, accumulate)
-        col = kernels.reciprocal_potential(shift, sums)
-        for _ in range(o["iterations"] - 1):
-            for part, row, accumulate in self.slabs(s):
-                kernels.sinkhorn_pass(part, scale, row, col, c, accumulate)
-            kernels.divide_potential_(col, c)
-        return col
-
-    def evaluate(self) -> tuple[Matched, Tensor, Tensor]:
-        """The sums, dz (V*B, D) and P (L*B, N)."""
-        o, layout = self.problem.options, self.layout
-        s = self.scores(self.rows)
-        source = s if self.rows is self.z else self.scores(self.z)
-        shape = (-1, layout.B, layout.N)
-        P = torch.empty(layout.L, layout.B, layout.N, device=DEVICE)
-        G = torch.empty(source.shape, device=DEVICE) if self.fixed else source
-        col = self.balance(s)
-        matched = kernels.match(
-            s.view(shape)[: layout.L],
-            source.view(shape),
-            layout,
-            col,
-            self.row.exponent.view(-1, layout.B)[: layout.L],
-            epsilon=o["epsilon"],
-            temperature=o["temperature"],
-            step=self.step,
-            top_k=o["top_k"],
-            targets=P,
-            gradient=G.view(shape),
-        )
-        dz = G @ self.keys
-        if self.y is None:
-            dz[: layout.N] += G.T @ self.z
-        return matched, kernels.project_(dz, self.z, self.norm), P.view(-1, layout.N)
-
+from bam_kernels import bam_loss, bam_targets, reference, sinkhorn_attention
+from bam_kernels.simulated import SimulatedRanks
 
 # The interpreter takes a second for each: there those of one rank alone.
 FILES = [path for path in GOLDEN_FILES if DEVICE.type != "cpu" or path.stem.endswith("_w1")]
+EXACT = {"backend": "triton", "precision": "exact"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_golden(path):
     problem = load(path)
-    matched, dz, P = Loss(problem).evaluate()
-    problem.check_loss(matched.loss.cpu() / problem.student.shape[1], FLOAT32)
-    problem.check_target(P.cpu(), FLOAT32)
-    problem.check_grad(dz.cpu().view_as(problem.student), FLOAT32)
+    student = problem.student.to(DEVICE)
+    teacher = problem.teacher.to(DEVICE) if problem.teacher is not None else None
+    loss, grad = loss_and_grad(bam_loss, student, teacher, **EXACT, **problem.options)
+    problem.check_loss(loss.cpu(), FLOAT32)
+    problem.check_grad(grad.cpu(), FLOAT32)
+    problem.check_target(bam_targets(student, teacher, **EXACT, **problem.options).cpu(), FLOAT32)
 
 
-def test_fixed_point_scores_and_slabs():
-    problem = load(next(path for path in GOLDEN_FILES if path.stem == "v2_l2_w2"))
-    _, dz, P = Loss(problem, fixed=True, slab=7).evaluate()
-    error = (dz.cpu().double().view_as(problem.grad) - problem.grad).norm() / problem.grad.norm()
-    assert error <= 1e-3
-    assert ((P.cpu() - problem.target).norm() / problem.target.norm()) <= 1e-3
+@pytest.mark.parametrize("R,budget", [(0, None), (0, 3000), (2, 9000)])
+def test_fixed_point_scores(R, budget, monkeypatch):
+    """Where products may be rounded, scores are int16: the error of P is that of their steps."""
+    torch.set_float32_matmul_precision("high")
+    try:
+        student, teacher = features(3, 7, 9), features(R, 7, 9, seed=1) if R else None
+        options = {"memory_budget": budget, "top_k": 0}
+        on_device = student.to(DEVICE), teacher.to(DEVICE) if R else None
+        loss, grad = loss_and_grad(bam_loss, *on_device, backend="triton", **options)
+        P = bam_targets(*on_device, backend="triton", **options).cpu()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    truth = student.double(), teacher.double() if R else None
+    expected_loss, expected_grad = loss_and_grad(reference.bam_loss, *truth)
+    expected_P = reference.bam_targets(*truth)
+    assert_close(loss.cpu(), expected_loss, 1e-4)
+    assert (grad.cpu() - expected_grad).norm() <= 1e-3 * expected_grad.norm()
+    difference = (P - expected_P).norm() / expected_P.norm()
+    assert 1e-6 < difference <= 1e-3  # they were int16 scores
+
+
+@pytest.mark.parametrize("output", ["plan", "potentials"])
+def test_attention(output):
+    q, k = features(1, 18, 8)[0].to(DEVICE), features(1, 12, 8, seed=1)[0].to(DEVICE)
+    options = {"mask": "block", "views": 3, "key_views": 2, "output": output, "differentiable": True}
+
+    def gradients(function, dtype, **more):
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k)]
+        result = function(*leaves, **options, **more)
+        parts = [result] if output == "plan" else list(result)
+        total = sum((part * torch.linspace(-1, 1, part.numel(), device=DEVICE).view_as(part)).sum() for part in parts)
+        return [part.detach() for part in parts], torch.autograd.grad(total, leaves)
+
+    parts, grads = gradients(sinkhorn_attention, torch.float32, **EXACT)
+    expected, expected_grads = gradients(reference.sinkhorn_attention, torch.float64)
+    for actual, truth in zip((*parts, *grads), (*expected, *expected_grads), strict=True):
+        assert (actual - truth).norm() <= 2e-5 * truth.norm()
+
+
+@pytest.mark.parametrize("R", [0, 2])
+def test_one_rank_of_two(R):
+    """Alone, with the other rank's keys given: the interpreter takes one thread at a time."""
+    student, keys = features(3, 6, 5), torch.nn.functional.normalize(features(4, 6, 5, seed=2).flatten(0, 1), dim=1)
+    teacher = features(R, 6, 5, seed=1) if R else None
+    results = []
+    for function, dtype, options in ((reference.bam_loss, torch.float64, {}), (bam_loss, torch.float32, EXACT)):
+        group = SimulatedRanks(2, 1, keys.to(DEVICE, dtype))
+        y = teacher.to(DEVICE, dtype) if R else None
+        results.append(loss_and_grad(function, student.to(DEVICE, dtype), y, group=group, **options))
+    (expected_loss, expected_grad), (loss, grad) = results
+    assert_close(loss.cpu(), expected_loss.cpu(), 1e-5)
+    assert_close(grad.cpu(), expected_grad.cpu(), 1e-5)

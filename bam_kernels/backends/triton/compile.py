@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ...layout import Layout
-from ..cpu import Potential
+from ..interface import Potential
 from .row_kernels import TritonKernels
 
 TARGETS = {

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...layout import Layout
-from ..cpu import LOG2_E, Matched, Potential
+from ..interface import LOG2_E, Matched, Potential
 from . import match, match_long
 from .launch import Launcher, Number, check_scores, number
 from .tiles import IMAGES_AT_ONCE, image_tile, long_image_tile

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ...layout import Layout
-from ..cpu import Potential
+from ..interface import Potential
 from . import plan, sinkhorn
 from .launch import Launcher, Number, check_scores, number
 from .tiles import LONGEST_ROW, block_of, column_tile, row_tile

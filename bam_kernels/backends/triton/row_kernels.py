@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...layout import Layout
-from ..cpu import LOG2_E, Potential
+from ..interface import LOG2_E, Potential
 from . import embed, plan, scores
 from .launch import Number, check_scores, number
 from .launch_match import MatchKernels
@@ -22,6 +22,8 @@ from .tiles import block_of, warps
 
 class TritonKernels(SinkhornKernels, MatchKernels):
     """The row kernels."""
+
+    backend = "triton"
 
     def normalize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (m, D) of any float type -> unit rows (m, D) float32 and norms (m,) float64."""
