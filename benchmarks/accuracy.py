@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import tyro
 from common import Row, aligned, checked, error_text, problem_fields, write
-from competitors import Choice, RowName, whole_competitors
+from competitors import OURS, Choice, RowName, whole_competitors
 from hardware import Machine
 from problem import Problem, layout_of, truth_of_embeddings
 
@@ -33,7 +33,7 @@ class AccuracyOptions:
     temperature: float = 0.1
     iterations: int = 3
     top_k: int = 0
-    rows: tuple[RowName, ...] = ("cpu", "cpu-int16", "eager", "authors")
+    rows: tuple[RowName, ...] = (*OURS, "eager", "authors")
     authors: Path | None = None
     """A checkout of the authors' published code."""
     device: str = "auto"

@@ -13,7 +13,7 @@ from typing import Any
 
 import nvtx
 import torch
-from competitors import Choice, Competitor, Isa, RowName
+from competitors import OURS, Choice, Competitor, Isa, RowName
 from hardware import Machine
 from problem import Problem, Truth, layout_of, parse_shape, relative_error
 
@@ -34,7 +34,7 @@ class BenchmarkOptions:
     """T, the first T views of every image are keys."""
     epsilon: float = 0.05
     iterations: int = 3
-    rows: tuple[RowName, ...] = ("cpu", "cpu-int16", "eager", "compile", "gemms", "authors")
+    rows: tuple[RowName, ...] = (*OURS, "eager", "compile", "gemms", "authors")
     """Competitors; those that cannot run on the device are left out."""
     isa: tuple[Isa, ...] = ("auto",)
     """Instruction sets of our CPU kernels."""

@@ -16,12 +16,13 @@ from problem import Problem, Truth, Work, loss_options, loss_work, products_work
 from torch import Tensor
 
 from bam_kernels import bam_loss, bam_targets, reference
-from bam_kernels.backends import cpu
-from bam_kernels.backends.cpu import FIXED_STEPS, LOG2_E, CpuKernels, Potential
+from bam_kernels.backends import cpu, triton
+from bam_kernels.backends.interface import FIXED_STEPS, LOG2_E, Potential, RowKernels
 from bam_kernels.engine import slab
 from bam_kernels.ranks import ONE_RANK
 
-RowName = Literal["cpu", "cpu-int16", "eager", "compile", "gemms", "authors"]
+RowName = Literal["cpu", "cpu-int16", "triton", "triton-int16", "eager", "compile", "gemms", "authors"]
+OURS: tuple[RowName, ...] = ("cpu", "cpu-int16", "triton", "triton-int16")
 Isa = Literal["auto", "avx512", "avx2", "plain"]
 
 
@@ -44,7 +45,7 @@ class Competitor:
 
     @property
     def ours(self) -> bool:
-        return self.kind in ("cpu", "cpu-int16")
+        return self.kind in OURS
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,15 @@ class Choice:
     authors: Path | None
     cold_bytes: int  # written between two uses of a buffer: more than a GPU's L2 holds
 
-    def ours(self, problem: Problem) -> list[tuple[RowName, CpuKernels]]:
-        """Our rows that can run on the problem's device: CPU kernels, float32 and int16, for each instruction set."""
-        if problem.student.device.type != "cpu" or cpu.unavailable() is not None:
-            return []
-        wanted: list[RowName] = [row for row in ("cpu", "cpu-int16") if row in self.rows]
-        return [(row, cpu.kernels(isa)) for isa in self.isa for row in wanted]
+    def ours(self, problem: Problem) -> list[tuple[RowName, RowKernels]]:
+        """Our rows that can run on the problem's device, float32 and int16; the CPU's for each instruction set."""
+        device = problem.student.device
+        found: list[tuple[RowName, RowKernels]] = []
+        if device.type == "cpu" and cpu.unavailable() is None:
+            found += [(row, cpu.kernels(isa)) for isa in self.isa for row in OURS[:2] if row in self.rows]
+        if device.type == "cuda" and triton.unavailable(device) is None:
+            found += [(row, triton.kernels()) for row in OURS[2:] if row in self.rows]
+        return found
 
 
 class Rotation:
@@ -85,7 +89,7 @@ class Rotation:
         return (first.detach().requires_grad_(), *rest) if self.requires_grad and first is not None else (first, *rest)
 
 
-def fixed_point(scores: Tensor, problem: Problem, kernels: CpuKernels) -> tuple[Tensor, float]:
+def fixed_point(scores: Tensor, problem: Problem, kernels: RowKernels) -> tuple[Tensor, float]:
     """Masked int16 scores and the value of one step; not timed, as the product's epilogue would write them."""
     step = scores.abs().max().item() / FIXED_STEPS
     masked = kernels.mask_positives_(scores.clone(), problem.layout, 0)
@@ -96,7 +100,7 @@ class GivenScores:
     """Our kernels from given scores, columns in gathered order."""
 
     def __init__(
-        self, problem: Problem, source: Tensor, target: Tensor | None, kernels: CpuKernels, fixed: bool
+        self, problem: Problem, source: Tensor, target: Tensor | None, kernels: RowKernels, fixed: bool
     ) -> None:
         self.problem, self.kernels, self.step = problem, kernels, 1.0
         given = [x if x is None else problem.layout.to_gathered(x) for x in (source, target)]
@@ -107,14 +111,14 @@ class GivenScores:
             given = [made[: len(source)], made[len(source) :] if target is not None else None]
         self.given = tuple(given)
         self.fixed = fixed
-        self.c = torch.empty(problem.layout.N)
+        self.c = source.new_empty(problem.layout.N)
 
     def balance(self, rows: Tensor) -> tuple[Potential, Potential]:
         """Row and column potentials after all iterations."""
         options, kernels = self.problem.options, self.kernels
         if not self.fixed:
             kernels.mask_positives_(rows, self.problem.layout, 0)
-        row = Potential.one(len(rows))
+        row = Potential.one(len(rows), rows.device)
         kept = slab.KeptScores(rows, self.step, kernels)
         col, _ = slab.balance(kept, row, options.epsilon, options.iterations, ONE_RANK)
         return row, col
@@ -132,7 +136,7 @@ class GivenScores:
         row, col = self.sinkhorn(rows)
         log_K = rows.double() * (self.step / self.problem.options.epsilon)
         P = (log_K + row.natural_log()[:, None] + col.natural_log()).exp()
-        mask = self.problem.layout.to_gathered(self.problem.layout.positive_mask(len(rows)))
+        mask = self.problem.layout.to_gathered(self.problem.layout.positive_mask(len(rows), rows.device))
         return Truth(self.problem.layout.to_public(P.masked_fill_(mask, 0.0)), None)
 
     def targets(self) -> Tensor:
@@ -140,7 +144,7 @@ class GivenScores:
         layout, options = self.problem.layout, self.problem.options
         rows = (self.given[0] if self.given[1] is None else self.given[1]).clone()
         row, col = self.balance(rows)
-        P = torch.empty(layout.L, layout.B, layout.N)
+        P = torch.empty(layout.L, layout.B, layout.N, device=rows.device)
         self.kernels.match(
             rows.view(-1, layout.B, layout.N)[: layout.L],
             None,
@@ -173,7 +177,7 @@ def sinkhorn_competitors(problem: Problem, scores: Tensor, choice: Choice) -> li
     work = sinkhorn_work(layout, options.iterations)
     made = []
     for kind, kernels in choice.ours(problem):
-        fixed = kind == "cpu-int16"
+        fixed = kind.endswith("int16")
         given = GivenScores(problem, scores, None, kernels, fixed)
         fresh = Rotation(given.given[:1], choice.cold_bytes)
         ours = sinkhorn_work(layout, options.iterations, 2) if fixed else work
@@ -207,14 +211,15 @@ def sinkhorn_competitors(problem: Problem, scores: Tensor, choice: Choice) -> li
 
 def our_competitor(
     kind: RowName,
-    kernels: CpuKernels,
+    kernels: RowKernels,
     fresh: Callable[[], tuple[Any, ...]],
     run: Callable[..., Any],
     outputs: Callable[[], Truth],
     work: Work,
 ) -> Competitor:
-    fixed = kind == "cpu-int16"
-    name = f"cpu {kernels.isa}" + (" int16" if fixed else "")
+    fixed = kind.endswith("int16")
+    isa = f" {kernels.isa}" if isinstance(kernels, cpu.CpuKernels) else ""
+    name = kernels.backend + isa + (" int16" if fixed else "")
     return Competitor(kind, name, fresh, run, outputs, work, precision="int16" if fixed else "float32")
 
 
@@ -226,13 +231,13 @@ def from_scores_competitors(
     work = loss_work(layout, options.iterations)
     made = []
     for kind, kernels in choice.ours(problem):
-        fixed = kind == "cpu-int16"
+        fixed = kind.endswith("int16")
         given = GivenScores(problem, source, target, kernels, fixed)
         ours = loss_work(layout, options.iterations, 2) if fixed else work
         fresh = Rotation(given.given, choice.cold_bytes)
         competitor = our_competitor(kind, kernels, fresh, given.loss, given.outputs, ours)
         if fixed:
-            G = torch.empty(layout.M, layout.N)
+            G = torch.empty(layout.M, layout.N, device=source.device)
             competitor.run = lambda s, t, given=given, G=G: given.loss(s, t, G)
             competitor.held_bytes, competitor.note = G.nbytes, "G written to a tensor given"
         made.append(competitor)
@@ -278,16 +283,16 @@ def whole_competitors(problem: Problem, choice: Choice) -> list[Competitor]:
     return made
 
 
-def whole_ours(problem: Problem, kind: RowName, kernels: CpuKernels, fresh: Rotation) -> Competitor:
+def whole_ours(problem: Problem, kind: RowName, kernels: RowKernels, fresh: Rotation) -> Competitor:
     """`bam_loss` forward and backward; int16 scores, or an instruction set that is not the best, as the engine inside.
 
     int16 scores are a switch inside the engine: float32 input keeps them in float32.
     """
-    layout, options, fixed = problem.layout, problem.options, kind == "cpu-int16"
+    layout, options, fixed = problem.layout, problem.options, kind.endswith("int16")
     named = loss_options(problem)
 
     def public(z: Tensor, y: Tensor | None) -> Tensor:
-        return torch.autograd.grad(bam_loss(z, y, backend="cpu", **named), z)[0]
+        return torch.autograd.grad(bam_loss(z, y, backend=kernels.backend, **named), z)[0]
 
     def inside(z: Tensor, y: Tensor | None) -> Tensor:
         result = slab.evaluate(
@@ -296,13 +301,13 @@ def whole_ours(problem: Problem, kind: RowName, kernels: CpuKernels, fresh: Rota
         assert result.dz is not None
         return result.dz
 
-    is_public = not fixed and kernels.isa == cpu.kernels().isa
+    is_public = not fixed and (not isinstance(kernels, cpu.CpuKernels) or kernels.isa == cpu.kernels().isa)
     run = public if is_public else inside
 
     def outputs() -> Truth:
         z, y = fresh()
         if is_public:
-            P = bam_targets(z.detach(), y, backend="cpu", **named)
+            P = bam_targets(z.detach(), y, backend=kernels.backend, **named)
         else:
             P = slab.targets("benchmark", z.detach(), y, layout, options, ONE_RANK, kernels, fixed=fixed)
         return Truth(P, run(z, y))

@@ -20,12 +20,22 @@ RESULTS = Path(__file__).parent / "results"
 COLOURS = {
     "cpu": "#1f5fa8",
     "cpu-int16": "#6fa8dc",
+    "triton": "#2e7d5b",
+    "triton-int16": "#7cc3a0",
     "eager": "#b0b0b0",
     "compile": "#8a8a8a",
     "gemms": "#d9b44a",
     "authors": "#b5533c",
 }
-MARKERS = {"cpu": "o", "cpu-int16": "s", "eager": "x", "compile": "^", "authors": "d"}
+MARKERS = {
+    "cpu": "o",
+    "cpu-int16": "s",
+    "triton": "o",
+    "triton-int16": "s",
+    "eager": "x",
+    "compile": "^",
+    "authors": "d",
+}
 Rows = list[dict[str, Any]]
 
 
