@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import reference
 from .agreement import told
 from .backends import choose, row_kernels
-from .engine import slab
+from .engine import flash, slab
 from .layout import Layout
 from .once import differentiable_once
 from .options import Options, as_tensor, check_bool, options_of
@@ -24,8 +24,8 @@ from .stats import BAMStats
 _library = torch.library.Library("bam_kernels", "FRAGMENT")
 _library.define(
     "loss(Tensor student, Tensor? teacher, int[] dimensions, Tensor scales, int iterations, int top_k, "
-    "bool mask_positives, str target_rows, str backend, str precision, int? memory_budget, bool regather, str group, "
-    "bool needs_grad) -> (Tensor loss, Tensor stats, Tensor dz)"
+    "bool mask_positives, str target_rows, str backend, str engine, str precision, int? memory_budget, bool regather, "
+    "str group, bool needs_grad) -> (Tensor loss, Tensor stats, Tensor dz)"
 )
 
 
@@ -126,6 +126,7 @@ def _loss(
         options.mask_positives,
         options.target_rows,
         backend,
+        options.engine,
         options.precision,
         options.memory_budget,
         options.regather,
@@ -154,6 +155,11 @@ def bam_targets(student: Tensor, teacher: Tensor | None = None, **options: Any) 
         return slab.targets("bam_targets", student, teacher, layout, resolved, ranks, row_kernels(backend), fixed=fixed)
 
 
+def _engine(options: Options) -> Any:
+    """The module whose `evaluate` and `targets` run; "auto" is slab."""
+    return flash if options.engine == "flash" else slab
+
+
 def _loss_impl(
     student: Tensor,
     teacher: Tensor | None,
@@ -164,6 +170,7 @@ def _loss_impl(
     mask_positives: bool,
     target_rows: str,
     backend: str,
+    engine: str,
     precision: str,
     memory_budget: int | None,
     regather: bool,
@@ -179,6 +186,7 @@ def _loss_impl(
         top_k=top_k,
         mask_positives=mask_positives,
         target_rows=target_rows,
+        engine=engine,
         precision=precision,
         memory_budget=memory_budget,
         regather=regather,
@@ -187,7 +195,7 @@ def _loss_impl(
     layout = Layout(B=student.numel() // (V * D), V=V, L=L, T=T, D=D, R=R, W=ranks.W, rank=ranks.rank)
     fixed = scores_are_fixed(backend, precision, epsilon, student.dtype)
     with product_precision(student.device, precision):
-        result = slab.evaluate(
+        result = _engine(options).evaluate(
             "bam_loss",
             student,
             teacher,
@@ -222,7 +230,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     (dz,) = ctx.saved_tensors
     grad = (grad_loss * dz).to(ctx.dtype).view(ctx.shape)
-    return (differentiable_once(grad), *[None] * 13)
+    return (differentiable_once(grad), *[None] * 14)
 
 
 _library.impl("loss", _loss_impl, "CompositeExplicitAutograd")

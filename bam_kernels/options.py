@@ -93,6 +93,7 @@ class Options:
             "precision": self.precision,
             "regather": self.regather,
             "backend": backend,
+            "engine": "flash" if self.engine == "flash" else "slab",
             "needs_grad": needs_grad,
         }
 

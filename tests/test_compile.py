@@ -43,6 +43,7 @@ def test_opcheck_of_the_loss(needs_grad, R, target_rows, dimensions):
         True,
         target_rows,
         "cpu",
+        "auto",
         "exact",
         None,
         False,
@@ -53,7 +54,7 @@ def test_opcheck_of_the_loss(needs_grad, R, target_rows, dimensions):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_opcheck_of_the_loss_in_16_bit(dtype):
-    args = ([3, 2, 2, 2], SCALES, 3, 4, True, "teacher", "cpu", "default", 10**6, False, "", True)
+    args = ([3, 2, 2, 2], SCALES, 3, 4, True, "teacher", "cpu", "auto", "default", 10**6, False, "", True)
     student, teacher = features(3, 6, 8).to(dtype), features(2, 6, 8, seed=1).to(dtype)
     torch.library.opcheck(torch.ops.bam_kernels.loss.default, (leaf(student), teacher, *args))
 

@@ -394,7 +394,19 @@ def test_global_precision_flag(matmul_precision, monkeypatch, precision, flag):
 def operator(student, teacher, needs_grad):
     """torch.ops.bam_kernels.loss with default options."""
     dimensions = [len(student), 2, 2, len(teacher) if teacher is not None else 0]
-    options = (torch.tensor([0.1, 0.05], dtype=torch.float64), 3, 0, True, "teacher", "cpu", "exact", None, False, "")
+    options = (
+        torch.tensor([0.1, 0.05], dtype=torch.float64),
+        3,
+        0,
+        True,
+        "teacher",
+        "cpu",
+        "auto",
+        "exact",
+        None,
+        False,
+        "",
+    )
     return torch.ops.bam_kernels.loss(student, teacher, dimensions, *options, needs_grad)
 
 

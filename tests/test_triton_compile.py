@@ -45,3 +45,5 @@ def test_every_kernel_compiles_and_the_hot_ones_stay_in_registers(compiled, targ
         assert found[name].stack == 0, found[name]
     for name, one in found.items():
         assert one.shared <= 48 * 1024, name
+        if name.startswith("flash"):
+            assert one.products > 0 and one.stack == 0, (name, one)

@@ -41,7 +41,7 @@ def choose(name: str, options: Execution, device: torch.device, dtype: torch.dty
     backend = _choose(name, options.backend, device, dtype)
     if options.precision == "fp8":
         raise ValueError(f'{name}: precision="fp8" is not to be had from backend="{backend}"')
-    if engine == "flash":
+    if engine == "flash" and backend != "triton":
         raise ValueError(f'{name}: engine="flash" is not to be had from backend="{backend}"')
     return backend
 

@@ -24,6 +24,25 @@ def test_golden(path):
     problem.check_target(bam_targets(student, teacher, **EXACT, **problem.options).cpu(), FLOAT32)
 
 
+@pytest.mark.parametrize("R", [0, 2])
+def test_flash_engine(R):
+    student, teacher = features(3, 7, 9), features(R, 7, 9, seed=1) if R else None
+    on_device = student.to(DEVICE), teacher.to(DEVICE) if R else None
+    expected = loss_and_grad(reference.bam_loss, student.double(), teacher.double() if R else None)
+    for actual, truth in zip(loss_and_grad(bam_loss, *on_device, engine="flash", **EXACT), expected, strict=True):
+        assert_close(actual.cpu(), truth, 1e-5)
+    P = bam_targets(*on_device, engine="flash", **EXACT)
+    assert_close(P.cpu(), bam_targets(student.double(), teacher.double() if R else None), 1e-5)
+
+
+def test_flash_engine_says_what_it_cannot():
+    student = features(2, 5, 4).to(DEVICE)
+    with pytest.raises(ValueError, match='engine="flash" keeps all columns, got top_k=3'):
+        bam_loss(student, engine="flash", top_k=3, **EXACT)
+    with pytest.raises(ValueError, match='engine="flash" takes up to 512 features, got D=513'):
+        bam_loss(features(2, 3, 513).to(DEVICE), engine="flash", **EXACT)
+
+
 @pytest.mark.parametrize("R,budget", [(0, None), (0, 3000), (2, 9000)])
 def test_fixed_point_scores(R, budget, monkeypatch):
     """Where products may be rounded, scores are int16: the error of P is that of their steps."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
+    from .flash_kernels import FlashKernels
     from .row_kernels import TritonKernels
 
 
@@ -29,3 +30,10 @@ def kernels() -> "TritonKernels":
     from .row_kernels import kernels
 
     return kernels()
+
+
+def flash() -> "type[FlashKernels]":
+    """The flash kernels, made for one set of keys. Raises: ImportError where Triton is not installed."""
+    from .flash_kernels import FlashKernels
+
+    return FlashKernels

@@ -22,6 +22,8 @@ from triton.compiler import ASTSource
 
 from ...layout import Layout
 from ..interface import Potential
+from .flash_kernels import FlashKernels
+from .launch import Launch
 from .row_kernels import TritonKernels
 
 TARGETS = {
@@ -49,22 +51,25 @@ class Configuration:
     constants: dict[str, Any]
     divisible: tuple[str, ...]
     num_warps: int
+    num_stages: int
 
 
 @dataclass(frozen=True)
 class Compiled:
     """Registers of a thread, bytes of shared memory of a program and of stack of a thread, and what was spilled:
-    instructions that load or store local memory, on AMD registers; None where the code was not disassembled."""
+    instructions that load or store local memory, on AMD registers; None where the code was not disassembled.
+    products: instructions for the tensor cores in the assembler's input."""
 
     registers: int
     shared: int
     stack: int
     spills: int | None
+    products: int
 
 
 def _configuration(label: str, kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Configuration:
     """The specialisation that a launch with these arguments would compile."""
-    num_warps = options.pop("num_warps")
+    num_warps, num_stages = options.pop("num_warps"), options.pop("num_stages", 3)
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     divisible: list[str] = []
@@ -83,7 +88,7 @@ def _configuration(label: str, kernel: Any, args: tuple[Any, ...], options: dict
         else:
             signature[name] = "fp32"
     assert list(options) == [p.name for p in kernel.params][len(args) :], "constants in the order of the parameters"
-    return Configuration(label, kernel, signature, constants, tuple(divisible), num_warps)
+    return Configuration(label, kernel, signature, constants, tuple(divisible), num_warps, num_stages)
 
 
 def configurations(*, small: bool = False) -> Iterator[Configuration]:
@@ -113,6 +118,10 @@ def configurations(*, small: bool = False) -> Iterator[Configuration]:
         _call_row_kernels(kernels, 65536, 2, 8, dtype)
     label = ""
     _call_preparation(kernels)
+    for dtype in (torch.float16,) if small else (torch.float16, torch.float32):
+        for D in (64,) if small else (64, 128, 256, 512):
+            label = f"D={D} {_TYPES[dtype]}"
+            _call_flash_kernels(record, 8192, D, dtype)
     seen = set()
     for one in found:
         name = one.name.split()[0]
@@ -170,23 +179,39 @@ def _call_preparation(kernels: TritonKernels) -> None:
     kernels.divide_potential_(Potential(_empty(8192), _empty(8192)), _empty(8192))
 
 
+def _call_flash_kernels(record: Launch, n: int, D: int, dtype: torch.dtype) -> None:
+    V, B = 2, 1024
+    layout = Layout(B=B, V=V, L=2, T=2, D=D, W=max(n // (2 * B), 1))
+    x, k = _empty(layout.M, D, dtype=dtype), _empty(layout.N, D, dtype=dtype)
+    kernels = FlashKernels(k, layout, masked=True, unit=64.0, precision="tf32", run=record)
+    row, col = Potential(_empty(layout.M), _empty(layout.M)), Potential(_empty(n), _empty(n))
+    kernels.column_lse(x, 1.0, row, _empty(n), _empty(n), False)
+    kernels.sinkhorn_pass(x, 1.0, row, col, _empty(n), False)
+    scales = {"epsilon": 0.05, "temperature": 0.1}
+    kernels.match(x, x, row, row, col, needs_grad=True, **scales)
+    kernels.key_gradient(x, x, row, row, col, **scales)
+    kernels.targets(x, 1.0, row, col, _empty(layout.M, n))
+
+
 def compile_for(one: Configuration, target: GPUTarget, *, disassemble: bool = True) -> Compiled:
     """Raises: whatever the compiler raises."""
     names = [p.name for p in one.kernel.params]
     attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in one.divisible}
     source = ASTSource(one.kernel, one.signature, one.constants, attrs)
-    kernel = triton.compile(source, target=target, options={"num_warps": one.num_warps, "enable_fp_fusion": True})
+    options = {"num_warps": one.num_warps, "num_stages": one.num_stages, "enable_fp_fusion": True}
+    kernel = triton.compile(source, target=target, options=options)
     shared = kernel.metadata.shared
     if target.backend == "hip":
         text = kernel.asm["amdgcn"]
         spills = int(re.findall(r"vgpr_spill_count: *(\d+)", text)[0])
         registers = int(re.findall(r"\.vgpr_count: *(\d+)", text)[0])
         stack = int(re.findall(r"private_segment_fixed_size: *(\d+)", text)[0])
-        return Compiled(registers, shared, stack, spills)
-    return _assembled(kernel.asm["cubin"], shared, disassemble)
+        return Compiled(registers, shared, stack, spills, text.count("v_mfma"))
+    products = len(re.findall(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b", kernel.asm["ptx"]))
+    return _assembled(kernel.asm["cubin"], shared, products, disassemble)
 
 
-def _assembled(cubin: bytes, shared: int, disassemble: bool) -> Compiled:
+def _assembled(cubin: bytes, shared: int, products: int, disassemble: bool) -> Compiled:
     """What the assembler and the machine code say, by the cuobjdump that Triton carries."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
@@ -197,7 +222,7 @@ def _assembled(cubin: bytes, shared: int, disassemble: bool) -> Compiled:
         ).stdout
     registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", listing)[-1]
     spills = len(re.findall(r"\b(?:STL|LDL)\b", listing)) if disassemble else None
-    return Compiled(int(registers), shared, int(stack), spills)
+    return Compiled(int(registers), shared, int(stack), spills, products)
 
 
 def compile_all(target: str, *, small: bool = False, containing: str = "") -> Iterator[tuple[Configuration, Compiled]]:
@@ -213,11 +238,14 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="each kernel once")
     parser.add_argument("--kernels", default="", help="only those whose name contains this")
     options = parser.parse_args()
-    print(f"{'target':8} {'registers':>9} {'shared':>8} {'stack':>6} {'spills':>6} {'warps':>5}  kernel")
+    print(
+        f"{'target':8} {'registers':>9} {'shared':>8} {'stack':>6} {'spills':>6} {'products':>8} {'warps':>5}  kernel"
+    )
     for target in options.targets:
         for one, c in compile_all(target, small=options.small, containing=options.kernels):
             print(
-                f"{target:8} {c.registers:9} {c.shared:8} {c.stack:6} {c.spills!s:>6} {one.num_warps:5}  {one.name}",
+                f"{target:8} {c.registers:9} {c.shared:8} {c.stack:6} {c.spills!s:>6} {c.products:8} {one.num_warps:5}"
+                f"  {one.name}",
                 flush=True,
             )
 

@@ -1,0 +1,306 @@
+"""The flash kernels: scores of rows against the keys that are multiplied in registers wherever they are needed.
+
+Memory beside rows, keys, dz and dk: O(M + N), and partials of dz and dk for at most PROGRAMS programs. Sums are taken
+in an order that follows from the shapes: results do not differ from run to run.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...layout import Layout
+from ..interface import LOG2_E, Matched, Potential
+from . import flash_keys, flash_match, flash_sinkhorn, sinkhorn
+from .flash_tiles import LARGEST_D, FlashTile, flash_tile, split
+from .launch import Launch, Number, launch
+from .launch_sinkhorn import SinkhornKernels
+from .tiles import block_of
+
+
+def _plain(scale: Number) -> float:
+    assert isinstance(scale, float)
+    return scale
+
+
+class FlashKernels(SinkhornKernels):
+    """Sinkhorn steps, targets, loss and gradients of rows x (m, D) in place of their scores x kᵀ / unit^2.
+
+    keys (N, D) in gathered order; rows and keys are float32 or fp16, times `unit`. masked: positives are left out.
+    precision: "ieee" or "tf32", of float32 products. Rows start at image 0, view-major.
+    """
+
+    def __init__(
+        self,
+        keys: Tensor,
+        layout: Layout,
+        *,
+        masked: bool,
+        unit: float = 1.0,
+        precision: str = "ieee",
+        run: Launch = launch,
+    ) -> None:
+        super().__init__(run)
+        assert keys.shape == (layout.N, layout.D) and keys.stride(1) == 1 and layout.D <= LARGEST_D
+        self.keys, self.layout, self.unit = keys, layout, unit
+        self.masked, self.precision = masked, precision
+
+    def column_lse(
+        self, x: Tensor, scale: Number, row: Potential, shift: Tensor, sums: Tensor, accumulate: bool
+    ) -> None:
+        """Per key Σ_i 2^(scale * x_i·k_j) row_i = sums_j * 2^shift_j; `scale` is of the plain products."""
+        assert not accumulate
+        self._lse(self.keys, x, row, scale, shift, sums, keys_are_own=True)
+
+    def sinkhorn_pass(
+        self, x: Tensor, scale: Number, row: Potential, col: Potential, c: Tensor, accumulate: bool
+    ) -> None:
+        """row_i = 1 / Σ_j 2^(scale * x_i·k_j) col_j, then c_j = Σ_i 2^(scale * x_i·k_j) row_i col_j: two products."""
+        assert not accumulate
+        self.row_step(x, scale, col, row)
+        self.column_sums(x, scale, row, col, c)
+
+    def row_step(self, x: Tensor, scale: Number, col: Potential | None, row: Potential) -> None:
+        """row_i = 1 / Σ_j 2^(scale * x_i·k_j) col_j; `col` None: 1."""
+        m = len(x)
+        shift, sums = torch.empty(2, m, device=x.device)
+        self._lse(x, self.keys, col, scale, shift, sums, keys_are_own=False)
+        self._run(sinkhorn.reciprocal_potential_kernel, (-(-m // 256),), shift, sums, *row, m, BLOCK=256, num_warps=4)
+
+    def _lse(
+        self,
+        own: Tensor,
+        other: Tensor,
+        potential: Potential | None,
+        scale: Number,
+        shift: Tensor,
+        sums: Tensor,
+        *,
+        keys_are_own: bool,
+    ) -> None:
+        m, n = len(own), len(other)
+        tile = self._tile(m, n)
+        tiles = -(-m // tile.block_m)
+        chunks, rows = split(tiles, n, tile.block_n)
+        partial = torch.empty(2, chunks, m, device=own.device)
+        self._run(
+            flash_sinkhorn.flash_lse_kernel,
+            (tiles, chunks),
+            own,
+            other,
+            *(potential if potential is not None else (None, None)),
+            *partial,
+            _plain(scale),
+            m,
+            n,
+            rows,
+            *self._index,
+            own.stride(0),
+            other.stride(0),
+            X_ARE_KEYS=keys_are_own,
+            **self._constants(tile),
+        )
+        block = block_of(m, 64)
+        self._run(
+            sinkhorn.merge_lse_kernel,
+            (-(-m // block),),
+            *partial,
+            shift,
+            sums,
+            chunks,
+            m,
+            ACCUMULATE=False,
+            CHUNKS=64,
+            BLOCK=block,
+            num_warps=4,
+        )
+
+    def column_sums(self, x: Tensor, scale: Number, row: Potential, col: Potential, c: Tensor) -> None:
+        """c_j = Σ_i 2^(scale * x_i·k_j) row_i col_j."""
+        m, n = len(self.keys), len(x)
+        tile = self._tile(m, n)
+        tiles = -(-m // tile.block_m)
+        chunks, rows = split(tiles, n, tile.block_n)
+        partial = torch.empty(chunks, m, device=x.device)
+        self._run(
+            flash_sinkhorn.flash_column_sums_kernel,
+            (tiles, chunks),
+            self.keys,
+            x,
+            col.exponent,
+            *row,
+            partial,
+            _plain(scale),
+            m,
+            n,
+            rows,
+            *self._index,
+            self.keys.stride(0),
+            x.stride(0),
+            **self._constants(tile),
+        )
+        self._add_chunks(partial, col.mantissa, c, False)
+
+    def targets(self, y: Tensor, scale: Number, row: Potential, col: Potential, out: Tensor) -> None:
+        """P (m, N) float32 of rows y (m, D)."""
+        m, n = out.shape
+        assert len(y) == m and out.is_contiguous()
+        tile = self._tile(m, n)
+        self._run(
+            flash_match.flash_targets_kernel,
+            (-(-m // tile.block_m), -(-n // tile.block_n)),
+            y,
+            self.keys,
+            *row,
+            *col,
+            out,
+            _plain(scale),
+            m,
+            n,
+            *self._index,
+            y.stride(0),
+            self.keys.stride(0),
+            **self._constants(tile),
+        )
+
+    def match(
+        self,
+        z: Tensor,
+        y: Tensor,
+        row: Potential,
+        source: Potential,
+        col: Potential,
+        *,
+        epsilon: float,
+        temperature: float,
+        needs_grad: bool,
+    ) -> tuple[Matched, Tensor | None]:
+        """Loss and entropies, and dz = G k (M, D) float32, of source rows z (M, D) and target rows y (>= L*B, D).
+
+        row: the target rows' finished potentials; source: 1 / Σ_j 2^(s_ij log2(e)/tau) of the source rows.
+        """
+        layout = self.layout
+        B, V, L, n = layout.B, layout.V, layout.L, layout.N
+        tile = flash_tile(B, n, layout.D, wide=True, sixteen_bit=z.element_size() == 2)
+        tiles = -(-B // tile.block_m) * -(-layout.D // tile.block_out)
+        chunks, rows = split(tiles * V, n, tile.block_n)
+        sums = torch.empty(chunks, 3, layout.M, device=z.device)
+        dz = torch.empty(chunks, layout.M, layout.D, device=z.device) if needs_grad else None
+        self._run(
+            flash_match.flash_match_kernel,
+            (tiles, V, chunks),
+            z,
+            y,
+            self.keys,
+            *row,
+            *source,
+            *col,
+            sums,
+            dz,
+            *self._scales(epsilon, temperature),
+            layout.pair_weight,
+            L,
+            V,
+            n,
+            rows,
+            *self._index,
+            z.stride(0),
+            y.stride(0),
+            self.keys.stride(0),
+            **self._constants(tile, wide=True),
+        )
+        return self._matched(sums, source, temperature), self._added(dz) if dz is not None else None
+
+    def _matched(self, sums: Tensor, source: Potential, temperature: float) -> Matched:
+        L, V, B = self.layout.L, self.layout.V, self.layout.B
+        matched, attended, informed = sums.sum((0, 2), dtype=torch.float64)
+        over_tau = 1 / (temperature * self.unit**2)
+        lse = -source.natural_log()
+        total = lse.sum()
+        # Σ_v a_v lse_v: a view that gives a target is matched to one target less.
+        weighted = L * total - lse[: L * B].sum() if V > 1 else total
+        loss = self.layout.pair_weight * weighted - matched * over_tau
+        return Matched(loss, -informed / LOG2_E, total - attended * over_tau)
+
+    def key_gradient(
+        self,
+        z: Tensor,
+        w: Tensor,
+        row: Potential,
+        source: Potential,
+        col: Potential,
+        *,
+        epsilon: float,
+        temperature: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Gᵀ w (N, D) and the column sums of G (N,) where the target rows are source rows; arguments as in `match`.
+
+        w (M, D): z, or z less a common vector, in the type of z and times `unit`.
+        """
+        layout = self.layout
+        assert w.shape == z.shape and w.stride(1) == 1
+        tile = flash_tile(layout.N, layout.B, layout.D, wide=True, sixteen_bit=z.element_size() == 2)
+        tiles = -(-layout.N // tile.block_m) * -(-layout.D // tile.block_out)
+        chunks, images = split(tiles, layout.B, tile.block_n)
+        dk = torch.empty(chunks, layout.N, layout.D, device=z.device)
+        partial = torch.empty(chunks, layout.N, device=z.device)
+        self._run(
+            flash_keys.flash_dk_kernel,
+            (tiles, chunks),
+            z,
+            w,
+            self.keys,
+            *row,
+            *source,
+            *col,
+            dk,
+            partial,
+            *self._scales(epsilon, temperature),
+            layout.pair_weight,
+            layout.L,
+            layout.V,
+            layout.N,
+            images,
+            *self._index,
+            z.stride(0),
+            w.stride(0),
+            self.keys.stride(0),
+            **self._constants(tile, wide=True),
+        )
+        return self._added(dk), self._added(partial).div_(layout.B * temperature)
+
+    def _added(self, partial: Tensor) -> Tensor:
+        """The sum over chunks; what is there if there is one."""
+        if len(partial) == 1:
+            return partial[0]
+        out = torch.empty_like(partial[0])
+        self._add_chunks(partial.flatten(1), None, out.view(-1), False)
+        return out
+
+    def _scales(self, epsilon: float, temperature: float) -> tuple[float, float, float]:
+        """log2(e)/eps and log2(e)/tau of a plain product, and the factor that (a A - Pbar) k still needs to be dz."""
+        return self.score_scale(epsilon), self.score_scale(temperature), 1 / (self.layout.B * temperature * self.unit)
+
+    def score_scale(self, over: float) -> float:
+        """log2(e) / `over` of a plain product."""
+        return LOG2_E / over / self.unit**2
+
+    @property
+    def _index(self) -> tuple[int, int, int]:
+        return self.layout.B, self.layout.T, self.layout.own_columns
+
+    def _tile(self, m: int, n: int) -> FlashTile:
+        return flash_tile(m, n, self.layout.D, sixteen_bit=self.keys.element_size() == 2)
+
+    def _constants(self, tile: FlashTile, *, wide: bool = False) -> dict[str, Any]:
+        return {
+            "MASK_POSITIVES": self.masked,
+            "D": self.layout.D,
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
+            "BLOCK_D": tile.block_d,
+            **({"BLOCK_OUT": tile.block_out} if wide else {}),
+            "PRECISION": self.precision,
+            "num_warps": tile.num_warps,
+            "num_stages": 2,
+        }
