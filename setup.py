@@ -23,7 +23,18 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 CPU_KERNELS = ("column_lse", "sinkhorn_pass", "match", "plan", "rows", "symmetrize", "table")
-CUDA_FILES = ("device", "unit_rows")
+CUDA_FILES = (
+    "match",  # the longest to compile is first
+    "match_long",
+    "sinkhorn_on_chip",
+    "sinkhorn_pass",
+    "column_lse",
+    "plan",
+    "embed",
+    "scores",
+    "table",
+    "device",
+)
 X86_ISAS = {
     "plain": (4, ""),
     "avx2": (8, "-mavx2 -mfma"),
@@ -122,7 +133,8 @@ class NinjaBuild(build_ext):
                 objects += cuda_objects
                 bindings += bind_cuda
                 link += link_cuda
-            objects.append(self.cpu_object(w, source / "bindings.cpp", "bindings", bindings))
+            for name in ("bindings", "bindings_cuda"):
+                objects.append(self.cpu_object(w, source / f"{name}.cpp", name, bindings))
             shared = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
             w.rule("link", f"$cxx {shared} -o $out $in {link}")
             w.build(str(module), "link", objects)
@@ -147,7 +159,7 @@ class NinjaBuild(build_ext):
     def binding_flags() -> str:
         import pybind11
 
-        # Only this file sees pybind11: with build isolation its path changes at every install.
+        # Only these files see pybind11: with build isolation its path changes at every install.
         return f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}"
 
     @staticmethod

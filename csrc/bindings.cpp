@@ -1,39 +1,12 @@
 // Python bindings: addresses and sizes in, nothing torch. The caller keeps the tensors alive and checks shapes.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+#include "bindings.h"
 
-#include <cstdint>
 #include <stdexcept>
 #include <string>
 
-#include "bam.h"
-#ifdef BAM_WITH_CUDA
-#include "cuda/cuda.h"
-#endif
-
-namespace py = pybind11;
-using Address = std::uintptr_t;
-
 namespace {
 
-template <class T>
-T* as(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-bam::Potential potential(Address exponent, Address mantissa) {
-  return {as<float>(exponent), as<float>(mantissa)};
-}
-
-bam::Potential potential(const py::tuple& pair) {
-  return potential(pair[0].cast<Address>(), pair[1].cast<Address>());
-}
-
-// (address, is_int16, view_stride, row_stride)
-bam::Scores scores(const py::tuple& s) {
-  return {as<void>(s[0].cast<Address>()), s[1].cast<bool>() ? bam::ScoreType::kInt16 : bam::ScoreType::kFloat32,
-          s[2].cast<int64_t>(), s[3].cast<int64_t>()};
-}
+using namespace bam::bindings;
 
 template <class Params>
 void call(void (*kernel)(const Params&), const Params& params) {
@@ -153,42 +126,10 @@ void bind_cpu(py::module_& m) {
         [](py::tuple col, Address c, int64_t n) { bam::cpu::divide_potential(potential(col), as<const float>(c), n); });
 }
 
-#ifdef BAM_WITH_CUDA
-void bind_cuda(py::module_& m) {
-  m.def("cuda_devices", [] {
-    py::list devices;
-    for (const bam::cuda::Device& d : bam::cuda::devices()) {
-      py::dict entry;
-      entry["name"] = d.name;
-      entry["capability"] = py::make_tuple(d.major, d.minor);
-      entry["multiprocessors"] = d.multiprocessors;
-      entry["memory_bytes"] = d.memory_bytes;
-      entry["l2_bytes"] = d.l2_bytes;
-      entry["shared_bytes_per_block"] = d.shared_bytes_per_block;
-      devices.append(entry);
-    }
-    return devices;
-  });
-  m.def("cuda_architectures", [] { return std::string(BAM_CUDA_ARCHITECTURES); });
-  m.def("cuda_unit_rows", [](Address x, int type, int64_t rows, int64_t d, int64_t row_stride, Address centre,
-                             Address unit, Address inverse_norm, int device, Address stream) {
-    py::gil_scoped_release release;
-    bam::cuda::unit_rows({as<const void>(x), static_cast<bam::cuda::InputType>(type), rows, d, row_stride,
-                          as<const float>(centre), as<void>(unit), as<float>(inverse_norm)},
-                         device, as<void>(stream));
-  });
-}
-#endif
-
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "bam_kernels: compiled kernels, called with addresses; see csrc/bam.h";
   bind_cpu(m);
-#ifdef BAM_WITH_CUDA
-  m.attr("with_cuda") = true;
-  bind_cuda(m);
-#else
-  m.attr("with_cuda") = false;
-#endif
+  bam::bindings::bind_cuda(m);
 }

@@ -8,8 +8,12 @@
 
 namespace bam::cuda {
 
-inline void check(cudaError_t status, const std::string& what) {
-  if (status != cudaSuccess) throw std::runtime_error("bam_kernels: " + what + ": " + cudaGetErrorString(status));
+[[noreturn]] inline void fail(cudaError_t status, const std::string& what) {
+  throw std::runtime_error("bam_kernels: " + what + ": " + cudaGetErrorString(status));
+}
+
+inline void check(cudaError_t status, const char* what) {
+  if (status != cudaSuccess) fail(status, what);
 }
 
 // Makes a device current for the length of a scope.
@@ -17,7 +21,7 @@ class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
     check(cudaGetDevice(&before_), "cudaGetDevice");
-    if (device != before_) check(cudaSetDevice(device), "cudaSetDevice(" + std::to_string(device) + ")");
+    if (device != before_) check(cudaSetDevice(device), "cudaSetDevice");
     device_ = device;
   }
   ~DeviceGuard() {

@@ -1,10 +1,13 @@
-// The contract of the CUDA kernels: plain pointers, sizes and a stream; every failure is a std::runtime_error that
-// names the kernel and its launch.
+// The contract of the CUDA kernels: plain pointers, sizes and a stream; letters and strides are those of bam.h. Every
+// failure is a std::runtime_error that names the kernel and its launch. Nothing is allocated and nothing waits.
+//
+// Shapes of launches come from the caller, who knows the device: bam_kernels/backends/cuda/shapes.py.
 #pragma once
 
 #include <cstdint>
 #include <string>
-#include <vector>
+
+#include "../bam.h"
 
 namespace bam::cuda {
 
@@ -12,26 +15,244 @@ struct Device {
   std::string name;
   int major, minor;
   int multiprocessors;
-  int64_t memory_bytes, l2_bytes, shared_bytes_per_block;
+  int64_t memory_bytes, l2_bytes;
+  int64_t shared_bytes;  // of a block, at most
+  int cluster;           // blocks of the largest cluster that these kernels can use here; 1: none
+  bool cooperative;      // whether a grid can wait for all of its blocks
+  std::string fault;     // why none of these kernels can run here; empty: they can
 };
 
-// The devices of this process; empty where there is no driver or no device.
-std::vector<Device> devices();
+// The devices of this process; 0 where there is no driver.
+int device_count();
+// Makes a context on the device, which takes memory there: not for devices that are not used.
+Device describe(int index);
 
-enum class InputType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+struct Where {
+  int device;
+  void* stream;
+};
+
+// A factor, times a number on the device where there is one.
+struct Scalar {
+  float factor;
+  const float* pointer;
+};
+
+enum class FloatType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+
+// Any float matrix with contiguous rows.
+struct Rows {
+  const void* data;
+  FloatType type;
+  int64_t row_stride;
+};
+
+// How a thread's columns lie: it owns kOwned, in octets that are neighbours' neighbours.
+constexpr int kOctet = 8, kOctets = 2, kOwned = kOctet * kOctets;
+constexpr int kMostThreads = 512, kMostCluster = 16;
+constexpr int kPassRows = 2;  // rows of a Sinkhorn pass that share a reduction
+constexpr int kStages = 3;    // groups of rows that are on chip or on their way
+constexpr int kScratchBytes = (2 * kMostThreads / 32 + 2 * kMostCluster) * 4 * 4;  // of one reduction
+
+// Which columns are positives: row i is of image (first + i % period) % B.
+struct Positives {
+  bool masked;
+  int64_t first, period, B, T, own_columns;
+};
+
+// bam::ColumnLse in chunks of `rows` rows, each into partial[0] and [1] (chunks, n), which are then merged. As the
+// epilogue of a product (fixed not null) the scores are float32, positives are masked, and int16 scores are written,
+// whose values are the ones summed. shift null: no sums.
+struct ColumnLse {
+  Scores scores;
+  int64_t m, n;
+  Scalar scale;
+  Potential row;
+  float* shift;
+  float* sum;
+  bool accumulate;
+  float* partial;
+  int64_t rows;
+  int16_t* fixed;
+  int64_t fixed_stride;
+  Scalar step;
+  Positives positives;
+};
+
+// How whole rows are spread over blocks: `cluster` blocks of `threads` threads hold a row; 16 * threads * cluster >= n.
+struct Team {
+  int threads, cluster;
+};
+
+// bam::SinkhornPass in one read of rows that fit on chip, in chunks of `rows` rows, a multiple of kPassRows, each into
+// partial (chunks, n), which is then added up.
+struct SinkhornPass {
+  Scores scores;
+  int64_t m, n;
+  Scalar scale;
+  Potential row, col;
+  float* c;
+  bool accumulate;
+  float* partial;
+  int64_t rows;
+  Team team;
+};
+
+// The row half of it for rows of any length: row_i = 1 / sum_j 2^(scale*s_ij) * col_j.
+struct RowStep {
+  Scores scores;
+  int64_t m, n;
+  Scalar scale;
+  Potential row, col;
+};
+
+// All iterations of small problems in one launch, the scores in shared memory: the first column step from `row`, then
+// iterations - 1 passes, each followed by col <- col / c. `rows` rows a block, a multiple of kPassRows; every block
+// has partial[0] and [1] (blocks, n).
+struct SinkhornOnChip {
+  Scores scores;
+  int64_t m, n;
+  Scalar scale;
+  Potential row, col;
+  float* c;
+  float* partial;
+  int64_t rows;
+  Team team;  // threads; cluster > 1: all blocks are one cluster
+  int iterations;
+};
+
+// bam::Match with the sums of image i at sums[i], sums[sums_stride + i] and sums[2*sums_stride + i]: loss, target
+// entropy, source entropy. The gradient may be of any float type, and in place of scores of its size.
+struct Match {
+  Scores target, source;
+  int64_t L, V, b, n, W, T, B, top_k;
+  Scalar target_scale, source_scale, score_over_tau;
+  float gradient_scale, pair_weight;
+  const float* row_exponent;
+  int64_t row_view_stride;
+  Potential col;
+  float* sums;
+  int64_t sums_stride;
+  float* targets;
+  int64_t targets_view_stride;
+  Potential row_out;
+  void* gradient;
+  FloatType gradient_type;
+  int64_t gradient_view_stride, gradient_row_stride;
+  Team team;     // rows on chip; threads 0: rows of any length, which are read once for every sum
+  float* means;  // (b, n) workspace of long rows with top_k
+};
+
+struct PlanProducts {
+  Scores scores;
+  int64_t m, n;
+  Scalar scale;
+  Potential row, col;
+  const float* v;
+  const float* u;
+  float* y;
+  float* w;
+  bool accumulate;  // w is added to; with u null and w given, u is 1
+  float* partial;   // (chunks, n)
+  int64_t rows;     // of a chunk
+};
+
+struct PlanSubtract {
+  Scores scores;
+  int64_t m, n;
+  Scalar scale;
+  Potential row, col;
+  const float* u;
+  const float* v;
+  float* x;
+  int64_t x_stride;
+};
 
 // Unit rows times 64 sit in the middle of fp16's range: the smallest entry that matters stays normal.
 constexpr float kUnitScale = 64.0f;
 
-// unit_i = 64 * (x_i / max(|x_i|, 1e-12) - centre) in fp16 and inverse_norm_i = 1/|x_i|, 0 where |x_i| < 1e-12.
-struct UnitRows {
-  const void* x;  // (m, d), rows row_stride elements apart
-  InputType type;
-  int64_t m, d, row_stride;
-  const float* centre;  // (d), or null: 0
-  void* unit;           // (m, d) fp16
-  float* inverse_norm;  // (m)
+// unit_i = x_i / max(|x_i|, 1e-12) in float32, or in fp16 64 times that minus `centre` where it is given; norm_i =
+// |x_i|.
+struct Normalize {
+  Rows x;
+  int64_t m, d;
+  const float* centre;
+  float* unit;    // (m, d), or null
+  void* unit_16;  // (m, d) fp16, or null
+  double* norm;
 };
-void unit_rows(const UnitRows&, int device, void* stream);
+
+struct CentrePotential {
+  Rows x;              // unit rows, or with `norm` raw ones
+  const double* norm;  // (m), or null
+  int64_t m, d;
+  const float* centre;
+  double scale;
+  Potential row;
+};
+
+// d_i <- (d_i - unit_i <unit_i, d_i>) / norm_i with unit_i = x_i / norm_i, or x_i itself where it is_unit; 0 where
+// norm_i < 1e-12.
+struct Project {
+  float* d;
+  Rows x;
+  bool is_unit;
+  const double* norm;
+  int64_t m, d_features;
+};
+
+struct Symmetrize {
+  float* G;
+  int64_t m, stride;
+  float* row_sums;
+  float* partial;  // (ceil(m/32), m)
+};
+
+struct Quantize {
+  const float* scores;
+  int64_t m, n, row_stride;
+  Scalar step;
+  int16_t* out;
+  int64_t out_stride;
+};
+
+struct MaskPositives {
+  Scores scores;
+  int64_t m;
+  Positives positives;
+};
+
+struct ReciprocalPotential {
+  const float* shift;
+  const float* sum;
+  Potential col;
+  int64_t n;
+};
+
+struct DividePotential {
+  Potential col;
+  const float* c;
+  int64_t n;
+};
+
+struct Kernels {
+  void (*column_lse)(const ColumnLse&, const Where&);
+  void (*sinkhorn_pass)(const SinkhornPass&, const Where&);
+  void (*row_step)(const RowStep&, const Where&);
+  void (*sinkhorn_on_chip)(const SinkhornOnChip&, const Where&);
+  void (*match)(const Match&, const Where&);
+  void (*plan_products)(const PlanProducts&, const Where&);
+  void (*plan_subtract)(const PlanSubtract&, const Where&);
+  void (*normalize)(const Normalize&, const Where&);
+  void (*centre_potential)(const CentrePotential&, const Where&);
+  void (*project)(const Project&, const Where&);
+  void (*symmetrize)(const Symmetrize&, const Where&);
+  void (*quantize)(const Quantize&, const Where&);
+  void (*mask_positives)(const MaskPositives&, const Where&);
+  void (*reciprocal_potential)(const ReciprocalPotential&, const Where&);
+  void (*divide_potential)(const DividePotential&, const Where&);
+};
+
+extern const Kernels kernels;
 
 }  // namespace bam::cuda

@@ -1,26 +1,56 @@
-// What the devices of this process are.
+// What the devices of this process are, and what these kernels can do there.
+#include <algorithm>
+
 #include "check.cuh"
 #include "cuda.h"
 
 namespace bam::cuda {
 
-std::vector<Device> devices() {
+// Of the current device, for blocks with this much shared memory; 1: no clusters. An error where no code runs here.
+cudaError_t largest_cluster(int shared_bytes, int* size);
+
+namespace {
+
+int attribute(cudaDeviceAttr name, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, name, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
+}  // namespace
+
+int device_count() {
   int count = 0;
   const cudaError_t status = cudaGetDeviceCount(&count);
   if (status == cudaErrorNoDevice || status == cudaErrorInsufficientDriver) {
     cudaGetLastError();
-    return {};
+    return 0;
   }
   check(status, "cudaGetDeviceCount");
-  std::vector<Device> found;
-  for (int i = 0; i < count; ++i) {
-    cudaDeviceProp prop;
-    check(cudaGetDeviceProperties(&prop, i), "cudaGetDeviceProperties(" + std::to_string(i) + ")");
-    found.push_back({prop.name, prop.major, prop.minor, prop.multiProcessorCount,
-                     static_cast<int64_t>(prop.totalGlobalMem), prop.l2CacheSize,
-                     static_cast<int64_t>(prop.sharedMemPerBlockOptin)});
+  return count;
+}
+
+Device describe(int index) {
+  cudaDeviceProp prop;
+  check(cudaGetDeviceProperties(&prop, index), "cudaGetDeviceProperties");
+  Device d = {prop.name,
+              prop.major,
+              prop.minor,
+              prop.multiProcessorCount,
+              static_cast<int64_t>(prop.totalGlobalMem),
+              prop.l2CacheSize,
+              static_cast<int64_t>(prop.sharedMemPerBlockOptin),
+              1,
+              attribute(cudaDevAttrCooperativeLaunch, index) != 0,
+              ""};
+  DeviceGuard guard(index);
+  const cudaError_t status = largest_cluster(static_cast<int>(d.shared_bytes), &d.cluster);
+  d.cluster = std::min(d.cluster, kMostCluster);
+  if (status != cudaSuccess) {
+    cudaGetLastError();
+    d.fault = cudaGetErrorString(status);
   }
-  return found;
+  return d;
 }
 
 }  // namespace bam::cuda

@@ -1,0 +1,63 @@
+"""The CUDA C++ row kernels of csrc/cuda, for Ampere and later. No GPU has run them yet: `backend="auto"` does not choose
+them."""
+
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..extension import _C, import_error
+from .device import Device
+
+if TYPE_CHECKING:
+    from .row_kernels import CudaKernels
+
+OLDEST = (8, 0)
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why these kernels cannot run on `device`, or None."""
+    if _C is None:
+        return f"the extension is not built ({import_error}); install it with nvcc: pip install -e ."
+    if not _C.with_cuda:
+        return "the extension was built without CUDA; install it where nvcc is found: pip install -e ."
+    if device.type != "cuda":
+        return f"it takes CUDA tensors, got {device}"
+    if torch.version.hip:
+        return 'it takes NVIDIA GPUs; use backend="triton"'
+    if device_count() == 0:
+        return "no CUDA device, or no driver"
+    return _fault(found_device(device.index if device.index is not None else torch.cuda.current_device()))
+
+
+def _fault(device: Device) -> str | None:
+    if device.capability < OLDEST:
+        major, minor = device.capability
+        return f"{device.name} is sm_{major}{minor}, these kernels need sm_{OLDEST[0]}{OLDEST[1]} or newer"
+    if device.fault:
+        return f"{device.name}: {device.fault}; the kernels are compiled for {architectures()}: TORCH_CUDA_ARCH_LIST"
+    return None
+
+
+def device_count() -> int:
+    """How many devices this process sees."""
+    return _C.cuda_device_count() if _C is not None and _C.with_cuda else 0
+
+
+@cache
+def found_device(index: int) -> Device:
+    """A device of this process, as CUDA numbers them; makes a context there."""
+    return Device(index, **_C.cuda_device(index))
+
+
+def architectures() -> str:
+    """What the CUDA kernels were compiled for; empty without them."""
+    return _C.cuda_architectures() if _C is not None and _C.with_cuda else ""
+
+
+@cache
+def kernels() -> "CudaKernels":
+    """The row kernels, of any device."""
+    from .row_kernels import CudaKernels
+
+    return CudaKernels(_C.cuda_kernels(), found_device)

@@ -1,0 +1,66 @@
+"""What every launch needs: addresses, the device and the current stream."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...layout import Layout
+from ..interface import Potential
+from .device import Device
+
+Number = float | Tensor
+FLOAT_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+NO_SCORES = (0, False, 0, 0)
+NO_POTENTIAL = (0, 0)
+NO_POSITIVES = (False, 0, 1, 1, 1, 0)
+
+
+def pair(potential: Potential) -> tuple[int, int]:
+    return potential.exponent.data_ptr(), potential.mantissa.data_ptr()
+
+
+def address(x: Tensor | None) -> int:
+    return x.data_ptr() if x is not None else 0
+
+
+def scores_of(s: Tensor) -> tuple[int, bool, int, int]:
+    assert s.stride(-1) == 1 and s.dtype in (torch.float32, torch.int16)
+    return s.data_ptr(), s.dtype == torch.int16, s.stride(0) if s.dim() == 3 else 0, s.stride(-2)
+
+
+def rows_of(x: Tensor) -> tuple[int, int, int]:
+    assert x.dim() == 2 and x.stride(1) == 1
+    return x.data_ptr(), FLOAT_TYPES[x.dtype], x.stride(0)
+
+
+def number(x: Number, factor: float = 1.0) -> tuple[float, int]:
+    """factor * x as a factor and the address of a device scalar."""
+    if isinstance(x, Tensor):
+        assert x.numel() == 1 and x.dtype == torch.float32
+        return factor, x.data_ptr()
+    return factor * float(x), 0
+
+
+def positives_of(layout: Layout | None, first_row: int, period: int) -> tuple[bool, int, int, int, int, int]:
+    """Row i is of image (first_row + i % period) % B."""
+    if layout is None:
+        return NO_POSITIVES
+    return True, first_row, max(period, 1), layout.B, layout.T, layout.own_columns
+
+
+class Launcher:
+    """A table of kernels, and what the device of an index is; on the CPU the table is an emulator's."""
+
+    def __init__(self, table: Any, found_device: Callable[[int], Device]) -> None:
+        self._kernels, self._found_device = table, found_device
+
+    def _device(self, x: Tensor) -> Device:
+        return self._found_device(x.device.index or 0)
+
+    def _where(self, x: Tensor) -> tuple[int, int]:
+        """Device and stream."""
+        if x.device.type != "cuda":
+            return 0, 0
+        return x.device.index or 0, torch.cuda.current_stream(x.device).cuda_stream

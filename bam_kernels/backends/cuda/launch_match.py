@@ -1,0 +1,74 @@
+"""Launching `match`, with rows on chip or long ones."""
+
+import torch
+from torch import Tensor
+
+from ...layout import Layout
+from ..interface import LOG2_E, Matched, Potential
+from .launch import FLOAT_TYPES, NO_POTENTIAL, NO_SCORES, Launcher, Number, address, number, pair, scores_of
+from .shapes import IMAGES_AT_ONCE, LONG, match_team
+
+
+class MatchKernels(Launcher):
+    """Targets, loss, entropies and the gradient of the scores."""
+
+    def match(
+        self,
+        target: Tensor,
+        source: Tensor | None,
+        layout: Layout,
+        col: Potential,
+        row_exponent: Tensor,
+        *,
+        epsilon: float,
+        temperature: float,
+        step: Number = 1.0,
+        top_k: int = 0,
+        targets: Tensor | None = None,
+        row_out: Potential | None = None,
+        gradient: Tensor | None = None,
+        gradient_factor: float = 1.0,
+    ) -> Matched:
+        """Targets of b images and, with `source`, the loss of their source rows; `gradient` may be `source` itself.
+
+        target (L, b, N), source (V, b, N), row_exponent (L, b): guesses; targets (L, b, N) float32 and gradient
+        (V, b, N) of any float type, times gradient_factor, are written where given; row_out (b,) is the potential of
+        target view 0. The gradient of int16 scores may be a 16-bit float view of the source.
+        """
+        L, b, n = target.shape
+        V = len(source) if source is not None else 0
+        assert row_exponent.stride(1) == 1 and (targets is None or targets.stride()[1:] == (n, 1))
+        assert gradient is None or (source is not None and gradient.stride(2) == 1)
+        per_image = torch.zeros(3, b, device=target.device)
+        top_k = top_k if top_k < n else 0
+        team = match_team(L, n, target.element_size(), self._device(target)) or LONG
+        images = min(b, IMAGES_AT_ONCE) if team == LONG and top_k else b
+        means = torch.empty(images if team == LONG and top_k else 0, n, device=target.device)
+        for first in range(0, b, images):
+            part = slice(first, min(first + images, b))
+            g = gradient[:, part] if gradient is not None else None
+            self._kernels.match(
+                scores_of(target[:, part]),
+                scores_of(source[:, part]) if source is not None else NO_SCORES,
+                (L, V, part.stop - first, n, layout.W, layout.T, layout.B, top_k),
+                (
+                    number(step, LOG2_E / epsilon),
+                    number(step, LOG2_E / temperature),
+                    number(step, 1 / temperature),
+                ),
+                gradient_factor / (layout.B * temperature),
+                1.0 if V <= 1 else 1 / (L * (V - 1)),
+                row_exponent[:, part].data_ptr(),
+                row_exponent.stride(0),
+                pair(col),
+                per_image[:, part].data_ptr(),
+                b,
+                address(targets[:, part] if targets is not None else None),
+                targets.stride(0) if targets is not None else 0,
+                pair(row_out.rows(first, part.stop)) if row_out is not None else NO_POTENTIAL,
+                (g.data_ptr(), FLOAT_TYPES[g.dtype], g.stride(0), g.stride(1)) if g is not None else (0, 0, 0, 0),
+                team,
+                address(means),
+                self._where(target),
+            )
+        return Matched(*per_image.sum(1, dtype=torch.float64))

@@ -1,0 +1,187 @@
+"""Launching the Sinkhorn kernels. m rows, n columns of scores."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ...layout import Layout
+from ..interface import Potential
+from .launch import NO_POSITIVES, Launcher, Number, address, number, pair, positives_of, scores_of
+from .shapes import column_rows, on_chip, pass_rows, pass_team
+
+
+class SinkhornKernels(Launcher):
+    """Column and row steps; sums over rows go through partials that are added in order."""
+
+    def column_lse(
+        self, s: Tensor, scale: Number, row: Potential, shift: Tensor, sums: Tensor, accumulate: bool
+    ) -> None:
+        """Per column Σ_i 2^(scale*s_ij) row_i = sums_j * 2^shift_j, added to what is there if `accumulate`."""
+        m, n = s.shape
+        rows = column_rows(m, n, self._device(s))
+        partial = torch.empty(2, -(-m // rows), n, device=s.device)
+        self._kernels.column_lse(
+            scores_of(s),
+            m,
+            n,
+            number(scale),
+            pair(row),
+            shift.data_ptr(),
+            sums.data_ptr(),
+            accumulate,
+            partial.data_ptr(),
+            rows,
+            0,
+            0,
+            (1.0, 0),
+            NO_POSITIVES,
+            self._where(s),
+        )
+
+    def finish_scores(
+        self,
+        s: Tensor,
+        layout: Layout | None,
+        first_row: int,
+        scale: Number,
+        row: Potential,
+        shift: Tensor,
+        sums: Tensor,
+        accumulate: bool,
+        *,
+        step: Number,
+        out: Tensor,
+    ) -> None:
+        """A product's epilogue in one read of s (m, N) float32: positives masked, int16 out (m, N), column_lse of it.
+
+        `layout` None: nothing is masked. s is left as it is.
+        """
+        assert s.dtype == torch.float32 and out.dtype == torch.int16 and s.stride(1) == out.stride(1) == 1
+        m, n = s.shape
+        rows = column_rows(m, n, self._device(s))
+        partial = torch.empty(2, -(-m // rows), n, device=s.device)
+        self._kernels.column_lse(
+            scores_of(s),
+            m,
+            n,
+            number(scale),
+            pair(row),
+            shift.data_ptr(),
+            sums.data_ptr(),
+            accumulate,
+            partial.data_ptr(),
+            rows,
+            out.data_ptr(),
+            out.stride(0),
+            number(step),
+            positives_of(layout, first_row, m),
+            self._where(s),
+        )
+
+    def reciprocal_potential(self, shift: Tensor, sums: Tensor) -> Potential:
+        """1 / (sums * 2^shift)."""
+        col = Potential(torch.empty_like(shift), torch.empty_like(shift))
+        self._kernels.reciprocal_potential(shift.data_ptr(), sums.data_ptr(), pair(col), len(shift), self._where(shift))
+        return col
+
+    def divide_potential_(self, col: Potential, c: Tensor) -> None:
+        """col <- col / c."""
+        self._kernels.divide_potential(pair(col), c.data_ptr(), len(c), self._where(c))
+
+    def sinkhorn_pass(
+        self, s: Tensor, scale: Number, row: Potential, col: Potential, c: Tensor, accumulate: bool
+    ) -> None:
+        """row_i = 1 / Σ_j 2^(scale*s_ij) col_j, then c_j += Σ_i 2^(scale*s_ij) row_i col_j.
+
+        One read of the scores where a row fits in a block or a cluster, else two.
+        """
+        m, n = s.shape
+        device, where = self._device(s), self._where(s)
+        team = pass_team(n, s.element_size(), device)
+        if team is None:
+            self._kernels.row_step(scores_of(s), m, n, number(scale), pair(row), pair(col), where)
+            self._column_products(s, scale, row, col, None, c, accumulate)
+            return
+        rows = pass_rows(m, team, device)
+        partial = torch.empty(-(-m // rows), n, device=s.device)
+        self._kernels.sinkhorn_pass(
+            scores_of(s),
+            m,
+            n,
+            number(scale),
+            pair(row),
+            pair(col),
+            c.data_ptr(),
+            accumulate,
+            partial.data_ptr(),
+            rows,
+            team,
+            where,
+        )
+
+    def sinkhorn(self, s: Tensor, scale: Number, row: Potential, iterations: int) -> tuple[Potential, Tensor] | None:
+        """All of `iterations` in one launch where the scores of all rows fit on chip, else None and nothing done.
+
+        The first column step starts from `row`, which afterwards holds the last row step but one, as `balance` says.
+        Returns the column potential and the column sums before the last column step, NaN if there was one alone.
+        """
+        m, n = s.shape
+        shape = on_chip(m, n, s.element_size(), self._device(s))
+        if shape is None:
+            return None
+        col = Potential(*torch.empty(2, n, device=s.device))
+        c = torch.full((n,), math.nan, device=s.device)
+        partial = torch.empty(2, shape.blocks, n, device=s.device)
+        self._kernels.sinkhorn_on_chip(
+            scores_of(s),
+            m,
+            n,
+            number(scale),
+            pair(row),
+            pair(col),
+            c.data_ptr(),
+            partial.data_ptr(),
+            shape.rows,
+            shape.team,
+            iterations,
+            self._where(s),
+        )
+        return col, c
+
+    def _column_products(
+        self, s: Tensor, scale: Number, row: Potential, col: Potential, u: Tensor | None, w: Tensor, accumulate: bool
+    ) -> None:
+        self._plan_products(s, scale, row, col, None, u, None, w, accumulate)
+
+    def _plan_products(
+        self,
+        s: Tensor,
+        scale: Number,
+        row: Potential,
+        col: Potential,
+        v: Tensor | None,
+        u: Tensor | None,
+        y: Tensor | None,
+        w: Tensor | None,
+        accumulate: bool,
+    ) -> None:
+        m, n = s.shape
+        rows = column_rows(m, n, self._device(s))
+        partial = torch.empty(-(-m // rows) if w is not None else 0, n, device=s.device)
+        self._kernels.plan_products(
+            scores_of(s),
+            m,
+            n,
+            number(scale),
+            pair(row),
+            pair(col),
+            address(v),
+            address(u),
+            address(y),
+            address(w),
+            accumulate,
+            partial.data_ptr(),
+            rows,
+            self._where(s),
+        )

@@ -1,0 +1,93 @@
+"""Shapes of launches from those of problems and from what the device holds: csrc/cuda/cuda.h says what they mean.
+
+A thread owns OWNED columns of a row; a row is in one block, or over a cluster of blocks.
+"""
+
+from typing import NamedTuple
+
+from ..extension import _C
+from .device import Device
+
+_CONSTANTS = _C.cuda_constants if _C is not None else {}
+OWNED = _CONSTANTS.get("owned", 0)
+MOST_THREADS = _CONSTANTS.get("threads", 0)
+STAGES = _CONSTANTS.get("stages", 0)
+PASS_ROWS = _CONSTANTS.get("pass_rows", 0)
+SCRATCH_BYTES = _CONSTANTS.get("scratch_bytes", 0)
+WARP = 32
+REGISTER_THREADS = 512  # of these kernels that a multiprocessor's registers hold
+COLUMN_BLOCK = 1024  # columns of a block of the kernels whose threads walk down rows
+COLUMN_ROWS = 4  # rows that those read at once
+MOST_CHUNKS = 128
+IMAGES_AT_ONCE = 256  # of a long match with top-k, whose workspace is a row of means per image
+
+
+class Team(NamedTuple):
+    """`cluster` blocks of `threads` threads hold a row."""
+
+    threads: int
+    cluster: int
+
+
+LONG = Team(0, 1)  # rows of any length, read again for every sum
+
+
+def up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def row_team(n: int, column_bytes: int, device: Device) -> Team | None:
+    """The smallest team whose shared memory holds n columns of `column_bytes` each; None where none does."""
+    cluster = 1
+    while cluster <= device.cluster:
+        threads = up(-(-n // (OWNED * cluster)), WARP)
+        if threads <= MOST_THREADS and SCRATCH_BYTES + threads * OWNED * column_bytes <= device.shared_bytes:
+            return Team(threads, cluster)
+        cluster *= 2
+    return None
+
+
+def pass_team(n: int, score_bytes: int, device: Device) -> Team | None:
+    return row_team(n, STAGES * PASS_ROWS * score_bytes, device)
+
+
+def match_team(L: int, n: int, score_bytes: int, device: Device) -> Team | None:
+    """An image's L rows of targets and the scores on their way."""
+    return row_team(n, 4 * L + STAGES * score_bytes, device)
+
+
+def pass_rows(m: int, team: Team, device: Device) -> int:
+    """Rows of a chunk: as many chunks as the device runs at once."""
+    at_once = device.multiprocessors * (REGISTER_THREADS // team.threads) // team.cluster
+    chunks = max(1, min(at_once, 2 * device.multiprocessors))
+    return up(max(-(-m // chunks), 1), PASS_ROWS)
+
+
+def column_rows(m: int, n: int, device: Device) -> int:
+    """Rows of a chunk of the kernels whose threads own columns: four blocks a multiprocessor."""
+    chunks = max(1, min(4 * device.multiprocessors // -(-n // COLUMN_BLOCK), MOST_CHUNKS))
+    return up(max(-(-m // chunks), 1), COLUMN_ROWS)
+
+
+class OnChip(NamedTuple):
+    """Rows of a block; the threads that hold a row, and the cluster that all blocks are or 1; blocks of the grid."""
+
+    rows: int
+    team: Team
+    blocks: int
+
+
+def on_chip(m: int, n: int, score_bytes: int, device: Device) -> OnChip | None:
+    """All scores in shared memory: of one cluster where its blocks have few rows, else of a grid; None: neither."""
+    threads = up(-(-n // OWNED), WARP)
+    if threads > MOST_THREADS:
+        return None
+    left = device.shared_bytes - SCRATCH_BYTES - 8 * threads
+    most_rows = left // (threads * OWNED * score_bytes) // PASS_ROWS * PASS_ROWS
+    rows = up(-(-m // device.cluster), PASS_ROWS)
+    if device.cluster > 1 and rows <= min(most_rows, 4 * PASS_ROWS):
+        return OnChip(rows, Team(threads, device.cluster), device.cluster)
+    rows = up(-(-m // device.multiprocessors), PASS_ROWS)
+    if device.cooperative and rows <= most_rows:
+        return OnChip(rows, Team(threads, 1), -(-m // rows))
+    return None

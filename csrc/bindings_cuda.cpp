@@ -1,0 +1,224 @@
+// Bindings of the CUDA kernels' table. Without nvcc the class is there all the same, for a table that tests build.
+#include <pybind11/stl.h>
+
+#include <array>
+#include <string>
+#include <tuple>
+#include <utility>
+
+#include "bindings.h"
+#include "cuda/cuda.h"
+
+namespace bam::bindings {
+namespace {
+
+using namespace bam::cuda;
+
+// As Python writes them.
+using Pair = std::pair<Address, Address>;
+using ScalarPair = std::pair<float, Address>;         // factor, address of a device scalar or 0
+using RowsTuple = std::tuple<Address, int, int64_t>;  // address, float type, row stride
+using PositivesTuple = std::tuple<bool, int64_t, int64_t, int64_t, int64_t, int64_t>;
+using TeamPair = std::pair<int, int>;                              // threads, cluster
+using WherePair = std::pair<int, Address>;                         // device, stream
+using GradientTuple = std::tuple<Address, int, int64_t, int64_t>;  // address, float type, view stride, row stride
+
+Potential potential(const Pair& p) {
+  return bindings::potential(p.first, p.second);
+}
+Scalar scalar(const ScalarPair& s) {
+  return {s.first, as<const float>(s.second)};
+}
+Rows rows(const RowsTuple& r) {
+  return {as<const void>(std::get<0>(r)), static_cast<FloatType>(std::get<1>(r)), std::get<2>(r)};
+}
+Positives positives(const PositivesTuple& p) {
+  return {std::get<0>(p), std::get<1>(p), std::get<2>(p), std::get<3>(p), std::get<4>(p), std::get<5>(p)};
+}
+Team team(const TeamPair& t) {
+  return {t.first, t.second};
+}
+
+template <class Params>
+void call(void (*kernel)(const Params&, const Where&), const Params& params, const WherePair& where) {
+  py::gil_scoped_release release;
+  kernel(params, {where.first, as<void>(where.second)});
+}
+
+void bind_scores(py::class_<Kernels>& c) {
+  c.def("column_lse", [](const Kernels& k, py::tuple s, int64_t m, int64_t n, ScalarPair scale, Pair row, Address shift,
+                         Address sum, bool accumulate, Address partial, int64_t chunk_rows, Address fixed,
+                         int64_t fixed_stride, ScalarPair step, PositivesTuple of, WherePair where) {
+    call(k.column_lse,
+         {scores(s), m, n, scalar(scale), potential(row), as<float>(shift), as<float>(sum), accumulate,
+          as<float>(partial), chunk_rows, as<int16_t>(fixed), fixed_stride, scalar(step), positives(of)},
+         where);
+  });
+  c.def("quantize", [](const Kernels& k, Address s, int64_t m, int64_t n, int64_t row_stride, ScalarPair step,
+                       Address out, int64_t out_stride, WherePair where) {
+    call(k.quantize, {as<const float>(s), m, n, row_stride, scalar(step), as<int16_t>(out), out_stride}, where);
+  });
+  c.def("mask_positives", [](const Kernels& k, py::tuple s, int64_t m, PositivesTuple of, WherePair where) {
+    call(k.mask_positives, {scores(s), m, positives(of)}, where);
+  });
+}
+
+void bind_sinkhorn(py::class_<Kernels>& c) {
+  c.def("sinkhorn_pass",
+        [](const Kernels& k, py::tuple s, int64_t m, int64_t n, ScalarPair scale, Pair row, Pair col, Address sums,
+           bool accumulate, Address partial, int64_t chunk_rows, TeamPair of, WherePair where) {
+          call(k.sinkhorn_pass,
+               {scores(s), m, n, scalar(scale), potential(row), potential(col), as<float>(sums), accumulate,
+                as<float>(partial), chunk_rows, team(of)},
+               where);
+        });
+  c.def("row_step",
+        [](const Kernels& k, py::tuple s, int64_t m, int64_t n, ScalarPair scale, Pair row, Pair col, WherePair where) {
+          call(k.row_step, {scores(s), m, n, scalar(scale), potential(row), potential(col)}, where);
+        });
+  c.def("sinkhorn_on_chip",
+        [](const Kernels& k, py::tuple s, int64_t m, int64_t n, ScalarPair scale, Pair row, Pair col, Address sums,
+           Address partial, int64_t block_rows, TeamPair of, int iterations, WherePair where) {
+          call(k.sinkhorn_on_chip,
+               {scores(s), m, n, scalar(scale), potential(row), potential(col), as<float>(sums), as<float>(partial),
+                block_rows, team(of), iterations},
+               where);
+        });
+  c.def("reciprocal_potential", [](const Kernels& k, Address shift, Address sum, Pair col, int64_t n, WherePair where) {
+    call(k.reciprocal_potential, {as<const float>(shift), as<const float>(sum), potential(col), n}, where);
+  });
+  c.def("divide_potential", [](const Kernels& k, Pair col, Address sums, int64_t n, WherePair where) {
+    call(k.divide_potential, {potential(col), as<const float>(sums), n}, where);
+  });
+}
+
+void bind_match(py::class_<Kernels>& c) {
+  c.def("match", [](const Kernels& k, py::tuple target, py::tuple source, std::array<int64_t, 8> dimensions,
+                    std::array<ScalarPair, 3> scales, float gradient_scale, float pair_weight, Address row_exponent,
+                    int64_t row_view_stride, Pair col, Address sums, int64_t sums_stride, Address targets,
+                    int64_t targets_view_stride, Pair row_out, GradientTuple gradient, TeamPair of, Address means,
+                    WherePair where) {
+    const auto [L, V, b, n, W, T, B, top_k] = dimensions;
+    const auto [address, type, view_stride, row_stride] = gradient;
+    call(k.match,
+         {scores(target),
+          scores(source),
+          L,
+          V,
+          b,
+          n,
+          W,
+          T,
+          B,
+          top_k,
+          scalar(scales[0]),
+          scalar(scales[1]),
+          scalar(scales[2]),
+          gradient_scale,
+          pair_weight,
+          as<const float>(row_exponent),
+          row_view_stride,
+          potential(col),
+          as<float>(sums),
+          sums_stride,
+          as<float>(targets),
+          targets_view_stride,
+          potential(row_out),
+          as<void>(address),
+          static_cast<FloatType>(type),
+          view_stride,
+          row_stride,
+          team(of),
+          as<float>(means)},
+         where);
+  });
+}
+
+void bind_plan(py::class_<Kernels>& c) {
+  c.def("plan_products",
+        [](const Kernels& k, py::tuple s, int64_t m, int64_t n, ScalarPair scale, Pair row, Pair col, Address v,
+           Address u, Address y, Address w, bool accumulate, Address partial, int64_t chunk_rows, WherePair where) {
+          call(k.plan_products,
+               {scores(s), m, n, scalar(scale), potential(row), potential(col), as<const float>(v), as<const float>(u),
+                as<float>(y), as<float>(w), accumulate, as<float>(partial), chunk_rows},
+               where);
+        });
+  c.def("plan_subtract", [](const Kernels& k, py::tuple s, int64_t m, int64_t n, ScalarPair scale, Pair row, Pair col,
+                            Address u, Address v, Address x, int64_t x_stride, WherePair where) {
+    call(k.plan_subtract,
+         {scores(s), m, n, scalar(scale), potential(row), potential(col), as<const float>(u), as<const float>(v),
+          as<float>(x), x_stride},
+         where);
+  });
+  c.def("symmetrize",
+        [](const Kernels& k, Address G, int64_t m, int64_t stride, Address row_sums, Address partial, WherePair where) {
+          call(k.symmetrize, {as<float>(G), m, stride, as<float>(row_sums), as<float>(partial)}, where);
+        });
+}
+
+void bind_embeddings(py::class_<Kernels>& c) {
+  c.def("normalize", [](const Kernels& k, RowsTuple x, int64_t m, int64_t d, Address centre, Address unit,
+                        Address unit_16, Address norm, WherePair where) {
+    call(k.normalize, {rows(x), m, d, as<const float>(centre), as<float>(unit), as<void>(unit_16), as<double>(norm)},
+         where);
+  });
+  c.def("centre_potential", [](const Kernels& k, RowsTuple x, Address norm, int64_t m, int64_t d, Address centre,
+                               double scale, Pair row, WherePair where) {
+    call(k.centre_potential, {rows(x), as<const double>(norm), m, d, as<const float>(centre), scale, potential(row)},
+         where);
+  });
+  c.def("project", [](const Kernels& k, Address d, RowsTuple x, bool is_unit, Address norm, int64_t m, int64_t features,
+                      WherePair where) {
+    call(k.project, {as<float>(d), rows(x), is_unit, as<const double>(norm), m, features}, where);
+  });
+}
+
+#ifdef BAM_WITH_CUDA
+py::dict device(int index) {
+  const Device d = describe(index);
+  py::dict found;
+  found["name"] = d.name;
+  found["capability"] = py::make_tuple(d.major, d.minor);
+  found["multiprocessors"] = d.multiprocessors;
+  found["memory_bytes"] = d.memory_bytes;
+  found["l2_bytes"] = d.l2_bytes;
+  found["shared_bytes"] = d.shared_bytes;
+  found["cluster"] = d.cluster;
+  found["cooperative"] = d.cooperative;
+  found["fault"] = d.fault;
+  return found;
+}
+#endif
+
+}  // namespace
+
+void bind_cuda(py::module_& m) {
+  py::class_<Kernels> table(m, "CudaKernels");
+  bind_scores(table);
+  bind_sinkhorn(table);
+  bind_match(table);
+  bind_plan(table);
+  bind_embeddings(table);
+  m.def(
+      "cuda_kernels_at", [](Address address) { return as<const Kernels>(address); }, py::return_value_policy::reference,
+      "Kernels of another build by the address of their table: for tests.");
+  py::dict constants;
+  constants["owned"] = kOwned;
+  constants["threads"] = kMostThreads;
+  constants["cluster"] = kMostCluster;
+  constants["pass_rows"] = kPassRows;
+  constants["stages"] = kStages;
+  constants["scratch_bytes"] = kScratchBytes;
+  m.attr("cuda_constants") = constants;
+#ifdef BAM_WITH_CUDA
+  m.attr("with_cuda") = true;
+  m.def("cuda_kernels", [] { return &kernels; }, py::return_value_policy::reference);
+  m.def("cuda_device_count", device_count);
+  m.def("cuda_device", device);
+  m.def("cuda_architectures", [] { return std::string(BAM_CUDA_ARCHITECTURES); });
+#else
+  m.attr("with_cuda") = false;
+#endif
+}
+
+}  // namespace bam::bindings

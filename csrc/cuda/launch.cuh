@@ -1,0 +1,72 @@
+// Launching a kernel: the current device, the configuration, and an error that names both.
+#pragma once
+
+#include "check.cuh"
+#include "cuda.h"
+
+namespace bam::cuda {
+
+struct Shape {
+  dim3 blocks;
+  int threads;
+  int64_t shared_bytes = 0;
+  int cluster = 1;           // blocks along x that are one cluster
+  bool cooperative = false;  // all blocks run at once
+};
+
+// The most shared memory that a kernel may use without asking, and blocks of a cluster.
+constexpr int64_t kUnaskedSharedBytes = 48 << 10;
+constexpr int kUnaskedCluster = 8;
+
+inline std::string described(const char* name, const Shape& shape) {
+  return std::string(name) + " with " + std::to_string(shape.blocks.x) + " x " + std::to_string(shape.blocks.y) +
+         " blocks of " + std::to_string(shape.threads) + " threads, " + std::to_string(shape.shared_bytes) +
+         " bytes of shared memory, clusters of " + std::to_string(shape.cluster) +
+         (shape.cooperative ? ", cooperative" : "");
+}
+
+template <class Params>
+cudaError_t start(void (*kernel)(Params), const Shape& shape, void* stream, const Params& params) {
+  if (shape.shared_bytes > kUnaskedSharedBytes) {
+    const cudaError_t status =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes));
+    if (status != cudaSuccess) return status;
+  }
+  if (shape.cluster > kUnaskedCluster) {
+    const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (status != cudaSuccess) return status;
+  }
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config = {};
+  config.gridDim = shape.blocks;
+  config.blockDim = dim3(static_cast<unsigned>(shape.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = attributes;
+  if (shape.cluster > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs].val.clusterDim.x = static_cast<unsigned>(shape.cluster);
+    attributes[config.numAttrs].val.clusterDim.y = attributes[config.numAttrs].val.clusterDim.z = 1;
+    ++config.numAttrs;
+  }
+  if (shape.cooperative) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
+    attributes[config.numAttrs].val.cooperative = 1;
+    ++config.numAttrs;
+  }
+  return cudaLaunchKernelEx(&config, kernel, params);
+}
+
+template <class Params>
+void launch(const char* name, void (*kernel)(Params), const Shape& shape, const Where& where, const Params& params) {
+  if (shape.blocks.x == 0 || shape.blocks.y == 0) return;
+  DeviceGuard guard(where.device);
+  const cudaError_t status = start(kernel, shape, where.stream, params);
+  if (status != cudaSuccess) fail(status, described(name, shape));
+}
+
+inline unsigned blocks_for(int64_t items, int64_t per_block) {
+  return static_cast<unsigned>((items + per_block - 1) / per_block);
+}
+
+}  // namespace bam::cuda

@@ -1,0 +1,292 @@
+// Per image: the targets P of its L rows, and the loss, entropies and gradient of its V source rows against them, every
+// score read and exponentiated once.
+//
+// A block, or a cluster, holds an image. A thread owns 16 columns of every row: it copies their scores on chip a few
+// rows ahead, keeps their targets in shared memory that only it reads, and writes their gradient, so that the gradient
+// may take the place of the scores; the barriers are those of the row sums.
+#include "launch.cuh"
+#include "match.cuh"
+#include "pass.cuh"
+
+namespace bam::cuda {
+namespace {
+
+// Which of a thread's columns count.
+using Chosen = unsigned;
+static_assert(kOwned <= 32, "one bit for each");
+
+template <class Score, bool kCluster>
+class Image {
+ public:
+  __device__ Image(const MatchArguments& a, int64_t i)
+      : a_(a), p_(a.p), i_(i), team_(static_cast<float*>(shared_memory())) {
+    share_ = static_cast<int64_t>(blockDim.x) * kOwned;
+    first_ = (kCluster ? cluster_rank() : 0) * share_;
+    targets_ = reinterpret_cast<float*>(static_cast<char*>(shared_memory()) + kScratchBytes);
+    ring_ = reinterpret_cast<Score*>(targets_ + p_.L * share_);
+    reports_ = threadIdx.x == 0 && (!kCluster || cluster_rank() == 0);
+  }
+
+  __device__ void run() {
+    for (int row = 0; row < kStages - 1; ++row) fetch(row);
+    find_targets();
+    if (p_.top_k) keep_largest();
+    if (reports_) p_.sums[p_.sums_stride + i_] = entropy_;
+    if (p_.targets)
+      for (int64_t t = 0; t < p_.L; ++t) write_target(t);
+    if (p_.V) match_sources();
+    wait_for_copies<0>();
+    team_.finish();
+  }
+
+ private:
+  // Row u of the image: its target rows, then its source rows.
+  __device__ void fetch(int64_t u) {
+    if (u < p_.L + p_.V) {
+      const bool is_target = u < p_.L;
+      fetch_row(slot(u), is_target ? target_row(u) : source_row(u - p_.L), first_, p_.n,
+                is_target ? a_.target_aligned : a_.source_aligned);
+    }
+    commit_copies();
+  }
+  __device__ const Score* next_row(int64_t u) {
+    fetch(u + kStages - 1);
+    wait_for_copies<kStages - 1>();
+    return slot(u);
+  }
+  __device__ Score* slot(int64_t u) { return ring_ + u % kStages * share_; }
+  __device__ const Score* target_row(int64_t t) const {
+    return static_cast<const Score*>(p_.target.data) + t * p_.target.view_stride + i_ * p_.target.row_stride;
+  }
+  __device__ const Score* source_row(int64_t v) const {
+    return static_cast<const Score*>(p_.source.data) + v * p_.source.view_stride + i_ * p_.source.row_stride;
+  }
+  __device__ float& target(int64_t t, int own) {
+    return targets_[t * share_ + octet_place(own / kOctet) + own % kOctet];
+  }
+
+  // p_j = 2^(scale*s_j + col_j + exponent) over the chosen columns; sums[0] += p_j, sums[1] += p_j log2(p_j).
+  __device__ void target_terms(const float (&x)[kOwned], Chosen chosen, float exponent, float (&p)[kOwned],
+                               float (&sums)[2]) {
+    sums[0] = sums[1] = 0.0f;
+#pragma unroll
+    for (int k = 0; k < kOwned; ++k) {
+      const float term = exp2_fast(fmaf(x[k], scale_, col_.exponent[k] + exponent)) * col_.mantissa[k];
+      p[k] = chosen >> k & 1 ? term : 0.0f;
+      sums[0] += p[k];
+      sums[1] = fmaf(p[k], log2_of(p[k]), sums[1]);
+    }
+    team_.reduce(sums, Sum());
+  }
+
+  __device__ float target_exponent(const float (&x)[kOwned], Chosen chosen) {
+    float most[1] = {-INFINITY};
+#pragma unroll
+    for (int k = 0; k < kOwned; ++k)
+      if (chosen >> k & 1) most[0] = fmaxf(most[0], fmaf(x[k], scale_, col_.exponent[k]));
+    team_.reduce(most, Max());
+    return exponent_of(most[0]);
+  }
+
+  __device__ void keep_target(int64_t t, const float (&p)[kOwned], float total) {
+    const float inverse = inverse_or_zero(total);
+#pragma unroll
+    for (int k = 0; k < kOwned; ++k) {
+      target(t, k) = p[k] * inverse;
+      all_[k] = t == 0 ? p[k] * inverse : fmaf(p[k], inverse, all_[k]);
+    }
+  }
+
+  __device__ void read_own(float (&x)[kOwned], const Score* row, bool on_chip) {
+#pragma unroll
+    for (int q = 0; q < kOctets; ++q) {
+      float part[kOctet];
+      const int place = octet_place(q);
+      if (on_chip) load_scores(part, row + place);
+      else load_scores(part, row + first_ + place, p_.n - first_ - place, a_.target_aligned);
+#pragma unroll
+      for (int k = 0; k < kOctet; ++k) x[q * kOctet + k] = part[k];
+    }
+  }
+
+  __device__ void find_targets() {
+    constexpr Chosen everything = ~0u;
+    scale_ = number(p_.target_scale);
+    col_.load(p_.col, first_, p_.n);
+    for (int64_t t = 0; t < p_.L; ++t) {
+      float exponent = p_.row_exponent[t * p_.row_view_stride + i_], x[kOwned], p[kOwned], sums[2];
+      read_own(x, next_row(t), true);
+      target_terms(x, everything, exponent, p, sums);
+      if (is_poor(sums[0])) {
+        exponent = target_exponent(x, everything);
+        target_terms(x, everything, exponent, p, sums);
+      }
+      if (t == 0 && p_.row_out.exponent && reports_) {
+        const Power found = reciprocal(exponent, sums[0]);
+        p_.row_out.exponent[i_] = found.exponent;
+        p_.row_out.mantissa[i_] = found.mantissa;
+      }
+      keep_target(t, p, sums[0]);
+      entropy_ += entropy_of(sums[0], sums[1]);
+    }
+  }
+
+  __device__ int64_t column(int own) const { return first_ + octet_place(own / kOctet) + own % kOctet; }
+
+  // The k columns of the largest mean; P is made again from the scores, because the kept mass of a view may have
+  // underflowed.
+  __device__ void keep_largest() {
+    const auto public_of = [&](int own) { return public_column(column(own), p_.W, p_.T, p_.B); };
+    const Threshold threshold = find_threshold(p_.top_k, p_.n, [&](int32_t least, int32_t before) {
+      float found[1] = {0.0f};  // exact: a row on chip has fewer than 2^24 columns
+#pragma unroll
+      for (int k = 0; k < kOwned; ++k) {
+        const int32_t bits = column(k) < p_.n ? bits_of(all_[k]) : -1;
+        if (bits > least || (bits == least && (before == p_.n || public_of(k) < before))) found[0] += 1.0f;
+      }
+      team_.reduce(found, Sum());
+      return static_cast<int64_t>(found[0]);
+    });
+    Chosen chosen = 0;
+#pragma unroll
+    for (int k = 0; k < kOwned; ++k)
+      if (column(k) < p_.n && threshold.keeps(bits_of(all_[k]), threshold.cut == p_.n ? 0 : public_of(k)))
+        chosen |= 1u << k;
+    entropy_ = 0.0f;
+    for (int64_t t = 0; t < p_.L; ++t) {
+      float x[kOwned], p[kOwned], sums[2];
+      read_own(x, target_row(t), false);
+      target_terms(x, chosen, target_exponent(x, chosen), p, sums);
+      keep_target(t, p, sums[0]);
+      entropy_ += entropy_of(sums[0], sums[1]);
+    }
+  }
+
+  __device__ void write_target(int64_t t) {
+    float p[kOwned];
+#pragma unroll
+    for (int k = 0; k < kOwned; ++k) p[k] = target(t, k);
+    store_own(p_.targets + t * p_.targets_view_stride + i_ * p_.n, p, first_, p_.n, a_.targets_aligned);
+  }
+
+  // e_j = 2^(scale*s_j + exponent); sums[0] += e_j, sums[1] += e_j s_j.
+  __device__ void source_terms(const Score* row, float scale, float exponent, float (&e)[kOwned], float (&sums)[2]) {
+    sums[0] = sums[1] = 0.0f;
+#pragma unroll
+    for (int q = 0; q < kOctets; ++q) {
+      float s[kOctet];
+      load_scores(s, row + octet_place(q));
+#pragma unroll
+      for (int k = 0; k < kOctet; ++k) {
+        const int own = q * kOctet + k;
+        e[own] = exp2_fast(fmaf(s[k], scale, exponent));
+        sums[0] += e[own];
+        sums[1] = fmaf(e[own], s[k], sums[1]);
+      }
+    }
+    team_.reduce(sums, Sum());
+  }
+
+  __device__ float source_exponent(const Score* row, float scale) {
+    float most[1] = {-INFINITY}, s[kOwned];
+    read_own(s, row, true);
+#pragma unroll
+    for (int k = 0; k < kOwned; ++k) most[0] = fmaxf(most[0], s[k] * scale);
+    team_.reduce(most, Max());
+    return exponent_of(most[0]);
+  }
+
+  // Adds Pbar_v s_v to `matched` and writes G_v.
+  __device__ void finish_source(int64_t v, const Score* row, const float (&e)[kOwned], float of_e, float& matched) {
+#pragma unroll
+    for (int q = 0; q < kOctets; ++q) {
+      const int place = octet_place(q);
+      float s[kOctet], g[kOctet];
+      load_scores(s, row + place);
+#pragma unroll
+      for (int k = 0; k < kOctet; ++k) {
+        const int own = q * kOctet + k;
+        float pbar = all_[own];
+        if (v < p_.L && p_.V > 1) {  // never the difference from the sum of all: v's own may be most of it
+          pbar = 0.0f;
+          for (int64_t t = 0; t < p_.L; ++t) pbar += is_matched(t, v, p_.V) ? target(t, own) : 0.0f;
+        }
+        pbar *= p_.pair_weight;
+        matched = fmaf(pbar, s[k], matched);
+        g[k] = (e[own] * of_e - pbar) * p_.gradient_scale;
+      }
+      if (p_.gradient) store_gradient(p_, v, i_, first_ + place, g, a_.gradient_aligned);
+    }
+  }
+
+  __device__ void match_sources() {
+    const float scale = number(p_.source_scale);
+    SourceSums of_rows;
+    float matched[1] = {0.0f};
+    for (int64_t v = 0; v < p_.V; ++v) {
+      const Score* row = next_row(p_.L + v);
+      float e[kOwned], sums[2];
+      source_terms(row, scale, of_rows.exponent, e, sums);
+      if (is_poor(sums[0])) {
+        of_rows.exponent = source_exponent(row, scale);
+        source_terms(row, scale, of_rows.exponent, e, sums);
+      }
+      const float a = row_sum_of_targets(v, p_);
+      of_rows.add(a, sums[0], sums[1] * scale + sums[0] * of_rows.exponent);
+      finish_source(v, row, e, a / sums[0], matched[0]);
+    }
+    team_.reduce(matched, Sum());
+    if (!reports_) return;
+    p_.sums[i_] = of_rows.lse - matched[0] * number(p_.score_over_tau);
+    p_.sums[2 * p_.sums_stride + i_] = of_rows.entropy;
+  }
+
+  const MatchArguments& a_;
+  const Match& p_;
+  int64_t i_, share_, first_;
+  RowTeam<kCluster> team_;
+  float* targets_;  // (L, share)
+  Score* ring_;     // (kStages, share)
+  bool reports_;
+  float scale_ = 0.0f, entropy_ = 0.0f;
+  OwnColumns col_;
+  float all_[kOwned] = {};  // sum_t P_t
+};
+
+template <class Score, bool kCluster>
+__global__ void __launch_bounds__(kMostThreads) match_kernel(const MatchArguments a) {
+  Image<Score, kCluster>(a, blockIdx.x / (kCluster ? a.p.team.cluster : 1)).run();
+}
+
+template <class Score>
+void launch_match(const char* name, const MatchArguments& a, const Where& where) {
+  const Match& p = a.p;
+  const int64_t share = static_cast<int64_t>(p.team.threads) * kOwned;
+  const int64_t shared = kScratchBytes + share * (p.L * sizeof(float) + kStages * sizeof(Score));
+  const Shape shape = {dim3(static_cast<unsigned>(p.b * p.team.cluster)), p.team.threads, shared, p.team.cluster};
+  if (p.team.cluster > 1) launch(name, match_kernel<Score, true>, shape, where, a);
+  else launch(name, match_kernel<Score, false>, shape, where, a);
+}
+
+bool scores_aligned(const Scores& s) {
+  return s.type == ScoreType::kInt16 ? is_aligned(static_cast<const int16_t*>(s.data), s.view_stride, s.row_stride)
+                                     : is_aligned(static_cast<const float*>(s.data), s.view_stride, s.row_stride);
+}
+
+bool gradient_aligned(const Match& p) {
+  return p.gradient_type == FloatType::kFloat32
+             ? is_aligned(static_cast<const float*>(p.gradient), p.gradient_view_stride, p.gradient_row_stride)
+             : is_aligned(static_cast<const int16_t*>(p.gradient), p.gradient_view_stride, p.gradient_row_stride);
+}
+
+}  // namespace
+
+void match(const Match& p, const Where& where) {
+  const MatchArguments a = {p, scores_aligned(p.target), scores_aligned(p.source),
+                            is_aligned(p.targets, p.targets_view_stride, p.n), gradient_aligned(p)};
+  if (p.team.threads == 0) match_long(a, where);
+  else if (p.target.type == ScoreType::kInt16) launch_match<int16_t>("match_kernel<int16>", a, where);
+  else launch_match<float>("match_kernel<float32>", a, where);
+}
+
+}  // namespace bam::cuda

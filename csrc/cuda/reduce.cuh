@@ -1,0 +1,127 @@
+// Sums and maxima over the threads of a block, or of a cluster, and partials of blocks that are added up in order.
+#pragma once
+
+#include "cuda.h"
+#include "intrinsics.cuh"
+#include "row.cuh"
+
+namespace bam::cuda {
+
+struct Sum {
+  __device__ __forceinline__ float operator()(float a, float b) const { return a + b; }
+};
+struct Max {
+  __device__ __forceinline__ float operator()(float a, float b) const { return fmaxf(a, b); }
+};
+
+// The threads that hold a row: those of a block, or of all blocks of a cluster. One barrier a reduction: what was
+// written for one is read before the next but one overwrites it. In every thread the same value, in a fixed order.
+template <bool kCluster>
+class RowTeam {
+ public:
+  __device__ explicit RowTeam(float* scratch) : scratch_(scratch), warps_(blockDim.x / kWarp) {}
+
+  // kValues <= 4 values at once.
+  template <int kValues, class Combine>
+  __device__ void reduce(float (&x)[kValues], Combine combine) {
+    static_assert(kValues <= 4, "the scratch of a warp is 4 floats");
+#pragma unroll
+    for (int offset = kWarp / 2; offset > 0; offset /= 2)
+#pragma unroll
+      for (int v = 0; v < kValues; ++v) x[v] = combine(x[v], exchange(x[v], offset));
+    float* of_warps = scratch_ + buffer_ * (kMostThreads / kWarp) * 4;
+    if (threadIdx.x % kWarp == 0)
+#pragma unroll
+      for (int v = 0; v < kValues; ++v) of_warps[threadIdx.x / kWarp * 4 + v] = x[v];
+    sync_block();
+    gather(x, of_warps, warps_, combine);
+    if (kCluster) {
+      float* of_blocks = scratch_ + (2 * kMostThreads / kWarp + buffer_ * kMostCluster) * 4;
+      if (threadIdx.x < cluster_size()) {
+        float* there = in_block(of_blocks, threadIdx.x) + cluster_rank() * 4;
+#pragma unroll
+        for (int v = 0; v < kValues; ++v) there[v] = x[v];
+      }
+      sync_cluster();
+      gather(x, of_blocks, static_cast<int>(cluster_size()), combine);
+    }
+    buffer_ ^= 1;
+  }
+
+  // Before the end: a block's shared memory must outlive what the others write there.
+  __device__ void finish() const {
+    if (kCluster) sync_cluster();
+  }
+
+ private:
+  template <int kValues, class Combine>
+  static __device__ void gather(float (&x)[kValues], const float* parts, int count, Combine combine) {
+#pragma unroll
+    for (int v = 0; v < kValues; ++v) x[v] = parts[v];
+    for (int part = 1; part < count; ++part)
+#pragma unroll
+      for (int v = 0; v < kValues; ++v) x[v] = combine(x[v], parts[part * 4 + v]);
+  }
+
+  float* scratch_;
+  int warps_;
+  int buffer_ = 0;
+};
+
+// A column's sum as total * 2^most; most is an integer at or above the largest term's logarithm.
+struct Column {
+  float most = kNoShift, total = 0.0f;
+};
+
+// Partials (chunks, n) of a column for each lane, shared out over the warps of the block and put together in order: the
+// first warp gets the result. `parts` holds one of a kind for each thread. j >= n: nothing is read.
+__device__ __forceinline__ float add_partials(const float* partial, int64_t chunks, int64_t n, int64_t j,
+                                              float* parts) {
+  const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp;
+  float mine = 0.0f;
+  if (j < n)
+    for (int64_t c = warp; c < chunks; c += warps) mine += partial[c * n + j];
+  parts[threadIdx.x] = mine;
+  sync_block();
+  float total = 0.0f;
+  if (warp == 0)
+    for (int q = 0; q < warps; ++q) total += parts[q * kWarp + threadIdx.x];
+  sync_block();
+  return total;
+}
+
+__device__ __forceinline__ Column merge_partials(const float* shift, const float* sum, int64_t chunks, int64_t n,
+                                                 int64_t j, Column* parts) {
+  const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp;
+  Column mine;
+  if (j < n) {
+    for (int64_t c = warp; c < chunks; c += warps) mine.most = fmaxf(mine.most, shift[c * n + j]);
+    for (int64_t c = warp; c < chunks; c += warps)
+      mine.total += sum[c * n + j] * exp2_fast(shift[c * n + j] - mine.most);
+  }
+  parts[threadIdx.x] = mine;
+  sync_block();
+  Column all;
+  if (warp == 0) {
+    for (int q = 0; q < warps; ++q) all.most = fmaxf(all.most, parts[q * kWarp + threadIdx.x].most);
+    for (int q = 0; q < warps; ++q) {
+      const Column& other = parts[q * kWarp + threadIdx.x];
+      all.total += other.total * exp2_fast(other.most - all.most);
+    }
+  }
+  sync_block();
+  return all;
+}
+
+// out_j = factor_j * sum over chunks of partial[chunk, j], added to what is there if `accumulate`. partial (chunks, n);
+// factor null: 1.
+struct AddChunks {
+  const float* partial;
+  int64_t chunks, n;
+  const float* factor;
+  float* out;
+  bool accumulate;
+};
+void add_chunks(const AddChunks&, const Where&);
+
+}  // namespace bam::cuda

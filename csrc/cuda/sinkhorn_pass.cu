@@ -1,0 +1,101 @@
+// One Sinkhorn iteration in one read of the scores: a row is on chip, in one block or spread over a cluster, while it
+// is summed and added to the columns.
+//
+// A thread owns 16 columns: their potentials and sums stay in its registers. It copies their scores to shared memory
+// some rows ahead, and only it reads them there, so that the one barrier is that of the row sums.
+#include "launch.cuh"
+#include "pass.cuh"
+
+namespace bam::cuda {
+namespace {
+
+struct Pass {
+  SinkhornPass p;
+  bool aligned, partial_aligned;
+};
+
+template <class Score, bool kCluster>
+__global__ void __launch_bounds__(kMostThreads) sinkhorn_pass_kernel(const Pass a) {
+  const SinkhornPass& p = a.p;
+  RowTeam<kCluster> team(static_cast<float*>(shared_memory()));
+  Score* ring = reinterpret_cast<Score*>(static_cast<char*>(shared_memory()) + kScratchBytes);
+  const int blocks = kCluster ? p.team.cluster : 1;
+  const int64_t share = static_cast<int64_t>(blockDim.x) * kOwned, chunk = blockIdx.x / blocks;
+  const int64_t first = (kCluster ? cluster_rank() : 0) * share;
+  const int64_t begin = chunk * p.rows, end = begin + p.rows < p.m ? begin + p.rows : p.m;
+  const Score* s = static_cast<const Score*>(p.scores.data);
+  const float scale = number(p.scale);
+
+  const auto fetch = [&](int64_t i, int stage) {
+#pragma unroll
+    for (int r = 0; r < kPassRows; ++r) {
+      // Rows past the last are masked.
+      const int64_t n = i + r < end ? p.n : first;
+      fetch_row(ring + (stage * kPassRows + r) * share, s + (i + r) * p.scores.row_stride, first, n, a.aligned);
+    }
+    commit_copies();
+  };
+  for (int stage = 0; stage < kStages - 1; ++stage) fetch(begin + stage * kPassRows, stage);
+  OwnColumns col;
+  col.load(p.col, first, p.n);
+  float c[kOwned] = {}, exponent[kPassRows], next[kPassRows];
+#pragma unroll
+  for (int r = 0; r < kPassRows; ++r) next[r] = begin + r < end ? p.row.exponent[begin + r] : 0.0f;
+  int stage = 0;
+  for (int64_t i = begin; i < end; i += kPassRows) {
+    fetch(i + (kStages - 1) * kPassRows, stage == 0 ? kStages - 1 : stage - 1);
+    wait_for_copies<kStages - 1>();
+#pragma unroll
+    for (int r = 0; r < kPassRows; ++r) {
+      exponent[r] = next[r];
+      next[r] = i + kPassRows + r < end ? p.row.exponent[i + kPassRows + r] : 0.0f;
+    }
+    const int count = end - i < kPassRows ? static_cast<int>(end - i) : kPassRows;
+    pass_rows(ring + stage * kPassRows * share, share, i, count, col, scale, exponent, p.row, c, team);
+    stage = stage == kStages - 1 ? 0 : stage + 1;
+  }
+  wait_for_copies<0>();
+  store_own(p.partial + chunk * p.n, c, first, p.n, a.partial_aligned);
+  team.finish();
+}
+
+template <class Score>
+void launch_pass(const char* name, const SinkhornPass& p, const Where& where) {
+  const auto* data = static_cast<const Score*>(p.scores.data);
+  const Pass a = {p, is_aligned(data, 0, p.scores.row_stride), is_aligned(p.partial, 0, p.n)};
+  const int64_t ring = static_cast<int64_t>(kStages) * kPassRows * p.team.threads * kOwned * sizeof(Score);
+  const Shape shape = {dim3(blocks_for(p.m, p.rows) * p.team.cluster), p.team.threads, kScratchBytes + ring,
+                       p.team.cluster};
+  if (p.team.cluster > 1) launch(name, sinkhorn_pass_kernel<Score, true>, shape, where, a);
+  else launch(name, sinkhorn_pass_kernel<Score, false>, shape, where, a);
+}
+
+}  // namespace
+
+void sinkhorn_pass(const SinkhornPass& p, const Where& where) {
+  if (p.scores.type == ScoreType::kInt16) launch_pass<int16_t>("sinkhorn_pass_kernel<int16>", p, where);
+  else launch_pass<float>("sinkhorn_pass_kernel<float32>", p, where);
+  add_chunks({p.partial, blocks_for(p.m, p.rows), p.n, p.col.mantissa, p.c, p.accumulate}, where);
+}
+
+#ifdef __CUDACC__
+cudaError_t largest_cluster(int shared_bytes, int* size) {
+  auto* kernel = sinkhorn_pass_kernel<float, true>;
+  *size = 1;
+  cudaFuncAttributes found;
+  cudaError_t status = cudaFuncGetAttributes(&found, kernel);
+  // Code for an older architecture, compiled again for this device, knows no clusters.
+  if (status != cudaSuccess || found.ptxVersion < 90) return status;
+  status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (status != cudaSuccess) return status;
+  status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (status != cudaSuccess) return status;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(kMostCluster);
+  config.blockDim = dim3(kMostThreads);
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  return cudaOccupancyMaxPotentialClusterSize(size, kernel, &config);
+}
+#endif
+
+}  // namespace bam::cuda

@@ -1,0 +1,120 @@
+// Octets of columns: 16-byte loads and stores where rows are aligned, one entry at a time where they are not or end.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "cuda.h"
+#include "intrinsics.cuh"
+#include "row.cuh"
+
+namespace bam::cuda {
+
+template <class T>
+__device__ __forceinline__ T from_float(float x) {
+  return static_cast<T>(x);
+}
+template <>
+__device__ __forceinline__ __half from_float<__half>(float x) {
+  return __float2half_rn(x);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+__device__ __forceinline__ float as_float(float x) {
+  return x;
+}
+__device__ __forceinline__ float as_float(__half x) {
+  return __half2float(x);
+}
+__device__ __forceinline__ float as_float(__nv_bfloat16 x) {
+  return __bfloat162float(x);
+}
+
+__device__ __forceinline__ float number(const Scalar& s) {
+  return s.pointer ? s.factor * *s.pointer : s.factor;
+}
+
+// Whether all rows begin where 16 bytes do.
+template <class T>
+inline bool is_aligned(const T* data, int64_t view_stride, int64_t row_stride) {
+  constexpr int64_t per_16_bytes = 16 / sizeof(T);
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && view_stride % per_16_bytes == 0 &&
+         row_stride % per_16_bytes == 0;
+}
+
+template <class T>
+struct Chunk {
+  static constexpr int kCount = 16 / sizeof(T), kPerOctet = kOctet / kCount;
+};
+
+// x = the 8 entries at `from`, those from `left` on `missing`.
+template <class T>
+__device__ __forceinline__ void load_octet(T (&x)[kOctet], const T* from, int64_t left, bool aligned, T missing) {
+  if (aligned && left >= kOctet) {
+#pragma unroll
+    for (int c = 0; c < Chunk<T>::kPerOctet; ++c) {
+      const int4 bits = reinterpret_cast<const int4*>(from)[c];
+      memcpy(x + c * Chunk<T>::kCount, &bits, sizeof bits);
+    }
+    return;
+  }
+#pragma unroll
+  for (int k = 0; k < kOctet; ++k) x[k] = k < left ? from[k] : missing;
+}
+
+template <class T>
+__device__ __forceinline__ void store_octet(T* to, const T (&x)[kOctet], int64_t left, bool aligned) {
+  if (aligned && left >= kOctet) {
+#pragma unroll
+    for (int c = 0; c < Chunk<T>::kPerOctet; ++c) {
+      int4 bits;
+      memcpy(&bits, x + c * Chunk<T>::kCount, sizeof bits);
+      reinterpret_cast<int4*>(to)[c] = bits;
+    }
+    return;
+  }
+#pragma unroll
+  for (int k = 0; k < kOctet; ++k)
+    if (k < left) to[k] = x[k];
+}
+
+// Scores as floats, those from `left` on masked.
+template <class Score>
+__device__ __forceinline__ void load_scores(float (&x)[kOctet], const Score* from, int64_t left, bool aligned) {
+  Score raw[kOctet];
+  load_octet(raw, from, left, aligned, masked_score<Score>());
+#pragma unroll
+  for (int k = 0; k < kOctet; ++k) x[k] = value_of(raw[k]);
+}
+
+// The same from an octet in shared memory.
+template <class Score>
+__device__ __forceinline__ void load_scores(float (&x)[kOctet], const Score* shared) {
+  load_scores(x, shared, kOctet, true);
+}
+
+// Floats of any type.
+template <class T>
+__device__ __forceinline__ void store_floats(T* to, const float (&x)[kOctet], int64_t left, bool aligned) {
+  T out[kOctet];
+#pragma unroll
+  for (int k = 0; k < kOctet; ++k) out[k] = from_float<T>(x[k]);
+  store_octet(to, out, left, aligned);
+}
+
+// An octet of scores on its way to its place in shared memory; only this thread reads it there.
+template <class Score>
+__device__ __forceinline__ void fetch_octet(Score* to, const Score* from, int64_t left, bool aligned) {
+  if (aligned && left >= kOctet) {
+#pragma unroll
+    for (int c = 0; c < Chunk<Score>::kPerOctet; ++c)
+      copy_later(to + c * Chunk<Score>::kCount, from + c * Chunk<Score>::kCount);
+    return;
+  }
+#pragma unroll
+  for (int k = 0; k < kOctet; ++k) to[k] = k < left ? from[k] : masked_score<Score>();
+}
+
+}  // namespace bam::cuda

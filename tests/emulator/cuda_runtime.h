@@ -1,0 +1,121 @@
+// The part of CUDA that the kernels use, on the CPU: for tests. Every thread of a block is a fiber; the blocks of a
+// cluster, and all blocks of a cooperative grid, are alive together. See emulator.cpp.
+//
+// Stricter than a device where it can be: shared memory begins as NaN, a thread that ends while others of its block
+// wait is an error, and a wait that nobody ends is an error that says how many threads wait where.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+#define BAM_EMULATED
+#define __host__
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __restrict__ __restrict
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
+inline float4 make_float4(float x, float y, float z, float w) {
+  return {x, y, z, w};
+}
+
+namespace emulator {
+
+void* shared_memory();
+void sync_block();
+void sync_warp();
+bool sync_block_or(bool any);
+// Exchanges 4 bytes with lane `lane ^ mask` of the warp.
+uint32_t exchange(uint32_t mine, int mask);
+unsigned cluster_rank();
+unsigned cluster_size();
+void sync_cluster();
+// The address in block `rank` of the cluster of what lies at `mine` in this one.
+void* in_block(void* mine, unsigned rank);
+void sync_grid();
+void copy_16_bytes_later(void* to, const void* from);
+void commit_copies();
+void wait_for_copies(int groups_left);
+
+struct Launch {
+  dim3 grid, block;
+  size_t shared_bytes;
+  unsigned cluster;
+  bool cooperative;
+};
+// cudaError_t of the launch; a kernel that waits for ever aborts the process with the reason.
+int run(const Launch& launch, const std::function<void()>& kernel);
+
+}  // namespace emulator
+
+// Of the fiber that runs.
+extern dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorInsufficientDriver = 35,
+  cudaErrorNoDevice = 100,
+  cudaErrorCooperativeLaunchTooLarge = 720,
+};
+using cudaStream_t = void*;
+const char* cudaGetErrorString(cudaError_t);
+cudaError_t cudaGetLastError();
+cudaError_t cudaGetDevice(int*);
+cudaError_t cudaSetDevice(int);
+
+enum cudaFuncAttribute {
+  cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
+  cudaFuncAttributeNonPortableClusterSizeAllowed = 14,
+};
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
+
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeCooperative = 2,
+  cudaLaunchAttributeClusterDimension = 4,
+  cudaLaunchAttributeProgrammaticStreamSerialization = 6,
+};
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int cooperative;
+    dim3 clusterDim;
+    int programmaticStreamSerializationAllowed;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
+};
+
+template <class... Parameters, class... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments... arguments) {
+  emulator::Launch launch = {config->gridDim, config->blockDim, config->dynamicSmemBytes, 1, false};
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    const cudaLaunchAttribute& attribute = config->attrs[i];
+    if (attribute.id == cudaLaunchAttributeClusterDimension) launch.cluster = attribute.val.clusterDim.x;
+    if (attribute.id == cudaLaunchAttributeCooperative) launch.cooperative = attribute.val.cooperative != 0;
+  }
+  return static_cast<cudaError_t>(emulator::run(launch, [=] { kernel(arguments...); }));
+}

@@ -1,0 +1,317 @@
+// Fibers for threads, barriers that count, and a scheduler that runs whoever can run, in either order of threads: a
+// result that depends on the order is a race.
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <csetjmp>
+#include <cstdio>
+#include <cstdlib>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cuda_runtime.h"
+
+dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace emulator {
+namespace {
+
+constexpr size_t kStackBytes = 64 << 10;
+constexpr size_t kGuard = 64;
+constexpr unsigned char kGuardByte = 0xa5;
+
+struct Barrier {
+  unsigned expected = 0, arrived = 0;
+  uint64_t generation = 0;
+  bool any = false, result = false;
+};
+
+struct Warp {
+  Barrier barrier;
+  uint32_t slot[2][32];
+};
+
+struct Cluster {
+  Barrier barrier;
+  std::vector<struct Block*> blocks;
+};
+
+struct Block {
+  dim3 index;
+  std::vector<unsigned char> shared;
+  size_t shared_bytes = 0;
+  Barrier barrier;
+  std::vector<Warp> warps;
+  Cluster* cluster = nullptr;
+  unsigned rank = 0, running = 0;
+  unsigned char* memory() { return shared.data() + (64 - reinterpret_cast<uintptr_t>(shared.data()) % 64) % 64; }
+};
+
+struct Copy {
+  void* to;
+  const void* from;
+};
+
+struct Fiber {
+  dim3 thread;
+  Block* block = nullptr;
+  unsigned lane = 0, warp = 0, phase = 0;
+  bool started = false, ended = false;
+  const uint64_t* waits_for = nullptr;
+  uint64_t generation = 0;
+  const char* where = "";
+  std::deque<std::vector<Copy>> groups;
+  std::vector<Copy> open;
+  jmp_buf state;
+  ucontext_t first;
+};
+
+struct Device {
+  int multiprocessors = 16, shared_bytes = 227 << 10, cluster = 16;
+} device;
+
+bool reversed = false;
+std::mutex one_launch;
+std::vector<void*> stacks;
+Fiber* current = nullptr;
+jmp_buf scheduler;
+const std::function<void()>* body = nullptr;
+Barrier grid_barrier;
+
+[[noreturn]] void fail(const std::string& reason) {
+  fprintf(stderr, "emulator: %s\n", reason.c_str());
+  abort();
+}
+
+__attribute__((noinline)) void yield() {
+  if (!_setjmp(current->state)) _longjmp(scheduler, 1);
+}
+
+void wait(Barrier& barrier, const char* where, bool any = false) {
+  barrier.any |= any;
+  if (++barrier.arrived == barrier.expected) {
+    barrier.arrived = 0;
+    barrier.result = std::exchange(barrier.any, false);
+    ++barrier.generation;
+    return;
+  }
+  current->waits_for = &barrier.generation;
+  current->generation = barrier.generation;
+  current->where = where;
+  yield();
+  current->waits_for = nullptr;
+}
+
+void entry() {
+  (*body)();
+  if (!current->groups.empty() || !current->open.empty()) fail("a thread ended with copies under way");
+  current->ended = true;
+  _longjmp(scheduler, 1);
+}
+
+void resume(Fiber& fiber, void* stack) {
+  current = &fiber;
+  threadIdx = fiber.thread;
+  blockIdx = fiber.block->index;
+  if (_setjmp(scheduler)) return;
+  if (fiber.started) _longjmp(fiber.state, 1);
+  fiber.started = true;
+  getcontext(&fiber.first);
+  fiber.first.uc_stack.ss_sp = stack;
+  fiber.first.uc_stack.ss_size = kStackBytes;
+  fiber.first.uc_link = nullptr;
+  makecontext(&fiber.first, entry, 0);
+  setcontext(&fiber.first);
+}
+
+bool can_run(const Fiber& fiber) {
+  return !fiber.ended && (!fiber.waits_for || *fiber.waits_for != fiber.generation);
+}
+
+[[noreturn]] void fail_waiting(const std::vector<Fiber>& fibers) {
+  std::string reason = "threads wait for ever:";
+  for (const char* where : {"block", "warp", "cluster", "grid"}) {
+    unsigned waiting = 0;
+    for (const Fiber& fiber : fibers) waiting += !fiber.ended && fiber.where == std::string(where);
+    if (waiting) reason += " " + std::to_string(waiting) + " at a barrier of the " + where;
+  }
+  fail(reason);
+}
+
+void schedule(std::vector<Fiber>& fibers) {
+  size_t left = fibers.size();
+  while (left) {
+    bool ran = false;
+    for (size_t k = 0; k < fibers.size(); ++k) {
+      const size_t at = reversed ? fibers.size() - 1 - k : k;
+      Fiber& fiber = fibers[at];
+      if (!can_run(fiber)) continue;
+      resume(fiber, stacks[at]);
+      ran = true;
+      if (fiber.ended) {
+        --left;
+        --fiber.block->running;
+        if (fiber.block->barrier.arrived) fail("a thread ended while others of its block wait for it");
+      }
+    }
+    if (!ran) fail_waiting(fibers);
+  }
+}
+
+void prepare(Block& block, const Launch& launch) {
+  const unsigned threads = launch.block.x * launch.block.y * launch.block.z;
+  block.shared.assign(launch.shared_bytes + kGuard + 64, 0xff);
+  block.shared_bytes = launch.shared_bytes;
+  memset(block.memory() + launch.shared_bytes, kGuardByte, kGuard);
+  block.barrier.expected = block.running = threads;
+  block.warps.resize((threads + 31) / 32);
+  for (unsigned w = 0; w < block.warps.size(); ++w) {
+    block.warps[w].barrier.expected = threads - 32 * w < 32 ? threads - 32 * w : 32;
+  }
+}
+
+void add_fibers(std::vector<Fiber>& fibers, Block& block, const Launch& launch) {
+  unsigned t = 0;
+  for (unsigned z = 0; z < launch.block.z; ++z)
+    for (unsigned y = 0; y < launch.block.y; ++y)
+      for (unsigned x = 0; x < launch.block.x; ++x, ++t) {
+        Fiber& fiber = fibers.emplace_back();
+        fiber.thread = dim3(x, y, z);
+        fiber.block = &block;
+        fiber.lane = t % 32;
+        fiber.warp = t / 32;
+      }
+}
+
+// Some blocks at once: one, a cluster, or all.
+void run_together(const Launch& launch, unsigned first, unsigned count) {
+  const unsigned threads = launch.block.x * launch.block.y * launch.block.z;
+  std::vector<std::unique_ptr<Block>> blocks;
+  std::vector<Cluster> clusters(count / launch.cluster);
+  std::vector<Fiber> fibers;
+  fibers.reserve(static_cast<size_t>(count) * threads);
+  for (unsigned k = 0; k < count; ++k) {
+    blocks.push_back(std::make_unique<Block>());
+    Block& block = *blocks.back();
+    const unsigned flat = first + k;
+    block.index =
+        dim3(flat % launch.grid.x, flat / launch.grid.x % launch.grid.y, flat / launch.grid.x / launch.grid.y);
+    prepare(block, launch);
+    block.cluster = &clusters[k / launch.cluster];
+    block.rank = k % launch.cluster;
+    block.cluster->blocks.push_back(&block);
+    block.cluster->barrier.expected += threads;
+    add_fibers(fibers, block, launch);
+  }
+  grid_barrier = {};
+  grid_barrier.expected = static_cast<unsigned>(fibers.size());
+  while (stacks.size() < fibers.size()) {
+    void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (stack == MAP_FAILED) fail("no memory for a stack");
+    stacks.push_back(stack);
+  }
+  schedule(fibers);
+  for (auto& block : blocks)
+    for (size_t k = 0; k < kGuard; ++k)
+      if (block->memory()[block->shared_bytes + k] != kGuardByte) fail("a write past the end of shared memory");
+}
+
+}  // namespace
+
+void* shared_memory() {
+  return current->block->memory();
+}
+void sync_block() {
+  wait(current->block->barrier, "block");
+}
+bool sync_block_or(bool any) {
+  Barrier& barrier = current->block->barrier;
+  wait(barrier, "block", any);
+  return barrier.result;
+}
+void sync_warp() {
+  wait(current->block->warps[current->warp].barrier, "warp");
+}
+uint32_t exchange(uint32_t mine, int mask) {
+  Warp& warp = current->block->warps[current->warp];
+  const unsigned phase = current->phase++ % 2;  // a lane may run ahead by one exchange, not by two
+  warp.slot[phase][current->lane] = mine;
+  wait(warp.barrier, "warp");
+  return warp.slot[phase][current->lane ^ mask];
+}
+unsigned cluster_rank() {
+  return current->block->rank;
+}
+unsigned cluster_size() {
+  return static_cast<unsigned>(current->block->cluster->blocks.size());
+}
+void sync_cluster() {
+  wait(current->block->cluster->barrier, "cluster");
+}
+void* in_block(void* mine, unsigned rank) {
+  Block* block = current->block;
+  if (rank >= block->cluster->blocks.size()) fail("an address in a block that the cluster has not");
+  Block* other = block->cluster->blocks[rank];
+  if (other->running == 0) fail("an address in a block that has ended");
+  return other->memory() + (static_cast<unsigned char*>(mine) - block->memory());
+}
+void sync_grid() {
+  wait(grid_barrier, "grid");
+}
+void copy_16_bytes_later(void* to, const void* from) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16)
+    fail("a copy that is not aligned");
+  current->open.push_back({to, from});
+}
+void commit_copies() {
+  current->groups.push_back(std::move(current->open));
+  current->open.clear();
+}
+void wait_for_copies(int groups_left) {
+  while (static_cast<int>(current->groups.size()) > groups_left) {
+    for (const Copy& copy : current->groups.front()) memcpy(copy.to, copy.from, 16);
+    current->groups.pop_front();
+  }
+}
+
+int run(const Launch& launch, const std::function<void()>& kernel) {
+  const std::lock_guard<std::mutex> lock(one_launch);
+  const unsigned threads = launch.block.x * launch.block.y * launch.block.z;
+  const unsigned blocks = launch.grid.x * launch.grid.y * launch.grid.z;
+  if (!threads || threads > 1024 || !blocks || launch.grid.y > 65535 || launch.grid.z > 65535 || !launch.cluster ||
+      blocks % launch.cluster || static_cast<int>(launch.shared_bytes) > device.shared_bytes ||
+      static_cast<int>(launch.cluster) > device.cluster)
+    return cudaErrorInvalidConfiguration;
+  if (launch.cooperative && static_cast<int>(blocks) > device.multiprocessors)
+    return cudaErrorCooperativeLaunchTooLarge;
+  body = &kernel;
+  blockDim = launch.block;
+  gridDim = launch.grid;
+  const unsigned together = launch.cooperative ? blocks : launch.cluster;
+  for (unsigned k = 0; k < blocks; k += together) run_together(launch, reversed ? blocks - together - k : k, together);
+  return cudaSuccess;
+}
+
+}  // namespace emulator
+
+const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorInvalidConfiguration ? "invalid configuration argument" : "an error";
+}
+cudaError_t cudaGetLastError() {
+  return cudaSuccess;
+}
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+cudaError_t cudaSetDevice(int device) {
+  return device == 0 ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+extern "C" __attribute__((visibility("default"))) void emulator_set(int reversed) {
+  emulator::reversed = reversed != 0;
+}

@@ -1,0 +1,307 @@
+"""Column and row steps, potentials, preparation and the plan operator in CUDA C++ against float64.
+
+Where there is no GPU the same sources run under the emulator.
+"""
+
+import math
+
+import emulated
+import pytest
+import torch
+from cuda_device import DEVICE, empty, kernels, kernels_on, one, pytestmark  # noqa: F401
+from row_problems import MASKED, assert_close, log2, made_scores, masked, representable
+
+from bam_kernels.backends.interface import LOG2_E, Potential
+from bam_kernels.layout import Layout
+
+EPSILONS = [representable(0.05), representable(1e-3)]
+STEP = 1 / 32768  # a power of two: the scale of int16 scores rounds as that of float32 ones
+# One entry; around an octet of columns; around a chunk of 4 rows; primes; rows of two octets a thread and a tail; past
+# the 512 columns of a block of one warp; three such blocks of a cluster of four.
+SHAPES = [(1, 1), (3, 7), (4, 8), (5, 9), (17, 97), (9, 263), (3, 520), (5, 1031)]
+
+
+@pytest.fixture
+def whole() -> object:
+    """Kernels where the form of rows makes no difference."""
+    return kernels_on()
+
+
+def scores(m: int, n: int, dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, float, torch.Tensor]:
+    """Scores with two masked entries, the value of one step, and what they are in float64."""
+    s = made_scores(m, n, seed)
+    if n > 2:
+        s[m // 2, n - 1] = s[0, 1] = MASKED
+    if dtype == torch.float32:
+        return s.to(DEVICE), 1.0, masked(s)
+    q = kernels_on().quantize(s.to(DEVICE), STEP, empty(m, n, dtype=torch.int16))
+    return q, STEP, torch.where(q == -32768, -math.inf, q.double() * STEP).cpu()
+
+
+def column_potential(exact: torch.Tensor, epsilon: float) -> Potential:
+    """As large as the scores are: what Sinkhorn finds."""
+    g = -exact.amax(0).nan_to_num(neginf=0.0) / epsilon * LOG2_E
+    return Potential(g.floor().float().to(DEVICE), torch.exp2(g - g.floor()).float().to(DEVICE))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int16], ids=str)
+@pytest.mark.parametrize("epsilon", EPSILONS, ids=["0.05", "0.001"])
+def test_column_lse_and_its_potential(whole, dtype, epsilon):
+    for m, n in [*SHAPES, (203, 40)]:  # the last: several chunks of rows
+        s, step, exact = scores(m, n, dtype)
+        row = whole.centre_potential(
+            made_scores(m, 3, 1).to(DEVICE), torch.tensor([0.5, -0.2, 0.1], device=DEVICE), epsilon
+        )
+        shift, sums = empty(n), empty(n)
+        whole.column_lse(s, LOG2_E / epsilon * step, row, shift, sums, accumulate=False)
+        expected = torch.logsumexp(exact / epsilon + row.natural_log().cpu()[:, None], 0) * LOG2_E
+        assert_close(shift.cpu().double() + sums.cpu().double().log2(), expected, 0, 2e-6)
+        assert_close(log2(whole.reciprocal_potential(shift, sums)).cpu(), -expected, 0, 2.5e-6)
+
+
+def test_column_lse_of_slabs_is_that_of_all_rows(whole):
+    m, n, epsilon = 23, 33, representable(0.01)
+    s, row = made_scores(m, n).to(DEVICE), one(m)
+    s[:, 4] = MASKED
+    shift, sums = empty(n), empty(n)
+    scale = torch.tensor(LOG2_E / epsilon, device=DEVICE)  # a device scalar is as good as a number
+    for first in range(0, m, 9):
+        part = slice(first, min(first + 9, m))
+        whole.column_lse(s[part], scale, row.rows(part.start, part.stop), shift, sums, first > 0)
+    assert sums[4] == 0
+    potential = whole.reciprocal_potential(shift, sums)
+    assert potential.exponent[4] == 0 and potential.mantissa[4] == 1
+    expected = torch.logsumexp(masked(s.cpu()) / epsilon, 0) * LOG2_E
+    others = torch.arange(n) != 4
+    assert_close((shift.cpu().double() + sums.cpu().double().log2())[others], expected[others], 0, 2e-6)
+
+
+# T = 2 key views on W = 3 ranks, this one in the middle; a slab that begins within a view. N = 24 is of whole octets,
+# N = 30 is not.
+@pytest.mark.parametrize("first_row", [0, 5])
+@pytest.mark.parametrize("B", [4, 5])
+def test_the_epilogue_masks_and_quantizes_and_sums(whole, first_row, B):
+    layout = Layout(B=B, V=3, L=2, T=2, D=1, W=3, rank=1)
+    made = made_scores(7, layout.N).to(DEVICE)
+    mask = layout.to_gathered(layout.positive_mask(layout.M))[first_row : first_row + 7]
+    exact = made.cpu().double().masked_fill(mask, -math.inf)
+    by_hand = whole.mask_positives_(made.clone(), layout, first_row)
+    assert torch.equal(by_hand.cpu() == MASKED, mask)
+    step = torch.tensor([STEP], device=DEVICE)
+    fixed = whole.quantize(by_hand, step, empty(7, layout.N, dtype=torch.int16))
+    assert torch.equal(fixed.cpu() == -32768, mask)
+    assert_close(fixed.cpu()[~mask] * STEP, exact[~mask], 0, 0.5001 * STEP)
+
+    out, shift, sums = empty(7, layout.N, dtype=torch.int16), empty(layout.N), empty(layout.N)
+    row, scale = one(7), LOG2_E / 0.05 * STEP
+    whole.finish_scores(made, layout, first_row, scale, row, shift, sums, False, step=step, out=out)
+    assert torch.equal(out, fixed)
+    expected = empty(layout.N), empty(layout.N)
+    whole.column_lse(fixed, scale, row, *expected, accumulate=False)
+    assert torch.equal(shift, expected[0]) and torch.equal(sums, expected[1])
+    assert (whole.mask_positives_(out.zero_(), layout, first_row).cpu() == -32768).equal(mask)
+    whole.finish_scores(made, None, 0, scale, row, shift, sums, False, step=step, out=out)
+    assert (out != -32768).all()
+
+
+def test_quantize_rounds_and_clamps(whole):
+    s = torch.tensor([[0.0, 1e-5, -1e-5, 0.4999, 2.0, -2.0, MASKED, 1.0, -1.0]], device=DEVICE)
+    q = whole.quantize(s, 1 / 32000, empty(1, 9, dtype=torch.int16))
+    assert q.tolist() == [[0, 0, 0, 15997, 32767, -32767, -32768, 32000, -32000]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int16], ids=str)
+@pytest.mark.parametrize("epsilon", EPSILONS, ids=["0.05", "0.001"])
+def test_sinkhorn_pass(kernels, dtype, epsilon):  # noqa: F811
+    for m, n in SHAPES:
+        s, step, exact = scores(m, n, dtype)
+        col = column_potential(exact, epsilon)
+        row, c = one(m), empty(n)
+        kernels.sinkhorn_pass(s, LOG2_E / epsilon * step, row, col, c, accumulate=False)
+        x = exact * LOG2_E / epsilon + log2(col).cpu()
+        f = -torch.logsumexp(x / LOG2_E, 1) * LOG2_E
+        assert_close(log2(row).cpu(), f, 0, 1.5e-6)
+        expected = torch.exp2(x + f[:, None]).sum(0)
+        assert_close(c.cpu(), expected, 5e-6, 1e-9)
+        before = log2(col).cpu()
+        kernels.divide_potential_(col, c)
+        assert (col.exponent == col.exponent.round()).all()
+        left = expected > 0
+        close = 2e-7 * before.abs().max().item() + 1e-6
+        assert_close(log2(col).cpu()[left], (before - c.cpu().double().log2())[left], 0, close)
+        kernels.sinkhorn_pass(s, LOG2_E / epsilon * step, row, col, c, accumulate=True)
+        x = exact * LOG2_E / epsilon + log2(col).cpu()
+        assert_close(c.cpu(), expected + torch.softmax(x / LOG2_E, 1).sum(0), 1e-5, 1e-8)
+
+
+def test_a_bad_guess_of_the_row_potential_costs_no_accuracy(kernels):  # noqa: F811
+    m, n, scale = 5, 600, LOG2_E / 0.01
+    s, col = made_scores(m, n).to(DEVICE), one(n)
+    outcomes = []
+    for guess in (0.0, -1000.0, 1000.0):
+        row, c = Potential(torch.full((m,), guess, device=DEVICE), torch.ones(m, device=DEVICE)), empty(n)
+        kernels.sinkhorn_pass(s, scale, row, col, c, accumulate=False)
+        outcomes.append((log2(row), c))
+    for f, c in outcomes[1:]:
+        assert_close(f, outcomes[0][0], 1e-7, 1e-6)
+        assert_close(c, outcomes[0][1], 1e-5, 1e-9)
+
+
+def test_rows_and_columns_with_no_key_left_add_nothing(kernels):  # noqa: F811
+    s = made_scores(5, 19).to(DEVICE)
+    s[2] = MASKED
+    s[:, 7] = MASKED
+    row, col, c = one(5), one(19), empty(19)
+    kernels.sinkhorn_pass(s, 10.0, row, col, c, accumulate=False)
+    assert row.mantissa[2] == math.inf and c[7] == 0
+    others = torch.tensor([0, 1, 3, 4])
+    assert_close(c.cpu(), torch.softmax(masked(s.cpu())[others] * 10 / LOG2_E, 1).sum(0), 1e-6)
+    kernels.divide_potential_(col, c)
+    assert col.exponent[7] == 0 and col.mantissa[7] == 1
+
+
+def test_nan_is_not_lost(kernels):  # noqa: F811
+    s = made_scores(3, 17).to(DEVICE)
+    s[1] = math.nan
+    shift, sums, c = empty(17), empty(17), empty(17)
+    kernels.column_lse(s, 10.0, one(3), shift, sums, accumulate=False)
+    assert kernels.reciprocal_potential(shift, sums).mantissa.isnan().all()
+    row, col = one(3), one(17)
+    kernels.sinkhorn_pass(s, 10.0, row, col, c, accumulate=False)
+    assert row.mantissa.isnan().tolist() == [False, True, False] and c.isnan().all()
+    kernels.divide_potential_(col, c)
+    assert col.mantissa.isnan().all()
+
+
+# Few rows, in one cluster; more, over a grid of four blocks, the last of which has fewer; more columns than one warp.
+@pytest.mark.parametrize("shape", [(1, 1), (30, 20), (150, 33), (13, 600)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int16], ids=str)
+@pytest.mark.parametrize("cluster", [1, 4])
+def test_one_launch_does_all_iterations(shape, dtype, cluster):
+    made = kernels_on(cluster=cluster)
+    m, n = shape
+    epsilon = representable(0.05)
+    s, step, exact = scores(m, n, dtype)
+    f, g, c = torch.zeros(m, 1).double(), torch.zeros(n).double(), None
+    for iterations in (1, 2, 4):
+        row = one(m)
+        scale = torch.tensor([LOG2_E / epsilon], device=DEVICE) if step == 1.0 else LOG2_E / epsilon * step
+        found, sums = made.sinkhorn(s, scale, row, iterations)
+        f, g = torch.zeros(m, 1).double(), -torch.logsumexp(exact / epsilon, 0)
+        for _ in range(iterations - 1):
+            f = -torch.logsumexp(exact / epsilon + g, 1, keepdim=True)
+            c = torch.exp(exact / epsilon + f + g).sum(0)
+            g = g - c.log()
+        assert_close(found.natural_log().cpu(), g, 0, 3e-6)
+        assert_close(row.natural_log().cpu(), f[:, 0], 0, 3e-6)
+        if iterations == 1:
+            assert sums.isnan().all()
+        else:
+            assert_close(sums.cpu(), c, 2e-5)
+
+
+def test_what_does_not_fit_on_chip_is_not_done():
+    made = kernels_on(cluster=1, shared_bytes=64 << 10)
+    s, row = made_scores(600, 600).to(DEVICE), one(600)
+    assert made.sinkhorn(s, 10.0, row, 3) is None and (row.mantissa == 1).all()
+    assert kernels_on(cluster=1, cooperative=False).sinkhorn(s[:4], 10.0, row, 3) is None
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (37, 33), (2, 4099)], ids=str)  # the last: beyond one turn of a row's block
+def test_plan_operator(whole, shape):
+    m, n = shape
+    s = made_scores(m, n).to(DEVICE)
+    row = Potential(torch.full((m,), -20.0, device=DEVICE), torch.full((m,), 1.5, device=DEVICE))
+    col = one(n)
+    E = torch.exp(s.double() / 0.05 + row.natural_log()[:, None] + col.natural_log())
+    u, v, x = (torch.randn(shape, device=DEVICE) for shape in ((m,), (n,), (m, n)))
+    y, w = whole.plan_products(s, LOG2_E / 0.05, row, col, v, u)
+    assert_close(y, E @ v.double(), 0, 1e-5 * (E @ v.double().abs()).max().item())
+    assert_close(w, E.T @ u.double(), 0, 1e-5 * (E.T @ u.double().abs()).max().item())
+    assert [len(part) for part in whole.plan_products(s, 1.0, row, col, None, None)] == [0, 0]
+    expected = x.double() - E * (u.double()[:, None] + v.double())
+    whole.plan_subtract_(x, s, LOG2_E / 0.05, row, col, u, v)
+    assert_close(x, expected, 1e-5, 1e-5)
+    whole.plan_subtract_(x, s, LOG2_E / 0.05, row, col, None, v)
+    assert_close(x, expected - E * v.double(), 1e-5, 2e-5)
+
+
+# Within a tile of 32, at its edge, past it, and more than two tiles.
+@pytest.mark.parametrize("m", [1, 32, 33, 70])
+def test_symmetrize(whole, m):
+    G = torch.randn(m, m, device=DEVICE)
+    expected = G + G.T
+    sums = whole.symmetrize_(G)
+    assert torch.equal(G, expected)
+    assert_close(sums, expected.double().sum(1), 0, 1e-5 * max(1, m**0.5))
+
+
+@pytest.mark.parametrize("magnitude", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_normalize_any_magnitude_and_stride(whole, magnitude, transposed):
+    x = torch.randn(21, 5, device=DEVICE).T * magnitude
+    x = x if transposed else x.contiguous()
+    unit, norm = whole.normalize(x)
+    expected = x.double().norm(dim=1)
+    assert_close(norm, expected, 1e-12)
+    assert_close(unit, x.double() / expected.clamp_min(1e-12)[:, None], 1e-6, 1e-30)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_normalize_16_bit_rows(whole, dtype):
+    x = torch.randn(3, 33, device=DEVICE).to(dtype)
+    unit, norm = whole.normalize(x)
+    assert_close(norm, x.double().norm(dim=1), 1e-12)
+    assert_close(unit, x.double() / x.double().norm(dim=1, keepdim=True), 1e-6)
+
+
+@pytest.mark.parametrize("d", [1, 33, 700])  # one feature; a tail; beyond one turn of a row's block
+def test_project_and_a_zero_row(whole, d):
+    x = torch.randn(3, d, device=DEVICE)
+    x[1] = 0
+    unit, norm = whole.normalize(x)
+    assert (unit[1] == 0).all() and norm[1] == 0
+    gradient = torch.randn(3, d, device=DEVICE)
+    ud, gd = unit.double(), gradient.double()
+    expected = (gd - ud * (ud * gd).sum(1, keepdim=True)) / norm[:, None].clamp_min(1e-30)
+    expected[1] = 0
+    assert_close(whole.project_(gradient, unit, norm), expected, 1e-5, 1e-5)
+
+
+def test_centre_potential_at_the_least_epsilon(whole):
+    epsilon = representable(1e-3)
+    unit = torch.nn.functional.normalize(torch.randn(4, 70, device=DEVICE), dim=1)
+    centre = torch.randn(70, device=DEVICE) / 8
+    row = whole.centre_potential(unit, centre, epsilon)
+    assert (row.exponent == row.exponent.round()).all()
+    assert_close(log2(row), unit.double() @ centre.double() / epsilon * LOG2_E, 0, 1e-6)
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="the emulator runs threads in either order")
+def test_no_result_depends_on_the_order_of_threads(kernels):  # noqa: F811
+    s, col = made_scores(11, 1031), one(1031)
+    outcomes = []
+    for backwards in (False, True):
+        emulated.run_threads_backwards(backwards)
+        try:
+            row, shift, sums, c = one(11), empty(1031), empty(1031), empty(1031)
+            kernels.column_lse(s, 20.0, row, shift, sums, accumulate=False)
+            kernels.sinkhorn_pass(s, 20.0, row, col, c, accumulate=False)
+            square = s[:, :11].contiguous()
+            outcomes.append([shift, sums, *row, c, kernels.symmetrize_(square), square, *kernels.normalize(s)])
+            if (small := kernels.sinkhorn(s[:, :90].contiguous(), 20.0, one(11), 3)) is not None:
+                outcomes[-1] += [*small[0], small[1]]
+        finally:
+            emulated.run_threads_backwards(False)
+    assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
+
+
+def test_a_launch_that_fails_names_the_kernel_and_its_configuration(monkeypatch):
+    made = kernels_on(shared_bytes=1 << 30)
+    s = made_scores(4, 8192).to(DEVICE)
+    with pytest.raises(
+        RuntimeError, match=r"sinkhorn_pass_kernel<float32> with .* blocks of 1024 threads, .*: invalid"
+    ):
+        monkeypatch.setattr("bam_kernels.backends.cuda.shapes.OWNED", 8)
+        monkeypatch.setattr("bam_kernels.backends.cuda.shapes.MOST_THREADS", 1024)
+        made.sinkhorn_pass(s, 1.0, one(4), one(8192), empty(8192), accumulate=False)
