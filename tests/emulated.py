@@ -1,4 +1,4 @@
-"""The CUDA kernels on the CPU: csrc/cuda compiled by g++ against emulator/, whole kernels over fibers. Slow; for tests."""
+"""The CUDA kernels on the CPU: csrc/cuda compiled by g++ against emulator/, whole kernels over fibers; for tests."""
 
 import ctypes
 import os
