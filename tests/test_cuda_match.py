@@ -97,7 +97,7 @@ def test_scores_of_a_slab_and_a_teachers_targets(kernels):  # noqa: F811
     # Images 1 and 2 of four, targets and sources in tensors of their own, the gradient of int16 scores in float32.
     epsilon = representable(0.05)
     layout, scores, col = match_problem(3, 2, 4, 1, 3, epsilon)
-    _, loss, G, _, _ = expected_match(layout, scores, col, epsilon, TAU, 0)
+    _, _, G, _, _ = expected_match(layout, scores, col, epsilon, TAU, 0)
     shape, part = (-1, layout.B, layout.N), slice(1, 3)
     alone = [expected_match_of_image(layout, scores, col, epsilon, i) for i in (1, 2)]
     target, source = (scores.to(DEVICE, copy=True).view(shape) for _ in range(2))
@@ -120,7 +120,7 @@ def test_scores_of_a_slab_and_a_teachers_targets(kernels):  # noqa: F811
 
 
 def expected_match_of_image(layout: Layout, scores: torch.Tensor, col: Potential, epsilon: float, i: int):
-    """The loss summed over views of one image, in float64: the whole's with the other images' scores made equal."""
+    """The loss of one image, in float64."""
     one_image = Layout(B=1, V=layout.V, L=layout.L, T=layout.T * layout.B, D=1, W=layout.W)
     rows = scores.view(layout.V, layout.B, layout.N)[:, i]
     return expected_match(one_image, rows, col, epsilon, TAU, 0)[1]

@@ -36,7 +36,6 @@ class Image {
       for (int64_t t = 0; t < p_.L; ++t) write_target(t);
     if (p_.V) match_sources();
     wait_for_copies<0>();
-    team_.finish();
   }
 
  private:

@@ -149,7 +149,6 @@ class LongImage {
     });
     has_threshold_ = true;
     entropy_ = 0.0f;
-    sync_block();  // of_targets_ has been read
     for (int64_t t = 0; t < p_.L; ++t) {
       const float exponent = target_exponent(t);
       float sums[2];

@@ -15,11 +15,14 @@ struct Max {
 };
 
 // The threads that hold a row: those of a block, or of all blocks of a cluster. One barrier a reduction: what was
-// written for one is read before the next but one overwrites it. In every thread the same value, in a fixed order.
+// written for one is read before the next but one overwrites it, and nothing is written to another block's memory after
+// the last. In every thread the same value, in a fixed order.
 template <bool kCluster>
 class RowTeam {
  public:
-  __device__ explicit RowTeam(float* scratch) : scratch_(scratch), warps_(blockDim.x / kWarp) {}
+  __device__ explicit RowTeam(float* scratch) : scratch_(scratch), warps_(blockDim.x / kWarp) {
+    if (kCluster) sync_cluster();  // a block's shared memory is there once the block has begun
+  }
 
   // kValues <= 4 values at once.
   template <int kValues, class Combine>
@@ -46,11 +49,6 @@ class RowTeam {
       gather(x, of_blocks, static_cast<int>(cluster_size()), combine);
     }
     buffer_ ^= 1;
-  }
-
-  // Before the end: a block's shared memory must outlive what the others write there.
-  __device__ void finish() const {
-    if (kCluster) sync_cluster();
   }
 
  private:

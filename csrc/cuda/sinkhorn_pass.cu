@@ -56,7 +56,6 @@ __global__ void __launch_bounds__(kMostThreads) sinkhorn_pass_kernel(const Pass 
   }
   wait_for_copies<0>();
   store_own(p.partial + chunk * p.n, c, first, p.n, a.partial_aligned);
-  team.finish();
 }
 
 template <class Score>

@@ -56,7 +56,7 @@ struct Launch {
   unsigned cluster;
   bool cooperative;
 };
-// cudaError_t of the launch; a kernel that waits for ever aborts the process with the reason.
+// cudaError_t of the launch. Throws a std::runtime_error where a kernel does what it may not, or waits for ever.
 int run(const Launch& launch, const std::function<void()>& kernel);
 
 }  // namespace emulator

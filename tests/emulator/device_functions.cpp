@@ -1,4 +1,8 @@
-// The kernels' functions that run on the host as well, for tests to call one by one.
+// The kernels' functions that run on the host as well, for tests to call one by one, and kernels that are broken.
+#include <string>
+
+#include "../../csrc/cuda/intrinsics.cuh"
+#include "../../csrc/cuda/launch.cuh"
 #include "../../csrc/cuda/row.cuh"
 
 using namespace bam::cuda;
@@ -35,4 +39,29 @@ EXPORT int keep_largest(const float* x, int64_t n, int64_t k, unsigned char* kep
   });
   for (int64_t j = 0; j < n; ++j) kept[j] = threshold.keeps(bits_of(x[j]), static_cast<int32_t>(j));
   return counted;
+}
+
+namespace {
+
+// What a kernel may not do, one of four kinds.
+void broken_kernel(int kind) {
+  auto* shared = static_cast<unsigned char*>(shared_memory());
+  if (kind == 0 && threadIdx.x != 0) sync_block();
+  if (kind == 1 && threadIdx.x < 32) sync_cluster();
+  if (kind == 2) in_block(shared, 1 - cluster_rank());
+  if (kind == 3 && threadIdx.x == 0) shared[64] = 0;
+  sync_block();
+}
+
+}  // namespace
+
+EXPORT const char* fault_of_broken_kernel(int kind) {
+  static std::string fault;
+  try {
+    launch("broken_kernel", broken_kernel, {dim3(2), 64, 64, 2}, {0, nullptr}, kind);
+    fault = "";
+  } catch (const std::runtime_error& error) {
+    fault = error.what();
+  }
+  return fault.c_str();
 }

@@ -4,11 +4,10 @@
 #include <ucontext.h>
 
 #include <csetjmp>
-#include <cstdio>
-#include <cstdlib>
 #include <deque>
 #include <memory>
 #include <mutex>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -48,6 +47,7 @@ struct Block {
   std::vector<Warp> warps;
   Cluster* cluster = nullptr;
   unsigned rank = 0, running = 0;
+  bool started = false;
   unsigned char* memory() { return shared.data() + (64 - reinterpret_cast<uintptr_t>(shared.data()) % 64) % 64; }
 };
 
@@ -82,9 +82,13 @@ jmp_buf scheduler;
 const std::function<void()>* body = nullptr;
 Barrier grid_barrier;
 
+std::string fault;
+
+// Ends the launch: from a fiber by way of the scheduler, whose stack the exception can unwind.
 [[noreturn]] void fail(const std::string& reason) {
-  fprintf(stderr, "emulator: %s\n", reason.c_str());
-  abort();
+  fault = reason;
+  if (current) _longjmp(scheduler, 1);
+  throw std::runtime_error("emulator: " + fault);
 }
 
 __attribute__((noinline)) void yield() {
@@ -115,9 +119,14 @@ void entry() {
 
 void resume(Fiber& fiber, void* stack) {
   current = &fiber;
+  fiber.block->started = true;
   threadIdx = fiber.thread;
   blockIdx = fiber.block->index;
-  if (_setjmp(scheduler)) return;
+  if (_setjmp(scheduler)) {
+    current = nullptr;
+    if (!fault.empty()) fail(fault);
+    return;
+  }
   if (fiber.started) _longjmp(fiber.state, 1);
   fiber.started = true;
   getcontext(&fiber.first);
@@ -142,21 +151,39 @@ bool can_run(const Fiber& fiber) {
   fail(reason);
 }
 
-void schedule(std::vector<Fiber>& fibers) {
+// Runs the fiber at `at` if it can run.
+bool run_one(std::vector<Fiber>& fibers, size_t at, size_t& left) {
+  Fiber& fiber = fibers[at];
+  if (!can_run(fiber)) return false;
+  resume(fiber, stacks[at]);
+  if (fiber.ended) {
+    --left;
+    --fiber.block->running;
+    if (fiber.block->barrier.arrived) fail("a thread ended while others of its block wait for it");
+  }
+  return true;
+}
+
+// A warp runs as far ahead of the others as it can: what they have still to read, it may overwrite.
+bool run_warp(std::vector<Fiber>& fibers, size_t first, size_t last, size_t& left) {
+  bool any = false;
+  for (bool ran = true; ran; any |= ran) {
+    ran = false;
+    for (size_t k = first; k < last; ++k) ran |= run_one(fibers, reversed ? last - 1 - (k - first) : k, left);
+  }
+  return any;
+}
+
+void schedule(std::vector<Fiber>& fibers, size_t threads) {
+  std::vector<size_t> ends;  // of warps
+  for (size_t block = 0; block < fibers.size(); block += threads)
+    for (size_t t = 0; t < threads; t += 32) ends.push_back(block + (t + 32 < threads ? t + 32 : threads));
   size_t left = fibers.size();
   while (left) {
     bool ran = false;
-    for (size_t k = 0; k < fibers.size(); ++k) {
-      const size_t at = reversed ? fibers.size() - 1 - k : k;
-      Fiber& fiber = fibers[at];
-      if (!can_run(fiber)) continue;
-      resume(fiber, stacks[at]);
-      ran = true;
-      if (fiber.ended) {
-        --left;
-        --fiber.block->running;
-        if (fiber.block->barrier.arrived) fail("a thread ended while others of its block wait for it");
-      }
+    for (size_t k = 0; k < ends.size(); ++k) {
+      const size_t w = reversed ? ends.size() - 1 - k : k;
+      ran |= run_warp(fibers, w ? ends[w - 1] : 0, ends[w], left);
     }
     if (!ran) fail_waiting(fibers);
   }
@@ -214,7 +241,7 @@ void run_together(const Launch& launch, unsigned first, unsigned count) {
     if (stack == MAP_FAILED) fail("no memory for a stack");
     stacks.push_back(stack);
   }
-  schedule(fibers);
+  schedule(fibers, threads);
   for (auto& block : blocks)
     for (size_t k = 0; k < kGuard; ++k)
       if (block->memory()[block->shared_bytes + k] != kGuardByte) fail("a write past the end of shared memory");
@@ -256,6 +283,7 @@ void* in_block(void* mine, unsigned rank) {
   Block* block = current->block;
   if (rank >= block->cluster->blocks.size()) fail("an address in a block that the cluster has not");
   Block* other = block->cluster->blocks[rank];
+  if (!other->started) fail("an address in a block that may not have begun");
   if (other->running == 0) fail("an address in a block that has ended");
   return other->memory() + (static_cast<unsigned char*>(mine) - block->memory());
 }
@@ -289,6 +317,7 @@ int run(const Launch& launch, const std::function<void()>& kernel) {
   if (launch.cooperative && static_cast<int>(blocks) > device.multiprocessors)
     return cudaErrorCooperativeLaunchTooLarge;
   body = &kernel;
+  fault.clear();
   blockDim = launch.block;
   gridDim = launch.grid;
   const unsigned together = launch.cooperative ? blocks : launch.cluster;

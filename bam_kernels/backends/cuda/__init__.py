@@ -1,5 +1,7 @@
-"""The CUDA C++ row kernels of csrc/cuda, for Ampere and later. No GPU has run them yet: `backend="auto"` does not choose
-them."""
+"""The CUDA C++ row kernels of csrc/cuda, for Ampere and later.
+
+No GPU has run them yet: `backend="auto"` does not choose them.
+"""
 
 from functools import cache
 from typing import TYPE_CHECKING
