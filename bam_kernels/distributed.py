@@ -41,7 +41,7 @@ class GroupRanks:
         if not every_call:
             self._agreed.add(encoded)
 
-    def gather(self, own: Tensor) -> Iterator[tuple[int, Tensor]]:
+    def gather(self, own: Tensor, as_sent: Callable[[Tensor], Tensor]) -> Iterator[tuple[int, Tensor]]:
         """Step t passes the block of rank - t on to the right while it is used here."""
         block, n = own.contiguous(), len(own)
         for step in range(self.W):

@@ -144,7 +144,7 @@ def plan(
         target_views=L,
         source_views=views,
         shared=shared,
-        fixed=int16_scores,
+        sixteen_bit=int16_scores,
         ranks=ranks,
         regather=regather,
         budget=sys.maxsize if memory_budget is None else memory_budget,
@@ -166,7 +166,7 @@ def _memory(
 ) -> dict[str, int]:
     n = x.T * x.B
     blocks = 3 if x.W > 1 else 0  # one that is used, one that arrives, one that is centred
-    whole = slabs.source_cached or (slabs.cached and not slabs.slab_rows)
+    whole = slabs.cached and not slabs.slab_rows
     gradient_rows = x.M * needs_grad
     if scatters:
         gradient_rows += (0 if whole else x.N) + (2 * n if x.W > 1 else 0)

@@ -17,8 +17,8 @@ from .engine import flash, slab
 from .layout import Layout
 from .once import differentiable_once
 from .options import Options, as_tensor, check_bool, options_of
-from .precision import product_precision, scores_are_fixed
-from .ranks import ranks_named, ranks_of
+from .precision import is_sixteen_bit, product_precision
+from .ranks import Ranks, ranks_named, ranks_of
 from .stats import BAMStats
 
 _library = torch.library.Library("bam_kernels", "FRAGMENT")
@@ -150,9 +150,22 @@ def bam_targets(student: Tensor, teacher: Tensor | None = None, **options: Any) 
     if backend == "reference":
         return reference.bam_targets(student, teacher, **options)
     ranks = ranks_named(ranks_of("bam_targets", resolved.group)[2])
-    fixed = scores_are_fixed(backend, resolved.precision, resolved.epsilon, student.dtype)
     with product_precision(student.device, resolved.precision):
-        return slab.targets("bam_targets", student, teacher, layout, resolved, ranks, row_kernels(backend), fixed=fixed)
+        return _engine(resolved).targets(
+            "bam_targets",
+            student,
+            teacher,
+            layout,
+            resolved,
+            ranks,
+            row_kernels(backend),
+            sixteen_bit=_sixteen_bit(backend, resolved, student, ranks),
+        )
+
+
+def _sixteen_bit(backend: str, options: Options, student: Tensor, ranks: Ranks) -> bool:
+    regather = options.regather and ranks.W > 1
+    return is_sixteen_bit(backend, options.precision, options.epsilon, student.dtype, regather=regather)
 
 
 def _engine(options: Options) -> Any:
@@ -193,7 +206,7 @@ def _loss_impl(
     )
     D, ranks = student.shape[-1], ranks_named(group)
     layout = Layout(B=student.numel() // (V * D), V=V, L=L, T=T, D=D, R=R, W=ranks.W, rank=ranks.rank)
-    fixed = scores_are_fixed(backend, precision, epsilon, student.dtype)
+    sixteen_bit = _sixteen_bit(backend, options, student, ranks)
     with product_precision(student.device, precision):
         result = _engine(options).evaluate(
             "bam_loss",
@@ -204,7 +217,7 @@ def _loss_impl(
             ranks,
             row_kernels(backend),
             needs_grad=needs_grad,
-            fixed=fixed,
+            sixteen_bit=sixteen_bit,
         )
     dz = result.dz if result.dz is not None else student.new_empty(0, dtype=torch.float32)
     return result.loss.float(), result.stats.float(), dz

@@ -29,10 +29,11 @@ class Ranks(Protocol):
     def agree(self, header: Header, device: torch.device) -> None:
         """Return if all ranks have the same header and none has a fault. Raises: ValueError saying what differs."""
 
-    def gather(self, own: Tensor) -> Iterator[tuple[int, Tensor]]:
+    def gather(self, own: Tensor, as_sent: Callable[[Tensor], Tensor]) -> Iterator[tuple[int, Tensor]]:
         """(first row, (n, D) rows) of every rank's `own`, as they arrive, this rank's first; each valid until the next.
 
-        To be read to its end, and not to be written to.
+        To be read to its end, and not to be written to. as_sent: what a rank with these unit rows would call `own`, for
+        ranks that are simulated.
         """
 
     def sum(self, x: Tensor, meanwhile: Callable[[], None] | None = None) -> Tensor:
@@ -56,7 +57,7 @@ class OneRank:
     def agree(self, header: Header, device: torch.device) -> None:
         pass
 
-    def gather(self, own: Tensor) -> Iterator[tuple[int, Tensor]]:
+    def gather(self, own: Tensor, as_sent: Callable[[Tensor], Tensor]) -> Iterator[tuple[int, Tensor]]:
         yield 0, own
 
     def sum(self, x: Tensor, meanwhile: Callable[[], None] | None = None) -> Tensor:
@@ -135,7 +136,7 @@ class _Gathered(torch.autograd.Function):
     def forward(ctx: Any, own: Tensor, ranks: Ranks) -> Tensor:
         ctx.ranks = ranks
         whole = own.new_empty(ranks.W * len(own), own.shape[1])
-        for first, rows in ranks.gather(own):
+        for first, rows in ranks.gather(own, lambda unit: unit.to(own.dtype)):
             whole[first : first + len(rows)] = rows
         return whole
 

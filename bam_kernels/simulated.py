@@ -33,7 +33,7 @@ class SimulatedRanks:
     def agree(self, header: Header, device: torch.device) -> None:
         pass
 
-    def gather(self, own: Tensor) -> Iterator[tuple[int, Tensor]]:
+    def gather(self, own: Tensor, as_sent: Callable[[Tensor], Tensor]) -> Iterator[tuple[int, Tensor]]:
         n = len(own)
         if len(self.keys) != self.W * n or self.keys.shape[1] != own.shape[1]:
             raise ValueError(
@@ -42,7 +42,7 @@ class SimulatedRanks:
         yield self.rank * n, own
         for step in range(1, self.W):
             first = (self.rank - step) % self.W * n
-            yield first, self.keys[first : first + n].to(own.dtype)
+            yield first, as_sent(self.keys[first : first + n])
 
     def sum(self, x: Tensor, meanwhile: Callable[[], None] | None = None) -> Tensor:
         if meanwhile is not None:
@@ -68,7 +68,7 @@ class ThreadRanks:
     def agree(self, header: Header, device: torch.device) -> None:
         header.check(self._meeting.exchange(self.rank, header.encoded()))
 
-    def gather(self, own: Tensor) -> Iterator[tuple[int, Tensor]]:
+    def gather(self, own: Tensor, as_sent: Callable[[Tensor], Tensor]) -> Iterator[tuple[int, Tensor]]:
         blocks, n = self._meeting.exchange(self.rank, own.clone()), len(own)
         for step in range(self.W):
             source = (self.rank - step) % self.W

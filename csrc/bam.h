@@ -127,11 +127,12 @@ struct CentrePotential {
   int threads;
 };
 
-// d_i <- (d_i - unit_i <unit_i, d_i>) / norm_i, and 0 where norm_i < 1e-12: the way back through the L2 normalisation.
+// d_i <- factor * (d_i - unit_i <unit_i, d_i>) / norm_i, and 0 where norm_i < 1e-12: the way back through the L2 normalisation.
 struct Project {
   float* d;  // (m, d) in, out
   const float* unit;
   const double* norm;
+  double factor;
   int64_t m, d_features;
   int threads;
 };
@@ -153,11 +154,11 @@ struct Quantize {
   int threads;
 };
 
-// Write the masked score over the positives of rows first_row .. first_row + m - 1.
+// Write the masked score over the positives; row i of the slab shows image (first + i % period) % B.
 struct MaskPositives {
   float* scores;
   int64_t m, row_stride;
-  int64_t first_row, B, T, own_columns;
+  int64_t first, period, B, T, own_columns;
   int threads;
 };
 

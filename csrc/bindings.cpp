@@ -89,9 +89,10 @@ void bind_cpu(py::module_& m) {
                                                            scale, potential(row), threads});
            })
       .def("project",
-           [](const Kernels& k, Address d, Address unit, Address norm, int64_t rows, int64_t features, int threads) {
-             call(k.project,
-                  bam::Project{as<float>(d), as<const float>(unit), as<const double>(norm), rows, features, threads});
+           [](const Kernels& k, Address d, Address unit, Address norm, double factor, int64_t rows, int64_t features,
+              int threads) {
+             call(k.project, bam::Project{as<float>(d), as<const float>(unit), as<const double>(norm), factor, rows,
+                                          features, threads});
            })
       .def("symmetrize",
            [](const Kernels& k, Address G, int64_t m, int64_t stride, Address row_sums, int threads) {
@@ -114,10 +115,10 @@ void bind_cpu(py::module_& m) {
   m.def(
       "cpu_kernels_at", [](Address table) { return as<const Kernels>(table); }, py::return_value_policy::reference,
       "Kernels of another build by the address of their table: for tests.");
-  m.def("mask_positives", [](Address s, int64_t rows, int64_t row_stride, int64_t first_row, int64_t B, int64_t T,
+  m.def("mask_positives", [](Address s, int64_t rows, int64_t row_stride, int64_t first, int64_t period, int64_t B, int64_t T,
                              int64_t own_columns, int threads) {
     call(bam::cpu::mask_positives,
-         bam::MaskPositives{as<float>(s), rows, row_stride, first_row, B, T, own_columns, threads});
+         bam::MaskPositives{as<float>(s), rows, row_stride, first, period, B, T, own_columns, threads});
   });
   m.def("reciprocal_potential", [](py::tuple col, Address shift, Address sum, int64_t n) {
     bam::cpu::reciprocal_potential(potential(col), as<const float>(shift), as<const float>(sum), n);

@@ -231,7 +231,7 @@ def test_plan_operator(kernels, n):
 @pytest.mark.parametrize("magnitude", [1e-30, 1.0, 1e30])
 def test_normalize_any_magnitude(kernels, magnitude):
     x = torch.randn(9, 21) * magnitude
-    unit, norm = kernels.normalize(x)
+    unit, norm, _ = kernels.normalize(x)
     expected = x.double().norm(dim=1)
     assert_close(norm, expected, 1e-12)
     assert_close(unit, x.double() / expected.clamp_min(1e-12)[:, None], 1e-6, 1e-30)
@@ -240,20 +240,20 @@ def test_normalize_any_magnitude(kernels, magnitude):
 def test_normalize_zero_row_and_its_gradient(kernels):
     x = torch.zeros(2, 5)
     x[1] = 1
-    unit, norm = kernels.normalize(x)
-    assert (unit[0] == 0).all()
-    d = kernels.project_(torch.randn(2, 5), unit, norm)
+    rows = kernels.normalize(x)
+    assert (rows.read[0] == 0).all()
+    d = kernels.project_(torch.randn(2, 5), rows)
     assert (d[0] == 0).all() and (d[1] != 0).any()
 
 
 @pytest.mark.parametrize("d", [1, 7, 8, 9, 64, 129])
 def test_project(kernels, d):
     x = torch.randn(6, d)
-    unit, norm = kernels.normalize(x)
+    unit, norm, _ = rows = kernels.normalize(x)
     gradient = torch.randn(6, d)
     ud, gd = unit.double(), gradient.double()
     expected = (gd - ud * (ud * gd).sum(1, keepdim=True)) / norm[:, None]
-    assert_close(kernels.project_(gradient, unit, norm), expected, 1e-5, 1e-5)
+    assert_close(kernels.project_(gradient, rows, 3.0), 3 * expected, 1e-5, 1e-5)
 
 
 # Within a tile of 64, at its edge, past it, and an odd number of tiles.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..layout import Layout
 from .extension import _C, import_error
-from .interface import LOG2_E, Matched, Potential
+from .interface import LOG2_E, Matched, Positives, Potential, UnitRows
 
 
 def unavailable() -> str | None:
@@ -50,30 +50,32 @@ class CpuKernels:
         self._kernels = table if table is not None else _C.cpu_kernels(isa)
         self.isa: str = self._kernels.isa
 
-    def normalize(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (m, D) of any float type -> unit rows (m, D) float32 and norms (m,) float64."""
-        x = x.float()
+    def normalize(self, x: Tensor) -> UnitRows:
+        """x (m, D) or (V, B, D) of any float type and strides -> unit rows (m, D) float32, norms; view-major."""
+        x = x.float().flatten(0, -2)
         if x.stride(-1) != 1:
             x = x.contiguous()
         m, d = x.shape
         unit, norm = torch.empty(m, d), torch.empty(m, dtype=torch.float64)
         self._kernels.normalize(x.data_ptr(), m, d, x.stride(0), unit.data_ptr(), norm.data_ptr(), _threads(m * d))
-        return unit, norm
+        return UnitRows(unit, norm, unit)
 
-    def centre_potential(self, unit: Tensor, centre: Tensor, epsilon: float) -> Potential:
+    def centre_potential(self, read: Tensor, centre: Tensor, epsilon: float) -> Potential:
         """The row potential exp(<unit_i, centre>/eps) that scores against centred keys start from."""
-        m, d = unit.shape
+        m, d = read.shape
         row = Potential(torch.empty(m), torch.empty(m))
         self._kernels.centre_potential(
-            unit.data_ptr(), centre.data_ptr(), m, d, LOG2_E / epsilon, _address(row), _threads(m * d)
+            read.data_ptr(), centre.data_ptr(), m, d, LOG2_E / epsilon, _address(row), _threads(m * d)
         )
         return row
 
-    def project_(self, d: Tensor, unit: Tensor, norm: Tensor) -> Tensor:
-        """d (m, D) <- (d - unit <unit, d>) / norm, 0 for a row with norm below 1e-12."""
+    def project_(self, d: Tensor, rows: UnitRows, factor: float = 1.0) -> Tensor:
+        """d (m, D) <- factor * (d - unit <unit, d>) / norm, 0 for a row with norm below 1e-12."""
         m, features = d.shape
-        assert d.is_contiguous() and unit.is_contiguous()
-        self._kernels.project(d.data_ptr(), unit.data_ptr(), norm.data_ptr(), m, features, _threads(m * features))
+        assert d.is_contiguous() and rows.x.is_contiguous()
+        self._kernels.project(
+            d.data_ptr(), rows.x.data_ptr(), rows.norm.data_ptr(), factor, m, features, _threads(m * features)
+        )
         return d
 
     def symmetrize_(self, G: Tensor) -> Tensor:
@@ -84,13 +86,15 @@ class CpuKernels:
         self._kernels.symmetrize(G.data_ptr(), m, G.stride(0), sums.data_ptr(), _threads(m * m))
         return sums
 
-    def mask_positives_(self, scores: Tensor, layout: Layout, first_row: int) -> Tensor:
-        """Write the masked score where rows first_row .. of (m, N) float32 scores meet keys of their own image."""
+    def mask_positives_(self, scores: Tensor, positives: Positives) -> Tensor:
+        """Write the masked score where rows of (m, N) float32 scores meet keys of their own image."""
+        layout = positives.layout
         _C.mask_positives(
             scores.data_ptr(),
             len(scores),
             scores.stride(0),
-            first_row,
+            positives.first,
+            positives.period,
             layout.B,
             layout.T,
             layout.own_columns,
@@ -164,11 +168,12 @@ class CpuKernels:
         targets: Tensor | None = None,
         row_out: Potential | None = None,
         gradient: Tensor | None = None,
+        gradient_factor: float = 1.0,
     ) -> Matched:
         """Targets of b images and, with `source`, the loss of their source rows; `gradient` may be `source` itself.
 
         target (L, b, N), source (V, b, N), row_exponent (L, b): guesses; targets (L, b, N) and gradient (V, b, N)
-        float32 are written where given; row_out (b,) is the potential of target view 0.
+        float32, times gradient_factor, are written where given; row_out (b,) is the potential of target view 0.
         """
         L, b, n = target.shape
         V = len(source) if source is not None else 0
@@ -207,7 +212,7 @@ class CpuKernels:
                 target_scale=LOG2_E / epsilon * step,
                 source_scale=LOG2_E / temperature * step,
                 source_step_over_tau=step / temperature,
-                gradient_scale=1 / (layout.B * temperature),
+                gradient_scale=gradient_factor / (layout.B * temperature),
             ),
             _threads((L + V) * b * n),
         )

@@ -16,6 +16,34 @@ from ..layout import Layout
 
 LOG2_E = 1 / math.log(2)
 FIXED_STEPS = 32000.0
+HALF_UNIT = 64.0  # fp16 rows are unit rows times this: their small entries are normal numbers
+# a A - Pbar is within [-1, 1]; times this, and stored in fp16, its small entries are normal numbers.
+GRADIENT_FACTOR = 16384.0
+
+
+class UnitRows(NamedTuple):
+    """Rows x_i / max(|x_i|, 1e-12) as products read them, and what leads back through the normalisation.
+
+    read (m, D) float32, or fp16 times HALF_UNIT; norm (m,) float64; x: what `project_` reads, x itself or unit rows.
+    """
+
+    read: Tensor
+    norm: Tensor
+    x: Tensor
+
+    def views(self, count: int, B: int) -> "UnitRows":
+        """The rows of the first `count` views of B images."""
+        return UnitRows(
+            self.read[: count * B], self.norm[: count * B], self.x[: count if self.x.dim() == 3 else count * B]
+        )
+
+
+class Positives(NamedTuple):
+    """What is masked in a slab: row i shows image (first + i % period) % B, `period` rows of each of several views."""
+
+    layout: Layout
+    first: int
+    period: int
 
 
 class Potential(NamedTuple):
@@ -50,12 +78,11 @@ class RowKernels(Protocol):
 
     backend: str
 
-    def normalize(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
-    def centre_potential(self, unit: Tensor, centre: Tensor, epsilon: float) -> Potential: ...
-    def project_(self, d: Tensor, unit: Tensor, norm: Tensor) -> Tensor: ...
+    def normalize(self, x: Tensor) -> UnitRows: ...
+    def centre_potential(self, read: Tensor, centre: Tensor, epsilon: float) -> Potential: ...
+    def project_(self, d: Tensor, rows: UnitRows, factor: float = 1.0) -> Tensor: ...
     def symmetrize_(self, G: Tensor) -> Tensor: ...
-    def mask_positives_(self, scores: Tensor, layout: Layout, first_row: int, /) -> Tensor: ...
-    def quantize(self, scores: Tensor, step: Any, out: Tensor, /) -> Tensor: ...
+    def mask_positives_(self, scores: Tensor, positives: Positives, /) -> Tensor: ...
     def column_lse(
         self, scores: Tensor, scale: Any, row: Potential, shift: Tensor, sums: Tensor, /, accumulate: bool
     ) -> None: ...
@@ -79,6 +106,7 @@ class RowKernels(Protocol):
         targets: Tensor | None = None,
         row_out: Potential | None = None,
         gradient: Tensor | None = None,
+        gradient_factor: float = 1.0,
     ) -> Matched: ...
     def plan_products(
         self, scores: Tensor, scale: Any, row: Potential, col: Potential, v: Tensor | None, u: Tensor | None, /
@@ -93,4 +121,24 @@ class RowKernels(Protocol):
         u: Tensor | None,
         v: Tensor | None,
         /,
+    ) -> None: ...
+
+
+class SixteenBitKernels(RowKernels, Protocol):
+    """Those of a GPU's backend: products of fp16 rows, int16 scores, the gradient of the scores in place in fp16."""
+
+    def half_rows(self, x: Tensor, centre: Tensor | None = None) -> UnitRows: ...
+    def quantize(self, scores: Tensor, step: Any, out: Tensor, positives: Positives | None = None) -> Tensor: ...
+    def finish_scores(
+        self,
+        scores: Tensor,
+        step: Any,
+        out: Tensor,
+        positives: Positives | None,
+        scale: Any,
+        row: Potential,
+        shift: Tensor,
+        sums: Tensor,
+        *,
+        accumulate: bool,
     ) -> None: ...

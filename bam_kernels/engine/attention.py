@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..agreement import agreed
-from ..backends.interface import LOG2_E, Potential, RowKernels
+from ..backends.interface import LOG2_E, Potential, RowKernels, UnitRows
 from ..layout import Layout
 from ..options import AttentionOptions, check_finite
 from ..ranks import ONE_RANK, Ranks
@@ -21,10 +21,8 @@ from .slab import balance
 
 @dataclass
 class _Rows:
-    q: Tensor
-    q_norm: Tensor | None
-    k: Tensor
-    k_norm: Tensor | None
+    q: UnitRows
+    k: UnitRows
     start: Potential
     target: TargetScores
 
@@ -48,27 +46,24 @@ def _prepare(
             target_views=1,
             source_views=1,
             shared=True,
-            fixed=False,
+            sixteen_bit=False,
             ranks=layout.W,
             regather=False,
             budget=budget,
             device=q.device,
         )
-        q_rows, q_norm = _rows("q", q, options.normalize, kernels)
-        if k is None:
-            k_rows, k_norm = q_rows[: layout.T * layout.B], None
-        else:
-            k_rows, k_norm = _rows("k", k, options.normalize, kernels)
-    keys = Keys(k_rows, ranks)
-    scores = Scores(keys, layout, masked, False, plan, kernels)
-    start = kernels.centre_potential(q_rows, keys.centre, options.epsilon)
-    return _Rows(q_rows, q_norm, k_rows, k_norm, start, TargetScores(q_rows, scores, plan))
+        q_rows = _rows("q", q, options.normalize, kernels)
+        k_rows = q_rows.views(layout.T, layout.B) if k is None else _rows("k", k, options.normalize, kernels)
+    keys = Keys.of(k_rows, ranks, kernels)
+    scores = Scores(keys, layout, masked, plan, kernels)
+    start = kernels.centre_potential(q_rows.read, keys.centre, options.epsilon)
+    return _Rows(q_rows, k_rows, start, TargetScores(q_rows.read, scores, plan))
 
 
-def _rows(argument: str, x: Tensor, normalize: bool, kernels: RowKernels) -> tuple[Tensor, Tensor | None]:
-    unit, norm = kernels.normalize(x)
-    check_finite("sinkhorn_attention", argument, norm)
-    return (unit, norm) if normalize else (x.float().contiguous(), None)
+def _rows(argument: str, x: Tensor, normalize: bool, kernels: RowKernels) -> UnitRows:
+    rows = kernels.normalize(x)
+    check_finite("sinkhorn_attention", argument, rows.norm)
+    return rows if normalize else rows._replace(read=x.float().contiguous())
 
 
 def forward(
@@ -82,7 +77,7 @@ def forward(
     """P (m, N), or empty where not wanted, f (m,) and g (N,), float32, public column order; natural log."""
     wants_plan, epsilon = options.output == "plan", options.epsilon
     rows = _prepare(q, k, layout, options, ranks, kernels, sys.maxsize if wants_plan else None)
-    m, target = len(rows.q), rows.target
+    m, target = len(q), rows.target
     row = Potential(*(part.clone() for part in rows.start))
     col, _ = balance(target, row, epsilon, options.iterations, ranks, cosines=options.normalize)
     for first, scores in target.sweep():
@@ -118,14 +113,14 @@ def backward(
     """dq (m, D) and dk (n, D), dk added to dq where k is None, from the gradients of (P, f, g). One rank."""
     rows = _prepare(q, k, layout, options, ONE_RANK, kernels, sys.maxsize)
     ds = _score_gradient(rows, options.epsilon, options.iterations, plan, grads)
-    dq, dk = ds @ rows.k, ds.T @ rows.q
+    dq, dk = ds @ rows.k.read, ds.T @ rows.q.read
     if k is None:
         dq[: layout.N] += dk
         dk = dk[:0, 0]
-    elif rows.k_norm is not None:
-        dk = kernels.project_(dk, rows.k, rows.k_norm)
-    if rows.q_norm is not None:
-        dq = kernels.project_(dq, rows.q, rows.q_norm)
+    elif options.normalize:
+        dk = kernels.project_(dk, rows.k)
+    if options.normalize:
+        dq = kernels.project_(dq, rows.q)
     return dq, dk
 
 

@@ -13,29 +13,25 @@ from torch import Tensor
 
 from ..agreement import agreed
 from ..backends import triton
-from ..backends.interface import Potential, RowKernels
+from ..backends.interface import Potential, UnitRows
 from ..layout import Layout
-from ..options import Options, check_finite
+from ..options import Options
 from ..ranks import Ranks
+from .plan import FLASH_FEATURES
 from .scores import Keys
-from .slab import Evaluated, _Sums, balance
+from .slab import Evaluated, Sums, balance, unit_rows
 
 if TYPE_CHECKING:
     from ..backends.triton.flash_kernels import FlashKernels
 
-LARGEST_D = 512
-HALF_UNIT = 64.0  # fp16 rows are unit rows times this: their small entries are normal numbers
-
 
 @dataclass
 class _Embedded:
-    """Unit rows and what products read: the same rows, or fp16 ones times HALF_UNIT; centre of the keys; potential."""
+    """Unit rows, those of the Sinkhorn problem (which may be the student's), keys and the rows' first potential."""
 
-    z: Tensor
-    z_norm: Tensor
-    z_read: Tensor
-    y_read: Tensor  # rows of the Sinkhorn problem, which may be z_read
-    centre: Tensor
+    z: UnitRows
+    target_rows: Tensor
+    keys: Keys
     own_keys: bool
     row: Potential
     flash: "FlashKernels"
@@ -52,13 +48,16 @@ class _Rows:
     def sweep(self) -> Iterator[tuple[int, Tensor]]:
         yield 0, self.rows
 
+    def column_step(self, scale: float, row: Potential, shift: Tensor, sums: Tensor) -> None:
+        self.kernels.column_lse(self.rows, scale * self.step, row, shift, sums, accumulate=False)
+
 
 def _check(name: str, layout: Layout, options: Options) -> None:
     if options.top_k:
         raise ValueError(f'{name}: engine="flash" keeps all columns, got top_k={options.top_k}; use engine="slab"')
-    if layout.D > LARGEST_D:
+    if layout.D > FLASH_FEATURES:
         raise ValueError(
-            f'{name}: engine="flash" takes up to {LARGEST_D} features, got D={layout.D}; use engine="slab"'
+            f'{name}: engine="flash" takes up to {FLASH_FEATURES} features, got D={layout.D}; use engine="slab"'
         )
     if options.regather and layout.W > 1:
         raise ValueError(f'{name}: engine="flash" holds the keys, got regather=True; use engine="slab"')
@@ -71,45 +70,34 @@ def _embed(
     layout: Layout,
     options: Options,
     ranks: Ranks,
-    kernels: RowKernels,
+    kernels: Any,
     *,
     needs_grad: bool,
-    fixed: bool,
+    sixteen_bit: bool,
 ) -> _Embedded:
     """Raises: ValueError on non-finite rows, on what this engine cannot do, and where ranks differ."""
-    y = None
     with agreed(ranks, name, options.header(layout, student, teacher, kernels.backend, needs_grad), student.device):
         _check(name, layout, options)
-        z, z_norm = kernels.normalize(student.reshape(layout.M, layout.D))
-        check_finite(name, "student", z_norm)
-        if teacher is not None:
-            y, y_norm = kernels.normalize(teacher.reshape(layout.R * layout.B, layout.D))
-            check_finite(name, "teacher", y_norm)
-    keys = Keys((z if y is None else y)[: layout.T * layout.B], ranks)
-    target_rows = z if y is None or options.target_rows == "student" else y
+        z, y = unit_rows(name, student, teacher, kernels, sixteen_bit)
+    keys = Keys.of((z if y is None else y).views(layout.T, layout.B), ranks, kernels, sixteen_bit=sixteen_bit)
+    target_rows = z.read if y is None or options.target_rows == "student" else y.read
     row = kernels.centre_potential(target_rows, keys.centre, options.epsilon)
-    z_read = _read(z, fixed)
     flash = triton.flash()(
-        _read(keys.whole, fixed),
+        keys.whole,
         layout,
         masked=options.mask_positives,
-        unit=HALF_UNIT if fixed else 1.0,
+        unit=keys.unit,
         precision="ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
     )
-    y_read = z_read if target_rows is z else _read(target_rows, fixed)
-    return _Embedded(z, z_norm, z_read, y_read, keys.centre, y is None, row, flash)
-
-
-def _read(x: Tensor, fixed: bool) -> Tensor:
-    return (x * HALF_UNIT).half() if fixed else x
+    return _Embedded(z, target_rows, keys, y is None, row, flash)
 
 
 def _targets(x: _Embedded, options: Options, layout: Layout, ranks: Ranks) -> tuple[Potential, Potential, Tensor]:
     """Finished potentials of the L*B target rows and of the columns, and the column sums before the last step."""
-    col, column_sums = balance(_Rows(x.y_read, x.flash), x.row, options.epsilon, options.iterations, ranks)
+    col, column_sums = balance(_Rows(x.target_rows, x.flash), x.row, options.epsilon, options.iterations, ranks)
     kept = layout.L * layout.B
     row = x.row.rows(0, kept)
-    x.flash.row_step(x.y_read[:kept], x.flash.score_scale(options.epsilon), col, row)
+    x.flash.row_step(x.target_rows[:kept], x.flash.score_scale(options.epsilon), col, row)
     return row, col, column_sums
 
 
@@ -120,32 +108,34 @@ def evaluate(
     layout: Layout,
     options: Options,
     ranks: Ranks,
-    kernels: RowKernels,
+    kernels: Any,
     *,
     needs_grad: bool,
-    fixed: bool = False,
+    sixteen_bit: bool = False,
 ) -> Evaluated:
     """The loss of this rank, its statistics and, if wanted, dz: the gradient of the sum of all ranks' losses.
 
-    fixed: products of fp16 rows; else of float32 ones, as torch.get_float32_matmul_precision() says.
+    sixteen_bit: products of fp16 rows; else of float32 ones, as torch.get_float32_matmul_precision() says.
     Cost in score products of all rows, T = 2: 2 per iteration, one for the source's sums, 1 + L in the match (dz
     included) and, without a teacher, about 1 + L/V for dk.
     """
-    x = _embed(name, student, teacher, layout, options, ranks, kernels, needs_grad=needs_grad, fixed=fixed)
+    x = _embed(name, student, teacher, layout, options, ranks, kernels, needs_grad=needs_grad, sixteen_bit=sixteen_bit)
     row, col, column_sums = _targets(x, options, layout, ranks)
+    z = x.z.read
     source = Potential(*row.mantissa.new_empty(2, layout.M))
-    x.flash.row_step(x.z_read, x.flash.score_scale(options.temperature), None, source)
+    x.flash.row_step(z, x.flash.score_scale(options.temperature), None, source)
     scales = {"epsilon": options.epsilon, "temperature": options.temperature}
-    matched, dz = x.flash.match(x.z_read, x.y_read, row, source, col, needs_grad=needs_grad, **scales)
+    matched, dz = x.flash.match(z, x.target_rows, row, source, col, needs_grad=needs_grad, **scales)
     if dz is not None:
         if x.own_keys:
             n = layout.T * layout.B
             # What rows have in common is added in float32: near collapse it is most of them.
-            dk, sums = x.flash.key_gradient(x.z_read, _read(x.z - x.centre, fixed), row, source, col, **scales)
-            blocks = dk.addr_(sums, x.centre).split(n)
+            centred = kernels.half_rows(student, x.keys.centre).read if sixteen_bit else z - x.keys.centre
+            dk, sums = x.flash.key_gradient(z, centred, row, source, col, **scales)
+            blocks = dk.addr_(sums, x.keys.centre).split(n)
             dz[:n] += ranks.scatter(lambda rank: blocks[rank])
-        dz = kernels.project_(dz, x.z, x.z_norm)
-    total = _Sums()
+        dz = kernels.project_(dz, x.z)
+    total = Sums()
     total.add(matched)
     return total.evaluated(layout, options.mask_positives, column_sums, dz)
 
@@ -157,14 +147,14 @@ def targets(
     layout: Layout,
     options: Options,
     ranks: Ranks,
-    kernels: RowKernels,
+    kernels: Any,
     *,
-    fixed: bool = False,
+    sixteen_bit: bool = False,
 ) -> Tensor:
     """P (L*B, N) float32, public column order."""
-    x = _embed(name, student, teacher, layout, options, ranks, kernels, needs_grad=False, fixed=fixed)
+    x = _embed(name, student, teacher, layout, options, ranks, kernels, needs_grad=False, sixteen_bit=sixteen_bit)
     row, col, _ = _targets(x, options, layout, ranks)
-    rows = x.y_read[: layout.L * layout.B]
-    P = x.z.new_empty(len(rows), layout.N)
+    rows = x.target_rows[: layout.L * layout.B]
+    P = col.mantissa.new_empty(len(rows), layout.N)
     x.flash.targets(rows, x.flash.score_scale(options.epsilon), row, col, P)
     return layout.to_public(P)

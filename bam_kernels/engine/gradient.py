@@ -1,10 +1,18 @@
-"""dz = G k and, without a teacher, dk = Gᵀ z, as the rows of G come. Letters are those of layout.py."""
+"""dz = G k and, without a teacher, dk = Gᵀ z, as the rows of G come. Letters are those of layout.py.
+
+In 16 bit G is fp16, (a A - Pbar) * GRADIENT_FACTOR, rows and keys are fp16 times HALF_UNIT, and what all rows have in
+common is added in float32: near collapse it is most of them. Sums are float32; their factors are taken out at the end.
+"""
+
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backends.interface import RowKernels
+from ..backends.interface import GRADIENT_FACTOR, UnitRows
 from ..layout import Layout
+from ..precision import multiply
 from ..ranks import Ranks
 from .scores import Keys
 
@@ -12,24 +20,21 @@ from .scores import Keys
 class Gradient:
     """The gradient of the sum of all ranks' losses by this rank's embeddings, contracted slab by slab.
 
-    z (M, D) unit rows and their norms; `own_keys` says that the keys are the first T*B of them.
+    `own_keys` says that the keys are the first T*B of the rows z (M, D).
     """
 
-    def __init__(
-        self,
-        z: Tensor,
-        z_norm: Tensor,
-        keys: Keys,
-        layout: Layout,
-        own_keys: bool,
-        ranks: Ranks,
-        kernels: RowKernels,
-    ) -> None:
-        self.z, self.z_norm, self.keys, self.layout = z, z_norm, keys, layout
+    def __init__(self, z: UnitRows, keys: Keys, layout: Layout, own_keys: bool, ranks: Ranks, kernels: Any) -> None:
+        self.rows, self.keys, self.layout = z, keys, layout
         self.own_keys, self.ranks, self.kernels = own_keys, ranks, kernels
-        self.d = torch.empty_like(z)
+        self.centre = keys.centre * keys.unit
+        self.d = torch.empty_like(z.read, dtype=torch.float32)
         self.dk: Tensor | None = None  # (N, D) of this rank's rows
         self.dk_own: Tensor | None = None  # (T*B, D) of all ranks' rows
+
+    @cached_property
+    def z(self) -> Tensor:
+        """(M, D) of what dk is made: unit rows, in 16 bit less the centre."""
+        return self.kernels.half_rows(self.rows.x, self.keys.centre).read if self.keys.sixteen_bit else self.rows.read
 
     def add(self, G: Tensor, first: int) -> None:
         """G (V, b, N) of images first .. first + b - 1."""
@@ -37,13 +42,21 @@ class Gradient:
         if b == self.layout.B and G.is_contiguous():
             self._add_whole(G.view(V * b, N))
             return
-        z = self.z.view(V, -1, self.layout.D)[:, first : first + b].reshape(V * b, -1)
         rows, keys = G.reshape(V * b, N), self.keys.whole
-        self.d.view(V, -1, self.layout.D)[:, first : first + b] = torch.mm(rows, keys).view(V, b, -1)
+        d = multiply(rows, keys, self.d.new_empty(V * b, self.layout.D))
+        self.d.view(V, -1, self.layout.D)[:, first : first + b] = d.view(V, b, -1)
         if self.own_keys:
             if self.dk is None:
-                self.dk = torch.zeros_like(keys)
-            self.dk.addmm_(rows.T, z)
+                self.dk = torch.zeros_like(keys, dtype=torch.float32)
+            z = self.z.view(V, -1, self.layout.D)[:, first : first + b].reshape(V * b, -1)
+            self._contract_keys(rows, z, self.dk, add=True)
+
+    def _contract_keys(self, G: Tensor, z: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
+        """out (columns of G, D) <- Gᵀ z, or out + Gᵀ z."""
+        multiply(G.T, z, out, add=add)
+        if self.keys.sixteen_bit:
+            out.addr_(G.sum(0, dtype=torch.float32), self.centre)
+        return out
 
     def _add_whole(self, G: Tensor) -> None:
         """All rows (M, N) at once: key gradients leave for their ranks before dz is made."""
@@ -52,10 +65,13 @@ class Gradient:
             return
         n = self.layout.T * self.layout.B
         if self.own_keys:
-            self.dk_own = self.ranks.scatter(lambda rank: torch.mm(G[:, rank * n : (rank + 1) * n].T, self.z))
+            self.dk_own = self.ranks.scatter(
+                lambda rank: self._contract_keys(
+                    G[:, rank * n : (rank + 1) * n], self.z, self.d.new_empty(n, self.layout.D)
+                )
+            )
         for number, (column, block) in enumerate(self.keys.blocks()):
-            columns = G[:, column : column + len(block)]
-            torch.mm(columns, block, out=self.d) if number == 0 else self.d.addmm_(columns, block)
+            multiply(G[:, column : column + len(block)], block, self.d, add=number > 0)
 
     def _add_symmetric(self, G: Tensor) -> None:
         """One rank whose rows are the keys: G k + Gᵀ z is one product with H = G + Gᵀ of those rows.
@@ -63,15 +79,15 @@ class Gradient:
         z = k' + centre there, so H z = H k' + rowsum(H) centre, and k' keeps the products small near collapse.
         """
         keys, N = self.keys.whole, self.layout.N
-        torch.mm(G[N:], keys, out=self.d[N:])
+        multiply(G[N:], keys, self.d[N:])
         H = G[:N]
         sums = self.kernels.symmetrize_(H)
-        d = torch.mm(H, keys, out=self.d[:N])
-        d.addr_(sums, self.keys.centre)
+        d = multiply(H, keys, self.d[:N])
+        d.addr_(sums, self.centre)
         if len(G) > N:
-            d.addmm_(G[N:].T, self.z[N:])
+            self._contract_keys(G[N:], self.z[N:], d, add=True)
 
-    def finish(self) -> Tensor:
+    def finish(self, temperature: float) -> Tensor:
         """dz (M, D) float32, back through the L2 normalisation."""
         n = self.layout.T * self.layout.B
         if self.dk is not None:
@@ -79,4 +95,7 @@ class Gradient:
             self.dk_own = self.ranks.scatter(lambda rank: blocks[rank])
         if self.dk_own is not None:
             self.d[:n] += self.dk_own
-        return self.kernels.project_(self.d, self.z, self.z_norm)
+        factor = 1.0
+        if self.keys.sixteen_bit:
+            factor = 1 / (GRADIENT_FACTOR * self.keys.unit * self.layout.B * temperature)
+        return self.kernels.project_(self.d, self.rows, factor)

@@ -8,22 +8,26 @@ from pathlib import Path
 import torch
 
 DEFAULT_SHARE = 0.25  # of the memory that is free
+FLASH_FEATURES = 512  # the flash engine takes: beyond, making scores again costs more than reading them
 PRODUCT_ROWS = 1024  # rows from which a library product no longer gains by having more
 
 
 @dataclass(frozen=True)
 class SlabPlan:
-    """Whether target scores are kept, rows per sweep slab, images per match slab, and the rows that slabs need.
+    """What is held of the scores, in bytes `score_bytes`.
 
-    source_cached: the student's scores are kept whole beside a teacher's.
+    cached, source_cached: the target's scores are kept whole, the student's beside a teacher's too. sweep_rows: rows
+    whose scores are made at once. match_images: images that are matched at once. slab_rows: rows of the buffer for
+    scores that are not kept. product_rows: float32 rows that int16 scores are made from.
     """
 
     cached: bool
+    source_cached: bool
     sweep_rows: int
     match_images: int
     slab_rows: int
+    product_rows: int
     score_bytes: int
-    source_cached: bool = False
 
 
 def free_bytes(device: torch.device) -> int:
@@ -48,7 +52,7 @@ def plan_slabs(
     target_views: int,
     source_views: int,
     shared: bool,
-    fixed: bool,
+    sixteen_bit: bool,
     ranks: int,
     regather: bool,
     budget: int | None,
@@ -57,40 +61,46 @@ def plan_slabs(
     """Choose slabs within `budget` bytes of scores (None: a quarter of the memory that is free).
 
     rows x columns are the target scores; an image's match takes `target_views` rows of them and `source_views` rows of
-    source scores, the same rows where `shared`. fixed: scores are int16, made from a float32 slab. With several ranks
-    source scores are kept too where they fit: they are made while the ranks add up columns. regather: all must be kept.
+    source scores, the same rows where `shared`. sixteen_bit: scores are int16, made from a float32 slab, and their
+    gradient takes their place. With several ranks source scores are kept too where they fit: they are made while the
+    ranks add up columns. regather: all must be kept.
     Raises: ValueError if the budget does not hold one image, or with regather all scores. Made once per shape.
     """
     if budget is None:
         budget = int(free_bytes(device) * DEFAULT_SHARE)
-    kept_bytes = rows * columns * (2 if fixed else 4)
-    slab_row_bytes = columns * (6 if fixed else 4)
-    if shared and not fixed and kept_bytes <= budget:
-        return SlabPlan(True, rows, images, 0, kept_bytes)
-    source_bytes = 0 if shared else source_views * images * columns * 4
-    if ranks > 1 and not shared and not fixed and kept_bytes + source_bytes <= budget:
-        return SlabPlan(True, rows, images, 0, kept_bytes + source_bytes, source_cached=True)
+    row_bytes, made_bytes = (2 * columns, 4 * columns) if sixteen_bit else (4 * columns, 0)
+    kept = rows * row_bytes
+    source = 0 if shared else source_views * images * row_bytes
+    if shared or ranks > 1:
+        left = budget - kept - source
+        made_rows = min(rows, PRODUCT_ROWS, left // made_bytes) if sixteen_bit else 0
+        if left >= 0 and made_rows >= (min(rows, source_views) if sixteen_bit else 0):
+            sweep_rows = made_rows if sixteen_bit else rows
+            score_bytes = kept + source + made_rows * made_bytes
+            return SlabPlan(True, not shared, sweep_rows, images, 0, made_rows, score_bytes)
     if regather and ranks > 1:
         raise ValueError(
-            f"{name}: regather=True keeps all scores, {kept_bytes + source_bytes} bytes, "
-            f"more than memory_budget={budget}"
+            f"{name}: regather=True keeps all scores, {kept + source} bytes, more than memory_budget={budget}"
         )
-    image_bytes = source_views * slab_row_bytes
-    left = budget - kept_bytes
-    if not (shared and not fixed) and left >= image_bytes:
-        sweep_rows = min(rows, PRODUCT_ROWS, left // slab_row_bytes) if fixed else rows
-        match_images = min(images, -(-PRODUCT_ROWS // source_views), left // image_bytes)
-        slab_rows = max(match_images * source_views, sweep_rows if fixed else 0)
-        return SlabPlan(True, sweep_rows, match_images, slab_rows, kept_bytes + slab_rows * slab_row_bytes)
+    slab_row_bytes = row_bytes + made_bytes
+    left = budget - kept
+    if not shared and left >= source_views * slab_row_bytes:
+        match_images = min(images, -(-PRODUCT_ROWS // source_views), left // (source_views * slab_row_bytes))
+        slab_rows = match_images * source_views
+        made_rows, sweep_rows = (slab_rows, min(rows, slab_rows)) if sixteen_bit else (0, rows)
+        score_bytes = kept + slab_rows * slab_row_bytes
+        return SlabPlan(True, False, sweep_rows, match_images, slab_rows, made_rows, score_bytes)
 
     image_rows = source_views if shared else source_views + target_views
-    image_bytes = image_rows * slab_row_bytes
+    image_bytes = image_rows * row_bytes + source_views * made_bytes
     if budget < image_bytes:
         raise ValueError(
             f"{name}: memory_budget={budget} bytes does not hold the scores of one image: {image_rows} rows of "
             f"{columns}, {image_bytes} bytes"
         )
-    sweep_rows = min(rows, budget // slab_row_bytes)
     match_images = min(images, budget // image_bytes)
+    made_rows = match_images * source_views if sixteen_bit else 0
+    sweep_rows = min(rows, made_rows if sixteen_bit else budget // row_bytes)
     slab_rows = max(sweep_rows, match_images * image_rows)
-    return SlabPlan(False, sweep_rows, match_images, slab_rows, slab_rows * slab_row_bytes)
+    score_bytes = slab_rows * row_bytes + made_rows * made_bytes
+    return SlabPlan(False, False, sweep_rows, match_images, slab_rows, made_rows, score_bytes)

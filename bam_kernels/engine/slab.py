@@ -8,12 +8,13 @@ which cancels in P, A, the loss and dz if the first column step starts from the 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..agreement import agreed
-from ..backends.interface import LOG2_E, Matched, Potential, RowKernels
+from ..backends.interface import GRADIENT_FACTOR, LOG2_E, Matched, Positives, Potential, RowKernels, UnitRows
 from ..layout import Layout
 from ..options import Options, check_finite
 from ..ranks import ONE_RANK, Ranks
@@ -29,9 +30,8 @@ LEAST_EPSILON_OF_ONE_SUM = 0.0029
 class Embedded:
     """Unit rows, centred keys, the potential that rows of the Sinkhorn problem start from, and what makes scores."""
 
-    z: Tensor
-    z_norm: Tensor
-    y: Tensor | None
+    z: UnitRows
+    own_keys: bool
     target_rows: Tensor
     keys: Keys
     row: Potential
@@ -50,11 +50,10 @@ def embed(
     *,
     needs_grad: bool,
     wants_source: bool,
-    fixed: bool,
+    sixteen_bit: bool,
 ) -> Embedded:
     """Raises: ValueError on non-finite rows or too small a budget on any rank, and where ranks differ."""
     shared = teacher is None or options.target_rows == "student"
-    y = None
     with agreed(ranks, name, options.header(layout, student, teacher, kernels.backend, needs_grad), student.device):
         plan = plan_slabs(
             name,
@@ -64,22 +63,33 @@ def embed(
             target_views=layout.L,
             source_views=layout.V,
             shared=shared or not wants_source,
-            fixed=fixed,
+            sixteen_bit=sixteen_bit,
             ranks=layout.W,
             regather=options.regather,
             budget=options.memory_budget,
             device=student.device,
         )
-        z, z_norm = kernels.normalize(student.reshape(layout.M, layout.D))
-        check_finite(name, "student", z_norm)
-        if teacher is not None:
-            y, y_norm = kernels.normalize(teacher.reshape(layout.R * layout.B, layout.D))
-            check_finite(name, "teacher", y_norm)
-    keys = Keys((z if y is None else y)[: layout.T * layout.B], ranks, options.regather)
-    target_rows = z if y is None or shared else y
+        z, y = unit_rows(name, student, teacher, kernels, sixteen_bit)
+    own = (z if y is None else y).views(layout.T, layout.B)
+    keys = Keys.of(own, ranks, kernels, sixteen_bit=sixteen_bit, regather=options.regather)
+    target_rows = z.read if y is None or shared else y.read
     row = kernels.centre_potential(target_rows, keys.centre, options.epsilon)
-    scores = Scores(keys, layout, options.mask_positives, fixed, plan, kernels)
-    return Embedded(z, z_norm, y, target_rows, keys, row, plan, scores)
+    scores = Scores(keys, layout, options.mask_positives, plan, kernels)
+    return Embedded(z, y is None, target_rows, keys, row, plan, scores)
+
+
+def unit_rows(
+    name: str, student: Tensor, teacher: Tensor | None, kernels: Any, sixteen_bit: bool
+) -> tuple[UnitRows, UnitRows | None]:
+    """The student's and the teacher's. Raises: ValueError on non-finite rows."""
+    normalize = kernels.half_rows if sixteen_bit else kernels.normalize
+    z = normalize(student)
+    check_finite(name, "student", z.norm)
+    if teacher is None:
+        return z, None
+    y = normalize(teacher)
+    check_finite(name, "teacher", y.norm)
+    return z, y
 
 
 def balance(
@@ -99,11 +109,9 @@ def balance(
     ranks; `cosines` says that scores are within +-1.
     """
     kernels, n = target.kernels, target.columns
-    scale = LOG2_E / epsilon * target.step
     shift, sums = row.mantissa.new_empty(n), row.mantissa.new_empty(n)
-    for first, scores in target.sweep():
-        rows = row.rows(first, first + len(scores))
-        kernels.column_lse(scores, scale, rows, shift, sums, accumulate=first > 0)
+    target.column_step(LOG2_E / epsilon, row, shift, sums)
+    scale = LOG2_E / epsilon * target.step
     col = kernels.reciprocal_potential(*_sum_over_ranks(shift, sums, epsilon if cosines else 0.0, ranks, meanwhile))
     c = shift.new_full((n,), math.nan)
     for _ in range(iterations - 1):
@@ -139,7 +147,7 @@ class Evaluated:
     dz: Tensor | None
 
 
-class _Sums:
+class Sums:
     """Adds up the kernels' sums over match slabs and turns them into means over images, without leaving the device."""
 
     def __init__(self) -> None:
@@ -176,33 +184,42 @@ def evaluate(
     kernels: RowKernels,
     *,
     needs_grad: bool,
-    fixed: bool = False,
+    sixteen_bit: bool = False,
 ) -> Evaluated:
     """The loss of this rank, its statistics and, if wanted, dz: the gradient of the sum of all ranks' losses.
 
-    fixed: scores as int16 fixed point.
+    sixteen_bit: products of fp16 rows, int16 scores, their gradient in fp16; for SixteenBitKernels.
     """
     x = embed(
-        name, student, teacher, layout, options, ranks, kernels, needs_grad=needs_grad, wants_source=True, fixed=fixed
+        name,
+        student,
+        teacher,
+        layout,
+        options,
+        ranks,
+        kernels,
+        needs_grad=needs_grad,
+        wants_source=True,
+        sixteen_bit=sixteen_bit,
     )
-    own_keys, shared, plan, scores = x.y is None, x.target_rows is x.z, x.plan, x.scores
+    z, shared, plan, scores = x.z.read, x.target_rows is x.z.read, x.plan, x.scores
     target = TargetScores(x.target_rows, scores, plan)
-    source = SourceScores(x.z, scores, options.iterations) if plan.source_cached else None
+    source = SourceScores(z, scores, plan, options.iterations) if plan.source_cached else None
     if source is not None and options.regather:
-        target.kept = x.z.new_empty(len(x.target_rows), layout.N)
-        scores.make_both(x.target_rows, x.z, target.kept, source.kept)
+        target.kept = z.new_empty(len(x.target_rows), layout.N)
+        scores.make_both(x.target_rows, z, target.kept, source.kept)
         source.mark_made()
     meanwhile = source.next_portion if source is not None else None
     col, column_sums = balance(target, x.row, options.epsilon, options.iterations, ranks, meanwhile=meanwhile)
 
-    gradient = Gradient(x.z, x.z_norm, x.keys, layout, own_keys, ranks, kernels) if needs_grad else None
-    sums = _Sums()
+    gradient = Gradient(x.z, x.keys, layout, x.own_keys, ranks, kernels) if needs_grad else None
+    sums = Sums()
     made = source.finish() if source is not None else None
     for first, matched, G in _match_slabs(target, made, x, layout, options, plan, shared, col, needs_grad):
         sums.add(matched)
         if gradient is not None:
             gradient.add(G, first)
-    dz = gradient.finish() if gradient is not None else None
+    dz = gradient.finish(options.temperature) if gradient is not None else None
     return sums.evaluated(layout, options.mask_positives, column_sums, dz)
 
 
@@ -222,30 +239,29 @@ def _match_slabs(
     made (M, N): source scores that are there already.
     """
     scores, kernels = target.scores, target.scores.kernels
-    z = x.z.view(layout.V, layout.B, layout.D)
+    z = x.z.read.view(layout.V, layout.B, layout.D)
     row_exponent = x.row.exponent.view(-1, layout.B)
     kept = target.kept.view(-1, layout.B, layout.N) if target.kept is not None else None
     given = made.view(layout.V, layout.B, layout.N) if made is not None else None
-    in_place = (shared and kept is not None and not scores.fixed) or given is not None
-    source_rows = 0 if in_place else layout.V * plan.match_images
-    source_slab = scores.slab(source_rows)
-    target_slab = scores.slab(layout.L * plan.match_images, after=source_rows)
+    factor = GRADIENT_FACTOR * layout.B * options.temperature if x.keys.sixteen_bit else 1.0
     for first in range(0, layout.B, plan.match_images):
         last = min(first + plan.match_images, layout.B)
+        source_rows = 0
         if given is not None:
-            G = source = given[:, first:last]
+            source = given[:, first:last]
         elif shared and kept is not None:
             source = kept[:, first:last]
-            G = source if in_place else source_slab[0][: source.shape[:2].numel()].view(source.shape)
         else:
-            G, source = scores.make_images(z[:, first:last], first, source_slab)
+            source_rows = layout.V * (last - first)
+            source = _made_images(scores, z[:, first:last], first, 0)
         if kept is not None:
             target_scores = kept[: layout.L, first:last]
         elif shared:
             target_scores = source[: layout.L]
         else:
             y = x.target_rows.view(-1, layout.B, layout.D)[: layout.L, first:last]
-            target_scores = scores.make_images(y, first, target_slab)[1]
+            target_scores = _made_images(scores, y, first, source_rows)
+        G = source.view(torch.float16) if x.keys.sixteen_bit else source
         matched = kernels.match(
             target_scores,
             source,
@@ -257,8 +273,16 @@ def _match_slabs(
             step=scores.step,
             top_k=options.top_k,
             gradient=G if needs_grad else None,
+            gradient_factor=factor,
         )
         yield first, matched, G if needs_grad else None
+
+
+def _made_images(scores: Scores, unit: Tensor, first: int, after: int) -> Tensor:
+    """Scores (views, b, N) of unit rows (views, b, D) of images first .., in the buffer past `after` rows."""
+    views, b, D = unit.shape
+    into = scores.buffer(views * b, after)
+    return scores.make(unit.reshape(views * b, D), first, into, period=b).view(views, b, -1)
 
 
 def targets(
@@ -270,26 +294,34 @@ def targets(
     ranks: Ranks,
     kernels: RowKernels,
     *,
-    fixed: bool = False,
+    sixteen_bit: bool = False,
 ) -> Tensor:
     """P (L*B, N) float32, public column order."""
     x = embed(
-        name, student, teacher, layout, options, ranks, kernels, needs_grad=False, wants_source=False, fixed=fixed
+        name,
+        student,
+        teacher,
+        layout,
+        options,
+        ranks,
+        kernels,
+        needs_grad=False,
+        wants_source=False,
+        sixteen_bit=sixteen_bit,
     )
     plan, scores = x.plan, x.scores
     target = TargetScores(x.target_rows, scores, plan)
     col, _ = balance(target, x.row, options.epsilon, options.iterations, ranks)
-    P = x.z.new_empty(layout.L, layout.B, layout.N)
+    P = col.mantissa.new_empty(layout.L, layout.B, layout.N)
     unit = x.target_rows.view(-1, layout.B, layout.D)[: layout.L]
     row_exponent = x.row.exponent.view(-1, layout.B)
     kept = target.kept.view(-1, layout.B, layout.N) if target.kept is not None else None
-    slab = scores.slab(layout.L * plan.match_images if kept is None else 0)
     for first in range(0, layout.B, plan.match_images):
         last = min(first + plan.match_images, layout.B)
         if kept is not None:
             target_scores = kept[: layout.L, first:last]
         else:
-            target_scores = scores.make_images(unit[:, first:last], first, slab)[1]
+            target_scores = _made_images(scores, unit[:, first:last], first, 0)
         kernels.match(
             target_scores,
             None,
@@ -326,7 +358,7 @@ def from_scores(
     given = [scores] if target_scores is None else [scores, target_scores]
     if options.mask_positives and not fixed:
         for s in given:
-            kernels.mask_positives_(s, layout, 0)
+            kernels.mask_positives_(s, Positives(layout, 0, len(s)))
     rows = given[-1]
     if needs_grad and G is None:
         G = torch.empty_like(scores, dtype=torch.float32) if fixed else scores
@@ -334,7 +366,7 @@ def from_scores(
     row = Potential.one(len(rows), scores.device)
     col, column_sums = balance(target, row, options.epsilon, options.iterations, ONE_RANK)
     shape = (-1, layout.B, layout.N)
-    sums = _Sums()
+    sums = Sums()
     sums.add(
         kernels.match(
             rows.view(shape)[: layout.L],

@@ -36,7 +36,7 @@ const Kernels* find_kernels(const char* isa) {
 void mask_positives(const MaskPositives& p) {
 #pragma omp parallel for num_threads(p.threads) schedule(static)
   for (int64_t i = 0; i < p.m; ++i) {
-    const int64_t image = (p.first_row + i) % p.B;
+    const int64_t image = (p.first + i % p.period) % p.B;
     float* row = p.scores + i * p.row_stride + p.own_columns;
     for (int64_t t = 0; t < p.T; ++t) row[gathered_column(t, 0, image, p.T, p.B)] = kMaskedScore;
   }

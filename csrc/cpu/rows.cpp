@@ -55,7 +55,7 @@ void project(const Project& p) {
   for (int64_t i = 0; i < p.m; ++i) {
     float* d = p.d + i * p.d_features;
     const float* unit = p.unit + i * p.d_features;
-    const double inverse = p.norm[i] < kNormFloor ? 0.0 : 1.0 / p.norm[i];
+    const double inverse = p.norm[i] < kNormFloor ? 0.0 : p.factor / p.norm[i];
     vfloat dots = splat(0.0f);
     for_columns(p.d_features, [&](int64_t k, auto part) { dots = fma(load(d + k, part), load(unit + k, part), dots); });
     const vfloat along = splat(-sum(dots)), factor = splat((float)inverse);

@@ -28,14 +28,14 @@ def options(**given) -> Options:
     return Options(**({"target_views": 2, "key_views": 2, "precision": "exact"} | given))
 
 
-def evaluated(student, teacher, given: Options, *, fixed=False, needs_grad=True, ranks=ONE_RANK):
+def evaluated(student, teacher, given: Options, *, needs_grad=True, ranks=ONE_RANK):
     """Loss, dz and P on the CPU, and the statistics."""
     layout = given.layout("bam_loss", student, teacher)
     student = student.to(DEVICE)
     teacher = teacher.to(DEVICE) if teacher is not None else None
     arguments = ("bam_loss", student, teacher, layout, given, ranks, kernels)
-    found = flash.evaluate(*arguments, needs_grad=needs_grad, fixed=fixed)
-    P = flash.targets(*arguments, fixed=fixed)
+    found = flash.evaluate(*arguments, needs_grad=needs_grad)
+    P = flash.targets(*arguments)
     dz = found.dz.cpu().view(student.shape) if found.dz is not None else None
     return found.loss.cpu(), dz, P.cpu(), found.stats.cpu()
 
@@ -89,7 +89,8 @@ def test_against_the_reference(dimensions, monkeypatch):
     (expected, expected_stats), grad = reference_of(student.double(), y, given)
     expected_P = reference.bam_targets(student.double(), y, **given)
     least = given.get("epsilon", 0.05) / 0.05
-    assert_close(loss, expected, 1e-5 * expected.abs().item() + 1e-7)
+    # Where the loss is 0 it is the difference of scores over tau, which round.
+    assert_close(loss, expected, 1e-5 * expected.abs().item() + 1e-6)
     # Scores round: their error over eps is that of P.
     assert_close(P, expected_P, 1e-5 / least)
     assert_close(P.sum(1), torch.ones(len(P)), 2e-5)
@@ -102,16 +103,6 @@ def reference_of(student, teacher, given):
     loss, stats = reference.bam_loss(leaf, teacher, **given, return_stats=True)
     (grad,) = torch.autograd.grad(loss, leaf)
     return (loss.detach(), list(vars(stats).values())), grad
-
-
-@pytest.mark.parametrize(("cosine", "bound"), [(0.0, 2e-3), (0.99, 5e-3)])
-def test_products_of_fp16_rows(cosine, bound):
-    student, _, given = problem_of(V=2, R=0, B=16, D=32, L=2, T=2, cosine=cosine)
-    _, dz, P, _ = evaluated(student, None, Options(**given), fixed=True)
-    _, grad = reference_of(student.double(), None, given)
-    expected = reference.bam_targets(student.double(), **given)
-    assert (dz - grad).norm() <= bound * grad.norm()
-    assert (P - expected).norm() <= bound * expected.norm()
 
 
 def test_collapsed_features():

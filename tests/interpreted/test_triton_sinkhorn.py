@@ -8,7 +8,7 @@ from row_problems import MASKED, assert_close, log2, made_scores, masked, repres
 from triton_device import DEVICE, pytestmark  # noqa: F401
 
 from bam_kernels.backends import triton as backend
-from bam_kernels.backends.cpu import LOG2_E, Potential
+from bam_kernels.backends.interface import HALF_UNIT, LOG2_E, Positives, Potential
 from bam_kernels.backends.triton import launch_sinkhorn, tiles
 from bam_kernels.layout import Layout
 
@@ -162,7 +162,8 @@ def test_the_epilogue_masks_and_quantizes_and_sums(first_row):
     made = made_scores(7, layout.N).to(DEVICE)
     mask = layout.to_gathered(layout.positive_mask(layout.M))[first_row : first_row + 7]
     whole = made.cpu().double().masked_fill(mask, -math.inf)
-    by_hand = kernels.mask_positives_(made.clone(), layout, first_row)
+    positives = Positives(layout, first_row, layout.M)
+    by_hand = kernels.mask_positives_(made.clone(), positives)
     assert torch.equal(by_hand.cpu() == MASKED, mask)
     step = torch.tensor([STEP], device=DEVICE)
     fixed = kernels.quantize(by_hand, step, empty(7, layout.N, dtype=torch.int16))
@@ -171,12 +172,23 @@ def test_the_epilogue_masks_and_quantizes_and_sums(first_row):
 
     out, shift, sums = empty(7, layout.N, dtype=torch.int16), empty(layout.N), empty(layout.N)
     row, scale = one(7), LOG2_E / 0.05 * STEP
-    kernels.finish_scores(made, layout, first_row, scale, row, shift, sums, False, step=step, out=out)
+    kernels.finish_scores(made, step, out, positives, scale, row, shift, sums, accumulate=False)
     assert torch.equal(out, fixed)
     expected = empty(layout.N), empty(layout.N)
     kernels.column_lse(fixed, scale, row, *expected, accumulate=False)
     assert torch.equal(shift, expected[0]) and torch.equal(sums, expected[1])
-    assert (kernels.mask_positives_(out.zero_(), layout, first_row).cpu() == -32768).equal(mask)
+    assert torch.equal(kernels.quantize(made, step, out.zero_(), positives), fixed)
+
+
+def test_the_mask_of_some_images_of_several_views():
+    layout = Layout(B=5, V=3, L=2, T=2, D=1, W=3, rank=1)
+    images = range(2, 4)
+    made = made_scores(layout.V * len(images), layout.N).to(DEVICE)
+    mask = layout.to_gathered(layout.positive_mask(layout.M)).view(layout.V, layout.B, layout.N)[:, 2:4].flatten(0, 1)
+    positives = Positives(layout, images.start, len(images))
+    assert torch.equal(kernels.mask_positives_(made.clone(), positives).cpu() == MASKED, mask)
+    fixed = kernels.quantize(made, STEP, empty(len(made), layout.N, dtype=torch.int16), positives)
+    assert torch.equal(fixed.cpu() == -32768, mask)
 
 
 def test_quantize_rounds_and_clamps():
@@ -219,16 +231,38 @@ def test_symmetrize(m):
 def test_normalize_any_magnitude_and_stride(magnitude, transposed):
     x = torch.randn(21, 5, device=DEVICE).T * magnitude
     x = x if transposed else x.contiguous()
-    unit, norm = kernels.normalize(x)
+    unit, norm, _ = kernels.normalize(x)
     expected = x.double().norm(dim=1)
     assert_close(norm, expected, 1e-12)
     assert_close(unit, x.double() / expected.clamp_min(1e-12)[:, None], 1e-6, 1e-30)
 
 
+# 7 images of 3 views, in strides of their own; rows as a matrix; one more feature than a block of the row loop.
+@pytest.mark.parametrize(("shape", "order"), [((3, 7, 5), (1, 0, 2)), ((5, 3, 7), (2, 1, 0)), ((9, 4097), (0, 1))])
+def test_centred_half_rows(shape, order):
+    x = torch.randn(*(shape[i] for i in order), device=DEVICE).permute(order).mul_(1e3)
+    assert x.shape == shape
+    rows = x.double().flatten(0, -2)
+    unit = rows / rows.norm(dim=1, keepdim=True)
+    centre = unit.mean(0).float()
+    for given, expected in ((None, unit), (centre, unit - centre)):
+        read, norm, source = kernels.half_rows(x, given)
+        assert read.dtype == torch.float16 and source is x
+        assert_close(norm, rows.norm(dim=1), 1e-12)
+        assert_close(read.double() / HALF_UNIT, expected, 2**-11, 1e-6)
+    half = kernels.half_rows(x)
+    potential = kernels.centre_potential(half.read, centre, representable(0.05))
+    expected = half.read.double() @ centre.double() / HALF_UNIT / representable(0.05) * LOG2_E
+    assert_close(log2(potential), expected, 0, 1e-6)
+    gradient = torch.randn(rows.shape, device=DEVICE)
+    expected = 0.25 * (gradient - unit * (unit * gradient).sum(1, keepdim=True)) / rows.norm(dim=1, keepdim=True)
+    assert_close(kernels.project_(gradient.clone(), half, 0.25), expected, 1e-5, 1e-8)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_normalize_16_bit_rows(dtype):
     x = torch.randn(3, 33, device=DEVICE).to(dtype)
-    unit, norm = kernels.normalize(x)
+    unit, norm, _ = kernels.normalize(x)
     assert_close(norm, x.double().norm(dim=1), 1e-12)
     assert_close(unit, x.double() / x.double().norm(dim=1, keepdim=True), 1e-6)
 
@@ -237,13 +271,13 @@ def test_normalize_16_bit_rows(dtype):
 def test_project_and_a_zero_row(d):
     x = torch.randn(3, d, device=DEVICE)
     x[1] = 0
-    unit, norm = kernels.normalize(x)
+    unit, norm, _ = rows = kernels.normalize(x)
     assert (unit[1] == 0).all() and norm[1] == 0
     gradient = torch.randn(3, d, device=DEVICE)
     ud, gd = unit.double(), gradient.double()
     expected = (gd - ud * (ud * gd).sum(1, keepdim=True)) / norm[:, None].clamp_min(1e-30)
     expected[1] = 0
-    assert_close(kernels.project_(gradient, unit, norm), expected, 1e-5, 1e-5)
+    assert_close(kernels.project_(gradient, rows), expected, 1e-5, 1e-5)
 
 
 def test_centre_potential_at_the_least_epsilon():

@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ...layout import Layout
-from ..interface import Potential
+from ..interface import Positives, Potential
 from .flash_kernels import FlashKernels
 from .launch import Launch
 from .row_kernels import TritonKernels
@@ -160,21 +160,23 @@ def _call_row_kernels(kernels: TritonKernels, n: int, L: int, V: int, dtype: tor
     kernels.column_lse(s, 1.0, row, _empty(n), _empty(n), False)
     if dtype == torch.int16:
         made = _empty(m, n)
-        kernels.finish_scores(
-            made, layout, 0, 1.0, row, _empty(n), _empty(n), False, step=_empty(1), out=_empty(m, n, dtype=dtype)
-        )
-        kernels.quantize(made, _empty(1), s)
-    kernels.mask_positives_(s, layout, 0)
+        positives, sums = Positives(layout, 0, m), _empty(n)
+        kernels.finish_scores(made, step, s, positives, 1.0, row, sums, sums, accumulate=False)
+        kernels.quantize(made, step, s, positives)
+    else:
+        kernels.mask_positives_(s, Positives(layout, 0, m))
     kernels.plan_products(s, 1.0, row, col, _empty(n), _empty(m))
     kernels.plan_subtract_(_empty(m, n), s, 1.0, row, col, _empty(m), _empty(n))
 
 
 def _call_preparation(kernels: TritonKernels) -> None:
     x = _empty(2048, 4096, dtype=torch.bfloat16)
-    unit, norm = kernels.normalize(x)
-    kernels.centre_potential(unit, _empty(4096), 0.05)
-    kernels.project_(_empty(2048, 4096), unit, norm)
-    kernels.symmetrize_(_empty(2048, 2048))
+    centre = _empty(4096)
+    for rows in (kernels.normalize(x), kernels.half_rows(x.view(8, 256, 4096), centre)):
+        kernels.centre_potential(rows.read, centre, 0.05)
+        kernels.project_(_empty(2048, 4096), rows)
+    for dtype in (torch.float32, torch.float16):
+        kernels.symmetrize_(_empty(2048, 2048, dtype=dtype))
     kernels.reciprocal_potential(_empty(8192), _empty(8192))
     kernels.divide_potential_(Potential(_empty(8192), _empty(8192)), _empty(8192))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...layout import Layout
 from ..interface import LOG2_E, Matched, Potential
 from . import flash_keys, flash_match, flash_sinkhorn, sinkhorn
-from .flash_tiles import LARGEST_D, FlashTile, flash_tile, split
+from .flash_tiles import FlashTile, flash_tile, split
 from .launch import Launch, Number, launch
 from .launch_sinkhorn import SinkhornKernels
 from .tiles import block_of
@@ -41,7 +41,7 @@ class FlashKernels(SinkhornKernels):
         run: Launch = launch,
     ) -> None:
         super().__init__(run)
-        assert keys.shape == (layout.N, layout.D) and keys.stride(1) == 1 and layout.D <= LARGEST_D
+        assert keys.shape == (layout.N, layout.D) and keys.stride(1) == 1
         self.keys, self.layout, self.unit = keys, layout, unit
         self.masked, self.precision = masked, precision
 

@@ -4,9 +4,10 @@ import triton
 import triton.language as tl
 
 from .flash_match import GRADIENT_FACTOR, plan
-from .flash_tiles import dot, features, key_image, load_potential, scores
+from .flash_tiles import dot, features, load_potential, scores
 from .match import terms_of
 from .row import fma
+from .scores import key_image
 
 
 @triton.jit(do_not_specialize=["L", "V", "n", "chunk_images", "B", "T", "own_columns"])

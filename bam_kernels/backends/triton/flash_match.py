@@ -8,9 +8,10 @@ little. Potentials of target rows, source rows and keys are finished before: no 
 import triton
 import triton.language as tl
 
-from .flash_tiles import dot, features, key_image, load_potential, scores
+from .flash_tiles import dot, features, load_potential, scores
 from .match import terms_of
 from .row import fma
+from .scores import key_image
 
 # a A - Pbar is within [-1, 1]; times this its small entries are normal numbers of fp16.
 GRADIENT_FACTOR = tl.constexpr(16384.0)

@@ -8,8 +8,9 @@ are added in order by a second kernel.
 import triton
 import triton.language as tl
 
-from .flash_tiles import features, key_image, load_potential, scores
+from .flash_tiles import features, load_potential, scores
 from .row import MASKED, NO_SHIFT, fma
+from .scores import key_image
 
 
 @triton.jit

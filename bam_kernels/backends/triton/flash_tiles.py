@@ -14,7 +14,6 @@ import triton.language as tl
 from .row import INTERPRETED, MASKED
 from .tiles import clamp, power_of_two, up
 
-LARGEST_D = 512  # features: beyond, recomputing scores costs more than reading them
 # Programs of one launch at most made by splitting a sum: bounds the partials of dz and dk whatever the shape.
 PROGRAMS = 256
 
@@ -67,13 +66,6 @@ def scores(
     if MASK_POSITIVES:
         s = tl.where(image_a[:, None] == image_b[None, :], MASKED, s)
     return s
-
-
-@triton.jit
-def key_image(offs, B, T, own_columns):
-    """The image of this rank that a key in gathered order shows, -1 for the keys of other ranks."""
-    own = (offs >= own_columns) & (offs < own_columns + T * B)
-    return tl.where(own, (offs - own_columns) % B, -1)
 
 
 @triton.jit

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..interface import Positives
+
 Number = float | Tensor
 Launch = Callable[..., None]
 
@@ -26,6 +28,14 @@ def number(x: Number) -> tuple[float, Tensor | None]:
         assert x.numel() == 1 and x.dtype == torch.float32
         return 1.0, x
     return float(x), None
+
+
+def image_index(positives: Positives | None) -> tuple[int, int, int, int, int]:
+    """The first image, the rows of a view, B, T and the first of this rank's columns; of one image without a mask."""
+    if positives is None:
+        return 0, 1, 1, 1, 0
+    layout = positives.layout
+    return positives.first, positives.period, layout.B, layout.T, layout.own_columns
 
 
 def check_scores(s: Tensor) -> None:

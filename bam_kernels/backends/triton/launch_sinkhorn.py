@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor
 
-from ...layout import Layout
-from ..interface import Potential
+from ..interface import Positives, Potential
 from . import plan, sinkhorn
-from .launch import Launcher, Number, check_scores, number
+from .launch import Launcher, Number, check_scores, image_index, number
 from .tiles import LONGEST_ROW, block_of, column_tile, row_tile
 
 
@@ -17,28 +16,24 @@ class SinkhornKernels(Launcher):
         self, s: Tensor, scale: Number, row: Potential, shift: Tensor, sums: Tensor, accumulate: bool
     ) -> None:
         """Per column Σ_i 2^(scale*s_ij) row_i = sums_j * 2^shift_j, added to what is there if `accumulate`."""
-        self._column_lse(s, scale, row, shift, sums, accumulate, None, 1.0, None, 0)
+        self._column_lse(s, scale, row, shift, sums, accumulate, None, 1.0, None)
 
     def finish_scores(
         self,
         s: Tensor,
-        layout: Layout | None,
-        first_row: int,
+        step: Number,
+        out: Tensor,
+        positives: Positives | None,
         scale: Number,
         row: Potential,
         shift: Tensor,
         sums: Tensor,
-        accumulate: bool,
         *,
-        step: Number,
-        out: Tensor,
+        accumulate: bool,
     ) -> None:
-        """A product's epilogue in one read of s (m, N) float32: positives masked, int16 out (m, N), column_lse of it.
-
-        `layout` None: nothing is masked. s is left as it is.
-        """
+        """A product's epilogue in one read of s (m, N) float32: `quantize` to out (m, N) int16, and its column_lse."""
         assert s.dtype == torch.float32 and out.dtype == torch.int16 and out.stride(1) == 1
-        self._column_lse(s, scale, row, shift, sums, accumulate, out, step, layout, first_row)
+        self._column_lse(s, scale, row, shift, sums, accumulate, out, step, positives)
 
     def _column_lse(
         self,
@@ -50,8 +45,7 @@ class SinkhornKernels(Launcher):
         accumulate: bool,
         out: Tensor | None,
         step: Number,
-        layout: Layout | None,
-        first_row: int,
+        positives: Positives | None,
     ) -> None:
         check_scores(s)
         m, n = s.shape
@@ -71,9 +65,8 @@ class SinkhornKernels(Launcher):
             s.stride(0),
             out.stride(0) if out is not None else 0,
             tile.rows,
-            first_row,
-            *((layout.B, layout.T, layout.own_columns) if layout is not None else (1, 1, 0)),
-            MASK_POSITIVES=layout is not None,
+            *image_index(positives),
+            MASK_POSITIVES=positives is not None,
             BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n,
             num_warps=tile.num_warps,

@@ -117,7 +117,7 @@ def plan_subtract_kernel(
 def symmetrize_kernel(G, partial, m, stride, TILE: tl.constexpr):
     """G <- G + Gᵀ, two tiles (I, J) and (J, I) a program, and partial[J, i] = Σ_{j in tile J} of the result's row i.
 
-    Shapes: G (m, m) float32, partial (ceil(m / TILE), m); the grid is all pairs of tiles.
+    Shapes: G (m, m) float32 or fp16, partial (ceil(m / TILE), m); the grid is all pairs of tiles.
     """
     I, J = tl.program_id(0), tl.program_id(1)
     if I <= J:
@@ -126,8 +126,8 @@ def symmetrize_kernel(G, partial, m, stride, TILE: tl.constexpr):
         lower = G + offs_j.to(tl.int64)[:, None] * stride + offs_i[None, :]
         mask_upper = (offs_i < m)[:, None] & (offs_j < m)[None, :]
         mask_lower = (offs_j < m)[:, None] & (offs_i < m)[None, :]
-        total = tl.load(upper, mask=mask_upper, other=0.0)
-        total += tl.trans(tl.load(lower, mask=mask_lower, other=0.0))
+        total = tl.load(upper, mask=mask_upper, other=0.0).to(tl.float32)
+        total += tl.trans(tl.load(lower, mask=mask_lower, other=0.0)).to(tl.float32)
         transposed = tl.trans(total)
         # The diagonal tile is read in both orders before it is written.
         tl.debug_barrier()

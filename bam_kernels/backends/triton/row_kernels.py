@@ -11,10 +11,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ...layout import Layout
-from ..interface import LOG2_E, Potential
+from ..interface import HALF_UNIT, LOG2_E, Positives, Potential, UnitRows
 from . import embed, plan, scores
-from .launch import Number, check_scores, number
+from .launch import Number, check_scores, image_index, number
 from .launch_match import MatchKernels
 from .launch_sinkhorn import SinkhornKernels
 from .tiles import block_of, warps
@@ -25,45 +24,72 @@ class TritonKernels(SinkhornKernels, MatchKernels):
 
     backend = "triton"
 
-    def normalize(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (m, D) of any float type -> unit rows (m, D) float32 and norms (m,) float64."""
-        m, d = x.shape
-        unit = torch.empty(m, d, device=x.device)
+    def normalize(self, x: Tensor) -> UnitRows:
+        """x (m, D) or (V, B, D) of any float type and strides -> unit rows (m, D) float32, norms; view-major."""
+        return self._unit_rows(x, None, torch.float32, 1.0)
+
+    def half_rows(self, x: Tensor, centre: Tensor | None = None) -> UnitRows:
+        """As `normalize`, but the unit rows, less `centre` (D,) where it is given, are fp16 times HALF_UNIT."""
+        return self._unit_rows(x, centre, torch.float16, HALF_UNIT)
+
+    def _unit_rows(self, x: Tensor, centre: Tensor | None, dtype: torch.dtype, unit: float) -> UnitRows:
+        m, d = x.shape[:-1].numel(), x.shape[-1]
+        read = torch.empty(m, d, dtype=dtype, device=x.device)
         norm = torch.empty(m, dtype=torch.float64, device=x.device)
         block = block_of(d)
-        self._run(embed.normalize_kernel, (m,), x, unit, norm, d, *x.stride(), BLOCK=block, num_warps=warps(block, 8))
-        return unit, norm
+        self._run(
+            embed.unit_rows_kernel,
+            (m,),
+            x,
+            centre,
+            read,
+            norm,
+            *_rows_of(x),
+            UNIT=unit,
+            BLOCK=block,
+            num_warps=warps(block, 8),
+        )
+        return UnitRows(read, norm, x)
 
-    def centre_potential(self, unit: Tensor, centre: Tensor, epsilon: float) -> Potential:
+    def centre_potential(self, read: Tensor, centre: Tensor, epsilon: float) -> Potential:
         """The row potential exp(<unit_i, centre>/eps) that scores against centred keys start from."""
-        m, d = unit.shape
-        assert unit.stride(1) == 1 and centre.is_contiguous()
-        row = Potential(torch.empty(m, device=unit.device), torch.empty(m, device=unit.device))
+        m, d = read.shape
+        assert read.stride(1) == 1 and centre.is_contiguous()
+        row = Potential(*torch.empty(2, m, device=read.device))
         block = block_of(d)
         self._run(
             embed.centre_potential_kernel,
             (m,),
-            unit,
+            read,
             centre,
             *row,
             d,
-            unit.stride(0),
-            LOG2_E / epsilon,
+            read.stride(0),
+            LOG2_E / epsilon / (HALF_UNIT if read.dtype == torch.float16 else 1.0),
             BLOCK=block,
             num_warps=warps(block, 8),
         )
         return row
 
-    def project_(self, d: Tensor, unit: Tensor, norm: Tensor) -> Tensor:
-        """d (m, D) <- (d - unit <unit, d>) / norm, 0 for a row with norm below 1e-12."""
-        m, features = d.shape
-        assert d.is_contiguous() and unit.is_contiguous()
-        block = block_of(features)
-        self._run(embed.project_kernel, (m,), d, unit, norm, features, BLOCK=block, num_warps=warps(block, 8))
+    def project_(self, d: Tensor, rows: UnitRows, factor: float = 1.0) -> Tensor:
+        """d (m, D) <- factor * (d - unit <unit, d>) / norm, 0 for a row with norm below 1e-12."""
+        assert d.is_contiguous()
+        block = block_of(d.shape[1])
+        self._run(
+            embed.project_kernel,
+            (len(d),),
+            d,
+            rows.x,
+            rows.norm,
+            factor,
+            *_rows_of(rows.x),
+            BLOCK=block,
+            num_warps=warps(block, 8),
+        )
         return d
 
     def symmetrize_(self, G: Tensor) -> Tensor:
-        """G (m, m) <- G + Gᵀ; returns its row sums (m,)."""
+        """G (m, m) float32 or fp16 <- G + Gᵀ; returns its row sums (m,) float32."""
         m, tile = len(G), 64
         assert G.shape == (m, m) and G.stride(1) == 1
         tiles = -(-m // tile)
@@ -72,28 +98,24 @@ class TritonKernels(SinkhornKernels, MatchKernels):
         self._add_chunks(partial, None, sums, False)
         return sums
 
-    def mask_positives_(self, s: Tensor, layout: Layout, first_row: int) -> Tensor:
-        """Write the masked score where rows first_row .. of (m, N) scores meet keys of their own image."""
-        check_scores(s)
-        block = 256
-        m = len(s)
+    def mask_positives_(self, s: Tensor, positives: Positives) -> Tensor:
+        """Write the masked score where rows of (m, N) float32 scores meet keys of their own image."""
+        assert s.stride(1) == 1 and s.dtype == torch.float32
+        block, m = 256, len(s)
         self._run(
             scores.mask_positives_kernel,
-            (-(-m * layout.T // block),),
+            (-(-m * positives.layout.T // block),),
             s,
             m,
             s.stride(0),
-            first_row,
-            layout.B,
-            layout.T,
-            layout.own_columns,
+            *image_index(positives),
             BLOCK=block,
             num_warps=4,
         )
         return s
 
-    def quantize(self, s: Tensor, step: Number, out: Tensor) -> Tensor:
-        """rint(scores/step) clamped to +-32767 into `out` (m, N) int16; masked scores as -32768."""
+    def quantize(self, s: Tensor, step: Number, out: Tensor, positives: Positives | None = None) -> Tensor:
+        """rint(scores/step) clamped to +-32767 into `out` (m, N) int16; masked scores, and positives, as -32768."""
         assert s.stride(1) == 1 and out.stride(1) == 1
         m, n = s.shape
         block = block_of(n, 2048)
@@ -106,6 +128,8 @@ class TritonKernels(SinkhornKernels, MatchKernels):
             n,
             s.stride(0),
             out.stride(0),
+            *image_index(positives),
+            MASK_POSITIVES=positives is not None,
             BLOCK=block,
             num_warps=warps(block, 16),
         )
@@ -169,6 +193,12 @@ class TritonKernels(SinkhornKernels, MatchKernels):
             BLOCK_N=block,
             num_warps=warps(block, 16),
         )
+
+
+def _rows_of(x: Tensor) -> tuple[int, ...]:
+    """Rows of a view, features, and the strides of views, rows and features."""
+    strides = (0, *x.stride()) if x.dim() == 2 else x.stride()
+    return x.shape[-2], x.shape[-1], *strides
 
 
 @cache

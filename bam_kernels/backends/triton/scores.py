@@ -1,4 +1,7 @@
-"""What makes scores of products: the positives' mask and the fixed-point form."""
+"""What makes scores of products: the positives' mask and the fixed-point form.
+
+Row i of a slab shows image (first + i % period) % B of this rank: `period` rows of each of several views.
+"""
 
 import triton
 import triton.language as tl
@@ -6,17 +9,23 @@ import triton.language as tl
 from .row import MASKED, MASKED_FIXED
 
 
-@triton.jit(do_not_specialize=["m", "first_row", "B", "T", "own_columns"])
-def mask_positives_kernel(scores, m, stride, first_row, B, T, own_columns, BLOCK: tl.constexpr):
-    """scores_ij <- masked where row first_row + i and column j are of the same image: T columns of every row.
+@triton.jit
+def key_image(offs, B, T, own_columns):
+    """The image of this rank that a key in gathered order shows, -1 for the keys of other ranks."""
+    own = (offs >= own_columns) & (offs < own_columns + T * B)
+    return tl.where(own, (offs - own_columns) % B, -1)
 
-    Shapes: scores (m, N) float32 or int16, columns in gathered order; own_columns: the first of this rank's T*B.
+
+@triton.jit(do_not_specialize=["m", "first", "period", "B", "T", "own_columns"])
+def mask_positives_kernel(scores, m, stride, first, period, B, T, own_columns, BLOCK: tl.constexpr):
+    """scores_ij <- masked where row i and column j are of the same image: T columns of every row.
+
+    Shapes: scores (m, N) float32, columns in gathered order; own_columns: the first of this rank's T*B.
     """
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     row = offs // T
-    column = own_columns + (offs % T) * B + (first_row + row) % B
-    masked = MASKED_FIXED if scores.dtype.element_ty == tl.int16 else MASKED
-    tl.store(scores + row * stride + column, masked, mask=row < m)
+    column = own_columns + (offs % T) * B + (first + row % period) % B
+    tl.store(scores + row * stride + column, MASKED, mask=row < m)
 
 
 @triton.jit
@@ -29,9 +38,24 @@ def to_fixed(s, steps_per_unit):
     return tl.where(s <= MASKED, MASKED_FIXED * 1.0, x)
 
 
-@triton.jit
-def quantize_kernel(scores, out, step, step_pointer, n, stride, stride_out, BLOCK: tl.constexpr):
-    """out_ij = rint(scores_ij / step) clamped to +-32767; masked scores as -32768.
+@triton.jit(do_not_specialize=["first", "period", "B", "T", "own_columns"])
+def quantize_kernel(
+    scores,
+    out,
+    step,
+    step_pointer,
+    n,
+    stride,
+    stride_out,
+    first,
+    period,
+    B,
+    T,
+    own_columns,
+    MASK_POSITIVES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out_ij = rint(scores_ij / step) clamped to +-32767; masked scores, and positives, as -32768.
 
     Shapes: scores (m, n) float32 -> out (m, n) int16. `step` is an argument, or a device scalar.
     """
@@ -41,4 +65,6 @@ def quantize_kernel(scores, out, step, step_pointer, n, stride, stride_out, BLOC
     if step_pointer is not None:
         step = tl.load(step_pointer)
     s = tl.load(scores + i * stride + offs, mask=mask, other=0.0)
+    if MASK_POSITIVES:
+        s = tl.where(key_image(offs, B, T, own_columns) == (first + i % period) % B, MASKED, s)
     tl.store(out + i * stride_out + offs, to_fixed(s, 1.0 / step).to(tl.int16), mask=mask)

@@ -19,10 +19,10 @@ from .row import (
     scale_of,
     split,
 )
-from .scores import to_fixed
+from .scores import key_image, to_fixed
 
 
-@triton.jit(do_not_specialize=["m", "rows", "first_row", "B", "T", "own_columns"])
+@triton.jit(do_not_specialize=["m", "rows", "first_image", "period", "B", "T", "own_columns"])
 def column_lse_kernel(
     s,
     row_exponent,
@@ -39,7 +39,8 @@ def column_lse_kernel(
     stride,
     stride_fixed,
     rows,
-    first_row,
+    first_image,
+    period,
     B,
     T,
     own_columns,
@@ -51,8 +52,8 @@ def column_lse_kernel(
 
     Shapes: s (m, n) float32 or int16, row potential (m,) -> shift, sums (chunks, n); a chunk is `rows` rows.
     Numerics: shift is an integer at or above the largest term's logarithm (base 2); an empty column has sum 0.
-    As the epilogue of a product s is float32, its positives are masked by index, and with `fixed` (m, n) int16 it is
-    written there as rint(s/step), whose values are then the ones that are summed; `scale` is of those.
+    As the epilogue of a product s is float32, its positives are masked by index (see scores.py), and with `fixed`
+    (m, n) int16 it is written there as rint(s/step), whose values are then the ones that are summed; `scale` is of those.
     """
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     chunk = tl.program_id(1)
@@ -66,9 +67,8 @@ def column_lse_kernel(
         mask = mask_m[:, None] & mask_n[None, :]
         x = load_scores(s + offs_m.to(tl.int64)[:, None] * stride + offs_n[None, :], mask)
         if MASK_POSITIVES:
-            own = (offs_n >= own_columns) & (offs_n < own_columns + T * B)
-            image = tl.where(own, (offs_n - own_columns) % B, -1)
-            x = tl.where(image[None, :] == ((first_row + offs_m) % B)[:, None], MASKED, x)
+            image = (first_image + offs_m % period) % B
+            x = tl.where(key_image(offs_n, B, T, own_columns)[None, :] == image[:, None], MASKED, x)
         if fixed is not None:
             size = step if step_pointer is None else tl.load(step_pointer)
             q = to_fixed(x, 1.0 / size)
