@@ -22,16 +22,16 @@ def main() -> int:
     architectures = cuda.architectures()
     print(f"CUDA build  {'for ' + architectures if architectures else 'no'}")
     print(f"CPU         {_cpu_line()}")
-    for device in cuda.devices() if cuda.unavailable() is None else []:
-        capability = "".join(map(str, device["capability"]))
-        print(f"GPU         {device['name']}, sm_{capability}, {device['memory_bytes'] >> 20} MiB")
+    for device in map(cuda.found_device, range(cuda.device_count())):
+        capability = "".join(map(str, device.capability))
+        print(f"GPU         {device.name}, sm_{capability}, {device.memory_bytes >> 20} MiB; {device.forms()}")
     print("\nbackend     against the float64 reference (relative error of the gradient)")
     agreed = [
         _report("reference", None, "cpu", reference.bam_loss),
         _report("cpu", cpu.unavailable(), "cpu", partial(bam_loss, backend="cpu")),
-        _report("triton", _no_triton(), "cuda", partial(bam_loss, backend="triton")),
+        _report("triton", _without_gpu(triton), "cuda", partial(bam_loss, backend="triton")),
+        _report("cuda", _without_gpu(cuda), "cuda", partial(bam_loss, backend="cuda")),
     ]
-    print(f"{'cuda':<12}no loss kernels in this version; unit_rows: {cuda.unavailable() or _unit_rows_line()}")
     print("\nall backends that can run here agree" if all(agreed) else "\nA BACKEND DISAGREES WITH THE REFERENCE")
     return 0 if all(agreed) else 1
 
@@ -49,8 +49,9 @@ def _cpu_line() -> str:
     return f"{torch.get_num_threads()} threads, instruction set {cpu.kernels().isa}"
 
 
-def _no_triton() -> str | None:
-    reason = triton.unavailable(torch.device("cuda"))
+def _without_gpu(backend: Any) -> str | None:
+    """Why a GPU's backend cannot run here, or None."""
+    reason = backend.unavailable(torch.device("cuda"))
     return reason or (None if torch.cuda.is_available() else "torch sees no GPU")
 
 
@@ -76,17 +77,6 @@ def _gradient_error(loss: Callable[..., Any], with_teacher: bool, device: str) -
     student.requires_grad_()
     (dz,) = torch.autograd.grad(loss(student, teacher, precision="exact"), student)
     return ((dz - expected).norm() / expected.norm()).item()
-
-
-def _unit_rows_line() -> str:
-    x = torch.randn(33, 100, device="cuda")
-    unit, inverse_norm = cuda.unit_rows(x)
-    expected = torch.nn.functional.normalize(x, dim=-1)
-    error = max(
-        (unit.float() / cuda.UNIT_SCALE - expected).abs().max().item(),
-        (inverse_norm * x.norm(dim=-1) - 1).abs().max().item(),
-    )
-    return f"largest error {error:.1e}"
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ using namespace bam::cuda;
 
 // As Python writes them.
 using Pair = std::pair<Address, Address>;
-using ScalarPair = std::pair<float, Address>;         // factor, address of a device scalar or 0
-using RowsTuple = std::tuple<Address, int, int64_t>;  // address, float type, row stride
+using ScalarPair = std::pair<float, Address>;                        // factor, address of a device scalar or 0
+using RowsTuple = std::tuple<Address, int, std::array<int64_t, 4>>;  // address, float type, rows of a view, strides
 using PositivesTuple = std::tuple<bool, int64_t, int64_t, int64_t, int64_t, int64_t>;
 using TeamPair = std::pair<int, int>;                              // threads, cluster
 using WherePair = std::pair<int, Address>;                         // device, stream
@@ -30,7 +30,8 @@ Scalar scalar(const ScalarPair& s) {
   return {s.first, as<const float>(s.second)};
 }
 Rows rows(const RowsTuple& r) {
-  return {as<const void>(std::get<0>(r)), static_cast<FloatType>(std::get<1>(r)), std::get<2>(r)};
+  const auto [address, type, n] = r;
+  return {as<const void>(address), static_cast<FloatType>(type), n[0], n[1], n[2], n[3]};
 }
 Positives positives(const PositivesTuple& p) {
   return {std::get<0>(p), std::get<1>(p), std::get<2>(p), std::get<3>(p), std::get<4>(p), std::get<5>(p)};
@@ -54,13 +55,10 @@ void bind_scores(py::class_<Kernels>& c) {
           as<float>(partial), chunk_rows, as<int16_t>(fixed), fixed_stride, scalar(step), positives(of)},
          where);
   });
-  c.def("quantize", [](const Kernels& k, Address s, int64_t m, int64_t n, int64_t row_stride, ScalarPair step,
-                       Address out, int64_t out_stride, WherePair where) {
-    call(k.quantize, {as<const float>(s), m, n, row_stride, scalar(step), as<int16_t>(out), out_stride}, where);
-  });
-  c.def("mask_positives", [](const Kernels& k, py::tuple s, int64_t m, PositivesTuple of, WherePair where) {
-    call(k.mask_positives, {scores(s), m, positives(of)}, where);
-  });
+  c.def("mask_positives",
+        [](const Kernels& k, Address s, int64_t m, int64_t row_stride, PositivesTuple of, WherePair where) {
+          call(k.mask_positives, {as<float>(s), m, row_stride, positives(of)}, where);
+        });
 }
 
 void bind_sinkhorn(py::class_<Kernels>& c) {
@@ -150,26 +148,27 @@ void bind_plan(py::class_<Kernels>& c) {
           as<float>(x), x_stride},
          where);
   });
-  c.def("symmetrize",
-        [](const Kernels& k, Address G, int64_t m, int64_t stride, Address row_sums, Address partial, WherePair where) {
-          call(k.symmetrize, {as<float>(G), m, stride, as<float>(row_sums), as<float>(partial)}, where);
-        });
+  c.def("symmetrize", [](const Kernels& k, Address G, int type, int64_t m, int64_t stride, Address row_sums,
+                         Address partial, WherePair where) {
+    call(k.symmetrize, {as<void>(G), static_cast<FloatType>(type), m, stride, as<float>(row_sums), as<float>(partial)},
+         where);
+  });
 }
 
 void bind_embeddings(py::class_<Kernels>& c) {
-  c.def("normalize", [](const Kernels& k, RowsTuple x, int64_t m, int64_t d, Address centre, Address unit,
-                        Address unit_16, Address norm, WherePair where) {
-    call(k.normalize, {rows(x), m, d, as<const float>(centre), as<float>(unit), as<void>(unit_16), as<double>(norm)},
+  c.def("normalize", [](const Kernels& k, RowsTuple x, int64_t m, int64_t d, Address centre, Address read, int type,
+                        Address norm, WherePair where) {
+    call(k.normalize,
+         {rows(x), m, d, as<const float>(centre), as<void>(read), static_cast<FloatType>(type), as<double>(norm)},
          where);
   });
-  c.def("centre_potential", [](const Kernels& k, RowsTuple x, Address norm, int64_t m, int64_t d, Address centre,
-                               double scale, Pair row, WherePair where) {
-    call(k.centre_potential, {rows(x), as<const double>(norm), m, d, as<const float>(centre), scale, potential(row)},
-         where);
+  c.def("centre_potential", [](const Kernels& k, RowsTuple read, int64_t m, int64_t d, Address centre, double scale,
+                               Pair row, WherePair where) {
+    call(k.centre_potential, {rows(read), m, d, as<const float>(centre), scale, potential(row)}, where);
   });
-  c.def("project", [](const Kernels& k, Address d, RowsTuple x, bool is_unit, Address norm, int64_t m, int64_t features,
+  c.def("project", [](const Kernels& k, Address d, RowsTuple x, Address norm, float factor, int64_t m, int64_t features,
                       WherePair where) {
-    call(k.project, {as<float>(d), rows(x), is_unit, as<const double>(norm), m, features}, where);
+    call(k.project, {as<float>(d), rows(x), as<const double>(norm), factor, m, features}, where);
   });
 }
 

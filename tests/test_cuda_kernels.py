@@ -11,7 +11,7 @@ import torch
 from cuda_device import DEVICE, empty, kernels, kernels_on, one, pytestmark  # noqa: F401
 from row_problems import MASKED, assert_close, log2, made_scores, masked, representable
 
-from bam_kernels.backends.interface import LOG2_E, Potential
+from bam_kernels.backends.interface import HALF_UNIT, LOG2_E, Positives, Potential
 from bam_kernels.layout import Layout
 
 EPSILONS = [representable(0.05), representable(1e-3)]
@@ -85,7 +85,8 @@ def test_the_epilogue_masks_and_quantizes_and_sums(whole, first_row, B):
     made = made_scores(7, layout.N).to(DEVICE)
     mask = layout.to_gathered(layout.positive_mask(layout.M))[first_row : first_row + 7]
     exact = made.cpu().double().masked_fill(mask, -math.inf)
-    by_hand = whole.mask_positives_(made.clone(), layout, first_row)
+    positives = Positives(layout, first_row, layout.M)
+    by_hand = whole.mask_positives_(made.clone(), positives)
     assert torch.equal(by_hand.cpu() == MASKED, mask)
     step = torch.tensor([STEP], device=DEVICE)
     fixed = whole.quantize(by_hand, step, empty(7, layout.N, dtype=torch.int16))
@@ -94,14 +95,23 @@ def test_the_epilogue_masks_and_quantizes_and_sums(whole, first_row, B):
 
     out, shift, sums = empty(7, layout.N, dtype=torch.int16), empty(layout.N), empty(layout.N)
     row, scale = one(7), LOG2_E / 0.05 * STEP
-    whole.finish_scores(made, layout, first_row, scale, row, shift, sums, False, step=step, out=out)
+    whole.finish_scores(made, step, out, positives, scale, row, shift, sums, accumulate=False)
     assert torch.equal(out, fixed)
     expected = empty(layout.N), empty(layout.N)
     whole.column_lse(fixed, scale, row, *expected, accumulate=False)
     assert torch.equal(shift, expected[0]) and torch.equal(sums, expected[1])
-    assert (whole.mask_positives_(out.zero_(), layout, first_row).cpu() == -32768).equal(mask)
-    whole.finish_scores(made, None, 0, scale, row, shift, sums, False, step=step, out=out)
-    assert (out != -32768).all()
+    assert torch.equal(whole.quantize(made, step, out.zero_(), positives), fixed)
+
+
+def test_the_mask_of_some_images_of_several_views(whole):
+    layout = Layout(B=5, V=3, L=2, T=2, D=1, W=3, rank=1)
+    images = range(2, 4)
+    made = made_scores(layout.V * len(images), layout.N).to(DEVICE)
+    mask = layout.to_gathered(layout.positive_mask(layout.M)).view(layout.V, layout.B, layout.N)[:, 2:4].flatten(0, 1)
+    positives = Positives(layout, images.start, len(images))
+    assert torch.equal(whole.mask_positives_(made.clone(), positives).cpu() == MASKED, mask)
+    fixed = whole.quantize(made, STEP, empty(len(made), layout.N, dtype=torch.int16), positives)
+    assert torch.equal(fixed.cpu() == -32768, mask)
 
 
 def test_quantize_rounds_and_clamps(whole):
@@ -200,11 +210,12 @@ def test_one_launch_does_all_iterations(shape, dtype, cluster):
             assert_close(sums.cpu(), c, 2e-5)
 
 
-def test_what_does_not_fit_on_chip_is_not_done():
-    made = kernels_on(cluster=1, shared_bytes=64 << 10)
-    s, row = made_scores(600, 600).to(DEVICE), one(600)
-    assert made.sinkhorn(s, 10.0, row, 3) is None and (row.mantissa == 1).all()
-    assert kernels_on(cluster=1, cooperative=False).sinkhorn(s[:4], 10.0, row, 3) is None
+def test_what_fits_on_chip():
+    made = kernels_on(cluster=1, shared_bytes=64 << 10, multiprocessors=4)
+    assert made.fits_on_chip(100, 600, torch.int16, DEVICE)
+    assert not made.fits_on_chip(100, 600, torch.float32, DEVICE)
+    assert not made.fits_on_chip(1, 8193, torch.int16, DEVICE)
+    assert not kernels_on(cluster=1, cooperative=False).fits_on_chip(4, 4, torch.int16, DEVICE)
 
 
 @pytest.mark.parametrize("shape", [(3, 1), (37, 33), (2, 4099)], ids=str)  # the last: beyond one turn of a row's block
@@ -228,11 +239,12 @@ def test_plan_operator(whole, shape):
 
 # Within a tile of 32, at its edge, past it, and more than two tiles.
 @pytest.mark.parametrize("m", [1, 32, 33, 70])
-def test_symmetrize(whole, m):
-    G = torch.randn(m, m, device=DEVICE)
-    expected = G + G.T
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_symmetrize(whole, m, dtype):
+    G = torch.randn(m, m, device=DEVICE).to(dtype)
+    expected = G.float() + G.float().T
     sums = whole.symmetrize_(G)
-    assert torch.equal(G, expected)
+    assert torch.equal(G, expected.to(dtype))
     assert_close(sums, expected.double().sum(1), 0, 1e-5 * max(1, m**0.5))
 
 
@@ -241,16 +253,38 @@ def test_symmetrize(whole, m):
 def test_normalize_any_magnitude_and_stride(whole, magnitude, transposed):
     x = torch.randn(21, 5, device=DEVICE).T * magnitude
     x = x if transposed else x.contiguous()
-    unit, norm = whole.normalize(x)
+    unit, norm, _ = whole.normalize(x)
     expected = x.double().norm(dim=1)
     assert_close(norm, expected, 1e-12)
     assert_close(unit, x.double() / expected.clamp_min(1e-12)[:, None], 1e-6, 1e-30)
 
 
+# 7 images of 3 views, in strides of their own; rows as a matrix; one more feature than four turns of a row's block.
+@pytest.mark.parametrize(("shape", "order"), [((3, 7, 5), (1, 0, 2)), ((5, 3, 7), (2, 1, 0)), ((9, 1025), (0, 1))])
+def test_centred_half_rows(whole, shape, order):
+    x = torch.randn(*(shape[i] for i in order), device=DEVICE).permute(order).mul_(1e3)
+    assert x.shape == shape
+    rows = x.double().flatten(0, -2)
+    unit = rows / rows.norm(dim=1, keepdim=True)
+    centre = unit.mean(0).float()
+    for given, expected in ((None, unit), (centre, unit - centre)):
+        read, norm, source = whole.half_rows(x, given)
+        assert read.dtype == torch.float16 and source is x
+        assert_close(norm, rows.norm(dim=1), 1e-12)
+        assert_close(read.double() / HALF_UNIT, expected, 2**-11, 1e-6)
+    half = whole.half_rows(x)
+    potential = whole.centre_potential(half.read, centre, representable(0.05))
+    expected = half.read.double() @ centre.double() / HALF_UNIT / representable(0.05) * LOG2_E
+    assert_close(log2(potential), expected, 0, 1e-6)
+    gradient = torch.randn(rows.shape, device=DEVICE)
+    expected = 0.25 * (gradient - unit * (unit * gradient).sum(1, keepdim=True)) / rows.norm(dim=1, keepdim=True)
+    assert_close(whole.project_(gradient.clone(), half, 0.25), expected, 1e-5, 1e-8)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_normalize_16_bit_rows(whole, dtype):
     x = torch.randn(3, 33, device=DEVICE).to(dtype)
-    unit, norm = whole.normalize(x)
+    unit, norm, _ = whole.normalize(x)
     assert_close(norm, x.double().norm(dim=1), 1e-12)
     assert_close(unit, x.double() / x.double().norm(dim=1, keepdim=True), 1e-6)
 
@@ -259,13 +293,13 @@ def test_normalize_16_bit_rows(whole, dtype):
 def test_project_and_a_zero_row(whole, d):
     x = torch.randn(3, d, device=DEVICE)
     x[1] = 0
-    unit, norm = whole.normalize(x)
+    unit, norm, _ = rows = whole.normalize(x)
     assert (unit[1] == 0).all() and norm[1] == 0
     gradient = torch.randn(3, d, device=DEVICE)
     ud, gd = unit.double(), gradient.double()
     expected = (gd - ud * (ud * gd).sum(1, keepdim=True)) / norm[:, None].clamp_min(1e-30)
     expected[1] = 0
-    assert_close(whole.project_(gradient, unit, norm), expected, 1e-5, 1e-5)
+    assert_close(whole.project_(gradient, rows), expected, 1e-5, 1e-5)
 
 
 def test_centre_potential_at_the_least_epsilon(whole):
@@ -288,8 +322,9 @@ def test_no_result_depends_on_the_order_of_threads(kernels):  # noqa: F811
             kernels.column_lse(s, 20.0, row, shift, sums, accumulate=False)
             kernels.sinkhorn_pass(s, 20.0, row, col, c, accumulate=False)
             square = s[:, :11].contiguous()
-            outcomes.append([shift, sums, *row, c, kernels.symmetrize_(square), square, *kernels.normalize(s)])
-            if (small := kernels.sinkhorn(s[:, :90].contiguous(), 20.0, one(11), 3)) is not None:
+            outcomes.append([shift, sums, *row, c, kernels.symmetrize_(square), square, *kernels.normalize(s)[:2]])
+            if kernels.fits_on_chip(11, 90, torch.float32, DEVICE):
+                small = kernels.sinkhorn(s[:, :90].contiguous(), 20.0, one(11), 3)
                 outcomes[-1] += [*small[0], small[1]]
         finally:
             emulated.run_threads_backwards(False)

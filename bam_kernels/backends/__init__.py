@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from . import cpu, triton
+from . import cpu, cuda, triton
 from .interface import RowKernels
 
 
@@ -19,11 +19,15 @@ class Execution(Protocol):
     def precision(self) -> str: ...
 
 
-_UNVERIFIED = 'no kernels for {device} tensors that a GPU has verified; backend="triton" has some that none has run'
+_UNVERIFIED = (
+    'no kernels for {device} tensors that a GPU has verified; backend="triton" and "cuda" have some none has run'
+)
 
 
 def row_kernels(backend: str) -> RowKernels:
     """The row kernels of a backend that `choose` has returned."""
+    if backend == "cuda":
+        return cuda.kernels()
     return triton.kernels() if backend == "triton" else cpu.kernels()
 
 
@@ -70,6 +74,4 @@ def _cannot_run(backend: str, device: torch.device) -> str | None:
         if device.type != "cpu":
             return f'the tensors are on {device}, it takes CPU tensors; use backend="auto"'
         return cpu.unavailable()
-    if backend == "triton":
-        return triton.unavailable(device)
-    return f'this version has no {backend} kernels for the loss; use backend="reference" on {device.type}'
+    return (triton if backend == "triton" else cuda).unavailable(device)

@@ -43,6 +43,7 @@ class _Rows:
     def __init__(self, rows: Tensor, flash: "FlashKernels") -> None:
         self.rows = rows
         self.step, self.columns = 1 / flash.unit**2, len(flash.keys)
+        self.kept_type = None  # they are no scores
         self.kernels: Any = flash  # of the row kernels, those that `balance` calls
 
     def sweep(self) -> Iterator[tuple[int, Tensor]]:

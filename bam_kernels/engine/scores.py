@@ -177,6 +177,10 @@ class Sweeps(Protocol):
     @property
     def step(self) -> Any: ...
 
+    @property
+    def kept_type(self) -> torch.dtype | None:
+        """The type of the scores if all are kept after a sweep."""
+
     def sweep(self) -> Iterator[tuple[int, Tensor]]:
         """(first row, scores of some rows) until all rows have been seen."""
 
@@ -189,6 +193,7 @@ class KeptScores:
 
     def __init__(self, scores: Tensor, step: Any, kernels: RowKernels) -> None:
         self.scores, self.step, self.kernels, self.columns = scores, step, kernels, scores.shape[1]
+        self.kept_type = scores.dtype
 
     def sweep(self) -> Iterator[tuple[int, Tensor]]:
         yield 0, self.scores
@@ -208,6 +213,10 @@ class TargetScores:
     @property
     def step(self) -> Any:
         return self.scores.step
+
+    @property
+    def kept_type(self) -> torch.dtype | None:
+        return self.scores.dtype if self.plan.cached else None
 
     def sweep(self) -> Iterator[tuple[int, Tensor]]:
         if self.kept is not None:

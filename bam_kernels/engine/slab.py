@@ -108,6 +108,8 @@ def balance(
     the row step after g is left to the kernel that reads the scores next. `meanwhile` is done during each sum over the
     ranks; `cosines` says that scores are within +-1.
     """
+    if ranks.W == 1 and iterations > 1 and (found := _in_one_launch(target, row, epsilon, iterations)) is not None:
+        return found
     kernels, n = target.kernels, target.columns
     shift, sums = row.mantissa.new_empty(n), row.mantissa.new_empty(n)
     target.column_step(LOG2_E / epsilon, row, shift, sums)
@@ -121,6 +123,20 @@ def balance(
         c = ranks.sum(c, meanwhile)
         kernels.divide_potential_(col, c)
     return col, c
+
+
+def _in_one_launch(target: Sweeps, row: Potential, epsilon: float, iterations: int) -> tuple[Potential, Tensor] | None:
+    """The same where the backend does all iterations at once and the scores, kept whole, fit its chip; else None."""
+    kernels: Any = target.kernels
+    device = row.exponent.device
+    if not hasattr(kernels, "sinkhorn") or target.kept_type is None:
+        return None
+    if not kernels.fits_on_chip(len(row.exponent), target.columns, target.kept_type, device):
+        return None
+    for _ in target.sweep():  # makes what is kept
+        pass
+    ((_, scores),) = target.sweep()
+    return kernels.sinkhorn(scores, LOG2_E / epsilon * target.step, row, iterations)
 
 
 def _sum_over_ranks(

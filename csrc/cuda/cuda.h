@@ -40,11 +40,11 @@ struct Scalar {
 
 enum class FloatType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
-// Any float matrix with contiguous rows.
+// A float matrix of any strides, rows of several views: row v*per_view + i is at data + v*view_stride + i*row_stride.
 struct Rows {
   const void* data;
   FloatType type;
-  int64_t row_stride;
+  int64_t per_view, view_stride, row_stride, feature_stride;
 };
 
 // How a thread's columns lie: it owns kOwned, in octets that are neighbours' neighbours.
@@ -171,54 +171,45 @@ struct PlanSubtract {
 // Unit rows times 64 sit in the middle of fp16's range: the smallest entry that matters stays normal.
 constexpr float kUnitScale = 64.0f;
 
-// unit_i = x_i / max(|x_i|, 1e-12) in float32, or in fp16 64 times that minus `centre` where it is given; norm_i =
-// |x_i|.
+// read_i = x_i / max(|x_i|, 1e-12) - centre in float32, or 64 times that in fp16; norm_i = |x_i|.
 struct Normalize {
   Rows x;
   int64_t m, d;
-  const float* centre;
-  float* unit;    // (m, d), or null
-  void* unit_16;  // (m, d) fp16, or null
+  const float* centre;  // null: 0
+  void* read;           // (m, d) float32 or fp16
+  FloatType read_type;
   double* norm;
 };
 
+// The row potential 2^(scale * <read_i, centre>).
 struct CentrePotential {
-  Rows x;              // unit rows, or with `norm` raw ones
-  const double* norm;  // (m), or null
+  Rows read;
   int64_t m, d;
   const float* centre;
   double scale;
   Potential row;
 };
 
-// d_i <- (d_i - unit_i <unit_i, d_i>) / norm_i with unit_i = x_i / norm_i, or x_i itself where it is_unit; 0 where
-// norm_i < 1e-12.
+// d_i <- factor * (d_i - u_i <u_i, d_i>) / norm_i with u_i = x_i / norm_i, and 0 where norm_i < 1e-12.
 struct Project {
   float* d;
   Rows x;
-  bool is_unit;
   const double* norm;
+  float factor;
   int64_t m, d_features;
 };
 
 struct Symmetrize {
-  float* G;
+  void* G;         // (m, m)
+  FloatType type;  // float32 or fp16
   int64_t m, stride;
   float* row_sums;
   float* partial;  // (ceil(m/32), m)
 };
 
-struct Quantize {
-  const float* scores;
-  int64_t m, n, row_stride;
-  Scalar step;
-  int16_t* out;
-  int64_t out_stride;
-};
-
 struct MaskPositives {
-  Scores scores;
-  int64_t m;
+  float* scores;
+  int64_t m, row_stride;
   Positives positives;
 };
 
@@ -247,7 +238,6 @@ struct Kernels {
   void (*centre_potential)(const CentrePotential&, const Where&);
   void (*project)(const Project&, const Where&);
   void (*symmetrize)(const Symmetrize&, const Where&);
-  void (*quantize)(const Quantize&, const Where&);
   void (*mask_positives)(const MaskPositives&, const Where&);
   void (*reciprocal_potential)(const ReciprocalPotential&, const Where&);
   void (*divide_potential)(const DividePotential&, const Where&);

@@ -133,7 +133,9 @@ __global__ void __launch_bounds__(kRowThreads) plan_subtract_kernel(const PlanSu
 }
 
 // Tiles (I, J) and (J, I) of G <- G + transpose(G), I <= J, and partial[J, i] = sum over tile J of the result's row i.
+template <class T>
 __global__ void __launch_bounds__(kTile* kTileRows) symmetrize_kernel(const Symmetrize p) {
+  T* G = static_cast<T*>(p.G);
   const int64_t I = blockIdx.y, J = blockIdx.x;
   if (I > J) return;
   auto* tile = static_cast<float (*)[kTile + 1]>(shared_memory());
@@ -141,22 +143,22 @@ __global__ void __launch_bounds__(kTile* kTileRows) symmetrize_kernel(const Symm
   const int64_t j = J * kTile + x, i_of_x = I * kTile + x;
   for (int y = first; y < kTile; y += kTileRows) {  // tile[a][b]: row I*kTile + b, column J*kTile + a, of the transpose
     const int64_t row = J * kTile + y;
-    tile[y][x] = row < p.m && i_of_x < p.m ? p.G[row * p.stride + i_of_x] : 0.0f;
+    tile[y][x] = row < p.m && i_of_x < p.m ? as_float(G[row * p.stride + i_of_x]) : 0.0f;
   }
   sync_block();
   for (int y = first; y < kTile; y += kTileRows) {
     const int64_t i = I * kTile + y;
     float total = tile[x][y];
     if (i < p.m && j < p.m) {
-      total += p.G[i * p.stride + j];
-      p.G[i * p.stride + j] = total;
+      total += as_float(G[i * p.stride + j]);
+      G[i * p.stride + j] = from_float<T>(total);
     }
     tile[x][y] = total;
   }
   sync_block();
   for (int y = first; y < kTile; y += kTileRows) {
     const int64_t row = J * kTile + y;
-    if (I < J && row < p.m && i_of_x < p.m) p.G[row * p.stride + i_of_x] = tile[y][x];
+    if (I < J && row < p.m && i_of_x < p.m) G[row * p.stride + i_of_x] = from_float<T>(tile[y][x]);
   }
   if (first == 0 && i_of_x < p.m) {
     float sum = 0.0f;
@@ -210,8 +212,10 @@ void plan_subtract(const PlanSubtract& p, const Where& where) {
 
 void symmetrize(const Symmetrize& p, const Where& where) {
   const unsigned tiles = blocks_for(p.m, kTile);
-  launch("symmetrize_kernel", symmetrize_kernel,
-         {dim3(tiles, tiles), kTile * kTileRows, kTile * (kTile + 1) * static_cast<int64_t>(sizeof(float))}, where, p);
+  const Shape shape = {dim3(tiles, tiles), kTile * kTileRows,
+                       kTile * (kTile + 1) * static_cast<int64_t>(sizeof(float))};
+  if (p.type == FloatType::kFloat32) launch("symmetrize_kernel<float32>", symmetrize_kernel<float>, shape, where, p);
+  else launch("symmetrize_kernel<float16>", symmetrize_kernel<__half>, shape, where, p);
   add_chunks({p.partial, tiles, p.m, nullptr, p.row_sums, false}, where);
 }
 

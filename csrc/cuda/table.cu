@@ -14,13 +14,12 @@ void normalize(const Normalize&, const Where&);
 void centre_potential(const CentrePotential&, const Where&);
 void project(const Project&, const Where&);
 void symmetrize(const Symmetrize&, const Where&);
-void quantize(const Quantize&, const Where&);
 void mask_positives(const MaskPositives&, const Where&);
 void reciprocal_potential(const ReciprocalPotential&, const Where&);
 void divide_potential(const DividePotential&, const Where&);
 
-const Kernels kernels = {column_lse,    sinkhorn_pass, row_step,       sinkhorn_on_chip,     match,
-                         plan_products, plan_subtract, normalize,      centre_potential,     project,
-                         symmetrize,    quantize,      mask_positives, reciprocal_potential, divide_potential};
+const Kernels kernels = {
+    column_lse, sinkhorn_pass,    row_step, sinkhorn_on_chip, match,          plan_products,        plan_subtract,
+    normalize,  centre_potential, project,  symmetrize,       mask_positives, reciprocal_potential, divide_potential};
 
 }  // namespace bam::cuda

@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...layout import Layout
-from ..interface import Potential
+from ..interface import Positives, Potential
 from .device import Device
 
 Number = float | Tensor
@@ -30,9 +29,10 @@ def scores_of(s: Tensor) -> tuple[int, bool, int, int]:
     return s.data_ptr(), s.dtype == torch.int16, s.stride(0) if s.dim() == 3 else 0, s.stride(-2)
 
 
-def rows_of(x: Tensor) -> tuple[int, int, int]:
-    assert x.dim() == 2 and x.stride(1) == 1
-    return x.data_ptr(), FLOAT_TYPES[x.dtype], x.stride(0)
+def rows_of(x: Tensor) -> tuple[int, int, tuple[int, int, int, int]]:
+    """Address, type, and rows of a view, strides of views, rows and features of (m, D) or (V, B, D)."""
+    view_stride = x.stride(0) if x.dim() == 3 else 0
+    return x.data_ptr(), FLOAT_TYPES[x.dtype], (max(x.shape[-2], 1), view_stride, x.stride(-2), x.stride(-1))
 
 
 def number(x: Number, factor: float = 1.0) -> tuple[float, int]:
@@ -43,11 +43,16 @@ def number(x: Number, factor: float = 1.0) -> tuple[float, int]:
     return factor * float(x), 0
 
 
-def positives_of(layout: Layout | None, first_row: int, period: int) -> tuple[bool, int, int, int, int, int]:
-    """Row i is of image (first_row + i % period) % B."""
-    if layout is None:
+def rounded(scale: float) -> float:
+    """As float32 holds it, which is how the scale of scores is handed over."""
+    return torch.tensor(scale, dtype=torch.float32).item()
+
+
+def positives_of(positives: Positives | None) -> tuple[bool, int, int, int, int, int]:
+    if positives is None:
         return NO_POSITIVES
-    return True, first_row, max(period, 1), layout.B, layout.T, layout.own_columns
+    layout = positives.layout
+    return True, positives.first, positives.period, layout.B, layout.T, layout.own_columns
 
 
 class Launcher:

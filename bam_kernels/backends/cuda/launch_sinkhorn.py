@@ -5,9 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from ...layout import Layout
-from ..interface import Potential
-from .launch import NO_POSITIVES, Launcher, Number, address, number, pair, positives_of, scores_of
+from ..interface import Positives, Potential
+from .launch import NO_POTENTIAL, Launcher, Number, address, number, pair, positives_of, scores_of
 from .shapes import column_rows, on_chip, pass_rows, pass_team
 
 
@@ -18,64 +17,61 @@ class SinkhornKernels(Launcher):
         self, s: Tensor, scale: Number, row: Potential, shift: Tensor, sums: Tensor, accumulate: bool
     ) -> None:
         """Per column Σ_i 2^(scale*s_ij) row_i = sums_j * 2^shift_j, added to what is there if `accumulate`."""
-        m, n = s.shape
-        rows = column_rows(m, n, self._device(s))
-        partial = torch.empty(2, -(-m // rows), n, device=s.device)
-        self._kernels.column_lse(
-            scores_of(s),
-            m,
-            n,
-            number(scale),
-            pair(row),
-            shift.data_ptr(),
-            sums.data_ptr(),
-            accumulate,
-            partial.data_ptr(),
-            rows,
-            0,
-            0,
-            (1.0, 0),
-            NO_POSITIVES,
-            self._where(s),
-        )
+        self._column_lse(s, scale, row, shift, sums, accumulate, None, 1.0, None)
+
+    def quantize(self, s: Tensor, step: Number, out: Tensor, positives: Positives | None = None) -> Tensor:
+        """rint(scores/step) clamped to +-32767 into `out` (m, N) int16; masked scores, and positives, as -32768."""
+        self._column_lse(s, 1.0, None, None, None, False, out, step, positives)
+        return out
 
     def finish_scores(
         self,
         s: Tensor,
-        layout: Layout | None,
-        first_row: int,
+        step: Number,
+        out: Tensor,
+        positives: Positives | None,
         scale: Number,
         row: Potential,
         shift: Tensor,
         sums: Tensor,
-        accumulate: bool,
         *,
-        step: Number,
-        out: Tensor,
+        accumulate: bool,
     ) -> None:
-        """A product's epilogue in one read of s (m, N) float32: positives masked, int16 out (m, N), column_lse of it.
+        """A product's epilogue in one read of s (m, N) float32: `quantize` to out (m, N) int16, and its column_lse."""
+        self._column_lse(s, scale, row, shift, sums, accumulate, out, step, positives)
 
-        `layout` None: nothing is masked. s is left as it is.
-        """
-        assert s.dtype == torch.float32 and out.dtype == torch.int16 and s.stride(1) == out.stride(1) == 1
+    def _column_lse(
+        self,
+        s: Tensor,
+        scale: Number,
+        row: Potential | None,
+        shift: Tensor | None,
+        sums: Tensor | None,
+        accumulate: bool,
+        out: Tensor | None,
+        step: Number,
+        positives: Positives | None,
+    ) -> None:
+        """out None: the scores are finished; shift None: no sums."""
+        assert out is None or (s.dtype == torch.float32 and out.dtype == torch.int16 and out.stride(1) == 1)
         m, n = s.shape
         rows = column_rows(m, n, self._device(s))
-        partial = torch.empty(2, -(-m // rows), n, device=s.device)
+        partial = torch.empty(2, -(-m // rows) if shift is not None else 0, n, device=s.device)
         self._kernels.column_lse(
             scores_of(s),
             m,
             n,
             number(scale),
-            pair(row),
-            shift.data_ptr(),
-            sums.data_ptr(),
+            pair(row) if row is not None else NO_POTENTIAL,
+            address(shift),
+            address(sums),
             accumulate,
             partial.data_ptr(),
             rows,
-            out.data_ptr(),
-            out.stride(0),
+            address(out),
+            out.stride(0) if out is not None else 0,
             number(step),
-            positives_of(layout, first_row, m),
+            positives_of(positives),
             self._where(s),
         )
 
@@ -120,16 +116,19 @@ class SinkhornKernels(Launcher):
             where,
         )
 
-    def sinkhorn(self, s: Tensor, scale: Number, row: Potential, iterations: int) -> tuple[Potential, Tensor] | None:
-        """All of `iterations` in one launch where the scores of all rows fit on chip, else None and nothing done.
+    def fits_on_chip(self, m: int, n: int, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether `sinkhorn` takes (m, n) scores of a type: whether they fit the shared memory of all blocks."""
+        return on_chip(m, n, dtype.itemsize, self._found_device(device.index or 0)) is not None
 
-        The first column step starts from `row`, which afterwards holds the last row step but one, as `balance` says.
-        Returns the column potential and the column sums before the last column step, NaN if there was one alone.
+    def sinkhorn(self, s: Tensor, scale: Number, row: Potential, iterations: int) -> tuple[Potential, Tensor]:
+        """All of `iterations` over scores that fit on chip, in one launch.
+
+        The first column step starts from `row`, which afterwards holds the last row step but one. Returns the column
+        potential, and the column sums before the last column step, NaN where that is the first.
         """
         m, n = s.shape
         shape = on_chip(m, n, s.element_size(), self._device(s))
-        if shape is None:
-            return None
+        assert shape is not None
         col = Potential(*torch.empty(2, n, device=s.device))
         c = torch.full((n,), math.nan, device=s.device)
         partial = torch.empty(2, shape.blocks, n, device=s.device)

@@ -9,11 +9,12 @@ Results do not differ from run to run on devices of one kind.
 import torch
 from torch import Tensor
 
-from ...layout import Layout
-from ..interface import LOG2_E, Potential
-from .launch import Number, number, pair, positives_of, rows_of, scores_of
+from ..interface import HALF_UNIT, LOG2_E, Positives, Potential, UnitRows
+from .launch import FLOAT_TYPES, Number, address, number, pair, positives_of, rounded, rows_of, scores_of
 from .launch_match import MatchKernels
 from .launch_sinkhorn import SinkhornKernels
+
+SYMMETRIZE_TILE = 32  # kTile in csrc/cuda/plan.cu
 
 
 class CudaKernels(SinkhornKernels, MatchKernels):
@@ -21,56 +22,56 @@ class CudaKernels(SinkhornKernels, MatchKernels):
 
     backend = "cuda"
 
-    def normalize(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (m, D) of any float type -> unit rows (m, D) float32 and norms (m,) float64."""
-        if x.stride(-1) != 1:
-            x = x.contiguous()
-        m, d = x.shape
-        unit = torch.empty(m, d, device=x.device)
-        norm = torch.empty(m, dtype=torch.float64, device=x.device)
-        self._kernels.normalize(rows_of(x), m, d, 0, unit.data_ptr(), 0, norm.data_ptr(), self._where(x))
-        return unit, norm
+    def normalize(self, x: Tensor) -> UnitRows:
+        """x (m, D) or (V, B, D) of any float type and strides -> unit rows (m, D) float32, norms; view-major."""
+        return self._unit_rows(x, None, torch.float32)
 
-    def centre_potential(self, unit: Tensor, centre: Tensor, epsilon: float) -> Potential:
+    def half_rows(self, x: Tensor, centre: Tensor | None = None) -> UnitRows:
+        """As `normalize`, but the unit rows, less `centre` (D,) where it is given, are fp16 times HALF_UNIT."""
+        return self._unit_rows(x, centre, torch.float16)
+
+    def _unit_rows(self, x: Tensor, centre: Tensor | None, dtype: torch.dtype) -> UnitRows:
+        m, d = x.shape[:-1].numel(), x.shape[-1]
+        assert centre is None or (centre.is_contiguous() and centre.dtype == torch.float32)
+        read = torch.empty(m, d, dtype=dtype, device=x.device)
+        norm = torch.empty(m, dtype=torch.float64, device=x.device)
+        self._kernels.normalize(
+            rows_of(x), m, d, address(centre), read.data_ptr(), FLOAT_TYPES[dtype], norm.data_ptr(), self._where(x)
+        )
+        return UnitRows(read, norm, x)
+
+    def centre_potential(self, read: Tensor, centre: Tensor, epsilon: float) -> Potential:
         """The row potential exp(<unit_i, centre>/eps) that scores against centred keys start from."""
-        m, d = unit.shape
+        m, d = read.shape
         assert centre.is_contiguous() and centre.dtype == torch.float32
-        row = Potential(*torch.empty(2, m, device=unit.device))
-        # The scale is rounded to float32, as that of the scores is.
-        scale = torch.tensor(LOG2_E / epsilon, dtype=torch.float32).item()
-        self._kernels.centre_potential(rows_of(unit), 0, m, d, centre.data_ptr(), scale, pair(row), self._where(unit))
+        row = Potential(*torch.empty(2, m, device=read.device))
+        scale = rounded(LOG2_E / epsilon / (HALF_UNIT if read.dtype == torch.float16 else 1.0))
+        self._kernels.centre_potential(rows_of(read), m, d, centre.data_ptr(), scale, pair(row), self._where(read))
         return row
 
-    def project_(self, d: Tensor, unit: Tensor, norm: Tensor) -> Tensor:
-        """d (m, D) <- (d - unit <unit, d>) / norm, 0 for a row with norm below 1e-12."""
+    def project_(self, d: Tensor, rows: UnitRows, factor: float = 1.0) -> Tensor:
+        """d (m, D) <- factor * (d - unit <unit, d>) / norm, 0 for a row with norm below 1e-12."""
         m, features = d.shape
         assert d.is_contiguous()
-        self._kernels.project(d.data_ptr(), rows_of(unit), True, norm.data_ptr(), m, features, self._where(d))
+        self._kernels.project(d.data_ptr(), rows_of(rows.x), rows.norm.data_ptr(), factor, m, features, self._where(d))
         return d
 
     def symmetrize_(self, G: Tensor) -> Tensor:
-        """G (m, m) <- G + Gᵀ; returns its row sums (m,)."""
+        """G (m, m) float32 or fp16 <- G + Gᵀ; returns its row sums (m,) float32."""
         m = len(G)
-        assert G.shape == (m, m) and G.stride(1) == 1
+        assert G.shape == (m, m) and G.stride(1) == 1 and G.dtype in (torch.float32, torch.float16)
         sums = torch.empty(m, device=G.device)
-        partial = torch.empty(-(-m // 32), m, device=G.device)
-        self._kernels.symmetrize(G.data_ptr(), m, G.stride(0), sums.data_ptr(), partial.data_ptr(), self._where(G))
+        partial = torch.empty(-(-m // SYMMETRIZE_TILE), m, device=G.device)
+        self._kernels.symmetrize(
+            G.data_ptr(), FLOAT_TYPES[G.dtype], m, G.stride(0), sums.data_ptr(), partial.data_ptr(), self._where(G)
+        )
         return sums
 
-    def mask_positives_(self, s: Tensor, layout: Layout, first_row: int) -> Tensor:
-        """Write the masked score where rows first_row .. of (m, N) scores meet keys of their own image."""
-        m = len(s)
-        self._kernels.mask_positives(scores_of(s), m, positives_of(layout, first_row, m), self._where(s))
+    def mask_positives_(self, s: Tensor, positives: Positives) -> Tensor:
+        """Write the masked score where rows of (m, N) float32 scores meet keys of their own image."""
+        assert s.stride(1) == 1 and s.dtype == torch.float32
+        self._kernels.mask_positives(s.data_ptr(), len(s), s.stride(0), positives_of(positives), self._where(s))
         return s
-
-    def quantize(self, s: Tensor, step: Number, out: Tensor) -> Tensor:
-        """rint(scores/step) clamped to +-32767 into `out` (m, N) int16; masked scores as -32768."""
-        assert s.stride(1) == out.stride(1) == 1 and s.dtype == torch.float32 and out.dtype == torch.int16
-        m, n = s.shape
-        self._kernels.quantize(
-            s.data_ptr(), m, n, s.stride(0), number(step), out.data_ptr(), out.stride(0), self._where(s)
-        )
-        return out
 
     def plan_products(
         self, s: Tensor, scale: Number, row: Potential, col: Potential, v: Tensor | None, u: Tensor | None

@@ -1,0 +1,122 @@
+"""backend="cuda" through the public functions, against the published implementation's outputs and the reference.
+
+Where there is no GPU the library is given the emulated kernels and CPU tensors.
+"""
+
+import pytest
+import torch
+from cuda_device import DEVICE, kernels_on, pytestmark  # noqa: F401
+from problems import FLOAT32, GOLDEN_FILES, assert_close, features, load, loss_and_grad
+
+from bam_kernels import bam_loss, bam_targets, reference, sinkhorn_attention
+from bam_kernels.backends import cuda
+from bam_kernels.simulated import SimulatedRanks
+
+EXACT = {"backend": "cuda", "precision": "exact"}
+
+
+@pytest.fixture(autouse=True, params=["one launch", "a launch a pass"])
+def in_use(request, monkeypatch):
+    """All Sinkhorn iterations of one rank in one launch, and what a device without cooperative launches does."""
+    limits = {} if request.param == "one launch" else {"cluster": 1, "cooperative": False}
+    made = kernels_on(**limits)
+    monkeypatch.setattr(cuda, "kernels", lambda: made)
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(cuda, "unavailable", lambda device: None)
+    return made
+
+
+@pytest.mark.parametrize("path", [p for p in GOLDEN_FILES if p.stem.endswith("_w1")], ids=lambda path: path.stem)
+def test_golden(path):
+    problem = load(path)
+    student = problem.student.to(DEVICE)
+    teacher = problem.teacher.to(DEVICE) if problem.teacher is not None else None
+    loss, grad = loss_and_grad(bam_loss, student, teacher, **EXACT, **problem.options)
+    problem.check_loss(loss.cpu(), FLOAT32)
+    problem.check_grad(grad.cpu(), FLOAT32)
+    problem.check_target(bam_targets(student, teacher, **EXACT, **problem.options).cpu(), FLOAT32)
+
+
+@pytest.mark.parametrize("R", [0, 2])
+@pytest.mark.parametrize("memory_budget", [None, 3000])  # all scores kept; slabs of some rows, made again
+def test_sixteen_bit(R, memory_budget, matmul_precision):
+    """fp16 rows, int16 scores, their gradient in fp16."""
+    student, teacher = features(4, 14, 40, seed=1), features(R, 14, 40, seed=1) if R else None
+    y = teacher.double() if R else None
+    loss, grad = loss_and_grad(reference.bam_loss, student.double(), y)
+    P = reference.bam_targets(student.double(), y)
+    torch.set_float32_matmul_precision("high")
+    on_device = student.to(DEVICE), teacher.to(DEVICE) if R else None
+    options = {"backend": "cuda", "memory_budget": memory_budget or 1 << 30}
+    found_loss, found_grad = loss_and_grad(bam_loss, *on_device, **options)
+    found_P = bam_targets(*on_device, **options).cpu()
+    assert_close(found_loss.cpu(), loss, 2e-4 * loss.item())
+    assert (found_grad.cpu() - grad).norm() <= 1e-3 * grad.norm()
+    assert 1e-6 < (found_P - P).norm() / P.norm() <= 1e-3  # they were int16 scores
+
+
+@pytest.mark.parametrize("R", [0, 2])
+def test_one_rank_of_two(R):
+    student, keys = features(3, 6, 5), torch.nn.functional.normalize(features(4, 6, 5, seed=2).flatten(0, 1), dim=1)
+    teacher = features(R, 6, 5, seed=1) if R else None
+    results = []
+    for function, dtype, options in ((reference.bam_loss, torch.float64, {}), (bam_loss, torch.float32, EXACT)):
+        group = SimulatedRanks(2, 1, keys.to(DEVICE, dtype))
+        y = teacher.to(DEVICE, dtype) if R else None
+        results.append(loss_and_grad(function, student.to(DEVICE, dtype), y, group=group, **options))
+    (expected_loss, expected_grad), (loss, grad) = results
+    assert_close(loss.cpu(), expected_loss.cpu(), 1e-5)
+    assert_close(grad.cpu(), expected_grad.cpu(), 1e-5)
+
+
+@pytest.mark.parametrize("output", ["plan", "potentials"])
+def test_attention(output):
+    q, k = features(1, 18, 8)[0].to(DEVICE), features(1, 12, 8, seed=1)[0].to(DEVICE)
+    options = {"mask": "block", "views": 3, "key_views": 2, "output": output, "differentiable": True}
+
+    def gradients(function, dtype, **more):
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k)]
+        result = function(*leaves, **options, **more)
+        parts = [result] if output == "plan" else list(result)
+        total = sum((part * torch.linspace(-1, 1, part.numel(), device=DEVICE).view_as(part)).sum() for part in parts)
+        return [part.detach() for part in parts], torch.autograd.grad(total, leaves)
+
+    parts, grads = gradients(sinkhorn_attention, torch.float32, **EXACT)
+    expected, expected_grads = gradients(reference.sinkhorn_attention, torch.float64)
+    for actual, truth in zip((*parts, *grads), (*expected, *expected_grads), strict=True):
+        assert (actual - truth).norm() <= 2e-5 * truth.norm()
+
+
+def test_which_kernels_ran(in_use, monkeypatch):
+    """A small problem of one rank takes one launch for its iterations where the device has that."""
+    called = []
+
+    class Recorder:
+        def __getattr__(self, name):
+            called.append(name)
+            return getattr(table, name)
+
+    table, in_use._kernels = in_use._kernels, Recorder()
+    loss_and_grad(bam_loss, features(2, 9, 8).to(DEVICE), None, iterations=4, **EXACT)
+    at_once = in_use.fits_on_chip(18, 18, torch.float32, DEVICE)
+    assert called.count("sinkhorn_on_chip") == int(at_once)
+    assert called.count("sinkhorn_pass") == (0 if at_once else 3)
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="a graph is of a GPU")
+def test_a_captured_step_is_the_eager_one():
+    student = features(2, 64, 32).to(DEVICE).requires_grad_()
+
+    def step():
+        loss = bam_loss(student, backend="cuda", memory_budget=1 << 24)
+        return loss, torch.autograd.grad(loss, student)[0]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        expected = step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
