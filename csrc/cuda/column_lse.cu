@@ -38,8 +38,9 @@ __device__ __forceinline__ void add_rows(Column (&column)[kOctet], const float (
 __device__ __forceinline__ void finish_row(float (&x)[kOctet], const Chunks& a, const int (&image)[kOctet], int64_t i,
                                            int64_t j, float steps_per_unit) {
   const ColumnLse& p = a.p;
-  const int own =
-      static_cast<int>(p.positives.masked ? (p.positives.first + i % p.positives.period) % p.positives.B : -2);
+  const auto row = static_cast<uint32_t>(i), first = static_cast<uint32_t>(p.positives.first);
+  const auto period = static_cast<uint32_t>(p.positives.period), B = static_cast<uint32_t>(p.positives.B);
+  const int own = p.positives.masked ? static_cast<int>((first + row % period) % B) : -2;
   int16_t fixed[kOctet];
 #pragma unroll
   for (int k = 0; k < kOctet; ++k) {

@@ -51,6 +51,9 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
 }
 
+__device__ __forceinline__ int count_bits(unsigned x) {
+  return __popc(x);
+}
 __device__ __forceinline__ float exchange(float x, int lane_mask) {
   return __shfl_xor_sync(0xffffffffu, x, lane_mask);
 }
@@ -118,6 +121,9 @@ inline void commit_copies() {
 template <int kLeft>
 void wait_for_copies() {
   emulator::wait_for_copies(kLeft);
+}
+inline int count_bits(unsigned x) {
+  return __builtin_popcount(x);
 }
 inline float exchange(float x, int lane_mask) {
   uint32_t bits;

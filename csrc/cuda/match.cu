@@ -20,27 +20,30 @@ class Image {
  public:
   __device__ Image(const MatchArguments& a, int64_t i)
       : a_(a), p_(a.p), i_(i), team_(static_cast<float*>(shared_memory())) {
-    share_ = static_cast<int64_t>(blockDim.x) * kOwned;
-    first_ = (kCluster ? cluster_rank() : 0) * share_;
+    share_ = static_cast<int>(blockDim.x) * kOwned;
+    L_ = static_cast<int>(p_.L);
+    first_ = static_cast<int64_t>(kCluster ? cluster_rank() : 0) * share_;
     targets_ = reinterpret_cast<float*>(static_cast<char*>(shared_memory()) + kScratchBytes);
     ring_ = reinterpret_cast<Score*>(targets_ + p_.L * share_);
     reports_ = threadIdx.x == 0 && (!kCluster || cluster_rank() == 0);
   }
 
   __device__ void run() {
+#pragma unroll 1
     for (int row = 0; row < kStages - 1; ++row) fetch(row);
     find_targets();
     if (p_.top_k) keep_largest();
     if (reports_) p_.sums[p_.sums_stride + i_] = entropy_;
     if (p_.targets)
-      for (int64_t t = 0; t < p_.L; ++t) write_target(t);
+#pragma unroll 1
+      for (int t = 0; t < L_; ++t) write_target(t);
     if (p_.V) match_sources();
     wait_for_copies<0>();
   }
 
  private:
   // Row u of the image: its target rows, then its source rows.
-  __device__ void fetch(int64_t u) {
+  __device__ void fetch(int u) {
     if (u < p_.L + p_.V) {
       const bool is_target = u < p_.L;
       fetch_row(slot(u), is_target ? target_row(u) : source_row(u - p_.L), first_, p_.n,
@@ -48,12 +51,12 @@ class Image {
     }
     commit_copies();
   }
-  __device__ const Score* next_row(int64_t u) {
+  __device__ const Score* next_row(int u) {
     fetch(u + kStages - 1);
     wait_for_copies<kStages - 1>();
     return slot(u);
   }
-  __device__ Score* slot(int64_t u) { return ring_ + u % kStages * share_; }
+  __device__ Score* slot(int u) { return ring_ + u % kStages * share_; }
   __device__ const Score* target_row(int64_t t) const {
     return static_cast<const Score*>(p_.target.data) + t * p_.target.view_stride + i_ * p_.target.row_stride;
   }
@@ -112,13 +115,15 @@ class Image {
     constexpr Chosen everything = ~0u;
     scale_ = number(p_.target_scale);
     col_.load(p_.col, first_, p_.n);
-    for (int64_t t = 0; t < p_.L; ++t) {
+#pragma unroll 1
+    for (int t = 0; t < L_; ++t) {
       float exponent = p_.row_exponent[t * p_.row_view_stride + i_], x[kOwned], p[kOwned], sums[2];
       read_own(x, next_row(t), true);
-      target_terms(x, everything, exponent, p, sums);
-      if (is_poor(sums[0])) {
-        exponent = target_exponent(x, everything);
+#pragma unroll 1
+      for (bool again = false;; again = true) {
+        if (again) exponent = target_exponent(x, everything);
         target_terms(x, everything, exponent, p, sums);
+        if (again || !is_poor(sums[0])) break;
       }
       if (t == 0 && p_.row_out.exponent && reports_) {
         const Power found = reciprocal(exponent, sums[0]);
@@ -132,27 +137,37 @@ class Image {
 
   __device__ int64_t column(int own) const { return first_ + octet_place(own / kOctet) + own % kOctet; }
 
+  // This thread's columns whose mean has bits of at least `least`.
+  __device__ Chosen at_least(int32_t least) const {
+    Chosen found = 0;
+#pragma unroll
+    for (int k = 0; k < kOwned; ++k)
+      if (column(k) < p_.n && bits_of(all_[k]) >= least) found |= 1u << k;
+    return found;
+  }
+
+  __device__ Chosen kept(const Threshold& threshold) const {
+    const Chosen above = at_least(threshold.low + 1), tied = at_least(threshold.low) & ~above;
+    if (threshold.cut == p_.n) return above | tied;
+    Chosen found = above;
+#pragma unroll 1
+    for (int k = 0; k < kOwned; ++k)
+      if (tied >> k & 1 && public_column(static_cast<uint32_t>(column(k)), p_.W, p_.T, p_.B) < threshold.cut)
+        found |= 1u << k;
+    return found;
+  }
+
   // The k columns of the largest mean; P is made again from the scores, because the kept mass of a view may have
   // underflowed.
   __device__ void keep_largest() {
-    const auto public_of = [&](int own) { return public_column(column(own), p_.W, p_.T, p_.B); };
-    const Threshold threshold = find_threshold(p_.top_k, p_.n, [&](int32_t least, int32_t before) {
-      float found[1] = {0.0f};  // exact: a row on chip has fewer than 2^24 columns
-#pragma unroll
-      for (int k = 0; k < kOwned; ++k) {
-        const int32_t bits = column(k) < p_.n ? bits_of(all_[k]) : -1;
-        if (bits > least || (bits == least && (before == p_.n || public_of(k) < before))) found[0] += 1.0f;
-      }
+    const Chosen chosen = kept(find_threshold(p_.top_k, p_.n, [&](const Threshold& threshold) {
+      float found[1] = {static_cast<float>(count_bits(kept(threshold)))};  // exact: a row on chip is below 2^24
       team_.reduce(found, Sum());
       return static_cast<int64_t>(found[0]);
-    });
-    Chosen chosen = 0;
-#pragma unroll
-    for (int k = 0; k < kOwned; ++k)
-      if (column(k) < p_.n && threshold.keeps(bits_of(all_[k]), threshold.cut == p_.n ? 0 : public_of(k)))
-        chosen |= 1u << k;
+    }));
     entropy_ = 0.0f;
-    for (int64_t t = 0; t < p_.L; ++t) {
+#pragma unroll 1
+    for (int t = 0; t < L_; ++t) {
       float x[kOwned], p[kOwned], sums[2];
       read_own(x, target_row(t), false);
       target_terms(x, chosen, target_exponent(x, chosen), p, sums);
@@ -195,24 +210,35 @@ class Image {
     return exponent_of(most[0]);
   }
 
+  // Pbar_v of octet q: never the difference from the sum of all, of which v's own may be the most.
+  __device__ void mean_target(float (&pbar)[kOctet], int v, int q) const {
+    const bool is_target = v < L_ && p_.V > 1;
+#pragma unroll
+    for (int k = 0; k < kOctet; ++k) pbar[k] = is_target ? 0.0f : all_[q * kOctet + k];
+    if (is_target)
+#pragma unroll 1
+      for (int t = 0; t < L_; ++t) {
+        float p[kOctet];
+        load_octet(p, targets_ + t * share_ + octet_place(q), kOctet, true, 0.0f);
+#pragma unroll
+        for (int k = 0; k < kOctet; ++k) pbar[k] += t != v ? p[k] : 0.0f;
+      }
+#pragma unroll
+    for (int k = 0; k < kOctet; ++k) pbar[k] *= p_.pair_weight;
+  }
+
   // Adds Pbar_v s_v to `matched` and writes G_v.
-  __device__ void finish_source(int64_t v, const Score* row, const float (&e)[kOwned], float of_e, float& matched) {
+  __device__ void finish_source(int v, const Score* row, const float (&e)[kOwned], float of_e, float& matched) {
 #pragma unroll
     for (int q = 0; q < kOctets; ++q) {
       const int place = octet_place(q);
-      float s[kOctet], g[kOctet];
+      float s[kOctet], g[kOctet], pbar[kOctet];
       load_scores(s, row + place);
+      mean_target(pbar, v, q);
 #pragma unroll
       for (int k = 0; k < kOctet; ++k) {
-        const int own = q * kOctet + k;
-        float pbar = all_[own];
-        if (v < p_.L && p_.V > 1) {  // never the difference from the sum of all: v's own may be most of it
-          pbar = 0.0f;
-          for (int64_t t = 0; t < p_.L; ++t) pbar += is_matched(t, v, p_.V) ? target(t, own) : 0.0f;
-        }
-        pbar *= p_.pair_weight;
-        matched = fmaf(pbar, s[k], matched);
-        g[k] = (e[own] * of_e - pbar) * p_.gradient_scale;
+        matched = fmaf(pbar[k], s[k], matched);
+        g[k] = (e[q * kOctet + k] * of_e - pbar[k]) * p_.gradient_scale;
       }
       if (p_.gradient) store_gradient(p_, v, i_, first_ + place, g, a_.gradient_aligned);
     }
@@ -222,13 +248,15 @@ class Image {
     const float scale = number(p_.source_scale);
     SourceSums of_rows;
     float matched[1] = {0.0f};
-    for (int64_t v = 0; v < p_.V; ++v) {
-      const Score* row = next_row(p_.L + v);
+#pragma unroll 1
+    for (int v = 0; v < p_.V; ++v) {
+      const Score* row = next_row(L_ + v);
       float e[kOwned], sums[2];
-      source_terms(row, scale, of_rows.exponent, e, sums);
-      if (is_poor(sums[0])) {
-        of_rows.exponent = source_exponent(row, scale);
+#pragma unroll 1
+      for (bool again = false;; again = true) {
+        if (again) of_rows.exponent = source_exponent(row, scale);
         source_terms(row, scale, of_rows.exponent, e, sums);
+        if (again || !is_poor(sums[0])) break;
       }
       const float a = row_sum_of_targets(v, p_);
       of_rows.add(a, sums[0], sums[1] * scale + sums[0] * of_rows.exponent);
@@ -242,7 +270,8 @@ class Image {
 
   const MatchArguments& a_;
   const Match& p_;
-  int64_t i_, share_, first_;
+  int64_t i_, first_;
+  int share_, L_;
   RowTeam<kCluster> team_;
   float* targets_;  // (L, share)
   Score* ring_;     // (kStages, share)

@@ -29,14 +29,30 @@ __device__ __forceinline__ float row_sum_of_targets(int64_t v, const Match& p) {
   return (v < p.L && p.V > 1 ? p.L - 1 : p.L) * p.pair_weight;
 }
 
+// x in a 16-bit float type, as its bits.
+__device__ __forceinline__ int16_t half_bits(float x, FloatType type) {
+  int16_t bits;
+  if (type == FloatType::kFloat16) {
+    const __half rounded = __float2half_rn(x);
+    memcpy(&bits, &rounded, sizeof bits);
+  } else {
+    const __nv_bfloat16 rounded = __float2bfloat16_rn(x);
+    memcpy(&bits, &rounded, sizeof bits);
+  }
+  return bits;
+}
+
 __device__ __forceinline__ void store_gradient(const Match& p, int64_t v, int64_t i, int64_t j,
                                                const float (&g)[kOctet], bool aligned) {
   const int64_t at = v * p.gradient_view_stride + i * p.gradient_row_stride + j, left = p.n - j;
-  switch (p.gradient_type) {
-    case FloatType::kFloat32: store_floats(static_cast<float*>(p.gradient) + at, g, left, aligned); break;
-    case FloatType::kFloat16: store_floats(static_cast<__half*>(p.gradient) + at, g, left, aligned); break;
-    case FloatType::kBFloat16: store_floats(static_cast<__nv_bfloat16*>(p.gradient) + at, g, left, aligned); break;
+  if (p.gradient_type == FloatType::kFloat32) {
+    store_octet(static_cast<float*>(p.gradient) + at, g, left, aligned);
+    return;
   }
+  int16_t bits[kOctet];
+#pragma unroll
+  for (int k = 0; k < kOctet; ++k) bits[k] = half_bits(g[k], p.gradient_type);
+  store_octet(static_cast<int16_t*>(p.gradient) + at, bits, left, aligned);
 }
 
 // The sums over an image's source rows.

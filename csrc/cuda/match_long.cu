@@ -63,7 +63,11 @@ class LongImage {
   __device__ bool counts(int64_t j) const {
     if (j >= p_.n) return false;
     if (!has_threshold_) return true;
-    return threshold_.keeps(bits_of(means_[j]), public_column(j, p_.W, p_.T, p_.B));
+    return is_kept(threshold_, j);
+  }
+
+  __device__ bool is_kept(const Threshold& threshold, int64_t j) const {
+    return threshold.keeps(bits_of(means_[j]), public_column(static_cast<uint32_t>(j), p_.W, p_.T, p_.B));
   }
 
   __device__ float target_term(float x, int64_t j, float exponent) const {
@@ -135,14 +139,10 @@ class LongImage {
       }
       store_octet(means_ + j, mean, p_.n - j, false);
     });
-    threshold_ = find_threshold(p_.top_k, p_.n, [&](int32_t least, int32_t before) {
+    threshold_ = find_threshold(p_.top_k, p_.n, [&](const Threshold& threshold) {
       float found[1] = {0.0f};
       for_octets([&](int64_t j) {
-        for (int k = 0; k < kOctet && j + k < p_.n; ++k) {
-          const int32_t bits = bits_of(means_[j + k]);
-          const bool at = bits == least && (before == p_.n || public_column(j + k, p_.W, p_.T, p_.B) < before);
-          if (bits > least || at) found[0] += 1.0f;
-        }
+        for (int k = 0; k < kOctet && j + k < p_.n; ++k) found[0] += is_kept(threshold, j + k) ? 1.0f : 0.0f;
       });
       team_.reduce(found, Sum());
       return static_cast<int64_t>(found[0]);

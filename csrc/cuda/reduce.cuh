@@ -8,9 +8,11 @@
 namespace bam::cuda {
 
 struct Sum {
+  static constexpr float kIdentity = 0.0f;
   __device__ __forceinline__ float operator()(float a, float b) const { return a + b; }
 };
 struct Max {
+  static constexpr float kIdentity = -INFINITY;
   __device__ __forceinline__ float operator()(float a, float b) const { return fmaxf(a, b); }
 };
 
@@ -26,25 +28,16 @@ class RowTeam {
 
   // kValues <= 4 values at once.
   template <int kValues, class Combine>
-  __device__ void reduce(float (&x)[kValues], Combine combine) {
+  __device__ __forceinline__ void reduce(float (&x)[kValues], Combine combine) {
     static_assert(kValues <= 4, "the scratch of a warp is 4 floats");
-#pragma unroll
-    for (int offset = kWarp / 2; offset > 0; offset /= 2)
-#pragma unroll
-      for (int v = 0; v < kValues; ++v) x[v] = combine(x[v], exchange(x[v], offset));
+    over_warp(x, combine);
     float* of_warps = scratch_ + buffer_ * (kMostThreads / kWarp) * 4;
-    if (threadIdx.x % kWarp == 0)
-#pragma unroll
-      for (int v = 0; v < kValues; ++v) of_warps[threadIdx.x / kWarp * 4 + v] = x[v];
+    if (threadIdx.x % kWarp == 0) put(of_warps, threadIdx.x / kWarp, x);
     sync_block();
     gather(x, of_warps, warps_, combine);
     if (kCluster) {
       float* of_blocks = scratch_ + (2 * kMostThreads / kWarp + buffer_ * kMostCluster) * 4;
-      if (threadIdx.x < cluster_size()) {
-        float* there = in_block(of_blocks, threadIdx.x) + cluster_rank() * 4;
-#pragma unroll
-        for (int v = 0; v < kValues; ++v) there[v] = x[v];
-      }
+      if (threadIdx.x < cluster_size()) put(in_block(of_blocks, threadIdx.x), cluster_rank(), x);
       sync_cluster();
       gather(x, of_blocks, static_cast<int>(cluster_size()), combine);
     }
@@ -52,14 +45,27 @@ class RowTeam {
   }
 
  private:
+  // In every lane the same: the two sums that a step adds are the same two in both of its lanes.
   template <int kValues, class Combine>
-  static __device__ void gather(float (&x)[kValues], const float* parts, int count, Combine combine) {
+  static __device__ __forceinline__ void over_warp(float (&x)[kValues], Combine combine) {
 #pragma unroll
-    for (int v = 0; v < kValues; ++v) x[v] = parts[v];
-    for (int part = 1; part < count; ++part)
+    for (int offset = kWarp / 2; offset > 0; offset /= 2)
 #pragma unroll
-      for (int v = 0; v < kValues; ++v) x[v] = combine(x[v], parts[part * 4 + v]);
+      for (int v = 0; v < kValues; ++v) x[v] = combine(x[v], exchange(x[v], offset));
   }
+  template <int kValues>
+  static __device__ __forceinline__ void put(float* parts, unsigned part, const float (&x)[kValues]) {
+#pragma unroll
+    for (int v = 0; v < kValues; ++v) parts[part * 4 + v] = x[v];
+  }
+  template <int kValues, class Combine>
+  static __device__ __forceinline__ void gather(float (&x)[kValues], const float* parts, int count, Combine combine) {
+    const int lane = threadIdx.x % kWarp;
+#pragma unroll
+    for (int v = 0; v < kValues; ++v) x[v] = lane < count ? parts[lane * 4 + v] : Combine::kIdentity;
+    over_warp(x, combine);
+  }
+  static_assert(kMostThreads <= kWarp * kWarp && kMostCluster <= kWarp, "a lane for each part");
 
   float* scratch_;
   int warps_;

@@ -106,9 +106,10 @@ BAM_HOST_DEVICE static inline int32_t own_image(int64_t j, int64_t own_columns, 
   return j >= own_columns && j < own_columns + T * B ? static_cast<int32_t>((j - own_columns) % B) : -1;
 }
 
-// Public order (view, rank, image) of a column in gathered order (rank, view, image).
-BAM_HOST_DEVICE static inline int32_t public_column(int64_t j, int64_t W, int64_t T, int64_t B) {
-  return static_cast<int32_t>((j / B % T * W + j / (T * B)) * B + j % B);
+// Public order (view, rank, image) of a column in gathered order (rank, view, image). A row has fewer than 2^31.
+BAM_HOST_DEVICE static inline int32_t public_column(uint32_t j, int64_t W, int64_t T, int64_t B) {
+  const auto w = static_cast<uint32_t>(W), t = static_cast<uint32_t>(T), b = static_cast<uint32_t>(B);
+  return static_cast<int32_t>((j / b % t * w + j / (t * b)) * b + j % b);
 }
 
 // Whether an entry is among the k largest: above the threshold, or at it and before the cut in public order. The bits
@@ -118,8 +119,8 @@ struct Threshold {
   BAM_HOST_DEVICE bool keeps(int32_t bits, int32_t column) const { return bits > low || (bits == low && column < cut); }
 };
 
-// The threshold that keeps exactly k entries of n, 0 < k < n. count(least, before) is how many entries have bits of at
-// least `least` and, where those are equal, a public column below `before`; every thread calls it alike.
+// The threshold that keeps exactly k entries of n, 0 < k < n. count(threshold) is how many it keeps; every thread calls
+// it alike.
 template <class Count>
 BAM_HOST_DEVICE inline Threshold find_threshold(int64_t k, int64_t n, Count count) {
   int32_t low = 0, high = kInfinityBits;
@@ -127,15 +128,15 @@ BAM_HOST_DEVICE inline Threshold find_threshold(int64_t k, int64_t n, Count coun
   int64_t found = n;
   while (high - low > 1 && found != k) {
     const int32_t middle = low + (high - low) / 2;
-    found = count(middle, all);
+    found = count(Threshold{middle, all});
     if (found >= k) low = middle;
     else high = middle;
   }
-  if (count(low, all) == k) return {low, all};
+  if (found == k) return {low, all};
   int32_t before = 0, cut = all;
   while (cut - before > 1) {
     const int32_t middle = before + (cut - before) / 2;
-    if (count(low, middle) >= k) cut = middle;
+    if (count(Threshold{low, middle}) >= k) cut = middle;
     else before = middle;
   }
   return {low, cut};

@@ -113,7 +113,7 @@ __device__ __forceinline__ void fetch_octet(Score* to, const Score* from, int64_
       copy_later(to + c * Chunk<Score>::kCount, from + c * Chunk<Score>::kCount);
     return;
   }
-#pragma unroll
+#pragma unroll 1
   for (int k = 0; k < kOctet; ++k) to[k] = k < left ? from[k] : masked_score<Score>();
 }
 

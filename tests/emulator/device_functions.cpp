@@ -31,10 +31,10 @@ EXPORT int own_image_of(int64_t column, int64_t own_columns, int64_t T, int64_t 
 // Which of n non-negative entries are the k largest, ties to the lower column; returns how often entries were counted.
 EXPORT int keep_largest(const float* x, int64_t n, int64_t k, unsigned char* kept) {
   int counted = 0;
-  const Threshold threshold = find_threshold(k, n, [&](int32_t least, int32_t before) {
+  const Threshold threshold = find_threshold(k, n, [&](const Threshold& trial) {
     ++counted;
     int64_t found = 0;
-    for (int64_t j = 0; j < n; ++j) found += bits_of(x[j]) > least || (bits_of(x[j]) == least && j < before);
+    for (int64_t j = 0; j < n; ++j) found += trial.keeps(bits_of(x[j]), static_cast<int32_t>(j));
     return found;
   });
   for (int64_t j = 0; j < n; ++j) kept[j] = threshold.keeps(bits_of(x[j]), static_cast<int32_t>(j));
