@@ -51,6 +51,13 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
 }
 
+// 16 bytes to global memory in one store, which the compiler splits in some of its own.
+__device__ __forceinline__ void store_16_bytes(void* to, const int4& x) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(x.x), "r"(x.y),
+               "r"(x.z), "r"(x.w)
+               : "memory");
+}
+
 __device__ __forceinline__ int count_bits(unsigned x) {
   return __popc(x);
 }
@@ -121,6 +128,9 @@ inline void commit_copies() {
 template <int kLeft>
 void wait_for_copies() {
   emulator::wait_for_copies(kLeft);
+}
+inline void store_16_bytes(void* to, const int4& x) {
+  *static_cast<int4*>(to) = x;
 }
 inline int count_bits(unsigned x) {
   return __builtin_popcount(x);

@@ -64,15 +64,25 @@ __device__ __forceinline__ void load_octet(T (&x)[kOctet], const T* from, int64_
   for (int k = 0; k < kOctet; ++k) x[k] = k < left ? from[k] : missing;
 }
 
+// 16 bytes of entries.
+__device__ __forceinline__ int4 packed(const float* x) {
+  int4 bits;
+  memcpy(&bits, x, sizeof bits);
+  return bits;
+}
+__device__ __forceinline__ int packed(int16_t low, int16_t high) {
+  return static_cast<int>(static_cast<uint32_t>(static_cast<uint16_t>(high)) << 16 | static_cast<uint16_t>(low));
+}
+__device__ __forceinline__ int4 packed(const int16_t* x) {
+  return {packed(x[0], x[1]), packed(x[2], x[3]), packed(x[4], x[5]), packed(x[6], x[7])};
+}
+
 template <class T>
 __device__ __forceinline__ void store_octet(T* to, const T (&x)[kOctet], int64_t left, bool aligned) {
   if (aligned && left >= kOctet) {
 #pragma unroll
-    for (int c = 0; c < Chunk<T>::kPerOctet; ++c) {
-      int4 bits;
-      memcpy(&bits, x + c * Chunk<T>::kCount, sizeof bits);
-      reinterpret_cast<int4*>(to)[c] = bits;
-    }
+    for (int c = 0; c < Chunk<T>::kPerOctet; ++c)
+      store_16_bytes(to + c * Chunk<T>::kCount, packed(x + c * Chunk<T>::kCount));
     return;
   }
 #pragma unroll

@@ -1,0 +1,134 @@
+"""What the compiler made of the CUDA kernels: registers, spills and the instructions they were written for. No GPU."""
+
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from bam_kernels.backends import cuda
+from bam_kernels.backends.extension import _C
+
+if _C is None or not _C.with_cuda:
+    pytest.skip("built without CUDA", allow_module_level=True)
+
+
+def cuobjdump() -> str | None:
+    """nvcc's own, or the one that Triton's package has."""
+    found = shutil.which("cuobjdump")
+    if found or Path("/usr/local/cuda/bin/cuobjdump").exists():
+        return found or "/usr/local/cuda/bin/cuobjdump"
+    try:
+        import triton
+    except ImportError:
+        return None
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return str(path) if path.exists() else None
+
+
+TOOL = cuobjdump()
+if TOOL is None:
+    pytest.skip("needs cuobjdump, of nvcc or of Triton", allow_module_level=True)
+
+ARCHITECTURES = [name.removesuffix("+PTX").replace(".", "") for name in cuda.architectures().split()]
+# Those whose time is that of a step; the others read rows too long for the chip, or little.
+HOT = (
+    "column_lse",
+    "sinkhorn_pass",
+    "sinkhorn_on_chip",
+    "match",
+    "column_products",
+    "row_step",
+    "normalize",
+    "project",
+)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """Of one kernel on one architecture. forms: instances of its template."""
+
+    registers: int
+    stack: int
+    local: int
+    forms: int
+
+
+def dump(*arguments: str) -> str:
+    command = [TOOL, *arguments, _C.__file__]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def kernel_of(line: str) -> str:
+    """The kernel's name from its mangled one."""
+    return re.search(r"\d([a-z_]+)_kernel(?:I|E)", line).group(1)
+
+
+@cache
+def compiled() -> dict[str, dict[str, Compiled]]:
+    """By architecture and kernel, the largest of its forms."""
+    found: dict[str, dict[str, Compiled]] = {}
+    architecture = ""
+    for line in dump("--dump-resource-usage").splitlines():
+        if line.startswith("arch = "):
+            architecture = line.removeprefix("arch = sm_").strip()
+        elif "Function" in line:
+            name = kernel_of(line)
+        elif "REG:" in line:
+            registers, stack, local = (
+                int(re.search(rf"{key}:(\d+)", line).group(1)) for key in ("REG", "STACK", "LOCAL")
+            )
+            of = found.setdefault(architecture, {})
+            before = of.get(name, Compiled(0, 0, 0, 0))
+            of[name] = Compiled(
+                max(registers, before.registers), max(stack, before.stack), max(local, before.local), before.forms + 1
+            )
+    return found
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_kernel_is_there_and_the_hot_ones_stay_in_registers(architecture):
+    found = compiled()[architecture]
+    sources = (Path(__file__).parent.parent / "csrc" / "cuda").glob("*.cu")
+    written = {name for path in sources for name in re.findall(r"(\w+)_kernel\(const ", path.read_text())}
+    assert set(found) == written
+    for name, one in sorted(found.items()):
+        print(f"sm_{architecture} {name:20} {one.forms} forms, {one.registers} registers, stack {one.stack}")
+        assert one.local == 0
+    for name in HOT:
+        assert found[name].stack == 0, found[name]
+    # 512 threads of these fill a multiprocessor's registers.
+    for name in ("sinkhorn_pass", "sinkhorn_on_chip", "match"):
+        assert found[name].registers <= 128
+
+
+@cache
+def instructions(architecture: str) -> dict[str, str]:
+    """The machine code of each kernel, its forms together."""
+    found: dict[str, str] = {}
+    for part in dump("-sass", "-arch", f"sm_{architecture}").split("Function : ")[1:]:
+        name = kernel_of(part.partition("\n")[0])
+        found[name] = found.get(name, "") + part
+    return found
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_instructions_are_those_that_were_meant(architecture):
+    code = instructions(architecture)
+    # Scores in 16 bytes at a time: to registers where a thread walks down rows, else past them to shared memory.
+    for name in ("column_lse", "column_products", "row_step", "row_products", "match_long"):
+        assert re.search(r"LDG\.E\.128", code[name]), name
+    for name in ("sinkhorn_pass", "sinkhorn_on_chip", "match"):
+        assert re.search(r"LDGSTS\.E\.BYPASS\.128", code[name]), name
+        assert "LDS.128" in code[name], name
+    for name in ("column_lse", "match"):  # int16 scores; their gradient
+        assert re.search(r"STG\.E\.128", code[name]), name
+    for name in ("column_lse", "sinkhorn_pass", "sinkhorn_on_chip", "match"):
+        assert "MUFU.EX2" in code[name], name
+        assert "LDL" not in code[name] and "STL" not in code[name], name
+    if int(re.match(r"\d+", architecture).group()) >= 90:
+        for name in ("sinkhorn_pass", "match", "sinkhorn_on_chip"):  # barriers of a cluster
+            assert "UCGABAR" in code[name], name
