@@ -7,6 +7,9 @@ LARGEST_TILE = 16384  # rows * columns on chip: potentials, sums and exponential
 LARGEST_IMAGE = 24576  # (target rows + 1) * columns of an image on chip: what 512 threads hold in registers
 IMAGES_AT_ONCE = 128  # of a long match with top-k, whose workspace is a row of means per image
 
+# Programs of one launch at most made by splitting a sum: bounds the partials of dz and dk whatever the shape.
+PROGRAMS = 256
+
 
 def power_of_two(n: int) -> int:
     """The least power of two that is at least n."""
@@ -72,3 +75,33 @@ def long_image_tile(L: int, n: int) -> Tile:
 def block_of(n: int, most: int = 4096) -> int:
     """Columns read at once by a kernel that loops over a row."""
     return clamp(power_of_two(n), 32, most)
+
+
+class FlashTile(NamedTuple):
+    """Rows that a program owns, rows of one step of its loop, features at once and warps."""
+
+    block_m: int
+    block_n: int
+    block_d: int
+    block_out: int
+    num_warps: int
+
+
+def flash_tile(m: int, n: int, D: int, *, wide: bool = False, sixteen_bit: bool = True) -> FlashTile:
+    """A program owns up to 64 of m rows and reads n others, 64 at a time; 16 is the least that a product takes.
+
+    wide: it also holds sums of up to 256 features for its rows, and fewer scores for that: what the registers of 128
+    threads take on sm_90.
+    """
+    block_d = clamp(power_of_two(D), 16, 128 if sixteen_bit and D <= 128 else 64)
+    block_out = clamp(power_of_two(D), 16, 256)
+    block_m, block_n = clamp(power_of_two(m), 16, 64), clamp(power_of_two(n), 16, 32 if wide else 64)
+    return FlashTile(block_m, block_n, block_d, block_out, 4)
+
+
+def split(tiles: int, n: int, block_n: int, most: int = 64) -> tuple[int, int]:
+    """(chunks, rows of a chunk): n rows in chunks of whole blocks, so that there are about PROGRAMS programs."""
+    blocks = -(-n // block_n)
+    chunks = clamp(PROGRAMS // max(tiles, 1), 1, min(most, blocks))
+    rows = up(-(-n // chunks), block_n)
+    return -(-n // rows), rows
