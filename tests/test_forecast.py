@@ -3,16 +3,14 @@
 Its messages are compared with those of real processes in test_process_groups.py.
 """
 
-import json
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 from problems import needs_cpu_kernels
 from test_memory import peak_bytes
 
 from bam_kernels import plan
-from bam_kernels.engine import cost
 from bam_kernels.engine.cost import H200, Rates
 
 LIBRARIES = 10 << 20  # buffers of the product library, pages of threads
@@ -113,24 +111,6 @@ def test_the_engine_follows_from_rates_and_budget():
     assert plan(**shape | {"features": 513}, rates=fast).engine == "slab"
     assert plan(**shape, top_k=5, rates=fast).engine == "slab"
     assert plan(**shape, regather=True, ranks=2, rates=fast).engine == "slab"
-
-
-def test_rates_of_a_file(monkeypatch, tmp_path):
-    path = tmp_path / "rates.json"
-    monkeypatch.setenv("BAM_KERNELS_RATES", str(path))
-    path.write_text(json.dumps(asdict(UNIT)))
-    for text, words in ((None, None), ("{}", "it must give exponentials, flash_flops"), ("[", "not a file of rates")):
-        cost.rates.cache_clear()
-        if text is None:
-            assert cost.rates() == UNIT
-            continue
-        path.write_text(text)
-        with pytest.raises(ValueError, match=words):
-            cost.rates()
-    monkeypatch.delenv("BAM_KERNELS_RATES")
-    cost.rates.cache_clear()
-    assert cost.rates() == H200
-    assert cost.rates().float32("high").product_flops == H200.product_flops / 2
 
 
 @pytest.mark.parametrize(

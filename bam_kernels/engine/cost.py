@@ -1,18 +1,15 @@
 """Seconds of one step on paper, by engine, and the choice between engines. Letters are those of layout.py."""
 
-import json
-import os
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 
 from ..layout import Layout
+from ..tuned import tuned
 from .plan import FLASH_FEATURES, SlabPlan, plan_slabs
 
-RATES_FILE = "BAM_KERNELS_RATES"
 FLOAT_BYTES, HALF_BYTES = 4, 2
 FLASH_OUT = 256  # features of a gradient that a flash program holds; for more it makes the scores again
 # A forecast is no measurement: where the scores can be kept, the flash engine must promise to be this much faster.
@@ -51,23 +48,9 @@ H200 = Rates(
 """Stated, not measured here: one 400 Gb/s adapter per GPU; half the library's rate inside the flash kernels."""
 
 
-@lru_cache
 def rates() -> Rates:
-    """Those of the JSON file that BAM_KERNELS_RATES names (`benchmarks/hardware.py --rates` writes one), or H200's.
-
-    Raises: ValueError naming the file and what it lacks.
-    """
-    path = os.environ.get(RATES_FILE)
-    if not path:
-        return H200
-    names = {field.name for field in fields(Rates)}
-    try:
-        found = json.loads(Path(path).read_text())
-        if found.keys() != names or not all(float(value) >= 0 for value in found.values()):
-            raise ValueError(f"it must give {', '.join(sorted(names))}, numbers of at least 0")
-        return Rates(**found)
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"{RATES_FILE}={path}: not a file of rates: {error}") from error
+    """Those that were measured on this machine's GPU, or H200's; links as stated."""
+    return replace(H200, **tuned().rates)
 
 
 @dataclass(frozen=True)

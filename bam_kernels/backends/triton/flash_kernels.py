@@ -301,5 +301,5 @@ class FlashKernels(SinkhornKernels):
             **({"BLOCK_OUT": tile.block_out} if wide else {}),
             "PRECISION": self.precision,
             "num_warps": tile.num_warps,
-            "num_stages": 2,
+            "num_stages": tile.num_stages,
         }
