@@ -154,7 +154,7 @@ def plan(
 def _common_memory(x: Problem) -> dict[str, int]:
     layout = x.layout
     n = layout.T * layout.B
-    own = n if x.sixteen_bit else 0  # what is sent is centred first
+    own = n if x.sixteen_bit and layout.W > 1 else 0  # what is sent is centred first
     arriving = 2 * n if layout.W > 1 else 0  # a block that is used and one that arrives
     held = arriving + n if x.regather and layout.W > 1 else layout.N + arriving
     return {
