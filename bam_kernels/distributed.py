@@ -36,7 +36,9 @@ class GroupRanks:
         own = torch.frombuffer(bytearray(encoded), dtype=torch.uint8).to(device)
         whole = own.new_empty(self.W * HEADER_BYTES)
         with self._told(f"{header.operation}: comparing the problem"):
-            dist.all_gather_into_tensor(whole, own, group=self.group)
+            # The second is the first's name before torch 2.14.
+            all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+            all_gather(whole, own, group=self.group)
         header.check([bytes(row) for row in whole.view(self.W, HEADER_BYTES).tolist()])
         if not every_call:
             self._agreed.add(encoded)

@@ -1,34 +1,28 @@
-"""Memory, messages and time of one step of the slab engine on W ranks, on paper. Letters are those of layout.py."""
+"""Memory, messages and time of one step on W ranks, on paper. Letters are those of layout.py."""
 
-import math
 import sys
 from dataclasses import dataclass
 
 import torch
 
-from .engine.plan import SlabPlan, plan_slabs
+from .backends.triton.tiles import flash_tile, split
+from .engine.cost import (
+    FLOAT_BYTES,
+    H200,
+    HALF_BYTES,
+    Problem,
+    Rates,
+    choose_engine,
+    flash_can,
+    flash_seconds,
+    slab_seconds,
+    slabs_of,
+)
+from .engine.plan import SlabPlan
 from .engine.slab import LEAST_EPSILON_OF_ONE_SUM
 from .header import HEADER_BYTES
 from .layout import Layout
 from .options import Options
-
-FLOAT_BYTES = 4
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What one rank's machine does: a second's flops of matrix products, bytes to and from memory, exponentials, bytes
-    sent to another rank; and the seconds that a message takes however short it is."""
-
-    product_flops: float
-    memory_bytes: float
-    exponentials: float
-    link_bytes: float
-    latency_s: float
-
-
-H200 = Rates(product_flops=790e12, memory_bytes=4.3e12, exponentials=4.18e12, link_bytes=350e9, latency_s=5e-6)
-"""Stated, not measured here: 16-bit products; links of one 400 Gb/s adapter per GPU."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +36,17 @@ class Message:
 
 @dataclass(frozen=True)
 class Forecast:
-    """One rank's share. memory: bytes by purpose, beyond its own input; seconds: by purpose, none beside another."""
+    """One rank's share. memory: bytes by purpose, beyond its own input; seconds: by purpose, none beside another.
+
+    slabs: how the slab engine holds the scores; the flash engine holds none.
+    """
 
     layout: Layout
-    slabs: SlabPlan
+    engine: str
+    slabs: SlabPlan | None
     memory: dict[str, int]
     messages: tuple[Message, ...]
     seconds: dict[str, float]
-    teacher: bool
 
     @property
     def total_bytes(self) -> int:
@@ -57,9 +54,11 @@ class Forecast:
 
     @property
     def step_s(self) -> float:
-        """With what overlaps: keys arrive behind score products, column sums behind a teacher's source products, key
-        gradients leave behind the products that make them."""
+        """With what overlaps in the slab engine: keys arrive behind score products, column sums behind a teacher's
+        source products, key gradients leave behind the products that make them."""
         s = self.seconds
+        if self.slabs is None:
+            return sum(s.values())
         scores, hidden = s["target products"], s["source products"] if self.slabs.source_cached else 0.0
         exposed = s["source products"] - hidden
         return (
@@ -72,7 +71,8 @@ class Forecast:
 
     def __str__(self) -> str:
         x = self.layout
-        lines = [f"M={x.M} N={x.N} D={x.D} W={x.W}, scores {'kept' if self.slabs.cached else 'made again'}"]
+        held = "none held" if self.slabs is None else "kept" if self.slabs.cached else "made again"
+        lines = [f"M={x.M} N={x.N} D={x.D} W={x.W}, {self.engine} engine, scores {held}"]
         lines += [f"  {name:<20}{bytes_ / 1e6:>12.1f} MB" for name, bytes_ in self.memory.items()]
         lines += [f"  {'together':<20}{self.total_bytes / 1e6:>12.1f} MB"]
         lines += [f"  {m.exchange:<20}{m.count:>6} x {m.bytes / max(m.count, 1) / 1e6:.3f} MB" for m in self.messages]
@@ -92,11 +92,12 @@ def plan(
     target_rows: str = "teacher",
     iterations: int = 3,
     epsilon: float = 0.05,
+    top_k: int = 0,
     regather: bool = False,
     memory_budget: int | None = None,
     needs_grad: bool = True,
-    int16_scores: bool = False,
-    key_bytes: int = FLOAT_BYTES,
+    sixteen_bit: bool = False,
+    engine: str = "slab",
     rates: Rates = H200,
 ) -> Forecast:
     """What one step of `bam_loss` takes on each of `ranks` ranks: memory, messages, and time at the rates given.
@@ -104,13 +105,14 @@ def plan(
     views           V student views of each of `images` images per rank, `features` features
     teacher_views   R, 0: no teacher
     memory_budget   bytes for scores; None: as much as is needed to keep them
-    int16_scores    scores kept as 16-bit fixed point, as kernels for GPUs may; the CPU's are float32
-    key_bytes       bytes of a key's element between ranks and in memory: 4, or 2 where products are of 16 bit
+    sixteen_bit     rows and keys in fp16, scores in 16-bit fixed point, as the kernels for GPUs have them for 16-bit
+                    input; else float32, as on the CPU
+    engine          slab | flash | auto, the one that takes less time at these rates, as backend="triton" chooses
     rates           of the machine and its links
 
     Messages follow exactly from the arguments; memory to the allocator's rounding and libraries' own buffers; time is
     a sum of quotients of work and rates, without launch times.
-    Raises: ValueError, TypeError as `bam_loss`, and where key_bytes is not 2 or 4.
+    Raises: ValueError, TypeError as `bam_loss`.
     """
     options = Options(
         views,
@@ -118,9 +120,11 @@ def plan(
         key_views,
         epsilon=epsilon,
         iterations=iterations,
+        top_k=top_k,
         target_rows=target_rows,
         memory_budget=memory_budget,
         regather=regather,
+        engine=engine,
     )
     options.check("plan")
     for name, value, least in (
@@ -131,107 +135,82 @@ def plan(
     ):
         if not isinstance(value, int) or value < least:
             raise ValueError(f"plan: {name} must be an integer of at least {least}, got {value!r}")
-    if key_bytes not in (2, 4):
-        raise ValueError(f"plan: key_bytes must be 2 or 4, got {key_bytes!r}")
     L, T = options.view_counts("plan", views, teacher_views)
     layout = Layout(B=images, V=views, L=L, T=T, D=features, R=teacher_views, W=ranks)
     shared = not teacher_views or target_rows == "student"
-    slabs = plan_slabs(
-        "plan",
-        rows=layout.M if shared else teacher_views * images,
-        images=images,
-        columns=layout.N,
-        target_views=L,
-        source_views=views,
-        shared=shared,
-        sixteen_bit=int16_scores,
-        ranks=ranks,
-        regather=regather,
-        budget=sys.maxsize if memory_budget is None else memory_budget,
-        device=torch.device("cpu"),
-    )
-    scatters = needs_grad and not teacher_views
-    return Forecast(
-        layout,
-        slabs,
-        _memory(layout, slabs, regather, needs_grad, scatters, key_bytes),
-        _messages(layout, iterations, epsilon, regather and needs_grad, scatters, key_bytes),
-        _seconds(layout, slabs, shared, iterations, regather, needs_grad, scatters, int16_scores, key_bytes, rates),
-        bool(teacher_views),
-    )
+    x = Problem(layout, shared, iterations, needs_grad, needs_grad and not teacher_views, sixteen_bit, regather)
+    budget, cpu = sys.maxsize if memory_budget is None else memory_budget, torch.device("cpu")
+    if engine == "auto":
+        engine = choose_engine(x, top_k, budget, cpu, rates)
+    messages = _messages(x, epsilon)
+    if engine == "flash":
+        if not flash_can(layout, top_k, regather):
+            raise ValueError(f'plan: engine="flash" cannot compute D={features}, {top_k=}, {regather=}')
+        return Forecast(layout, engine, None, _flash_memory(x), messages, flash_seconds(x, rates))
+    slabs = slabs_of("plan", x, budget, cpu)
+    return Forecast(layout, engine, slabs, _slab_memory(x, slabs), messages, slab_seconds(x, slabs, rates))
 
 
-def _memory(
-    x: Layout, slabs: SlabPlan, regather: bool, needs_grad: bool, scatters: bool, key_bytes: int
-) -> dict[str, int]:
-    n = x.T * x.B
-    blocks = 3 if x.W > 1 else 0  # one that is used, one that arrives, one that is centred
-    whole = slabs.cached and not slabs.slab_rows
-    gradient_rows = x.M * needs_grad
-    if scatters:
-        gradient_rows += (0 if whole else x.N) + (2 * n if x.W > 1 else 0)
+def _common_memory(x: Problem) -> dict[str, int]:
+    layout = x.layout
+    n = layout.T * layout.B
+    own = n if x.sixteen_bit and layout.W > 1 else 0  # what is sent is centred first
+    arriving = 2 * n if layout.W > 1 else 0  # a block that is used and one that arrives
+    held = arriving + n if x.regather and layout.W > 1 else layout.N + arriving
     return {
-        "unit rows": (x.M + x.R * x.B) * x.D * FLOAT_BYTES,
-        "keys": (blocks * n if regather and x.W > 1 else x.N + (blocks - 1) * n if x.W > 1 else x.N) * x.D * key_bytes,
-        "scores": slabs.score_bytes,
-        "gradient": gradient_rows * x.D * FLOAT_BYTES,
-        "potentials": 8 * (x.N + x.M + x.R * x.B) * FLOAT_BYTES,
+        "unit rows": (layout.M + layout.R * layout.B) * layout.D * x.key_bytes,
+        "keys": (held + own) * layout.D * x.key_bytes,
+        "potentials": 8 * (layout.N + layout.M + layout.R * layout.B) * FLOAT_BYTES,
     }
 
 
-def _messages(
-    x: Layout, iterations: int, epsilon: float, twice: bool, scatters: bool, key_bytes: int
-) -> tuple[Message, ...]:
-    if x.W == 1:
+def _slab_memory(x: Problem, slabs: SlabPlan) -> dict[str, int]:
+    layout = x.layout
+    whole = slabs.cached and not slabs.slab_rows
+    gradient_rows = layout.M * x.needs_grad
+    centred_rows = 0
+    if x.scatters:
+        several = layout.W > 1
+        gradient_rows += (0 if whole else layout.N) + (2 * layout.T * layout.B if several else 0)
+        centred_rows = layout.M if x.sixteen_bit and (several or not whole or layout.M > layout.N) else 0
+    gradient = (gradient_rows * FLOAT_BYTES + centred_rows * HALF_BYTES) * layout.D
+    return _common_memory(x) | {"scores": slabs.score_bytes, "gradient": gradient}
+
+
+def _flash_memory(x: Problem) -> dict[str, int]:
+    layout = x.layout
+    rows = layout.M * _partials(layout.B, layout.N, layout.V, x) if x.needs_grad else 0
+    centred_rows = 0
+    if x.scatters:
+        rows += layout.N * _partials(layout.N, layout.B, 1, x)
+        centred_rows = layout.M
+    return _common_memory(x) | {"gradient": (rows * FLOAT_BYTES + centred_rows * x.key_bytes) * layout.D}
+
+
+def _partials(own: int, others: int, times: int, x: Problem) -> int:
+    """How many sums of a gradient's rows there are: of each chunk of the rows that are summed over, and of all."""
+    tile = flash_tile(own, others, x.layout.D, wide=True, sixteen_bit=x.sixteen_bit)
+    tiles = -(-own // tile.block_m) * -(-x.layout.D // tile.block_out) * times
+    chunks, _ = split(tiles, others, tile.block_n)
+    return chunks + (chunks > 1)
+
+
+def _messages(x: Problem, epsilon: float) -> tuple[Message, ...]:
+    layout = x.layout
+    if layout.W == 1:
         return ()
-    block, steps = x.T * x.B * x.D, x.W - 1
+    block, steps = layout.T * layout.B * layout.D, layout.W - 1
     maximum = int(epsilon < LEAST_EPSILON_OF_ONE_SUM)
-    sums = 2 * FLOAT_BYTES * x.N + (iterations - 1 + maximum) * FLOAT_BYTES * x.N  # the first in float64
-    gathers = 2 if twice else 1
+    gathers = 1 + (x.regather and x.needs_grad)
+    # The first sum of columns is in float64.
+    sums = 2 * FLOAT_BYTES * layout.N + (x.iterations - 1 + maximum) * FLOAT_BYTES * layout.N
     messages = [
         Message("header", 1, HEADER_BYTES),
-        Message("key blocks", gathers * steps, gathers * steps * block * key_bytes),
-        Message("column sums", iterations + maximum, sums),
+        Message("key blocks", gathers * steps, gathers * steps * block * x.key_bytes),
+        Message("column sums", x.iterations + maximum, sums),
     ]
-    if scatters:
+    if x.sixteen_bit:
+        messages.append(Message("centre", 1, FLOAT_BYTES * layout.D))
+    if x.scatters:
         messages.append(Message("key gradient blocks", steps, steps * block * FLOAT_BYTES))
     return tuple(messages)
-
-
-def _seconds(
-    x: Layout,
-    slabs: SlabPlan,
-    shared: bool,
-    iterations: int,
-    regather: bool,
-    needs_grad: bool,
-    scatters: bool,
-    int16_scores: bool,
-    key_bytes: int,
-    rates: Rates,
-) -> dict[str, float]:
-    rows = x.M if shared else x.R * x.B
-    product = 2 * x.N * x.D / rates.product_flops  # of one row
-    sweeps = 1 if slabs.cached else iterations + (0 if shared else 1)
-    source_rows = x.M if not shared or not slabs.cached else 0
-    contracted = x.M * (2 if scatters else 1) if needs_grad else 0
-    if scatters and x.W == 1:
-        contracted = x.M  # G + Gᵀ makes one product of two
-    score_bytes = 2 if int16_scores else FLOAT_BYTES
-    reads = (iterations * rows + (0 if shared else x.L * x.B) + x.M) * x.N
-    writes = x.M * x.N * needs_grad
-    exponentials = ((iterations + 1) * rows + x.M) * x.N
-    ring = x.W - 1
-    block = x.T * x.B * x.D
-    passes = max((reads * score_bytes + writes * FLOAT_BYTES) / rates.memory_bytes, exponentials / rates.exponentials)
-    column_bytes = FLOAT_BYTES * (iterations + 1) * x.N
-    return {
-        "target products": sweeps * rows * product,
-        "source products": source_rows * product,
-        "passes": passes,
-        "gradient products": contracted * product,
-        "gather": (1 + (regather and needs_grad)) * ring * (block * key_bytes / rates.link_bytes + rates.latency_s),
-        "column sums": 2 * ring / x.W * column_bytes / rates.link_bytes
-        + iterations * 2 * math.ceil(math.log2(x.W)) * rates.latency_s,
-        "scatter": ring * (block * FLOAT_BYTES / rates.link_bytes + rates.latency_s) if scatters else 0.0,
-    }

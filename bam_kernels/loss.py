@@ -4,7 +4,7 @@ Letters are those of layout.py.
 """
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -14,11 +14,12 @@ from . import reference
 from .agreement import told
 from .backends import choose, row_kernels
 from .engine import flash, slab
+from .engine.cost import Problem, choose_engine, rates
 from .layout import Layout
 from .once import differentiable_once
 from .options import Options, as_tensor, check_bool, options_of
 from .precision import is_sixteen_bit, product_precision
-from .ranks import Ranks, ranks_named, ranks_of
+from .ranks import ranks_named, ranks_of
 from .stats import BAMStats
 
 _library = torch.library.Library("bam_kernels", "FRAGMENT")
@@ -151,26 +152,24 @@ def bam_targets(student: Tensor, teacher: Tensor | None = None, **options: Any) 
         return reference.bam_targets(student, teacher, **options)
     ranks = ranks_named(ranks_of("bam_targets", resolved.group)[2])
     with product_precision(student.device, resolved.precision):
-        return _engine(resolved).targets(
-            "bam_targets",
-            student,
-            teacher,
-            layout,
-            resolved,
-            ranks,
-            row_kernels(backend),
-            sixteen_bit=_sixteen_bit(backend, resolved, student, ranks),
-        )
+        sixteen_bit = is_sixteen_bit(backend, resolved, student.dtype)
+        engine, resolved = _engine(backend, resolved, layout, student, sixteen_bit, needs_grad=False)
+        arguments = (student, teacher, layout, resolved, ranks, row_kernels(backend))
+        return engine.targets("bam_targets", *arguments, sixteen_bit=sixteen_bit)
 
 
-def _sixteen_bit(backend: str, options: Options, student: Tensor, ranks: Ranks) -> bool:
-    regather = options.regather and ranks.W > 1
-    return is_sixteen_bit(backend, options.precision, options.epsilon, student.dtype, regather=regather)
-
-
-def _engine(options: Options) -> Any:
-    """The module whose `evaluate` and `targets` run; "auto" is slab."""
-    return flash if options.engine == "flash" else slab
+def _engine(
+    backend: str, options: Options, layout: Layout, student: Tensor, sixteen_bit: bool, *, needs_grad: bool
+) -> tuple[Any, Options]:
+    """The module whose `evaluate` and `targets` run, and the options with its name. Called where products are set."""
+    name = options.engine
+    if name == "auto" and backend == "triton":
+        shared = not layout.R or options.target_rows == "student"
+        scatters = needs_grad and not layout.R
+        problem = Problem(layout, shared, options.iterations, needs_grad, scatters, sixteen_bit, options.regather)
+        at = rates() if sixteen_bit else rates().float32(torch.get_float32_matmul_precision())
+        name = choose_engine(problem, options.top_k, options.memory_budget, student.device, at)
+    return (flash if name == "flash" else slab), replace(options, engine="flash" if name == "flash" else "slab")
 
 
 def _loss_impl(
@@ -206,19 +205,11 @@ def _loss_impl(
     )
     D, ranks = student.shape[-1], ranks_named(group)
     layout = Layout(B=student.numel() // (V * D), V=V, L=L, T=T, D=D, R=R, W=ranks.W, rank=ranks.rank)
-    sixteen_bit = _sixteen_bit(backend, options, student, ranks)
+    sixteen_bit = is_sixteen_bit(backend, options, student.dtype)
     with product_precision(student.device, precision):
-        result = _engine(options).evaluate(
-            "bam_loss",
-            student,
-            teacher,
-            layout,
-            options,
-            ranks,
-            row_kernels(backend),
-            needs_grad=needs_grad,
-            sixteen_bit=sixteen_bit,
-        )
+        module, options = _engine(backend, options, layout, student, sixteen_bit, needs_grad=needs_grad)
+        arguments = (student, teacher, layout, options, ranks, row_kernels(backend))
+        result = module.evaluate("bam_loss", *arguments, needs_grad=needs_grad, sixteen_bit=sixteen_bit)
     dz = result.dz if result.dz is not None else student.new_empty(0, dtype=torch.float32)
     return result.loss.float(), result.stats.float(), dz
 

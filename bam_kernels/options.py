@@ -93,7 +93,7 @@ class Options:
             "precision": self.precision,
             "regather": self.regather,
             "backend": backend,
-            "engine": "flash" if self.engine == "flash" else "slab",
+            "engine": self.engine,
             "needs_grad": needs_grad,
         }
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -9,14 +10,25 @@ from torch import Tensor
 LEAST_EPSILON_OF_FIXED_SCORES = 0.003
 
 
-def is_sixteen_bit(backend: str, precision: str, epsilon: float, dtype: torch.dtype, *, regather: bool = False) -> bool:
+class _Options(Protocol):
+    @property
+    def precision(self) -> str: ...
+    @property
+    def epsilon(self) -> float: ...
+    @property
+    def regather(self) -> bool: ...
+
+
+def is_sixteen_bit(backend: str, options: _Options, dtype: torch.dtype) -> bool:
     """Whether rows, keys and the scores' gradient are fp16 and scores int16 fixed point; from options alone.
 
     On GPUs, where reading them is what takes the time: for 16-bit input, and for float32 input where torch's flag
     lets its products be rounded. The error of scores is a multiple of 1/epsilon. The CPU's kernels gain nothing by it.
     The step of fixed point follows from all keys, which `regather` does not hold.
     """
-    if backend == "cpu" or precision == "exact" or epsilon < LEAST_EPSILON_OF_FIXED_SCORES or regather:
+    if backend == "cpu" or options.precision == "exact" or options.regather:
+        return False
+    if options.epsilon < LEAST_EPSILON_OF_FIXED_SCORES:
         return False
     return dtype in (torch.float16, torch.bfloat16) or torch.get_float32_matmul_precision() != "highest"
 

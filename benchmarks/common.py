@@ -211,9 +211,8 @@ def describe(fields: dict[str, Any]) -> str:
 
 def threshold_of(precision: str, epsilon: float) -> float:
     """The largest relative error of P and of the gradient that passes."""
-    if precision == "int16":
-        return 1e-3
-    return 1e-4 if epsilon <= SMALL_EPSILON else 1e-5
+    bound = 1e-3 if precision == "int16" else 1e-5
+    return 10 * bound if epsilon <= SMALL_EPSILON else bound
 
 
 def checked(competitor: Competitor, truth: Truth, epsilon: float) -> Row:

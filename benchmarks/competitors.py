@@ -17,12 +17,25 @@ from torch import Tensor
 
 from bam_kernels import bam_loss, bam_targets, reference
 from bam_kernels.backends import cpu, triton
-from bam_kernels.backends.interface import FIXED_STEPS, LOG2_E, Potential, RowKernels
-from bam_kernels.engine import slab
+from bam_kernels.backends.interface import FIXED_STEPS, LOG2_E, Positives, Potential, RowKernels
+from bam_kernels.engine import flash, slab
 from bam_kernels.ranks import ONE_RANK
 
-RowName = Literal["cpu", "cpu-int16", "triton", "triton-int16", "eager", "compile", "gemms", "authors"]
-OURS: tuple[RowName, ...] = ("cpu", "cpu-int16", "triton", "triton-int16")
+RowName = Literal[
+    "cpu",
+    "cpu-int16",
+    "triton",
+    "triton-int16",
+    "triton-flash",
+    "triton-flash-int16",
+    "eager",
+    "compile",
+    "gemms",
+    "authors",
+]
+GIVEN_SCORES: tuple[RowName, ...] = ("cpu", "cpu-int16", "triton", "triton-int16")
+WHOLE: tuple[RowName, ...] = ("cpu", "triton", "triton-int16", "triton-flash", "triton-flash-int16")
+OURS: tuple[RowName, ...] = tuple(dict.fromkeys(GIVEN_SCORES + WHOLE))
 Isa = Literal["auto", "avx512", "avx2", "plain"]
 
 
@@ -57,14 +70,18 @@ class Choice:
     authors: Path | None
     cold_bytes: int  # written between two uses of a buffer: more than a GPU's L2 holds
 
-    def ours(self, problem: Problem) -> list[tuple[RowName, RowKernels]]:
-        """Our rows that can run on the problem's device, float32 and int16; the CPU's for each instruction set."""
+    def ours(self, problem: Problem, all_rows: tuple[RowName, ...]) -> list[tuple[RowName, RowKernels]]:
+        """Of `all_rows` those that are chosen and can run on the problem's device; the CPU's for each instruction set.
+
+        int16 is the scores' type: in the whole loss rows, keys and gradient are fp16 with it.
+        """
         device = problem.student.device
+        chosen = [row for row in all_rows if row in self.rows]
         found: list[tuple[RowName, RowKernels]] = []
         if device.type == "cpu" and cpu.unavailable() is None:
-            found += [(row, cpu.kernels(isa)) for isa in self.isa for row in OURS[:2] if row in self.rows]
-        if device.type == "cuda" and triton.unavailable(device) is None:
-            found += [(row, triton.kernels()) for row in OURS[2:] if row in self.rows]
+            found += [(row, cpu.kernels(isa)) for isa in self.isa for row in chosen if row.startswith("cpu")]
+        if triton.unavailable(device) is None:
+            found += [(row, triton.kernels()) for row in chosen if row.startswith("triton")]
         return found
 
 
@@ -89,10 +106,10 @@ class Rotation:
         return (first.detach().requires_grad_(), *rest) if self.requires_grad and first is not None else (first, *rest)
 
 
-def fixed_point(scores: Tensor, problem: Problem, kernels: RowKernels) -> tuple[Tensor, float]:
+def fixed_point(scores: Tensor, problem: Problem, kernels: Any) -> tuple[Tensor, float]:
     """Masked int16 scores and the value of one step; not timed, as the product's epilogue would write them."""
     step = scores.abs().max().item() / FIXED_STEPS
-    masked = kernels.mask_positives_(scores.clone(), problem.layout, 0)
+    masked = kernels.mask_positives_(scores.clone(), Positives(problem.layout, 0, len(scores)))
     return kernels.quantize(masked, step, torch.empty_like(scores, dtype=torch.int16)), step
 
 
@@ -117,7 +134,7 @@ class GivenScores:
         """Row and column potentials after all iterations."""
         options, kernels = self.problem.options, self.kernels
         if not self.fixed:
-            kernels.mask_positives_(rows, self.problem.layout, 0)
+            kernels.mask_positives_(rows, Positives(self.problem.layout, 0, len(rows)))
         row = Potential.one(len(rows), rows.device)
         kept = slab.KeptScores(rows, self.step, kernels)
         col, _ = slab.balance(kept, row, options.epsilon, options.iterations, ONE_RANK)
@@ -176,7 +193,7 @@ def sinkhorn_competitors(problem: Problem, scores: Tensor, choice: Choice) -> li
     layout, options = problem.layout, problem.options
     work = sinkhorn_work(layout, options.iterations)
     made = []
-    for kind, kernels in choice.ours(problem):
+    for kind, kernels in choice.ours(problem, GIVEN_SCORES):
         fixed = kind.endswith("int16")
         given = GivenScores(problem, scores, None, kernels, fixed)
         fresh = Rotation(given.given[:1], choice.cold_bytes)
@@ -219,7 +236,7 @@ def our_competitor(
 ) -> Competitor:
     fixed = kind.endswith("int16")
     isa = f" {kernels.isa}" if isinstance(kernels, cpu.CpuKernels) else ""
-    name = kernels.backend + isa + (" int16" if fixed else "")
+    name = kernels.backend + isa + kind.removeprefix(kernels.backend).replace("-", " ")
     return Competitor(kind, name, fresh, run, outputs, work, precision="int16" if fixed else "float32")
 
 
@@ -230,7 +247,7 @@ def from_scores_competitors(
     layout, options = problem.layout, problem.options
     work = loss_work(layout, options.iterations)
     made = []
-    for kind, kernels in choice.ours(problem):
+    for kind, kernels in choice.ours(problem, GIVEN_SCORES):
         fixed = kind.endswith("int16")
         given = GivenScores(problem, source, target, kernels, fixed)
         ours = loss_work(layout, options.iterations, 2) if fixed else work
@@ -263,7 +280,7 @@ def whole_competitors(problem: Problem, choice: Choice) -> list[Competitor]:
     named = loss_options(problem)
     work = whole_work(layout, options.iterations)
     fresh = Rotation((problem.student, problem.teacher), choice.cold_bytes, requires_grad=True)
-    made = [whole_ours(problem, kind, kernels, fresh) for kind, kernels in choice.ours(problem)]
+    made = [whole_ours(problem, kind, kernels, fresh) for kind, kernels in choice.ours(problem, WHOLE)]
 
     def loss(z: Tensor, y: Tensor | None) -> Tensor:
         """`reference.bam_loss` from the reference's own parts, without its checks, so that it is one graph."""
@@ -284,24 +301,25 @@ def whole_competitors(problem: Problem, choice: Choice) -> list[Competitor]:
 
 
 def whole_ours(problem: Problem, kind: RowName, kernels: RowKernels, fresh: Rotation) -> Competitor:
-    """`bam_loss` forward and backward; int16 scores, or an instruction set that is not the best, as the engine inside.
+    """`bam_loss` forward and backward; in 16 bit, or with an instruction set that is not the best, the engine inside.
 
-    int16 scores are a switch inside the engine: float32 input keeps them in float32.
+    16 bit is a switch inside the engine: float32 input keeps to float32 unless torch's flag lets products be rounded.
     """
-    layout, options, fixed = problem.layout, problem.options, kind.endswith("int16")
-    named = loss_options(problem)
+    layout, options, sixteen_bit = problem.layout, problem.options, kind.endswith("int16")
+    engine: Any = flash if "flash" in kind else slab
+    named = loss_options(problem) | ({"engine": "flash"} if engine is flash else {})
 
     def public(z: Tensor, y: Tensor | None) -> Tensor:
         return torch.autograd.grad(bam_loss(z, y, backend=kernels.backend, **named), z)[0]
 
     def inside(z: Tensor, y: Tensor | None) -> Tensor:
-        result = slab.evaluate(
-            "benchmark", z.detach(), y, layout, options, ONE_RANK, kernels, needs_grad=True, fixed=fixed
+        result = engine.evaluate(
+            "benchmark", z.detach(), y, layout, options, ONE_RANK, kernels, needs_grad=True, sixteen_bit=sixteen_bit
         )
         assert result.dz is not None
         return result.dz
 
-    is_public = not fixed and (not isinstance(kernels, cpu.CpuKernels) or kernels.isa == cpu.kernels().isa)
+    is_public = not sixteen_bit and (not isinstance(kernels, cpu.CpuKernels) or kernels.isa == cpu.kernels().isa)
     run = public if is_public else inside
 
     def outputs() -> Truth:
@@ -309,12 +327,13 @@ def whole_ours(problem: Problem, kind: RowName, kernels: RowKernels, fresh: Rota
         if is_public:
             P = bam_targets(z.detach(), y, backend=kernels.backend, **named)
         else:
-            P = slab.targets("benchmark", z.detach(), y, layout, options, ONE_RANK, kernels, fixed=fixed)
+            given = ("benchmark", z.detach(), y, layout, options, ONE_RANK, kernels)
+            P = engine.targets(*given, sixteen_bit=sixteen_bit)
         return Truth(P, run(z, y))
 
-    work = whole_work(layout, options.iterations, 2 if fixed else 4)
+    work = whole_work(layout, options.iterations, 2 if sixteen_bit else 4)
     competitor = our_competitor(kind, kernels, fresh, run, outputs, work)
-    competitor.note = "bam_loss" if is_public else "engine.slab.evaluate"
+    competitor.note = "bam_loss" if is_public else f"{engine.__name__.removeprefix('bam_kernels.')}.evaluate"
     return competitor
 
 

@@ -19,7 +19,8 @@ from common import plain_table, write
 from hardware import Machine
 
 from bam_kernels import bam_loss, plan
-from bam_kernels.forecast import H200, Forecast, Rates
+from bam_kernels.engine.cost import H200, Rates
+from bam_kernels.forecast import Forecast
 from bam_kernels.simulated import SimulatedRanks
 
 
@@ -58,7 +59,8 @@ def measured(options: ScaleOptions, machine: Machine, W: int, teacher: bool) -> 
     step()
     peak = machine.peak_bytes(step)
     times = sorted(machine.time_ms(step) for _ in range(options.repetitions))
-    rates = Rates(machine.gemm_gflops * 1e9, machine.copy_gbs * 1e9, machine.exp_per_s, float("inf"), 0.0)
+    gemm = machine.gemm_gflops * 1e9
+    rates = Rates(gemm, gemm, machine.copy_gbs * 1e9, machine.exp_per_s, float("inf"), 0.0)
     forecast = plan(
         views=V,
         images=B,
@@ -83,9 +85,7 @@ def measured(options: ScaleOptions, machine: Machine, W: int, teacher: bool) -> 
 
 
 def stated(W: int) -> dict[str, Any]:
-    forecast = plan(
-        views=8, images=256, features=4096, ranks=W, teacher_views=2, int16_scores=True, key_bytes=2, rates=H200
-    )
+    forecast = plan(views=8, images=256, features=4096, ranks=W, teacher_views=2, sixteen_bit=True, rates=H200)
     parts = {f"{name.replace(' ', '_')}_ms": 1e3 * seconds for name, seconds in forecast.seconds.items()}
     return {
         **shape(forecast),

@@ -28,7 +28,8 @@ def embeddings(views: int, seed: int = 0, images: int = B) -> torch.Tensor:
     return features(views, WORLD * images, D, seed=seed)[:, RANK * images : (RANK + 1) * images].contiguous()
 
 
-GIVEN = {"all_gather_into_tensor": 1, "all_reduce": 0}  # which argument holds what is given
+ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+GIVEN = {ALL_GATHER: 1, "all_reduce": 0}  # which argument holds what is given
 OTHERS = ("all_gather", "all_to_all_single", "barrier", "broadcast", "reduce", "reduce_scatter_tensor")
 
 
@@ -51,11 +52,12 @@ class Traffic:
 
     def _counted(self, name: str):
         original = getattr(dist, name)
+        shown = name.replace(ALL_GATHER, "all_gather_single")
 
         def call(*args, **options):
-            self.calls[name] += 1
+            self.calls[shown] += 1
             if name in GIVEN:
-                self.bytes[name] += args[GIVEN[name]].nbytes
+                self.bytes[shown] += args[GIVEN[name]].nbytes
             return original(*args, **options)
 
         return call

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import plot  # noqa: E402
 from common import BenchmarkOptions, Report, checked, threshold_of  # noqa: E402
-from competitors import Competitor, Rotation  # noqa: E402
+from competitors import WHOLE, Competitor, Rotation  # noqa: E402
 from hardware import Machine  # noqa: E402
 from problem import Problem, Truth, Work, features, layout_of, parse_shape, truth_of_sinkhorn  # noqa: E402
 
@@ -35,9 +36,10 @@ REQUIRED = {
 TOY = ("--shapes", "36x72x16", "--repetitions", "3", "--warmup-s", "0", "--threads", "1")
 
 
-def run(script: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def run(script: str, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, BENCHMARKS / script, *arguments]
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
+    env = os.environ | environment
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120, env=env)
 
 
 def rows_of(finished: subprocess.CompletedProcess[str], file: Path) -> list[dict]:
@@ -68,8 +70,9 @@ def test_loss_rows_are_complete_and_drawn(tmp_path: Path) -> None:
     options = ("--rows", "cpu", "cpu-int16", "eager", "gemms", "--top-k", "5", "--teacher")
     finished = run("loss.py", *TOY, *options, "--json", file, "--csv", table, "--profile", trace)
     rows = rows_of(finished, file)
-    assert {(row["part"], row["kind"]) for row in rows} == {
-        (part, kind) for part in ("from-scores", "whole") for kind in ("eager", "gemms", *OURS)
+    ours = {("from-scores", kind) for kind in OURS} | {("whole", kind) for kind in OURS & {"cpu"}}
+    assert {(row["part"], row["kind"]) for row in rows} == ours | {
+        (part, kind) for part in ("from-scores", "whole") for kind in ("eager", "gemms")
     }
     for row in rows:
         check_times(row)
@@ -87,14 +90,25 @@ def test_loss_rows_are_complete_and_drawn(tmp_path: Path) -> None:
 def test_accuracy_covers_the_grid_and_is_drawn(tmp_path: Path) -> None:
     file = tmp_path / "accuracy.json"
     grid = ("--images", "17", "--D", "16", "--cosines", "0", "0.9", "--epsilons", "0.05", "0.005")
-    rows = rows_of(run("accuracy.py", *grid, "--rows", "cpu", "cpu-int16", "eager", "--json", file), file)
-    kinds = {"eager", *OURS}
+    rows = rows_of(run("accuracy.py", *grid, "--rows", "cpu", "eager", "--json", file), file)
+    kinds = {"eager", *OURS & {"cpu"}}
     assert {(row["cosine"], row["epsilon"], row["kind"]) for row in rows} == {
         (cosine, epsilon, kind) for cosine in (0, 0.9) for epsilon in (0.05, 0.005) for kind in kinds
     }
     assert all(row["status"] == "ok" for row in rows)
     plot.main(plot.PlotOptions(files=(file,), out=tmp_path / "drawn"))
     assert (tmp_path / "drawn" / "accuracy.png").exists()
+
+
+def test_accuracy_of_interpreted_kernels(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    file = tmp_path / "accuracy.json"
+    grid = ("--images", "6", "--D", "64", "--cosines", "0.9", "--epsilons", "0.05")
+    finished = run("accuracy.py", *grid, "--rows", *WHOLE[1:], "--json", file, TRITON_INTERPRET="1")
+    rows = {row["kind"]: row for row in rows_of(finished, file)}
+    assert rows.keys() == set(WHOLE[1:]) and all(row["status"] == "ok" for row in rows.values())
+    for kind, row in rows.items():
+        assert (row["error_gradient"] > 1e-5) == kind.endswith("int16")
 
 
 def test_unknown_option_is_an_error() -> None:
@@ -148,7 +162,7 @@ def test_a_gradient_off_by_more_than_the_threshold_fails(problem) -> None:
 def test_thresholds() -> None:
     assert threshold_of("float32", 0.05) == 1e-5
     assert threshold_of("float32", 0.005) == 1e-4
-    assert threshold_of("int16", 0.05) == 1e-3
+    assert threshold_of("int16", 0.05) == 1e-3 and threshold_of("int16", 0.005) == 1e-2
 
 
 @pytest.mark.parametrize("cold_bytes, buffers", [(0, 1), (1000, 4)])  # 400 bytes a copy: three others between two uses

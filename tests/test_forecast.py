@@ -4,18 +4,19 @@ Its messages are compared with those of real processes in test_process_groups.py
 """
 
 import sys
+from dataclasses import replace
 
 import pytest
 from problems import needs_cpu_kernels
 from test_memory import peak_bytes
 
 from bam_kernels import plan
-from bam_kernels.forecast import Rates
+from bam_kernels.engine.cost import H200, Rates
 
 LIBRARIES = 10 << 20  # buffers of the product library, pages of threads
 
 # One second for each unit of work, so that a forecast's seconds are its work.
-UNIT = Rates(product_flops=1, memory_bytes=1, exponentials=1e30, link_bytes=1, latency_s=0)
+UNIT = Rates(product_flops=1, flash_flops=1, memory_bytes=1, exponentials=1e30, link_bytes=1, latency_s=0)
 
 
 @needs_cpu_kernels
@@ -72,9 +73,44 @@ def test_a_step_is_at_least_its_longest_part_and_at_most_their_sum():
 
 def test_smaller_types():
     shape = {"views": 2, "images": 8, "features": 16, "ranks": 4, "teacher_views": 2}
-    full, half = plan(**shape), plan(**shape, key_bytes=2, int16_scores=True)
-    assert half.memory["keys"] == full.memory["keys"] // 2
+    full, half = plan(**shape), plan(**shape, sixteen_bit=True)
+    assert half.memory["unit rows"] == full.memory["unit rows"] // 2
+    assert half.memory["keys"] == full.memory["keys"] // 2 + 2 * 16 * 16  # and what it sends, centred
     assert half.messages[1].bytes == full.messages[1].bytes // 2
+    assert [(m.exchange, m.count, m.bytes) for m in half.messages][-1] == ("centre", 1, 4 * 16)
+
+
+def test_flash_work():
+    """M = 12 rows, N = 24 keys, D = 5, 6 target rows: 2 products an iteration, the first column step one."""
+    flash = plan(views=4, images=3, features=5, ranks=4, teacher_views=2, engine="flash", rates=UNIT)
+    product = 2 * 24 * 5
+    assert flash.seconds["sinkhorn"] == (5 * 6 + 6) * product
+    # The source's sums, in the match its scores and those of its targets, views 0 and 1 of one less, and dz.
+    assert (
+        flash.seconds["match"] == (12 + 12 + 3 * (1 + 1 + 2 + 2) + 12) * product and flash.seconds["key gradients"] == 0
+    )
+    assert flash.slabs is None and "scores" not in flash.memory and "flash engine, scores none held" in str(flash)
+    alone = plan(views=4, images=3, features=5, engine="flash", rates=UNIT)
+    assert alone.seconds["key gradients"] == (12 + 6 + 12) * 2 * 6 * 5
+
+
+def test_flash_memory_is_linear():
+    shape = {"views": 2, "features": 256, "teacher_views": 2, "sixteen_bit": True, "engine": "flash"}
+    small, large = (plan(images=1024, ranks=W, **shape) for W in (16, 256))
+    inputs = 2 * 2 * 256 * (2048 * 2 + large.layout.N)
+    assert large.layout.N == 524_288 and large.total_bytes - 2 * inputs <= 64 << 20
+    assert large.total_bytes - small.total_bytes == (2 * 256 + 8 * 4) * (large.layout.N - small.layout.N)
+
+
+def test_the_engine_follows_from_rates_and_budget():
+    shape = {"views": 2, "images": 1024, "features": 64, "teacher_views": 2, "engine": "auto", "sixteen_bit": True}
+    assert plan(**shape).engine == "slab"
+    assert plan(**shape, memory_budget=1000).engine == "flash"  # not one image's scores
+    fast = replace(H200, flash_flops=1e18, exponentials=1e18)
+    assert plan(**shape, rates=fast).engine == "flash"
+    assert plan(**shape | {"features": 513}, rates=fast).engine == "slab"
+    assert plan(**shape, top_k=5, rates=fast).engine == "slab"
+    assert plan(**shape, regather=True, ranks=2, rates=fast).engine == "slab"
 
 
 @pytest.mark.parametrize(
@@ -82,7 +118,8 @@ def test_smaller_types():
     [
         ({"ranks": 0}, "plan: ranks must be an integer of at least 1, got 0"),
         ({"images": 2.5}, "plan: images must be an integer of at least 1, got 2.5"),
-        ({"key_bytes": 8}, "plan: key_bytes must be 2 or 4, got 8"),
+        ({"engine": "fast"}, "plan: engine must be one of auto, slab, flash, got 'fast'"),
+        ({"engine": "flash", "features": 600}, 'plan: engine="flash" cannot compute D=600'),
         ({"target_views": 3}, "plan: target_views=3 must be at most views=2"),
         ({"ranks": 2, "regather": True, "memory_budget": 10}, "plan: regather=True keeps all scores"),
         ({"memory_budget": 10}, "plan: memory_budget=10 bytes does not hold the scores of one image"),

@@ -37,12 +37,26 @@ def run(program: str, W: int, folder: Path, survivors: tuple[int, ...] | None = 
 
 @pytest.mark.parametrize("W", [1, 2, 4, 8])
 def test_ranks_equal_one_process(W, tmp_path):
-    """The command itself: every case, float64 to 1e-12 and float32 to 1e-5."""
+    """The command itself: every case, float64 to 1e-12, float32 to 1e-5 and float16 to 2e-3."""
     command = [sys.executable, "-m", "bam_kernels.verify_ranks", "--world", str(W), "--images", "5", "--features", "12"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "the ranks agree with one" in done.stdout
     assert all(f"\n{name} " in done.stdout for name in verify_ranks.CASES)
+
+
+def test_triton_ranks_equal_one_process(tmp_path):
+    """Processes of Triton's interpreter: float32, and fp16 keys that are centred before they are sent."""
+    pytest.importorskip("triton")
+    cases = ["no teacher", "teacher's keys, student's rows", "keys gathered twice", "scores made again"]
+    command = [sys.executable, "-m", "bam_kernels.verify_ranks", "--world", "2", "--images", "3", "--features", "12"]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*command, "--backend", "triton", "--cases", *cases],
+        capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0 and "the ranks agree with one" in done.stdout, done.stdout + done.stderr
+    assert "float64" not in done.stdout and all(f"\n{name} " in done.stdout for name in cases)
 
 
 def test_a_wrong_gradient_is_seen(tmp_path, monkeypatch, capsys):
@@ -56,6 +70,7 @@ def test_a_wrong_gradient_is_seen(tmp_path, monkeypatch, capsys):
     for name, value in rendezvous.items():
         monkeypatch.setenv(name, value)
     assert verify_ranks.main(["--images", "5", "--features", "12"]) == 1
+    torch.distributed.destroy_process_group()
     assert "DO NOT AGREE" in capsys.readouterr().out
 
 
@@ -80,14 +95,14 @@ def test_messages_of_a_step(W, tmp_path):
             scatters = name in ("no teacher", "least epsilon")
             maximum = name == "least epsilon"  # of each column, where one float64 does not hold all sums
             assert step["calls"] == {
-                "all_gather_into_tensor": 1,
+                "all_gather_single": 1,
                 "isend": (gathers + scatters) * (W - 1),
                 "irecv": (gathers + scatters) * (W - 1),
                 "all_reduce": iterations + maximum,
             }, name
             sums = 8 * N + 4 * N * (iterations - 1 + maximum)
             assert step["bytes"] == {
-                "all_gather_into_tensor": HEADER_BYTES,
+                "all_gather_single": HEADER_BYTES,
                 "isend": (gathers + scatters) * (W - 1) * block,
                 "irecv": (gathers + scatters) * (W - 1) * block,
                 "all_reduce": sums,

@@ -38,9 +38,12 @@ class Keys:
         self.own, self.centre, self.ranks = own, centre, ranks
         self.sixteen_bit = own.dtype == torch.float16
         self.unit = HALF_UNIT if self.sixteen_bit else 1.0
+        self._complete = ranks.W == 1 and self.sixteen_bit
         n, D = own.shape
-        self._held = None if regather and ranks.W > 1 else own.new_empty(ranks.W * n, D)
-        self._complete = False
+        if self._complete:
+            self._held: Tensor | None = own
+        else:
+            self._held = None if regather and ranks.W > 1 else own.new_empty(ranks.W * n, D)
 
     @classmethod
     def of(

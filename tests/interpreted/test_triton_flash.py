@@ -9,7 +9,7 @@ from triton_device import DEVICE, pytestmark  # noqa: F401
 
 from bam_kernels import reference
 from bam_kernels.backends import triton as backend
-from bam_kernels.backends.triton import flash_tiles
+from bam_kernels.backends.triton import tiles
 from bam_kernels.engine import flash
 from bam_kernels.options import Options
 from bam_kernels.ranks import ONE_RANK
@@ -21,7 +21,7 @@ kernels = backend.kernels()
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch):
     """One chunk, of as many blocks as there are: small problems then loop."""
-    monkeypatch.setattr(flash_tiles, "PROGRAMS", 1)
+    monkeypatch.setattr(tiles, "PROGRAMS", 1)
 
 
 def options(**given) -> Options:
@@ -82,7 +82,7 @@ def problem_of(V, R, B, D, L, T, cosine=0.0, programs=1, **rest):
 
 @pytest.mark.parametrize("dimensions", PROBLEMS.values(), ids=PROBLEMS)
 def test_against_the_reference(dimensions, monkeypatch):
-    monkeypatch.setattr(flash_tiles, "PROGRAMS", dimensions.get("programs", 1))
+    monkeypatch.setattr(tiles, "PROGRAMS", dimensions.get("programs", 1))
     student, teacher, given = problem_of(**dimensions)
     loss, dz, P, stats = evaluated(student, teacher, Options(**given))
     y = teacher.double() if teacher is not None else None
@@ -126,7 +126,7 @@ def test_own_columns_among_those_of_other_ranks():
 
 
 def test_repeatable_to_the_bit(monkeypatch):
-    monkeypatch.setattr(flash_tiles, "PROGRAMS", 8)
+    monkeypatch.setattr(tiles, "PROGRAMS", 8)
     student, _, given = problem_of(V=2, R=0, B=17, D=16, L=2, T=2, iterations=2)
     first, second = (evaluated(student, None, Options(**given)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

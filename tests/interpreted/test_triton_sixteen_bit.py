@@ -12,7 +12,7 @@ from triton_device import DEVICE, pytestmark  # noqa: F401
 
 from bam_kernels import bam_loss, bam_targets, reference
 from bam_kernels.backends import triton as backend
-from bam_kernels.backends.triton import flash_tiles
+from bam_kernels.backends.triton import tiles
 from bam_kernels.engine import flash, slab
 from bam_kernels.options import Options
 from bam_kernels.ranks import ONE_RANK
@@ -154,7 +154,7 @@ def test_collapsed_features(engine):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_repeatable_to_the_bit(engine, monkeypatch):
-    monkeypatch.setattr(flash_tiles, "PROGRAMS", 4)
+    monkeypatch.setattr(tiles, "PROGRAMS", 4)
     student = features(2, 9, 16)
     first, second = (evaluated(engine, student, None) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,13 +59,14 @@ class Configuration:
 class Compiled:
     """Registers of a thread, bytes of shared memory of a program and of stack of a thread, and what was spilled:
     instructions that load or store local memory, on AMD registers; None where the code was not disassembled.
-    products: instructions for the tensor cores in the assembler's input."""
+    products: instructions for the tensor cores, by name: the machine's, or where it was not disassembled those of the
+    assembler's input."""
 
     registers: int
     shared: int
     stack: int
     spills: int | None
-    products: int
+    products: dict[str, int]
 
 
 def _configuration(label: str, kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Configuration:
@@ -163,13 +165,13 @@ def _call_row_kernels(kernels: TritonKernels, n: int, L: int, V: int, dtype: tor
         positives, sums = Positives(layout, 0, m), _empty(n)
         kernels.finish_scores(made, step, s, positives, 1.0, row, sums, sums, accumulate=False)
         kernels.quantize(made, step, s, positives)
-    else:
-        kernels.mask_positives_(s, Positives(layout, 0, m))
     kernels.plan_products(s, 1.0, row, col, _empty(n), _empty(m))
     kernels.plan_subtract_(_empty(m, n), s, 1.0, row, col, _empty(m), _empty(n))
 
 
 def _call_preparation(kernels: TritonKernels) -> None:
+    layout = Layout(B=256, V=8, L=2, T=2, D=4096, W=16)
+    kernels.mask_positives_(_empty(layout.M, layout.N), Positives(layout, 0, layout.M))
     x = _empty(2048, 4096, dtype=torch.bfloat16)
     centre = _empty(4096)
     for rows in (kernels.normalize(x), kernels.half_rows(x.view(8, 256, 4096), centre)):
@@ -208,12 +210,15 @@ def compile_for(one: Configuration, target: GPUTarget, *, disassemble: bool = Tr
         spills = int(re.findall(r"vgpr_spill_count: *(\d+)", text)[0])
         registers = int(re.findall(r"\.vgpr_count: *(\d+)", text)[0])
         stack = int(re.findall(r"private_segment_fixed_size: *(\d+)", text)[0])
-        return Compiled(registers, shared, stack, spills, text.count("v_mfma"))
-    products = len(re.findall(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b", kernel.asm["ptx"]))
-    return _assembled(kernel.asm["cubin"], shared, products, disassemble)
+        return Compiled(registers, shared, stack, spills, _counted(r"\bv_mfma\w*", text))
+    return _assembled(kernel.asm["cubin"], kernel.asm["ptx"], shared, disassemble)
 
 
-def _assembled(cubin: bytes, shared: int, products: int, disassemble: bool) -> Compiled:
+def _counted(pattern: str, text: str) -> dict[str, int]:
+    return dict(Counter(re.findall(pattern, text)))
+
+
+def _assembled(cubin: bytes, ptx: str, shared: int, disassemble: bool) -> Compiled:
     """What the assembler and the machine code say, by the cuobjdump that Triton carries."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
@@ -223,8 +228,11 @@ def _assembled(cubin: bytes, shared: int, products: int, disassemble: bool) -> C
             [tool, "-res-usage", *(["-sass"] if disassemble else []), path], capture_output=True, text=True, check=True
         ).stdout
     registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", listing)[-1]
-    spills = len(re.findall(r"\b(?:STL|LDL)\b", listing)) if disassemble else None
-    return Compiled(int(registers), shared, int(stack), spills, products)
+    if not disassemble:
+        in_ptx = _counted(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b", ptx)
+        return Compiled(int(registers), shared, int(stack), None, in_ptx)
+    spills = len(re.findall(r"\b(?:STL|LDL)\b", listing))
+    return Compiled(int(registers), shared, int(stack), spills, _counted(r"\b(?:HGMMA|HMMA|UTCHMMA)\b", listing))
 
 
 def compile_all(target: str, *, small: bool = False, containing: str = "") -> Iterator[tuple[Configuration, Compiled]]:
@@ -240,14 +248,13 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="each kernel once")
     parser.add_argument("--kernels", default="", help="only those whose name contains this")
     options = parser.parse_args()
-    print(
-        f"{'target':8} {'registers':>9} {'shared':>8} {'stack':>6} {'spills':>6} {'products':>8} {'warps':>5}  kernel"
-    )
+    print(f"{'target':8} {'registers':>9} {'shared':>8} {'stack':>6} {'spills':>6} {'warps':>5}  {'products':26}kernel")
     for target in options.targets:
         for one, c in compile_all(target, small=options.small, containing=options.kernels):
+            products = " ".join(f"{count} {name}" for name, count in c.products.items())
             print(
-                f"{target:8} {c.registers:9} {c.shared:8} {c.stack:6} {c.spills!s:>6} {c.products:8} {one.num_warps:5}"
-                f"  {one.name}",
+                f"{target:8} {c.registers:9} {c.shared:8} {c.stack:6} {c.spills!s:>6} {one.num_warps:5}  {products:26}"
+                f"{one.name}",
                 flush=True,
             )
 

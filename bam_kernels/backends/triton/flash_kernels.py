@@ -12,10 +12,9 @@ from torch import Tensor
 from ...layout import Layout
 from ..interface import LOG2_E, Matched, Potential
 from . import flash_keys, flash_match, flash_sinkhorn, sinkhorn
-from .flash_tiles import FlashTile, flash_tile, split
 from .launch import Launch, Number, launch
 from .launch_sinkhorn import SinkhornKernels
-from .tiles import block_of
+from .tiles import FlashTile, block_of, flash_tile, split
 
 
 def _plain(scale: Number) -> float:
@@ -302,5 +301,5 @@ class FlashKernels(SinkhornKernels):
             **({"BLOCK_OUT": tile.block_out} if wide else {}),
             "PRECISION": self.precision,
             "num_warps": tile.num_warps,
-            "num_stages": 2,
+            "num_stages": tile.num_stages,
         }

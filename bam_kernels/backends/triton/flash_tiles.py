@@ -6,16 +6,10 @@ before anything is taken from it. D is known at compile time: the first BLOCK_D 
 loaded once; where those are not all, all are loaded again for every tile.
 """
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 
 from .row import INTERPRETED, MASKED
-from .tiles import clamp, power_of_two, up
-
-# Programs of one launch at most made by splitting a sum: bounds the partials of dz and dk whatever the shape.
-PROGRAMS = 256
 
 
 @triton.jit
@@ -75,33 +69,3 @@ def load_potential(exponent, mantissa, offs, mask):
         return tl.where(mask, 0.0, MASKED), tl.full(offs.shape, 1.0, tl.float32)
     else:
         return tl.load(exponent + offs, mask=mask, other=MASKED), tl.load(mantissa + offs, mask=mask, other=1.0)
-
-
-class FlashTile(NamedTuple):
-    """Rows that a program owns, rows of one step of its loop, features at once and warps."""
-
-    block_m: int
-    block_n: int
-    block_d: int
-    block_out: int
-    num_warps: int
-
-
-def flash_tile(m: int, n: int, D: int, *, wide: bool = False, sixteen_bit: bool = True) -> FlashTile:
-    """A program owns up to 64 of m rows and reads n others, 64 at a time; 16 is the least that a product takes.
-
-    wide: it also holds sums of up to 256 features for its rows, and fewer scores for that: what the registers of 128
-    threads take on sm_90.
-    """
-    block_d = clamp(power_of_two(D), 16, 128 if sixteen_bit and D <= 128 else 64)
-    block_out = clamp(power_of_two(D), 16, 256)
-    block_m, block_n = clamp(power_of_two(m), 16, 64), clamp(power_of_two(n), 16, 32 if wide else 64)
-    return FlashTile(block_m, block_n, block_d, block_out, 4)
-
-
-def split(tiles: int, n: int, block_n: int, most: int = 64) -> tuple[int, int]:
-    """(chunks, rows of a chunk): n rows in chunks of whole blocks, so that there are about PROGRAMS programs."""
-    blocks = -(-n // block_n)
-    chunks = clamp(PROGRAMS // max(tiles, 1), 1, min(most, blocks))
-    rows = up(-(-n // chunks), block_n)
-    return -(-n // rows), rows

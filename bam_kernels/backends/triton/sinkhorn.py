@@ -53,7 +53,7 @@ def column_lse_kernel(
     Shapes: s (m, n) float32 or int16, row potential (m,) -> shift, sums (chunks, n); a chunk is `rows` rows.
     Numerics: shift is an integer at or above the largest term's logarithm (base 2); an empty column has sum 0.
     As the epilogue of a product s is float32, its positives are masked by index (see scores.py), and with `fixed`
-    (m, n) int16 it is written there as rint(s/step), whose values are then the ones that are summed; `scale` is of those.
+    (m, n) int16 it is written there as rint(s/step); those values are then summed, and `scale` is theirs.
     """
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     chunk = tl.program_id(1)

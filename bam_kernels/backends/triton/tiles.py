@@ -1,11 +1,19 @@
-"""Block sizes and grids from shapes alone, so that sums are taken in the same order on every device."""
+"""Block sizes and grids from shapes alone, or as a tuning run on this kind of GPU has found them.
+
+Either way they do not change from run to run, and so neither does the order in which sums are taken.
+"""
 
 from typing import NamedTuple
+
+from ...tuned import tile_of
 
 LONGEST_ROW = 8192  # columns of a row on chip
 LARGEST_TILE = 16384  # rows * columns on chip: potentials, sums and exponentials in the registers of 512 threads
 LARGEST_IMAGE = 24576  # (target rows + 1) * columns of an image on chip: what 512 threads hold in registers
 IMAGES_AT_ONCE = 128  # of a long match with top-k, whose workspace is a row of means per image
+
+# Programs of one launch at most made by splitting a sum: bounds the partials of dz and dk whatever the shape.
+PROGRAMS = 256
 
 
 def power_of_two(n: int) -> int:
@@ -40,6 +48,9 @@ def row_tile(m: int, n: int) -> Tile:
 
     Several rows share the barriers of one reduction; 32 exponentials a thread.
     """
+    found = tile_of("row", m, n)
+    if found:
+        return Tile(*found)
     block_n = max(power_of_two(n), 32)
     rows = max(-(-m // 128), clamp(2048 // block_n, 1, 8))
     block_m = clamp(LARGEST_TILE // block_n, 1, min(power_of_two(rows), 32))
@@ -49,6 +60,9 @@ def row_tile(m: int, n: int) -> Tile:
 
 def column_tile(m: int, n: int) -> Tile:
     """Column sums: a thread owns its columns, so that rows need no barrier; at most 64 chunks of rows."""
+    found = tile_of("column", m, n)
+    if found:
+        return Tile(*found)
     block_n = clamp(power_of_two(n), 32, 1024)
     rows = up(max(-(-m // 64), 8), 8)
     return Tile(8, block_n, rows, -(-m // rows), warps(block_n, per_thread=8))
@@ -56,6 +70,9 @@ def column_tile(m: int, n: int) -> Tile:
 
 def image_tile(L: int, n: int) -> Tile | None:
     """The target rows of one image and a source row on chip; None where they do not fit."""
+    found = tile_of("image", L, n)
+    if found:
+        return Tile(*found)
     block_l, block_n = power_of_two(L), max(power_of_two(n), 32)
     if (block_l + 1) * block_n > LARGEST_IMAGE:
         return None
@@ -72,3 +89,37 @@ def long_image_tile(L: int, n: int) -> Tile:
 def block_of(n: int, most: int = 4096) -> int:
     """Columns read at once by a kernel that loops over a row."""
     return clamp(power_of_two(n), 32, most)
+
+
+class FlashTile(NamedTuple):
+    """Rows that a program owns, rows of one step of its loop, features at once, those of a gradient; warps, stages."""
+
+    block_m: int
+    block_n: int
+    block_d: int
+    block_out: int
+    num_warps: int
+    num_stages: int = 2
+
+
+def flash_tile(m: int, n: int, D: int, *, wide: bool = False, sixteen_bit: bool = True) -> FlashTile:
+    """A program owns up to 64 of m rows and reads n others, 64 at a time; 16 is the least that a product takes.
+
+    wide: it also holds sums of up to 256 features for its rows, and fewer scores for that: what the registers of 128
+    threads take on sm_90.
+    """
+    found = tile_of("flash", m, n, D, wide, sixteen_bit)
+    if found:
+        return FlashTile(*found)
+    block_d = clamp(power_of_two(D), 16, 128 if sixteen_bit and D <= 128 else 64)
+    block_out = clamp(power_of_two(D), 16, 256)
+    block_m, block_n = clamp(power_of_two(m), 16, 64), clamp(power_of_two(n), 16, 32 if wide else 64)
+    return FlashTile(block_m, block_n, block_d, block_out, 4)
+
+
+def split(tiles: int, n: int, block_n: int, most: int = 64) -> tuple[int, int]:
+    """(chunks, rows of a chunk): n rows in chunks of whole blocks, so that there are about PROGRAMS programs."""
+    blocks = -(-n // block_n)
+    chunks = clamp(PROGRAMS // max(tiles, 1), 1, min(most, blocks))
+    rows = up(-(-n // chunks), block_n)
+    return -(-n // rows), rows

@@ -1,0 +1,229 @@
+"""Measure this machine's GPU and choose the Triton kernels' tiles for some shapes: `python -m bam_kernels.tune`.
+
+    python -m bam_kernels.tune --shapes 2048x8192x256 512x512x128
+
+M x N scores, D features; two views of M/2 images. For every tile the default and its neighbours are timed with a cold
+cache; one that gives another result is dropped, and one that is not 2% faster than the default is not kept. The file
+replaces that of an earlier run and is read by every later process on this kind of GPU; delete it to go back.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import tuned
+from .backends import triton
+from .backends.interface import HALF_UNIT, LOG2_E, Potential
+from .backends.triton import tiles
+from .layout import Layout
+from .precision import multiply
+from .tuned import Key, Tuned
+
+GAIN = 0.98  # of the default's time: less is noise
+AGREEMENT = 1e-3  # relative, between tiles, which add in another order
+Timer = Callable[[Callable[[], Any]], float]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One launch whose tile can be chosen: `run` returns what every tile must give."""
+
+    key: Key
+    default: tuple[int, ...]
+    candidates: list[tuple[int, ...]]
+    run: Callable[[], Tensor]
+
+
+def jobs(M: int, N: int, D: int, device: torch.device) -> Iterator[Job]:
+    """The row kernels on int16 scores and, up to 512 features, the flash kernels on fp16 rows."""
+    layout = Layout(B=M // 2, V=2, L=2, T=2, D=D, W=max(N // M, 1))
+    generator = torch.Generator(device).manual_seed(0)
+    s = torch.randint(-32000, 32000, (M, N), generator=generator, device=device, dtype=torch.int16)
+    step, ones = 1 / 32000, Potential(torch.zeros(M, device=device), torch.ones(M, device=device))
+    col = Potential(torch.zeros(N, device=device), torch.ones(N, device=device))
+    kernels, scale = triton.kernels(), LOG2_E / 0.1 * step
+    shift, sums = torch.empty(2, N, device=device)
+
+    def row() -> Tensor:
+        at = Potential(ones.exponent.clone(), ones.mantissa.clone())
+        kernels.sinkhorn_pass(s, scale, at, col, sums, False)
+        return sums
+
+    def column() -> Tensor:
+        kernels.column_lse(s, scale, ones, shift, sums, False)
+        return shift + sums.log2()
+
+    def image() -> Tensor:
+        views, P = s.view(2, -1, N), torch.empty(2, M // 2, N, device=device)
+        guess = ones.exponent.view(2, -1)
+        kernels.match(views, views, layout, col, guess, epsilon=0.1, temperature=0.1, step=step, targets=P)
+        return P
+
+    if N <= tiles.LONGEST_ROW:
+        default = tiles.row_tile(M, N)
+        yield Job(("row", M, N), default, _row_candidates(M, default), row)
+    default = tiles.column_tile(M, N)
+    yield Job(("column", M, N), default, _column_candidates(M, N, default), column)
+    on_chip = tiles.image_tile(2, N)
+    if on_chip is not None:
+        yield Job(("image", 2, N), on_chip, _with_warps(on_chip, (2, 4, 8, 16)), image)
+    if D <= 512:
+        yield from _flash_jobs(layout, generator, device)
+
+
+def _flash_jobs(layout: Layout, generator: torch.Generator, device: torch.device) -> Iterator[Job]:
+    def unit(rows: int) -> Tensor:
+        x = torch.randn(rows, layout.D, generator=generator, device=device)
+        return (torch.nn.functional.normalize(x, dim=1) * HALF_UNIT).half()
+
+    z, M, N = unit(layout.M), layout.M, layout.N
+    kernels = triton.flash()(unit(N), layout, masked=True, unit=HALF_UNIT)
+    col = Potential(torch.zeros(N, device=device), torch.ones(N, device=device))
+    # Below the largest score's exponential, log2(e)/0.1: P and A stay within 1, as finished potentials make them.
+    row = Potential(torch.full((M,), -15.0, device=device), torch.ones(M, device=device))
+
+    def rows() -> Tensor:
+        found = Potential(*torch.empty(2, M, device=device))
+        kernels.row_step(z, kernels.score_scale(0.1), col, found)
+        return found.natural_log()
+
+    def columns() -> Tensor:
+        sums = torch.empty(N, device=device)
+        kernels.column_sums(z, kernels.score_scale(0.1), row, col, sums)
+        return sums
+
+    def match() -> Tensor:
+        dz = kernels.match(z, z, row, row, col, epsilon=0.1, temperature=0.1, needs_grad=True)[1]
+        assert dz is not None
+        return dz
+
+    for m, n, wide, run in ((M, N, False, rows), (N, M, False, columns), (layout.B, N, True, match)):
+        default = tiles.flash_tile(m, n, layout.D, wide=wide, sixteen_bit=True)
+        yield Job(("flash", m, n, layout.D, int(wide), 1), default, _flash_candidates(m, n, wide, default), run)
+
+
+def _with_warps(tile: Any, warps: tuple[int, ...]) -> list[tuple[int, ...]]:
+    return [tile._replace(num_warps=n) for n in warps if n != tile.num_warps]
+
+
+def _row_candidates(m: int, default: tiles.Tile) -> list[tuple[int, ...]]:
+    """Rows at once, about one or two programs per multiprocessor, warps."""
+    found: list[tuple[int, ...]] = []
+    for block_m in {max(default.block_m // 2, 1), default.block_m, default.block_m * 2}:
+        for programs in (66, 132, 264):
+            rows = tiles.up(-(-m // programs), block_m)
+            tile = default._replace(block_m=block_m, rows=rows, chunks=-(-m // rows))
+            found += [tile, *_with_warps(tile, (4, 8, 16))]
+    return [tile for tile in dict.fromkeys(found) if tile != default]
+
+
+def _column_candidates(m: int, n: int, default: tiles.Tile) -> list[tuple[int, ...]]:
+    """Columns of a program and its warps; at most 64 chunks of rows."""
+    found: list[tuple[int, ...]] = []
+    for block_n in (128, 256, 512, 1024):
+        for block_m in (8, 16):
+            rows = tiles.up(max(-(-m // 64), block_m), block_m)
+            tile = tiles.Tile(block_m, min(block_n, tiles.power_of_two(n)), rows, -(-m // rows), 4)
+            found += [tile, *_with_warps(tile, (2, 8))]
+    return [tile for tile in dict.fromkeys(found) if tile != default]
+
+
+def _flash_candidates(m: int, n: int, wide: bool, default: tiles.FlashTile) -> list[tuple[int, ...]]:
+    found: list[tuple[int, ...]] = []
+    for block_m in (32, 64, 128):
+        for block_n in (32, 64) if wide else (32, 64, 128):
+            for num_warps, num_stages in ((4, 2), (4, 3), (8, 2), (8, 3)):
+                found.append(
+                    default._replace(
+                        block_m=min(block_m, tiles.power_of_two(max(m, 16))),
+                        block_n=min(block_n, tiles.power_of_two(max(n, 16))),
+                        num_warps=num_warps,
+                        num_stages=num_stages,
+                    )
+                )
+    return [tile for tile in dict.fromkeys(found) if tile != default]
+
+
+def best(job: Job, timer: Timer) -> tuple[tuple[int, ...], float, float]:
+    """(tile, its ms, the default's ms)."""
+    expected = job.run().clone()
+    default_ms = timer(job.run)
+    tile, fastest = job.default, GAIN * default_ms
+    for candidate in job.candidates:
+        with tuned.trying({job.key: candidate}):
+            try:
+                found = job.run()
+            except Exception as error:  # more registers or shared memory than there are
+                print(f"    {candidate}: {type(error).__name__}", file=sys.stderr)
+                continue
+            if not bool(((found - expected).abs() <= AGREEMENT * expected.abs().max()).all()):
+                print(f"    {candidate}: another result, dropped", file=sys.stderr)
+                continue
+            ms = timer(job.run)
+        if ms < fastest:
+            tile, fastest = candidate, ms
+    return tuple(tile), (fastest if tile != job.default else default_ms), default_ms
+
+
+def measured_rates(device: torch.device, timer: Timer, size: int = 8192) -> dict[str, float]:
+    """Of fp16 products, products in a flash kernel, a copy, and exponentials of scores that lie in the cache."""
+    a = torch.randn(size, size, device=device).half()
+    product, copy = torch.empty(size, size, device=device), torch.empty(size, size, device=device)
+    flash = next(job for job in jobs(size // 4, size, 256, device) if job.key[0] == "flash")
+    scores = next(job for job in jobs(size // 8, size, 1024, device) if job.key[0] == "column")
+    return {
+        "product_flops": 2 * size**3 / timer(lambda: multiply(a, a, product)) * 1e3,
+        "flash_flops": 2 * (size // 4) * size * 256 / timer(flash.run) * 1e3,
+        "memory_bytes": 2 * copy.nbytes / timer(lambda: product.copy_(copy)) * 1e3,
+        "exponentials": (size // 8) * size / timer(scores.run) * 1e3,
+    }
+
+
+def tune(shapes: list[tuple[int, int, int]], device: torch.device, timer: Timer, size: int = 8192) -> Tuned:
+    """Prints a line for every tile, the default's time beside the one that is kept."""
+    chosen: dict[Key, tuple[int, ...]] = {}
+    with tuned.trying({}):
+        for shape in shapes:
+            for job in jobs(*shape, device):
+                tile, ms, default_ms = best(job, timer)
+                kept = "default" if tile == tuple(job.default) else str(tile)
+                print(f"{' '.join(map(str, job.key)):<28} {default_ms:>9.4f} ms -> {ms:>9.4f} ms  {kept}", flush=True)
+                if kept != "default":
+                    chosen[job.key] = tile
+        found = measured_rates(device, timer, size)
+    for name, rate in found.items():
+        print(f"{name:<28} {rate:>12.3g} a second")
+    return Tuned(found, chosen)
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    M, N, D = (int(part) for part in text.split("x"))
+    if M < 4 or M % 2 or N % M or D < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be MxNxD with M even, at least 4, and N a multiple of M")
+    return M, N, D
+
+
+def main(args: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bam_kernels.tune", description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", type=_shape, required=True, help="MxNxD: scores and features")
+    options = parser.parse_args(args)
+    device, file = torch.device("cuda"), tuned.path()
+    reason = triton.unavailable(device) or (None if torch.cuda.is_available() else "torch sees no GPU")
+    if reason or file is None:
+        parser.error(f"nothing can be timed here: {reason}")
+
+    from triton.testing import do_bench
+
+    found = tune(options.shapes, device, lambda run: do_bench(run, return_mode="median"))
+    tuned.save(found, file)
+    print(f"written: {file}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

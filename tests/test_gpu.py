@@ -1,0 +1,137 @@
+"""What only a GPU can show of the loss: streams, capture, no synchronisation, memory, a second device, the compiler."""
+
+import pytest
+import torch
+from problems import COSINES, features, loss_and_grad
+
+from bam_kernels import bam_loss, plan, reference
+from bam_kernels.backends import triton
+from bam_kernels.simulated import SimulatedRanks
+
+if not torch.cuda.is_available():
+    pytest.skip("no GPU here", allow_module_level=True)
+reason = triton.unavailable(torch.device("cuda"))
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(reason is not None, reason=str(reason))]
+
+ENGINES = ("slab", "flash")
+
+
+def embeddings(views: int = 2, images: int = 96, D: int = 64, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    return features(views, images, D).to("cuda", dtype)
+
+
+def step(student: torch.Tensor, engine: str, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    return loss_and_grad(bam_loss, student, backend="triton", engine=engine, **options)
+
+
+def relative(x: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((x.double() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("cosine", COSINES)
+@pytest.mark.parametrize("R", [0, 2])
+def test_sizes_of_use_against_float64(engine, cosine, R):
+    """Larger than the interpreter takes: several tiles, slabs and chunks everywhere."""
+    student = features(4, 160, 200, cosine=cosine).cuda()
+    teacher = features(R, 160, 200, cosine=cosine, seed=1).cuda() if R else None
+    truth = loss_and_grad(reference.bam_loss, student.double(), teacher.double() if R else None)
+    for dtype, precision, bound in ((torch.float32, "exact", 1e-5), (torch.float16, "default", 2e-3)):
+        y = teacher.to(dtype) if R else None
+        x = student.to(dtype)
+        expected = (
+            truth
+            if dtype == torch.float32
+            else loss_and_grad(reference.bam_loss, x.double(), None if y is None else y.double())
+        )
+        loss, dz = loss_and_grad(bam_loss, x, y, backend="triton", engine=engine, precision=precision)
+        limit = bound * (1 if cosine < 0.99 else 100 if dtype == torch.float32 else 10)
+        assert abs(loss / expected[0] - 1) <= bound and relative(dz, expected[1]) <= limit
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_nothing_waits_for_the_device(engine):
+    student = embeddings()
+    expected = step(student, engine)  # compiles the kernels and makes the plans
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = step(student, engine)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_replayed_as_a_graph(engine):
+    student = embeddings().requires_grad_()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            torch.autograd.grad(bam_loss(student, backend="triton", engine=engine), student)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = bam_loss(student, backend="triton", engine=engine)
+        (dz,) = torch.autograd.grad(loss, student)
+    for seed in (1, 2):
+        with torch.no_grad():
+            student.copy_(features(2, 96, 64, seed=seed))
+        graph.replay()
+        expected = step(student.detach(), engine)
+        assert torch.equal(loss, expected[0]) and torch.equal(dz, expected[1])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_side_stream(engine):
+    student = embeddings()
+    expected = step(student, engine)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)  # what runs on another stream would overtake
+        late = student * 1.0
+        found = step(late, engine)
+    stream.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_second_device(engine):
+    expected = step(embeddings(), engine)
+    found = step(embeddings().to("cuda:1"), engine)
+    assert found[1].device.index == 1
+    assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_compiled_and_under_autocast(engine):
+    network = torch.nn.Linear(32, 64, device="cuda")
+    images = torch.randn(192, 32, device="cuda")
+
+    def loss_of(x):
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            return bam_loss(network(x), views=2, backend="triton", engine=engine)
+
+    def gradient(function):
+        network.zero_grad()
+        function(images).backward()
+        return network.weight.grad.clone()
+
+    eager, compiled = gradient(loss_of), gradient(torch.compile(loss_of, fullgraph=True))
+    assert relative(compiled, eager.double()) <= 1e-2  # the compiler may round the network's product elsewhere
+
+
+def test_flash_memory_is_linear():
+    """M = 2048 rows against N = 524,288 keys of 256 simulated ranks, D = 256: inputs, outputs and 64 MB."""
+    B, D, W = 1024, 256, 256
+    keys = torch.nn.functional.normalize(torch.randn(2 * B * W, D, device="cuda"), dim=1)
+    group = SimulatedRanks(W, 0, keys)
+    student, teacher = (embeddings(2, B, D) for _ in range(2))
+    forecast = plan(views=2, images=B, features=D, ranks=W, teacher_views=2, sixteen_bit=True, engine="flash")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loss, _ = loss_and_grad(bam_loss, student, teacher, backend="triton", engine="flash", group=group)
+    peak = torch.cuda.max_memory_allocated() - before
+    held = 2 * len(keys) * D  # the gathered keys in fp16
+    assert torch.isfinite(loss) and peak <= held + 64 * 2**20 and peak <= 1.1 * forecast.total_bytes + 2**20
