@@ -17,6 +17,7 @@ from competitors import OURS, Choice, Competitor, Isa, RowName
 from hardware import Machine
 from problem import Problem, Truth, layout_of, parse_shape, relative_error
 
+from bam_kernels import ranges
 from bam_kernels.options import Options
 
 LEAST_ROUNDS = 5
@@ -257,15 +258,16 @@ def measure(rows: list[Row], machine: Machine, options: BenchmarkOptions) -> Non
 
 
 def profile(rows: list[Row], path: Path) -> None:
-    """One run of each row under the torch profiler, as a Chrome trace."""
+    """One run of each row under the torch profiler, as a Chrome trace; for Nsight our parts are ranges of their own."""
+    ranges.enable()
     path.parent.mkdir(parents=True, exist_ok=True)
     cuda = [torch.profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() else []
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, *cuda]) as trace:
         for row in rows:
             arguments = row.competitor.fresh()
-            with contextlib.ExitStack() as ranges:
-                ranges.enter_context(nvtx.annotate(row.competitor.name))
-                ranges.enter_context(torch.profiler.record_function(row.competitor.name))
+            with contextlib.ExitStack() as marks:
+                marks.enter_context(nvtx.annotate(row.competitor.name))
+                marks.enter_context(torch.profiler.record_function(row.competitor.name))
                 row.competitor.run(*arguments)
     trace.export_chrome_trace(str(path))
 

@@ -16,7 +16,7 @@ from problem import Problem, Truth, Work, loss_options, loss_work, products_work
 from torch import Tensor
 
 from bam_kernels import bam_loss, bam_targets, reference
-from bam_kernels.backends import cpu, triton
+from bam_kernels.backends import cpu, cuda, triton
 from bam_kernels.backends.interface import FIXED_STEPS, LOG2_E, Positives, Potential, RowKernels
 from bam_kernels.engine import flash, slab
 from bam_kernels.ranks import ONE_RANK
@@ -28,13 +28,23 @@ RowName = Literal[
     "triton-int16",
     "triton-flash",
     "triton-flash-int16",
+    "cuda",
+    "cuda-int16",
     "eager",
     "compile",
     "gemms",
     "authors",
 ]
-GIVEN_SCORES: tuple[RowName, ...] = ("cpu", "cpu-int16", "triton", "triton-int16")
-WHOLE: tuple[RowName, ...] = ("cpu", "triton", "triton-int16", "triton-flash", "triton-flash-int16")
+GIVEN_SCORES: tuple[RowName, ...] = ("cpu", "cpu-int16", "triton", "triton-int16", "cuda", "cuda-int16")
+WHOLE: tuple[RowName, ...] = (
+    "cpu",
+    "triton",
+    "triton-int16",
+    "triton-flash",
+    "triton-flash-int16",
+    "cuda",
+    "cuda-int16",
+)
 OURS: tuple[RowName, ...] = tuple(dict.fromkeys(GIVEN_SCORES + WHOLE))
 Isa = Literal["auto", "avx512", "avx2", "plain"]
 
@@ -82,6 +92,8 @@ class Choice:
             found += [(row, cpu.kernels(isa)) for isa in self.isa for row in chosen if row.startswith("cpu")]
         if triton.unavailable(device) is None:
             found += [(row, triton.kernels()) for row in chosen if row.startswith("triton")]
+        if cuda.unavailable(device) is None:
+            found += [(row, cuda.kernels()) for row in chosen if row.startswith("cuda")]
         return found
 
 

@@ -1,12 +1,25 @@
-"""The CUDA kernels. What needs a device is marked gpu; the rest holds wherever nvcc compiled them."""
+"""What backend="cuda" says where it cannot run, the kernels' functions that run on the host, and the emulator."""
 
+import ctypes
+import math
+import re
+import shutil
+import struct
+from dataclasses import replace
+
+import emulated
 import pytest
 import torch
 
 from bam_kernels.backends import cuda
+from bam_kernels.backends.cuda import shapes
 from bam_kernels.backends.extension import _C
+from bam_kernels.layout import Layout
 
 built = pytest.mark.skipif(_C is None or not _C.with_cuda, reason="built without CUDA")
+needs_compiler = pytest.mark.skipif(_C is None or not shutil.which("g++"), reason="needs the extension and g++")
+H100 = replace(emulated.HOPPER, multiprocessors=132)
+A100 = replace(emulated.HOPPER, capability=(8, 0), multiprocessors=108, shared_bytes=163 << 10, cluster=1)
 
 
 @built
@@ -18,36 +31,115 @@ def test_the_default_architectures_are_compiled():
 @built
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a device")
 def test_without_a_device_the_module_loads_and_says_so():
-    assert cuda.devices() == []
-    with pytest.raises(ValueError, match="no CUDA device"):
-        cuda.unit_rows(torch.ones(2, 3))
+    assert cuda.device_count() == 0
+    assert cuda.unavailable(torch.device("cuda")) == "no CUDA device, or no driver"
 
 
-# d = 1; a tail; the registers' whole capacity of 4096; beyond it, where a row is read twice.
-@pytest.mark.gpu
-@pytest.mark.skipif(cuda.unavailable() is not None, reason=str(cuda.unavailable()))
-@pytest.mark.parametrize("d", [1, 33, 256, 4096, 5000])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("centred", [False, True])
-def test_unit_rows(d, dtype, centred):
-    x = torch.randn(37, d + 3, device="cuda").to(dtype)[:, :d]
-    x[5] = 0
-    centre = torch.randn(d, device="cuda") / d**0.5 if centred else None
-    unit, inverse_norm = cuda.unit_rows(x, centre)
-    norm = x.double().norm(dim=1)
-    expected = x.double() / norm.clamp_min(1e-12)[:, None] - (centre.double() if centre is not None else 0)
-    error = (unit.double() / cuda.UNIT_SCALE - expected).abs()
-    assert (error <= 2**-11 * expected.abs() + 1e-6).all()
-    assert inverse_norm[5] == 0
-    others = norm > 0
-    assert ((inverse_norm[others] * norm[others] - 1).abs() <= 1e-6).all()
+def test_it_takes_cuda_tensors():
+    assert "got cpu" in cuda.unavailable(torch.device("cpu"))
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(cuda.unavailable() is not None, reason=str(cuda.unavailable()))
-@pytest.mark.parametrize("magnitude", [1e-25, 1e25])
-def test_unit_rows_of_any_magnitude(magnitude):
-    x = torch.randn(4, 64, device="cuda") * magnitude
-    unit, _ = cuda.unit_rows(x)
-    expected = x.double() / x.double().norm(dim=1, keepdim=True).clamp_min(1e-12)
-    assert ((unit.double() / cuda.UNIT_SCALE - expected).abs() <= 2**-11 * expected.abs() + 1e-6).all()
+def test_a_device_that_cannot_run_the_kernels_is_named_with_the_reason():
+    old = replace(emulated.HOPPER, name="Tesla T4", capability=(7, 5))
+    assert cuda._fault(old) == "Tesla T4 is sm_75, these kernels need sm_80 or newer"
+    assert "no kernel image" in cuda._fault(replace(emulated.HOPPER, fault="no kernel image is available"))
+    assert cuda._fault(emulated.HOPPER) is None
+    assert H100.forms() == "rows over clusters of 16, one-launch Sinkhorn"
+    assert replace(A100, cooperative=False).forms() == (
+        "no clusters: long rows read twice, no cooperative launch: one launch a pass"
+    )
+
+
+@pytest.mark.skipif(_C is None, reason="needs the extension")
+def test_shapes_of_launches():
+    """What the device holds, and no more: a row in one block to 8192 columns, over 16 to 131072, else read twice."""
+    assert shapes.pass_team(8192, 2, H100) == (512, 1) and shapes.pass_team(8193, 2, H100) == (288, 2)
+    assert shapes.pass_team(131072, 4, H100) == (512, 16) and shapes.pass_team(131073, 2, H100) is None
+    assert shapes.pass_team(8192, 2, A100) == (512, 1) and shapes.pass_team(8193, 2, A100) is None
+    assert shapes.match_team(2, 8192, 2, H100) == (512, 1) and shapes.match_team(2, 8192, 4, A100) == (512, 1)
+    assert shapes.match_team(8, 8192, 2, H100) == (256, 2)  # 8 rows of targets do not fit one block
+    for device in (H100, A100):
+        for m, n in ((1, 1), (512, 512), (2048, 8192), (100_000, 300)):
+            team = shapes.pass_team(n, 2, device)
+            rows = shapes.pass_rows(m, team, device)
+            assert rows % shapes.PASS_ROWS == 0 and -(-m // rows) <= 2 * device.multiprocessors
+            assert shapes.column_rows(m, n, device) % shapes.COLUMN_ROWS == 0
+    # The small problems; the published shape does not fit: 33.5 MB.
+    assert shapes.on_chip(512, 512, 2, H100) == (4, (32, 1), 128)
+    assert shapes.on_chip(2048, 2048, 2, H100) == (16, (128, 1), 128)
+    assert shapes.on_chip(128, 128, 4, H100) == (8, (32, 16), 16)
+    assert shapes.on_chip(2048, 8192, 2, H100) is None
+    assert shapes.on_chip(512, 512, 2, replace(A100, cooperative=False)) is None
+
+
+@pytest.fixture
+def library() -> ctypes.CDLL:
+    found = emulated.library()
+    found.public_column_of.argtypes = found.own_image_of.argtypes = [ctypes.c_int64] * 4
+    found.to_fixed_point.argtypes = [ctypes.c_float] * 2
+    return found
+
+
+@needs_compiler
+class TestFunctionsOnTheHost:
+    def pair(self, function, *arguments: float) -> tuple[float, float]:
+        out = (ctypes.c_float * 2)()
+        function(*map(ctypes.c_float, arguments), out)
+        return out[0], out[1]
+
+    def test_fixed_point(self, library):
+        given = {0.0: 0, 0.4999: 15997, 2.0: 32767, -2.0: -32767, -1e30: -32768, 1.5 / 32000: 2, 2.5 / 32000: 2}
+        assert {s: library.to_fixed_point(s, 32000.0) for s in given} == given
+
+    @pytest.mark.parametrize("x", [1.0, 0.75, 2.0**-126, 3.4e38, math.pi])
+    def test_split_and_reciprocal(self, library, x):
+        x = struct.unpack("f", struct.pack("f", x))[0]
+        exponent, mantissa = self.pair(library.split_float, x)
+        assert (mantissa, exponent) == math.frexp(x)
+        exponent, mantissa = self.pair(library.reciprocal_of, -7.0, x)
+        assert exponent == -7 - math.frexp(x)[1] and 1 < mantissa <= 2
+        assert math.ldexp(mantissa, int(exponent)) * x * 2**7 == pytest.approx(1, rel=2e-7)
+
+    def test_reciprocal_of_nothing(self, library):
+        assert self.pair(library.reciprocal_of, 3.0, 0.0) == (0.0, math.inf)
+        assert math.isnan(self.pair(library.reciprocal_of, 3.0, math.nan)[1])
+
+    def test_index_algebra_is_that_of_the_layout(self, library):
+        layout = Layout(B=5, V=3, L=2, T=2, D=1, W=3, rank=1)
+        for t in range(layout.T):
+            for r in range(layout.W):
+                for i in range(layout.B):
+                    column = layout.gathered_column(t, r, i)
+                    public = library.public_column_of(column, layout.W, layout.T, layout.B)
+                    assert public == layout.public_column(t, r, i)
+                    image = library.own_image_of(column, layout.own_columns, layout.T, layout.B)
+                    assert image == (i if r == layout.rank else -1)
+
+    @pytest.mark.parametrize("distinct", [1, 3, 1000])  # how many values there are: ties, and none
+    @pytest.mark.parametrize("k", [1, 7, 499])
+    def test_threshold_is_that_of_a_stable_sort(self, library, distinct, k):
+        n = 500
+        x = torch.randint(distinct, (n,), generator=torch.Generator().manual_seed(k)).float() / distinct * 1e-3
+        kept = torch.empty(n, dtype=torch.uint8)
+        addresses = map(ctypes.c_void_p, (x.data_ptr(), kept.data_ptr()))
+        counted = library.keep_largest(next(addresses), ctypes.c_int64(n), ctypes.c_int64(k), next(addresses))
+        expected = torch.zeros(n, dtype=torch.uint8)
+        expected[x.sort(descending=True, stable=True).indices[:k]] = 1
+        assert torch.equal(kept, expected)
+        assert counted <= 31 + 9  # the bits of a float, and of a column
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("kind", "fault"),
+    [
+        (0, "a thread ended while others of its block wait"),
+        (1, "threads wait for ever: .* at a barrier of the block .* at a barrier of the cluster"),
+        (2, "a block that may not have begun"),
+        (3, "a write past the end of shared memory"),
+    ],
+)
+def test_the_emulator_reports_what_a_kernel_may_not_do(kind, fault):
+    report = emulated.library().fault_of_broken_kernel
+    report.restype = ctypes.c_char_p
+    assert re.search(fault, report(kind).decode())

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..backends.interface import GRADIENT_FACTOR, UnitRows
 from ..layout import Layout
 from ..precision import multiply
+from ..ranges import named
 from ..ranks import Ranks
 from .scores import Keys
 
@@ -36,6 +37,7 @@ class Gradient:
         """(M, D) of what dk is made: unit rows, in 16 bit less the centre."""
         return self.kernels.half_rows(self.rows.x, self.keys.centre).read if self.keys.sixteen_bit else self.rows.read
 
+    @named("gradient")
     def add(self, G: Tensor, first: int) -> None:
         """G (V, b, N) of images first .. first + b - 1."""
         V, b, N = G.shape
@@ -87,6 +89,7 @@ class Gradient:
         if len(G) > N:
             self._contract_keys(G[N:], self.z[N:], d, add=True)
 
+    @named("gradient")
     def finish(self, temperature: float) -> Tensor:
         """dz (M, D) float32, back through the L2 normalisation."""
         n = self.layout.T * self.layout.B

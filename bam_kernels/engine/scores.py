@@ -21,6 +21,7 @@ from ..backends.interface import (
 )
 from ..layout import Layout
 from ..precision import multiply
+from ..ranges import each, named
 from ..ranks import Ranks
 from .plan import SlabPlan
 
@@ -60,7 +61,7 @@ class Keys:
         if self._held is not None and self._complete:
             yield 0, self._held
             return
-        for first, block in self.ranks.gather(self.own, self._as_sent):
+        for first, block in each("gather", iter(self.ranks.gather(self.own, self._as_sent))):
             if self._held is None:
                 yield first, block - self.centre
             elif self.sixteen_bit:
@@ -110,6 +111,7 @@ class Scores:
         """`rows` rows of the buffer, past the first `after`."""
         return self._buffer[after : after + rows]
 
+    @named("scores")
     def make(self, unit: Tensor, first: int, into: Tensor, *, period: int | None = None) -> Tensor:
         """Scores of (m, D) unit rows into (m, N), positives masked: rows first .. of all, or of images first .. of
         several views with `period` images of each."""
@@ -128,18 +130,19 @@ class Scores:
             self.make(unit, first, into)
             self.kernels.column_lse(into, scale, row, shift, sums, accumulate=first > 0)
             return
-        made = self.multiply(unit, self._made[: len(unit)])
-        self._half_kernels.finish_scores(
-            made,
-            self.product_step,
-            into,
-            self._positives(first, None),
-            scale * self.step,
-            row,
-            shift,
-            sums,
-            accumulate=first > 0,
-        )
+        with named("scores"):
+            made = self.multiply(unit, self._made[: len(unit)])
+            self._half_kernels.finish_scores(
+                made,
+                self.product_step,
+                into,
+                self._positives(first, None),
+                scale * self.step,
+                row,
+                shift,
+                sums,
+                accumulate=first > 0,
+            )
 
     def multiply(self, unit: Tensor, out: Tensor) -> Tensor:
         """Products (m, N) float32 with the keys, as they arrive."""
@@ -147,6 +150,7 @@ class Scores:
             multiply(unit, block.T, out[:, column : column + len(block)])
         return out
 
+    @named("scores")
     def make_both(self, first: Tensor, second: Tensor, out_first: Tensor, out_second: Tensor) -> None:
         """Scores of all rows of two sets of unit rows, in one reading of the keys; float32."""
         for column, block in self.keys.blocks():

@@ -17,6 +17,7 @@ from ..agreement import agreed
 from ..backends.interface import GRADIENT_FACTOR, LOG2_E, Matched, Positives, Potential, RowKernels, UnitRows
 from ..layout import Layout
 from ..options import Options, check_finite
+from ..ranges import named
 from ..ranks import ONE_RANK, Ranks
 from .gradient import Gradient
 from .plan import SlabPlan, plan_slabs
@@ -92,6 +93,7 @@ def unit_rows(
     return z, y
 
 
+@named("Sinkhorn")
 def balance(
     target: Sweeps,
     row: Potential,
@@ -278,7 +280,7 @@ def _match_slabs(
             y = x.target_rows.view(-1, layout.B, layout.D)[: layout.L, first:last]
             target_scores = _made_images(scores, y, first, source_rows)
         G = source.view(torch.float16) if x.keys.sixteen_bit else source
-        matched = kernels.match(
+        matched = named("match")(kernels.match)(
             target_scores,
             source,
             layout,
@@ -338,7 +340,7 @@ def targets(
             target_scores = kept[: layout.L, first:last]
         else:
             target_scores = _made_images(scores, unit[:, first:last], first, 0)
-        kernels.match(
+        named("match")(kernels.match)(
             target_scores,
             None,
             layout,
@@ -384,7 +386,7 @@ def from_scores(
     shape = (-1, layout.B, layout.N)
     sums = Sums()
     sums.add(
-        kernels.match(
+        named("match")(kernels.match)(
             rows.view(shape)[: layout.L],
             scores.view(shape),
             layout,

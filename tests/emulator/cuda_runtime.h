@@ -10,7 +10,6 @@
 #include <cstring>
 #include <functional>
 
-#define BAM_EMULATED
 #define __host__
 #define __device__
 #define __global__
@@ -22,22 +21,14 @@ struct dim3 {
   unsigned x = 1, y = 1, z = 1;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-struct alignas(16) float4 {
-  float x, y, z, w;
-};
 struct alignas(16) int4 {
   int x, y, z, w;
 };
-inline float4 make_float4(float x, float y, float z, float w) {
-  return {x, y, z, w};
-}
 
 namespace emulator {
 
 void* shared_memory();
 void sync_block();
-void sync_warp();
-bool sync_block_or(bool any);
 // Exchanges 4 bytes with lane `lane ^ mask` of the warp.
 uint32_t exchange(uint32_t mine, int mask);
 unsigned cluster_rank();

@@ -26,7 +26,6 @@ constexpr unsigned char kGuardByte = 0xa5;
 struct Barrier {
   unsigned expected = 0, arrived = 0;
   uint64_t generation = 0;
-  bool any = false, result = false;
 };
 
 struct Warp {
@@ -95,11 +94,9 @@ __attribute__((noinline)) void yield() {
   if (!_setjmp(current->state)) _longjmp(scheduler, 1);
 }
 
-void wait(Barrier& barrier, const char* where, bool any = false) {
-  barrier.any |= any;
+void wait(Barrier& barrier, const char* where) {
   if (++barrier.arrived == barrier.expected) {
     barrier.arrived = 0;
-    barrier.result = std::exchange(barrier.any, false);
     ++barrier.generation;
     return;
   }
@@ -252,16 +249,12 @@ void run_together(const Launch& launch, unsigned first, unsigned count) {
 void* shared_memory() {
   return current->block->memory();
 }
+void check_all_are_here(const Block& block) {
+  if (block.running < block.barrier.expected) fail("a thread ended while others of its block wait for it");
+}
 void sync_block() {
+  check_all_are_here(*current->block);
   wait(current->block->barrier, "block");
-}
-bool sync_block_or(bool any) {
-  Barrier& barrier = current->block->barrier;
-  wait(barrier, "block", any);
-  return barrier.result;
-}
-void sync_warp() {
-  wait(current->block->warps[current->warp].barrier, "warp");
 }
 uint32_t exchange(uint32_t mine, int mask) {
   Warp& warp = current->block->warps[current->warp];

@@ -19,12 +19,12 @@ OLDEST = (8, 0)
 
 def unavailable(device: torch.device) -> str | None:
     """Why these kernels cannot run on `device`, or None."""
+    if device.type != "cuda":
+        return f"it takes CUDA tensors, got {device}"
     if _C is None:
         return f"the extension is not built ({import_error}); install it with nvcc: pip install -e ."
     if not _C.with_cuda:
         return "the extension was built without CUDA; install it where nvcc is found: pip install -e ."
-    if device.type != "cuda":
-        return f"it takes CUDA tensors, got {device}"
     if torch.version.hip:
         return 'it takes NVIDIA GPUs; use backend="triton"'
     if device_count() == 0:
