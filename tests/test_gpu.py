@@ -5,7 +5,7 @@ import torch
 from problems import COSINES, features, loss_and_grad
 
 from bam_kernels import bam_loss, plan, reference
-from bam_kernels.backends import triton
+from bam_kernels.backends import cuda, triton
 from bam_kernels.simulated import SimulatedRanks
 
 if not torch.cuda.is_available():
@@ -13,7 +13,17 @@ if not torch.cuda.is_available():
 reason = triton.unavailable(torch.device("cuda"))
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(reason is not None, reason=str(reason))]
 
-ENGINES = ("slab", "flash")
+without_cuda = cuda.unavailable(torch.device("cuda"))
+# Triton's two, and the slab engine on the CUDA kernels.
+ENGINES = (
+    "slab",
+    "flash",
+    pytest.param("cuda", marks=pytest.mark.skipif(without_cuda is not None, reason=str(without_cuda))),
+)
+
+
+def way(engine: str) -> dict[str, str]:
+    return {"backend": "cuda", "engine": "slab"} if engine == "cuda" else {"backend": "triton", "engine": engine}
 
 
 def embeddings(views: int = 2, images: int = 96, D: int = 64, dtype: torch.dtype = torch.float16) -> torch.Tensor:
@@ -21,7 +31,7 @@ def embeddings(views: int = 2, images: int = 96, D: int = 64, dtype: torch.dtype
 
 
 def step(student: torch.Tensor, engine: str, **options) -> tuple[torch.Tensor, torch.Tensor]:
-    return loss_and_grad(bam_loss, student, backend="triton", engine=engine, **options)
+    return loss_and_grad(bam_loss, student, **way(engine), **options)
 
 
 def relative(x: torch.Tensor, exact: torch.Tensor) -> float:
@@ -44,7 +54,7 @@ def test_sizes_of_use_against_float64(engine, cosine, R):
             if dtype == torch.float32
             else loss_and_grad(reference.bam_loss, x.double(), None if y is None else y.double())
         )
-        loss, dz = loss_and_grad(bam_loss, x, y, backend="triton", engine=engine, precision=precision)
+        loss, dz = loss_and_grad(bam_loss, x, y, **way(engine), precision=precision)
         limit = bound * (1 if cosine < 0.99 else 100 if dtype == torch.float32 else 10)
         assert abs(loss / expected[0] - 1) <= bound and relative(dz, expected[1]) <= limit
 
@@ -68,11 +78,11 @@ def test_replayed_as_a_graph(engine):
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
-            torch.autograd.grad(bam_loss(student, backend="triton", engine=engine), student)
+            torch.autograd.grad(bam_loss(student, **way(engine)), student)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        loss = bam_loss(student, backend="triton", engine=engine)
+        loss = bam_loss(student, **way(engine))
         (dz,) = torch.autograd.grad(loss, student)
     for seed in (1, 2):
         with torch.no_grad():
@@ -111,7 +121,7 @@ def test_compiled_and_under_autocast(engine):
 
     def loss_of(x):
         with torch.autocast("cuda", dtype=torch.bfloat16):
-            return bam_loss(network(x), views=2, backend="triton", engine=engine)
+            return bam_loss(network(x), views=2, **way(engine))
 
     def gradient(function):
         network.zero_grad()
