@@ -68,14 +68,16 @@ def yardstick(student, teacher, **given):
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("cosine", [0.0, 0.9, 0.99, 0.999])
 @pytest.mark.parametrize("R", [0, 2])
-def test_at_most_the_error_of_pytorch_in_16_bit(engine, cosine, R):
+def test_below_the_error_of_pytorch_in_16_bit(engine, cosine, R):
+    """Where rows have much in common, rounding after the centre is taken off is what keeps what they differ in."""
     student = features(4, 14, 40, cosine=cosine, seed=1)
     teacher = features(R, 14, 40, cosine=cosine, seed=1) if R else None
     _, grad, P = truth(student, teacher)
     _, dz, targets = evaluated(engine, student, teacher)
     plain_dz, plain_P = yardstick(student, teacher)
-    assert relative(dz, grad) <= relative(plain_dz, grad)
-    assert relative(targets, P) <= relative(plain_P, P)
+    share = 0.8 if cosine == 0 else 0.2
+    assert relative(dz, grad) <= share * relative(plain_dz, grad)
+    assert relative(targets, P) <= share * relative(plain_P, P)
     assert_close(targets.sum(1), torch.ones(len(P)), 2e-5)
 
 
