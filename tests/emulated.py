@@ -1,7 +1,9 @@
 """The CUDA kernels on the CPU: csrc/cuda compiled by g++ against emulator/, whole kernels over fibers; for tests."""
 
+import atexit
 import ctypes
 import os
+import shutil
 import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -22,12 +24,17 @@ HOPPER = Device(0, "emulator", (9, 0), 4, 1 << 30, 1 << 20, 227 << 10, 16, True)
 
 @cache
 def library() -> ctypes.CDLL:
-    """Compiled and loaded once in a process."""
-    with tempfile.TemporaryDirectory() as folder:
-        return _build(Path(folder))
+    """Loaded from the file that BAM_EMULATED names, or compiled: once in a process, and for those that it starts."""
+    if "BAM_EMULATED" not in os.environ:
+        folder = tempfile.mkdtemp()
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        os.environ["BAM_EMULATED"] = _build(Path(folder))
+    loaded = ctypes.CDLL(os.environ["BAM_EMULATED"])
+    loaded.cuda_table.restype = ctypes.c_void_p
+    return loaded
 
 
-def _build(folder: Path) -> ctypes.CDLL:
+def _build(folder: Path) -> str:
     shim = folder / "shim.cpp"
     shim.write_text(
         f'#include "{SOURCES / "cuda.h"}"\n'
@@ -46,9 +53,7 @@ def _build(folder: Path) -> ctypes.CDLL:
         objects = list(pool.map(compiled, sources))
     shared = str(folder / "emulated.so")
     subprocess.run(["g++", "-shared", "-o", shared, *objects], check=True)
-    loaded = ctypes.CDLL(shared)
-    loaded.cuda_table.restype = ctypes.c_void_p
-    return loaded
+    return shared
 
 
 def kernels(device: Device = HOPPER) -> CudaKernels:
