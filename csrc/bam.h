@@ -127,7 +127,8 @@ struct CentrePotential {
   int threads;
 };
 
-// d_i <- factor * (d_i - unit_i <unit_i, d_i>) / norm_i, and 0 where norm_i < 1e-12: the way back through the L2 normalisation.
+// d_i <- factor * (d_i - unit_i <unit_i, d_i>) / norm_i, and 0 where norm_i < 1e-12: the way back through the L2
+// normalisation.
 struct Project {
   float* d;  // (m, d) in, out
   const float* unit;

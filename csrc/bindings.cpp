@@ -115,8 +115,8 @@ void bind_cpu(py::module_& m) {
   m.def(
       "cpu_kernels_at", [](Address table) { return as<const Kernels>(table); }, py::return_value_policy::reference,
       "Kernels of another build by the address of their table: for tests.");
-  m.def("mask_positives", [](Address s, int64_t rows, int64_t row_stride, int64_t first, int64_t period, int64_t B, int64_t T,
-                             int64_t own_columns, int threads) {
+  m.def("mask_positives", [](Address s, int64_t rows, int64_t row_stride, int64_t first, int64_t period, int64_t B,
+                             int64_t T, int64_t own_columns, int threads) {
     call(bam::cpu::mask_positives,
          bam::MaskPositives{as<float>(s), rows, row_stride, first, period, B, T, own_columns, threads});
   });
