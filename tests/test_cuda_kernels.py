@@ -326,6 +326,8 @@ def test_no_result_depends_on_the_order_of_threads(kernels):  # noqa: F811
             if kernels.fits_on_chip(11, 90, torch.float32, DEVICE):
                 small = kernels.sinkhorn(s[:, :90].contiguous(), 20.0, one(11), 3)
                 outcomes[-1] += [*small[0], small[1]]
+            grid = kernels_on(cluster=1).sinkhorn(s[:, :90].contiguous(), 20.0, one(11), 3)
+            outcomes[-1] += [*grid[0], grid[1]]
         finally:
             emulated.run_threads_backwards(False)
     assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))

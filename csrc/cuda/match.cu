@@ -34,9 +34,10 @@ class Image {
     find_targets();
     if (p_.top_k) keep_largest();
     if (reports_) p_.sums[p_.sums_stride + i_] = entropy_;
-    if (p_.targets)
+    if (p_.targets) {
 #pragma unroll 1
       for (int t = 0; t < L_; ++t) write_target(t);
+    }
     if (p_.V) match_sources();
     wait_for_copies<0>();
   }
@@ -215,7 +216,7 @@ class Image {
     const bool is_target = v < L_ && p_.V > 1;
 #pragma unroll
     for (int k = 0; k < kOctet; ++k) pbar[k] = is_target ? 0.0f : all_[q * kOctet + k];
-    if (is_target)
+    if (is_target) {
 #pragma unroll 1
       for (int t = 0; t < L_; ++t) {
         float p[kOctet];
@@ -223,6 +224,7 @@ class Image {
 #pragma unroll
         for (int k = 0; k < kOctet; ++k) pbar[k] += t != v ? p[k] : 0.0f;
       }
+    }
 #pragma unroll
     for (int k = 0; k < kOctet; ++k) pbar[k] *= p_.pair_weight;
   }

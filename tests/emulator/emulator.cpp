@@ -249,7 +249,7 @@ void run_together(const Launch& launch, unsigned first, unsigned count) {
 void* shared_memory() {
   return current->block->memory();
 }
-void check_all_are_here(const Block& block) {
+static void check_all_are_here(const Block& block) {
   if (block.running < block.barrier.expected) fail("a thread ended while others of its block wait for it");
 }
 void sync_block() {

@@ -39,7 +39,8 @@ class MatchKernels(Launcher):
         V = len(source) if source is not None else 0
         assert row_exponent.stride(1) == 1 and (targets is None or targets.stride()[1:] == (n, 1))
         assert gradient is None or (source is not None and gradient.stride(2) == 1)
-        per_image = torch.zeros(3, b, device=target.device)
+        # Without sources only the targets' entropies are written.
+        per_image = (torch.empty if V else torch.zeros)(3, b, device=target.device)
         top_k = top_k if top_k < n else 0
         team = match_team(L, n, target.element_size(), self._device(target)) or LONG
         images = min(b, IMAGES_AT_ONCE) if team == LONG and top_k else b

@@ -130,7 +130,7 @@ class SinkhornKernels(Launcher):
         shape = on_chip(m, n, s.element_size(), self._device(s))
         assert shape is not None
         col = Potential(*torch.empty(2, n, device=s.device))
-        c = torch.full((n,), math.nan, device=s.device)
+        c = torch.empty(n, device=s.device) if iterations > 1 else torch.full((n,), math.nan, device=s.device)
         partial = torch.empty(2, shape.blocks, n, device=s.device)
         self._kernels.sinkhorn_on_chip(
             scores_of(s),
