@@ -237,6 +237,8 @@ def evaluate(
         sums.add(matched)
         if gradient is not None:
             gradient.add(G, first)
+    if sixteen_bit:  # int16 has no NaN: a row that is not finite shows in its norm
+        sums.parts[-1] = sums.parts[-1] + 0.0 * x.z.norm.sum()
     dz = gradient.finish(options.temperature) if gradient is not None else None
     return sums.evaluated(layout, options.mask_positives, column_sums, dz)
 

@@ -162,6 +162,17 @@ def test_repeatable_to_the_bit(engine, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("where", ["student", "teacher"])
+def test_what_is_not_finite_gives_a_loss_that_is_not(engine, where, monkeypatch):
+    """As on a GPU, where nothing waits to look at the input."""
+    monkeypatch.setattr(slab, "check_finite", lambda *_: None)
+    student, teacher = features(2, 5, 16), features(2, 5, 16, seed=1)
+    (student if where == "student" else teacher)[1, 3, 2] = math.inf
+    loss, _, _ = evaluated(engine, student, teacher)
+    assert loss.isnan()
+
+
 def test_exact_products_on_request():
     student = features(2, 6, 16).half()
     _, grad, _ = truth(student, None)

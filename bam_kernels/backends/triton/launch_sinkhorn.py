@@ -181,6 +181,6 @@ class SinkhornKernels(Launcher):
             tile.rows,
             BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n,
-            num_warps=tile.num_warps,
+            num_warps=2 * tile.num_warps,  # rows' weights beside columns' sums: else sm_100 spills
         )
         self._add_chunks(partial, col.mantissa, w, accumulate)
