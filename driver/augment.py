@@ -30,10 +30,9 @@ DIGIT_MOVE = Affine(rotation=20.0, shift=0.125, scale=0.1, shear=0.1)
 """The geometric half of the digits' augmentation."""
 
 
-def random_affine(images: Tensor, limits: Affine, generator: Generator) -> Tensor:
-    """Rotate, scale, shear and shift each image; what comes in from outside is 0."""
-    n = len(images)
-    u = torch.rand(5, n, generator=generator, device=generator.device).mul(2).sub(1).to(images.device)
+def random_affine(images: Tensor, limits: Affine, u: Tensor) -> Tensor:
+    """Rotate, scale, shear and shift each of n images by its numbers of u (5, n) in [-1, 1]; from outside comes 0."""
+    n, u = len(images), u.to(images.device)
     angle = u[0] * math.radians(limits.rotation)
     zoom = torch.exp(u[1] * limits.scale)
     shear = u[2] * limits.shear
@@ -57,5 +56,6 @@ def augment_digits(images: Tensor, strength: float, generator: Generator) -> Ten
     """The views of the embedded digits. Strength 0 gives the images themselves."""
     if strength == 0:
         return images
-    images = random_affine(images, DIGIT_MOVE * strength, generator)
+    u = torch.rand(5, len(images), generator=generator, device=generator.device).mul(2).sub(1)
+    images = random_affine(images, DIGIT_MOVE * strength, u)
     return random_tone(images, strength, generator)

@@ -27,15 +27,17 @@ class Images(Protocol):
     """Images to train on."""
     tested: int
     """Held-out images; 0 where there are no labels to test with."""
+    classes: int
+    """Labels are below this number."""
 
     def views(self, epoch: int) -> Iterator[list[Tensor]]:
         """This rank's micro-batches of each step: (V*B, C, S, S), row v*B + i is view v of image i."""
 
     def bank(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Training images (n, C, S, S) as they are, and their labels (n,)."""
+        """This rank's share of the training images (n, C, S, S) as they are, and their labels (n,)."""
 
     def held_out(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Held-out images as they are, and their labels; always in the same order."""
+        """Held-out images rank, rank + W, ... as they are, and their labels; always in the same order."""
 
 
 def make_images(data: Data, device: torch.device, seed: int, world: World) -> Images:
@@ -66,7 +68,7 @@ class Digits:
         check_batch(len(train), data, world, "the digits")
         self.images, self.labels = images[train].to(device), labels[train].to(device)
         self.test_images, self.test_labels = images[test].to(device), labels[test].to(device)
-        self.training, self.tested = len(train), len(test)
+        self.training, self.tested, self.classes = len(train), len(test), int(labels.max()) + 1
         self.data, self.device, self.seed, self.world = data, device, seed, world
 
     def views(self, epoch: int) -> Iterator[list[Tensor]]:
@@ -81,10 +83,13 @@ class Digits:
             yield [part.flatten(0, 1) for part in own.split(self.data.batch_size, dim=1)]
 
     def bank(self) -> Iterator[tuple[Tensor, Tensor]]:
-        yield self.images, self.labels
+        yield self._share(self.images, self.labels)
 
     def held_out(self) -> Iterator[tuple[Tensor, Tensor]]:
-        yield self.test_images, self.test_labels
+        yield self._share(self.test_images, self.test_labels)
+
+    def _share(self, *whole: Tensor) -> tuple[Tensor, ...]:
+        return tuple(part[self.world.rank :: self.world.size] for part in whole)
 
 
 def split(labels: Tensor, held_out: float) -> tuple[Tensor, Tensor]:
