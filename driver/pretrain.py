@@ -14,7 +14,8 @@ from pathlib import Path
 if __name__ == "__main__":  # the driver is run from its repository, not installed
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from driver.config import UserError, parse
+from driver.command import parse
+from driver.config import UserError
 from driver.train import pretrain
 from driver.world import World
 

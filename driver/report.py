@@ -16,7 +16,7 @@ def write(state: checkpoint.State, options: Config, directory: Path, tested: int
     """history.json, curves.png, the accuracies, and what to do next."""
     (directory / "history.json").write_text(json.dumps(state.history, indent=1) + "\n")
     plots.curves(state.history, steps, directory / "curves.png")
-    print(f"\nwritten: {directory}/ {checkpoint.FILE}, curves.png, history.json, config.json")
+    print(f"\nwritten: {directory}/ {checkpoint.FILE}, curves.png, history.json, config.yaml")
     if tested:
         print(table(state.history, tested, state.epoch))
     if state.epoch == options.optim.epochs and abs(state.history["log"][-1]["collapse_gap"]) < COLLAPSED:

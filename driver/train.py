@@ -31,7 +31,7 @@ def pretrain(options: Config, world: World | None = None) -> Path:
 
     G = virtual_batch(data, world)
     images = make_images(data, device, run.seed, world)
-    dtype = getattr(torch, run.dtype)
+    dtype = torch.float64 if run.dtype == "float64" else torch.float32
     network = Network(model, images.channels, data.size).to(device, dtype).to(memory_format=torch.channels_last)
     teacher = make_teacher(network) if model.teacher_momentum > 0 else None
     bam = make_loss(options.loss, device, dtype)

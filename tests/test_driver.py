@@ -16,7 +16,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from driver import augment, checkpoint, config, data, evaluate, model, optim, train  # noqa: E402
+from driver import augment, checkpoint, command, config, data, evaluate, model, optim, recipes, train  # noqa: E402
 from driver.config import UserError  # noqa: E402
 from driver.pretrain import main  # noqa: E402
 from driver.world import World  # noqa: E402
@@ -37,7 +37,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 def pretrain(*options: str) -> Path:
-    return train.pretrain(config.parse([*TINY, *options]))
+    return train.pretrain(command.parse([*TINY, *options]))
 
 
 def content(directory: Path) -> dict:
@@ -76,7 +76,7 @@ def test_digits_run_with_the_base_install():
     )
 
     directory = Path("runs/digits-001")
-    assert sorted(p.name for p in directory.iterdir()) == ["checkpoint.pt", "config.json", "curves.png", "history.json"]
+    assert sorted(p.name for p in directory.iterdir()) == ["checkpoint.pt", "config.yaml", "curves.png", "history.json"]
     assert (directory / "curves.png").read_bytes()[:4] == b"\x89PNG"
     history = json.loads((directory / "history.json").read_text())
     assert history["log"][-1]["step"] == 30
@@ -92,7 +92,7 @@ def test_resume_is_bit_exact_and_seeded():
     first = pretrain(*options, "--run.stop-after=1")
     half = content(first)
     assert half["epoch"] == 1 and not same(half["network"], straight["network"])
-    assert train.pretrain(config.parse([f"--run.resume={first}"])) == first
+    assert train.pretrain(command.parse([f"--run.resume={first}"])) == first
     resumed = content(first)
     for part in ("network", "teacher", "optimizer", "epoch", "step", "config"):
         assert same(resumed[part], straight[part]), part
@@ -110,7 +110,7 @@ def test_non_finite_loss_stops_and_keeps_the_checkpoint():
     before = (directory / checkpoint.FILE).read_bytes()
     with pytest.raises(UserError, match=r"stopped at step \d+ \(epoch \d\).*last good checkpoint is runs/digits-001/"):
         train.pretrain(
-            config.parse([f"--run.resume={directory}", "--optim.epochs=9", "--optim.lr=1e30", "--run.save-every=9"])
+            command.parse([f"--run.resume={directory}", "--optim.epochs=9", "--optim.lr=1e30", "--run.save-every=9"])
         )
     assert (directory / checkpoint.FILE).read_bytes() == before
     with pytest.raises(UserError, match="no checkpoint was written yet"):
@@ -151,7 +151,7 @@ def test_an_interrupted_save_leaves_the_last_one(monkeypatch):
 
     monkeypatch.setattr(torch, "save", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train.pretrain(config.parse([f"--run.resume={directory}", "--optim.epochs=2"]))
+        train.pretrain(command.parse([f"--run.resume={directory}", "--optim.epochs=2"]))
     assert (directory / checkpoint.FILE).read_bytes() == before
     assert not list(directory.glob("*.writing"))
 
@@ -180,7 +180,7 @@ def test_every_option_is_read():
 )
 def test_unknown_or_mistyped_option(options, capsys):
     with pytest.raises(SystemExit) as stop:
-        config.parse(options)
+        command.parse(options)
     assert stop.value.code == 2
     assert options[0].split("=")[0] in capsys.readouterr().err
 
@@ -203,17 +203,54 @@ def test_unknown_or_mistyped_option(options, capsys):
 )
 def test_bad_values(options, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        train.pretrain(config.parse(options))
+        train.pretrain(command.parse(options))
     assert not Path("runs").exists()
 
 
-def test_config_survives_the_file(tmp_path):
-    options = config.parse(["--data.root=some", "--optim.lr=0.5", "--run.stop-after=3"])
-    assert options.model.name == "resnet18" and options.run.name == "some"
+def test_options_survive_the_file(tmp_path):
+    options = command.parse(["--data.root=some", "--optim.lr=1e-5", "--data.global-scale", "0.1", "0.5"])
+    assert options.recipe == "images" and options.model.name == "resnet18" and options.run.name == "some"
     config.save(options, tmp_path)
-    loaded = config.load(tmp_path)
-    assert loaded.data.root == tmp_path / "some" and loaded.optim.lr == 0.5
-    assert loaded.run.stop_after is None and loaded.model == options.model
+    loaded = command.parse([f"--config={tmp_path}/config.yaml", "--optim.epochs=7"])
+    assert loaded.data.root == tmp_path / "some" and loaded.data.global_scale == (0.1, 0.5)
+    assert loaded.optim == dataclasses.replace(options.optim, epochs=7) and loaded.model == options.model
+
+
+def test_a_file_may_say_little(tmp_path):
+    (tmp_path / "few.yaml").write_text("recipe: imagenet-vit-s\ndata: {root: some}\noptim: {lr: 1e-3}\n")
+    options = command.parse([f"--config={tmp_path}/few.yaml"])
+    recipe = recipes.recipe("imagenet-vit-s")
+    assert options.optim == dataclasses.replace(recipe.optim, lr=1e-3) and options.loss == recipe.loss
+
+
+@pytest.mark.parametrize("name", [name for name in recipes.RECIPES if name != "digits"])
+def test_recipes_by_name(name):
+    options = command.parse([f"--recipe={name}", "--data.root=some", "--loss.epsilon=0.2"])
+    recipe = recipes.recipe(name)
+    assert options.loss == dataclasses.replace(recipe.loss, epsilon=0.2)
+    assert (options.model, options.optim, options.run) == (recipe.model, recipe.optim, recipe.run)
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--recipe=cifar-resnet18"], "--recipe cifar-resnet18: no such recipe; perhaps cifar10-resnet18"),
+        (["--recipe=digits", "--config=few.yaml"], "only one of them"),
+        (["--config=nowhere.yaml"], "--config nowhere.yaml (nowhere.yaml: "),
+        (["--config=part.yaml"], "optimiser is not a part; perhaps optim"),
+        (["--config=option.yaml"], "optim.learning is no option"),
+        (["--config=broken.yaml"], "--config broken.yaml (broken.yaml: "),
+        (["--recipe=imagenet-vit-s"], "--data.root is needed for --data.source folder (recipe imagenet-vit-s)"),
+        (["--recipe=digits", "--data.root=some"], "--data.root some: the digits are embedded"),
+        (["--data.local-views=2"], "--data.source digits has neither crops nor colours"),
+    ],
+)
+def test_bad_sources_of_options(args, message):
+    files = {"few": "", "part": "optimiser: {lr: 1}", "option": "optim: {learning: 1}", "broken": "a: [1"}
+    for name, text in files.items():
+        Path(f"{name}.yaml").write_text(text)
+    with pytest.raises(UserError, match=re.escape(message)):
+        command.parse(args)
 
 
 def test_learning_rate_and_decay_groups():
@@ -313,10 +350,10 @@ def test_folder_of_classes_resumes_bit_exactly():
     for label in ("cats", "dogs"):
         write_images(Path("pets") / label, 11, seed=len(label))
     options = [*FOLDER, "--data.root=pets", "--data.held-out=0.2", "--data.workers=1"]
-    straight = train.pretrain(config.parse(options))
+    straight = train.pretrain(command.parse(options))
     assert str(straight) == "runs/pets-001"
-    first = train.pretrain(config.parse([*options, "--run.stop-after=1", "--data.workers=0"]))
-    train.pretrain(config.parse([f"--run.resume={first}"]))
+    first = train.pretrain(command.parse([*options, "--run.stop-after=1", "--data.workers=0"]))
+    train.pretrain(command.parse([f"--run.resume={first}"]))
     assert same(content(first)["network"], content(straight)["network"])
     assert [entry["epoch"] for entry in content(first)["history"]["knn"]] == [0, 1, 2]
 
@@ -326,7 +363,7 @@ def test_flat_folder_with_a_timm_backbone(capsys):
     pytest.importorskip("timm")
     write_images(Path("flat"), 9)
     options = ["--data.root=flat", "--data.size=32", "--data.batch-size=8", "--data.workers=0", "--optim.epochs=1"]
-    train.pretrain(config.parse([*options, "--model.name=test_vit"]))
+    train.pretrain(command.parse([*options, "--model.name=test_vit"]))
     assert "k-NN accuracy" not in capsys.readouterr().out
     assert content(Path("runs/flat-001"))["history"]["knn"] == []
 
@@ -347,7 +384,7 @@ def test_bad_folders():
 
     def stops(root: str, message: str) -> None:
         with pytest.raises(UserError, match=message):
-            train.pretrain(config.parse([*FOLDER, f"--data.root={root}"]))
+            train.pretrain(command.parse([*FOLDER, f"--data.root={root}"]))
 
     stops("nowhere", "nowhere: no such folder")
     Path("empty/sub").mkdir(parents=True)

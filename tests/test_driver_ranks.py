@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_driver import write_images
 
-from driver import checkpoint, config, data, train
+from driver import checkpoint, command, config, data, train
 from driver.config import UserError
 from driver.world import World
 
@@ -34,7 +34,7 @@ def elsewhere(tmp_path, monkeypatch, threads):
 
 
 def alone(*options: str) -> Path:
-    return train.pretrain(config.parse(list(options)))
+    return train.pretrain(command.parse(list(options)))
 
 
 def torchrun(W: int, *options: str) -> subprocess.CompletedProcess:
