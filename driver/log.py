@@ -2,7 +2,9 @@
 
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from . import checkpoint
 from .config import UserError
 from .world import World
 
+T = TypeVar("T")
 CURVES = ("loss", "target_entropy", "source_entropy", "uniform_loss", "collapse_gap")
 
 
@@ -26,6 +29,17 @@ class Log:
         total = steps * epochs
         self.bar = tqdm(total=total, initial=state.step, unit="step", dynamic_ncols=True, disable=not world.first)
         self.since = time.perf_counter()
+        self.waited_s = 0.0
+
+    def waiting(self, batches: Iterator[T]) -> Iterator[T]:
+        """The batches; the time until each is there counts as waiting for data."""
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            self.waited_s += time.perf_counter() - asked
+            if batch is None:
+                return
+            yield batch
 
     def add(self, loss: Tensor, stats: BAMStats) -> None:
         """Note one step's numbers without waiting for them."""
@@ -45,14 +59,17 @@ class Log:
             if not math.isfinite(row[0]):
                 raise self.stopped(first + i, f"the loss is {row[0]}")
         mean = dict(zip(CURVES, (sum(column) / len(rows) for column in zip(*rows, strict=True)), strict=True))
-        rate = self.G * len(rows) / (time.perf_counter() - self.since)
-        self.state.history["log"].append({"step": self.state.step, "lr": lr, "images_per_s": rate, **mean})
+        seconds = time.perf_counter() - self.since
+        rate, waited = self.G * len(rows) / seconds, self.waited_s / seconds
+        speed = {"images_per_s": rate, "data_wait": waited}
+        self.state.history["log"].append({"step": self.state.step, "lr": lr, **speed, **mean})
         self.bar.set_postfix_str(
-            f"loss {mean['loss']:.3f}, gap to collapse {mean['collapse_gap']:.3f}, lr {lr:.1e}, {rate:.0f} images/s"
+            f"loss {mean['loss']:.3f}, gap to collapse {mean['collapse_gap']:.3f}, lr {lr:.1e}, {rate:.0f} images/s, "
+            f"{waited:.0%} waiting for data"
         )
         self.bar.update(len(rows))
         self.pending.clear()
-        self.since = time.perf_counter()
+        self.restart_clock()
 
     def check_weights(self) -> None:
         """What is about to be saved is finite. Waits for the device. Raises: UserError."""
@@ -62,7 +79,7 @@ class Log:
 
     def restart_clock(self) -> None:
         """Leave what was not training (evaluation, saving) out of images per second."""
-        self.since = time.perf_counter()
+        self.since, self.waited_s = time.perf_counter(), 0.0
 
     def stopped(self, step: int, reason: str) -> UserError:
         """The error that ends a run whose numbers went bad."""
