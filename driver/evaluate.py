@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .augment import HELD_OUT_MOVE, random_affine
+from .augment import HELD_OUT_MOVE, affine
 from .data import Images
 from .probe import LinearProbe, spread
 from .world import World
@@ -33,25 +33,25 @@ class Vote(NamedTuple):
     """`neighbours` nearest features vote, each with weight exp(cosine / temperature)."""
 
     neighbours: int
-    temperature: float
+    temperature: float = 0.07
 
 
 def evaluate(embed: Embed, images: Images, vote: Vote, world: World) -> dict[str, float]:
     """knn, linear, knn_moved and linear_moved, shares of the held-out images that are classified correctly (where there
-    are any), and the `spread` of the training images' features.
+    is one for every rank), and the `spread` of the training images' features.
 
     The move has a seed of its own: the same for every network, epoch, device and number of ranks.
     """
     bank = embed_bank(embed, images)
     result = spread(bank.features, world)
-    if not images.tested:
+    if images.tested < world.size:
         return result
-    move = torch.rand(5, images.tested, generator=torch.Generator().manual_seed(MOVE_SEED)).mul(2).sub(1)
+    move = torch.rand(5, images.tested, generator=torch.Generator().manual_seed(MOVE_SEED))
     move = move[:, world.rank :: world.size]
     plain, moved, labels, done = [], [], [], 0
     for batch, batch_labels in images.held_out():
         plain.append(embed(batch))
-        moved.append(embed(random_affine(batch, HELD_OUT_MOVE, move[:, done : done + len(batch)])))
+        moved.append(embed(affine(batch, HELD_OUT_MOVE, move[:, done : done + len(batch)])))
         labels.append(batch_labels)
         done += len(batch)
     probe = LinearProbe(*bank, images.classes, world)

@@ -60,7 +60,7 @@ class Shelf:
 
 
 @torch.no_grad()
-def gallery(embed: Embed, images: Images, epoch: int) -> Gallery:
+def gallery(embed: Embed, images: Images, epoch: int, batch_size: int) -> Gallery:
     """Of this rank's share of the images, at most 4096 of them; no other rank takes part.
 
     Without held-out images, the queries are training images, among the others.
@@ -68,7 +68,7 @@ def gallery(embed: Embed, images: Images, epoch: int) -> Gallery:
     bank = shelf(embed, images.bank(), GALLERY_LIMIT)
     queries = shelf(embed, images.held_out(), PROJECTED_LIMIT) if images.tested else bank
     return Gallery(
-        views=sample_views(images, epoch),
+        views=sample_views(images, epoch, batch_size),
         neighbours=neighbours(queries, bank, with_classes=images.tested > 0),
         pixels=project(queries.pixels[:PROJECTED_LIMIT], queries.labels),
         features=project(queries.features[:PROJECTED_LIMIT], queries.labels),
@@ -97,7 +97,9 @@ def neighbours(queries: Shelf, bank: Shelf, with_classes: bool) -> list[list[Pic
     if queries is bank:
         cosine.scatter_(1, chosen[:, None], -torch.inf)
     rows = []
-    for query, near in zip(chosen.tolist(), cosine.topk(min(NEIGHBOURS, cosine.shape[1] - 1)).indices.tolist(), strict=True):
+    for query, near in zip(
+        chosen.tolist(), cosine.topk(min(NEIGHBOURS, cosine.shape[1] - 1)).indices.tolist(), strict=True
+    ):
         row = [Picture(data_uri(queries.thumbnails[query]))]
         for i in near:
             right = bool(bank.labels[i] == queries.labels[query]) if with_classes else None
@@ -116,13 +118,14 @@ def project(features: Tensor, labels: Tensor) -> Projection:
     return Projection(points * np.sign(points.sum(0) ** 0 * (points**3).sum(0) + 1e-300), labels[: len(points)].numpy())
 
 
-def sample_views(images: Images, epoch: int) -> list[list[Picture]]:
+def sample_views(images: Images, epoch: int, batch_size: int) -> list[list[Picture]]:
     """The views of the first images of an epoch, as they go into the network."""
     crops = next(iter(images.views(epoch)))[0]
     rows: list[list[Picture]] = [[] for _ in range(SHOWN)]
-    for batch in crops.views():
-        for row, image in zip(rows, thumbnail(batch[:SHOWN]), strict=False):
-            row.append(Picture(data_uri(image)))
+    for of_size in crops:
+        for view in of_size.cpu().unflatten(0, (-1, batch_size)):
+            for row, image in zip(rows, thumbnail(view[:SHOWN]), strict=False):
+                row.append(Picture(data_uri(image)))
     return [row for row in rows if row]
 
 

@@ -27,11 +27,13 @@ def page(name: str, history: History, options: Config, gallery: Gallery | None, 
         f"<h2>To go on</h2><p>{escape(why.capitalize())}:</p><pre>{escape(command)}</pre>",
         configuration(options),
     ]
+    body = "\n".join(section for section in sections if section)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(name)}: BAM pretraining</title><style>
 {STYLE.read_text()}</style></head><body><main>
-{"".join(f"{section}\n" for section in sections if section)}</main></body></html>
+{body}
+</main></body></html>
 """
 
 
@@ -60,7 +62,7 @@ def tiles(history: History) -> str:
         ("effective_rank", "{:.1f}", "effective rank"),
         ("feature_std", "{:.2f}", "feature standard deviation"),
         ("images_per_s", "{:,.0f}", "images per second"),
-        ("wait_share", "{:.1%}", "time waiting for images"),
+        ("data_wait", "{:.1%}", "time waiting for images"),
     ]
     cells = [
         f'<div class="card"><b>{form.format(known[name])}</b><span>{label}</span></div>'
@@ -96,7 +98,9 @@ def curves(history: History) -> str:
 
 def figure(svg: str) -> str:
     data = base64.b64encode(svg.encode()).decode()
-    title = next((line.split(">")[-2].split("<")[0] for line in svg.splitlines() if "font-weight" in line or "bold" in line), "")
+    title = next(
+        (line.split(">")[-2].split("<")[0] for line in svg.splitlines() if "font-weight" in line or "bold" in line), ""
+    )
     return f'<div class="card"><img alt="{escape(title)}" src="data:image/svg+xml;base64,{data}"></div>'
 
 

@@ -141,7 +141,9 @@ def spread(axis: Axes, history: History) -> None:
     right.set_ylim(bottom=0)
     right.grid(False)
     lines = [*axis.get_lines(), *right.get_lines()]
-    axis.legend(lines, [str(line.get_label()) for line in lines], loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+    axis.legend(
+        lines, [str(line.get_label()) for line in lines], loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2
+    )
 
 
 def throughput(axis: Axes, history: History) -> None:
@@ -150,8 +152,8 @@ def throughput(axis: Axes, history: History) -> None:
     axis.set_ylim(bottom=0)
 
 
-def wait_share(axis: Axes, history: History) -> None:
-    axis.plot(*series(history, "train", "wait_share"), color=RED, lw=1.5)
+def data_wait(axis: Axes, history: History) -> None:
+    axis.plot(*series(history, "train", "data_wait"), color=RED, lw=1.5)
     axis.set(title="Time spent waiting for images", ylabel="share of the time", ylim=(0, 1))
     axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
@@ -170,7 +172,7 @@ PANELS: list[tuple[str, Panel]] = [
     ("linear", accuracy("linear", "Linear classifier on frozen features")),
     ("effective_rank", spread),
     ("images_per_s", throughput),
-    ("wait_share", wait_share),
+    ("data_wait", data_wait),
     ("lr", learning_rate),
 ]
 """A number that the history must have, and the panel that shows it."""

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from driver.config import UserError
 from driver.frozen import Backbone, Frozen, run_script
 from driver.video_metrics import Scores, clip_scores, summary
+from driver.world import World
 
 MULTIPLE = 64
 """The longer side of a frame is cut to a multiple of this, as the published evaluations do."""
@@ -55,11 +56,13 @@ class Options:
     """Where the masks (PNG, as DAVIS has them) and scores.json are written. None: nothing is written."""
 
 
-def main(options: Options) -> Scores:
+def main(options: Options, world: World) -> Scores:
     """Segment every clip of the split and print the scores. Raises: UserError."""
     for name in ("short_side", "last_frames", "top_k"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+    if world.size > 1:
+        raise UserError("segment_video runs on one rank")
     frozen = options.backbone.load()
     clips = {}
     for name in tqdm(clip_names(options), unit="clip"):
@@ -165,7 +168,9 @@ def clip_files(davis: Path, name: str) -> tuple[list[Path], list[Path]]:
     frames = sorted((davis / "JPEGImages" / "480p" / name).glob("*.jpg"))
     annotations = sorted((davis / "Annotations" / "480p" / name).glob("*.png"))
     if [path.stem for path in frames] != [path.stem for path in annotations] or len(frames) < 3:
-        raise UserError(f"clip {name}: {len(frames)} frames and {len(annotations)} annotations; at least 3, one for each")
+        raise UserError(
+            f"clip {name}: {len(frames)} frames and {len(annotations)} annotations; at least 3, one for each"
+        )
     return frames, annotations
 
 
@@ -194,7 +199,9 @@ def table(rows: dict[str, Scores]) -> str:
     lines = [f"{'':{width}}    J&F  J mean  J recall  F mean  F recall"]
     for name, row in rows.items():
         cells = (row.j_and_f, row.j_mean, row.j_recall, row.f_mean, row.f_recall)
-        lines.append(f"{name:{width}}  " + "  ".join(f"{100 * x:{n}.1f}" for x, n in zip(cells, (5, 6, 8, 6, 8), strict=True)))
+        lines.append(
+            f"{name:{width}}  " + "  ".join(f"{100 * x:{n}.1f}" for x, n in zip(cells, (5, 6, 8, 6, 8), strict=True))
+        )
     return "\n".join(lines)
 
 

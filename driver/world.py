@@ -100,6 +100,14 @@ class World:
             x /= self.size
         return x
 
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether it is so on one of the ranks. Waits for the device where there are several."""
+        if self.store is None:
+            return flag
+        flags = torch.tensor(int(flag), device=device)
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return bool(flags.item())
+
     def sum(self, x: Tensor) -> Tensor:
         """x <- its sum over ranks."""
         if self.store is not None:
@@ -123,6 +131,16 @@ class World:
         parts = [torch.empty_like(x) for _ in range(self.size)]
         dist.all_gather(parts, x.contiguous())
         return torch.cat(parts, dim=1)
+
+    def interleaved(self, share: Tensor, total: int) -> Tensor:
+        """(total, k) of which rank r has brought rows r, r + W, r + 2*W and so on."""
+        if self.store is None:
+            return share
+        longest = -(-total // self.size)
+        padded = torch.cat([share, share.new_zeros(longest - len(share), share.shape[1])])
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(parts, padded)
+        return torch.stack(parts, dim=1).flatten(0, 1)[:total]
 
     def first_to_fail(self) -> bool:
         """Whether no other rank has asked: what several ranks meet is said once."""

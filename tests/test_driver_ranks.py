@@ -1,5 +1,6 @@
 """The driver on several ranks (real processes over gloo, started by torchrun) and with virtual batches."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -126,7 +127,7 @@ def test_float32_adamw_stays_close():
 
 
 def steps(images, epoch: int) -> list[list[torch.Tensor]]:
-    return [[part.unflatten(0, (2, -1)) for part in parts] for parts in images.views(epoch)]
+    return [[part.unflatten(0, (2, -1)) for (part,) in parts] for parts in images.views(epoch)]
 
 
 @pytest.mark.parametrize("kind", ["digits", "folder"])
@@ -139,10 +140,10 @@ def test_images_of_a_step_do_not_depend_on_the_split(kind):
     def joined(W: int, batch_size: int) -> list[torch.Tensor]:
         options = config.Data(batch_size=batch_size, virtual_batch=8, workers=0)
         if kind == "folder":
-            options = config.Data(batch_size=batch_size, virtual_batch=8, workers=0, root=Path("flat"), size=16)
+            options = dataclasses.replace(options, source="folder", augmentation="simclr", root=Path("flat"), size=16)
         ranks = []
         for rank in range(W):
-            images = data.make_images(options, torch.device("cpu"), 3, World(rank, W))
+            images = data.make_images(options, config.Boxes(), torch.device("cpu"), 3, World(rank, W))
             ranks.append([torch.cat(parts, dim=1) for parts in steps(images, epoch=2)])
             assert all(len(parts) == 8 // W // batch_size for parts in images.views(2))
         return [torch.cat(parts, dim=1) for parts in zip(*ranks, strict=True)]
