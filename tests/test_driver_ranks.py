@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_driver import write_images
+from photographs import write_images
 
 from driver import checkpoint, command, config, data, train
 from driver.config import UserError
