@@ -95,9 +95,9 @@ def test_embeddings_of_several_sizes_are_in_order():
 
 
 def test_small_stem():
-    resnet = model.Network(config.Model(name="resnet18", stem="small"), 3, 32).backbone[1]
+    resnet = model.Network(config.Model(name="resnet18", stem="small"), 3, 32).eval().backbone[1]
     assert resnet.forward_features(torch.rand(1, 3, 32, 32)).shape[-1] == 4
-    plain = timm.create_model("resnet18", num_classes=0)
+    plain = timm.create_model("resnet18", num_classes=0).eval()
     assert plain.forward_features(torch.rand(1, 3, 32, 32)).shape[-1] == 1
 
 
