@@ -18,6 +18,7 @@ from .log import Log
 from .model import Network, follow, make_teacher
 from .optim import Arithmetic, Schedules, make_optimizer
 from .signals import Stopped, StopSignal
+from .weights import load_backbone
 from .world import World
 
 TEACHER_VIEWS = 2
@@ -95,7 +96,8 @@ def pretrain(options: Config, world: World | None = None) -> Path:
         with StopSignal() as signal:
             while state.epoch < last_epoch:
                 if state.step % steps == 0 and contrast.due(options.boxes, state.epoch):
-                    contrast.refresh(images, network, options.boxes.threshold, world)
+                    with arithmetic.context():
+                        contrast.refresh(images, network, options.boxes.threshold, world)
                 for micro_batches in log.waiting(images.views(state.epoch, state.step % steps)):
                     torch.manual_seed(seed_of(run.seed, state.step, world.rank))
                     lr = schedules.apply(optimizer, state.step)
@@ -145,6 +147,8 @@ def make_networks(
     """Student and, if there is to be one, teacher. Raises: UserError."""
     data, model = options.data, options.model
     network = Network(model, channels, data.size, data.local_size if data.local_views else None).to(device, dtype)
+    if model.weights is not None and options.run.resume is None:
+        load_backbone(network.backbone[1], model.weights)
     if model.channels_last:
         network = network.to(memory_format=torch.channels_last)
     teacher = make_teacher(network) if model.teacher_momentum > 0 else None

@@ -1,5 +1,6 @@
 """The driver's checkpoints: runs broken at any step, by any means, go on as if nothing had happened."""
 
+import errno
 import os
 import re
 import resource
@@ -138,6 +139,16 @@ def test_a_full_disk_leaves_the_last_one():
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (directory / checkpoint.FILE).read_bytes() == before
     assert not list(directory.glob("*.writing"))
+
+
+def test_a_full_disk_is_told_wherever_it_is_met(monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "curves.png")
+
+    monkeypatch.setattr(train.report, "write", full)
+    assert program.main(["--data.batch-size=512", "--model.width=4", "--optim.epochs=1"]) == 1
+    assert "No space left on device: 'curves.png': the disk is full" in capsys.readouterr().err
+    assert content(Path("runs/digits-001"))["step"] == 2
 
 
 def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(monkeypatch):

@@ -261,14 +261,19 @@ def test_a_run_starts_from_weights(run):
     pytest.importorskip("safetensors")
     assert export.main([str(run), "--out=some.safetensors"]) == 0
     teacher = content(run)["teacher"]
+
+    def start(path: str, backbone: config.Model = VIT) -> model.Network:
+        part = dataclasses.replace(backbone, weights=Path(path), frozen_patches=False)
+        options = config.Config(data=config.Data(size=64), model=part)
+        return train.make_networks(options, 3, torch.device("cpu"), torch.float32)[0]
+
     for path in ("some.safetensors", str(run)):
-        options = dataclasses.replace(VIT, weights=Path(path), frozen_patches=False)
-        network = model.Network(options, 3, 64)
+        network = start(path)
         assert all(torch.equal(v, teacher[k]) for k, v in network.state_dict().items() if k.startswith("backbone"))
     with pytest.raises(UserError, match=r"some\.safetensors: does not fit the backbone"):
-        model.Network(config.Model(weights=Path("some.safetensors")), 3, 64)
+        start("some.safetensors", config.Model())
     with pytest.raises(UserError, match=r"nowhere\.pth: no such file"):
-        model.Network(config.Model(weights=Path("nowhere.pth")), 3, 64)
+        start("nowhere.pth")
 
 
 @pytest.mark.parametrize(

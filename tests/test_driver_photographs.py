@@ -200,6 +200,26 @@ def test_crops_keep_to_boxes_once_there_are_some(on_device):
     assert torch.cat([step[0][1] for step in images.views(0)]).mean() > 1.8 * before
 
 
+@pytest.mark.parametrize("teacher_views", ["global", "all"])
+def test_micro_batches_of_two_sizes_give_the_same_run(teacher_views):
+    """float64, and nothing but the loss mixes images: one micro-batch of 8 images, or four of 2."""
+    write_classes(Path("pets"), 11)
+    options = ["--data.root=pets", "--data.size=16", "--data.local-views=2", "--data.local-size=8", "--data.workers=0"]
+    options += ["--model.name=convnet", "--model.norm=layer", "--model.width=4", "--model.teacher-momentum=0.9"]
+    options += [
+        f"--model.teacher-views={teacher_views}",
+        "--run.dtype=float64",
+        "--optim.epochs=3",
+        "--run.log-every=1",
+    ]
+    options += ["--virtual-batch=8", "--optim.name=sgd", "--run.eval-every=0"]
+    whole, parts = (content(train.pretrain(command.parse([*options, f"--data.batch-size={size}"]))) for size in (8, 2))
+    losses = [[line["loss"] for line in run["history"]["log"]] for run in (whole, parts)]
+    assert len(losses[0]) == 6 and losses[0] == pytest.approx(losses[1], abs=1e-9)
+    for name, value in whole["teacher"].items():
+        assert (value - parts["teacher"][name]).abs().max() < 1e-9, name
+
+
 # ContrastiveCrop's boxes
 
 
