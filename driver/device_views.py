@@ -35,8 +35,8 @@ def augment(
     out = torch.where(_these(jitter < kind.jitter_p), coloured(out, *factors), out)
     out = torch.where(_these(grey < kind.grey_p), rgb_to_grayscale(out), out)
     if kind.blur_p > 0:
-        kernel = blur_kernel(size)
         low, high = kind.sigma
+        kernel = blur_kernel(high, size)
         blurred = gaussian_blur2d(out, (kernel, kernel), (low + (high - low) * sigma)[:, None].expand(-1, 2))
         out = torch.where(_these(blur < kind.blur_p), blurred, out)
     if kind.solarize_p > 0:

@@ -172,6 +172,19 @@ def test_views_do_not_depend_on_ranks(on_device):
             assert torch.equal(torch.cat(parts, dim=1).flatten(0, 1), expected[size])
 
 
+def test_blur_is_gaussian():
+    """A square spreads as the density says, to the bytes' rounding."""
+    image = torch.zeros(1, 3, 33, 33, dtype=torch.uint8)
+    image[..., 12:21, 12:21] = 200
+    blur = transforms.Blur((1.5, 1.5 + 1e-9), 33)
+    places = torch.arange(33.0)
+    spread = torch.exp(-((places[:, None] - places) ** 2) / (2 * 1.5**2))
+    spread /= spread.sum(1, keepdim=True)
+    expected = spread @ image.float() @ spread.T
+    middle = slice(6, 27)  # away from the borders, where the density is cut
+    assert (blur(image).float() - expected)[..., middle, middle].abs().max() <= 1.5
+
+
 def test_kinds_of_views():
     dino = transforms.kinds(PHOTOGRAPHS)
     assert [kind.blur_p for kind in dino] == [1.0, 0.1, 0.5, 0.5, 0.5]
