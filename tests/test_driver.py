@@ -218,6 +218,7 @@ def test_recipes_by_name(name):
     "args, message",
     [
         (["--recipe=cifar-resnet18"], "--recipe cifar-resnet18: no such recipe; perhaps cifar10-resnet18"),
+        (["--recipe=vit-b"], "no such recipe; perhaps imagenet-vit-b"),
         (["--recipe=digits", "--config=few.yaml"], "only one of them"),
         (["--config=nowhere.yaml"], "--config nowhere.yaml (nowhere.yaml: "),
         (["--config=part.yaml"], "optimiser is not a part; perhaps optim"),
