@@ -86,8 +86,12 @@ def feature_width(backbone: nn.Module, channels: int, size: int, name: str) -> i
 
 
 def make_teacher(network: Network) -> Network:
-    """A copy that takes no gradient."""
-    return copy.deepcopy(network).requires_grad_(False)
+    """A copy that takes no gradient and drops nothing."""
+    teacher = copy.deepcopy(network).requires_grad_(False)
+    for module in teacher.modules():
+        if type(module).__name__ in ("Dropout", "DropPath"):
+            module.eval()
+    return teacher
 
 
 @torch.no_grad()

@@ -94,6 +94,13 @@ def test_embeddings_of_several_sizes_are_in_order():
     assert (together - torch.cat([network(large), network(small)])).abs().max() < 1e-5
 
 
+def test_the_teacher_drops_nothing():
+    network = model.Network(dataclasses.replace(VIT, drop_path=0.5, norm="layer"), 3, 64)
+    teacher, images = model.make_teacher(network), torch.rand(4, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(teacher(images), teacher(images)) and not torch.equal(network(images), network(images))
+
+
 def test_small_stem():
     resnet = model.Network(config.Model(name="resnet18", stem="small"), 3, 32).eval().backbone[1]
     assert resnet.forward_features(torch.rand(1, 3, 32, 32)).shape[-1] == 4
