@@ -1,5 +1,6 @@
 """The training loop, from options to a finished run. V views per image, view-major; G images per step."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ def pretrain(options: Config, world: World | None = None) -> Path:
     data, model, optim, run = options.data, options.model, options.optim, options.run
     device = world.choose_device(run.device)
     world.start(device)
+    make_deterministic(run.deterministic)
     torch.manual_seed(run.seed)
 
     G = virtual_batch(data, world)
@@ -139,6 +141,14 @@ def pretrain(options: Config, world: World | None = None) -> Path:
         report.write(state, options, directory, images.tested, steps)
     world.end()
     return directory
+
+
+def make_deterministic(wanted: bool) -> None:
+    """cuBLAS reads its part from the environment, when it is first used."""
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(wanted)
+    torch.backends.cudnn.benchmark = not wanted
 
 
 def make_networks(

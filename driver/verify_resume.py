@@ -2,9 +2,9 @@
 
 python driver/verify_resume.py                                    kill -9, on the digits
 python driver/verify_resume.py --signal TERM --breaks 5           as a scheduler ends a job
-python driver/verify_resume.py --options="--data.root PATH --optim.epochs 2"
+python driver/verify_resume.py --options="--data.root /PATH --optim.epochs 2"
 
-Everything is written under a temporary directory. Exit code 0: equal; 1: not.
+A folder's path is to be absolute. Everything is written under a temporary directory. Exit code 0: equal; 1: not.
 """
 
 import random

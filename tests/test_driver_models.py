@@ -221,6 +221,16 @@ def test_compiled_run():
     )
 
 
+def test_deterministic_mode_is_torchs(monkeypatch):
+    assert not torch.are_deterministic_algorithms_enabled()
+    seen = []
+    monkeypatch.setattr(train, "follow", lambda *_: seen.append(torch.are_deterministic_algorithms_enabled()))
+    options = ["--optim.epochs=1", "--model.teacher-momentum=0.9"]
+    pretrain(*options, "--run.deterministic=True")
+    pretrain(*options)
+    assert seen == [True, True, False, False]
+
+
 # Weights in and out
 
 
