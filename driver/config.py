@@ -189,6 +189,8 @@ class Run:
     dtype: Literal["auto", "bfloat16", "float16", "float32", "float64"] = "auto"
     """Arithmetic. bfloat16 and float16 (with gradient scaling): autocast, the weights stay float32. auto: bfloat16 on
     GPUs that have it; else float32, since most CPUs only emulate it, slower. float64 is for comparing runs."""
+    deterministic: bool = False
+    """Only algorithms that repeat bit for bit, slower: for a GPU run that resumes exactly. CPUs do without."""
     seed: int = 0
     """Seed of weights, order and augmentation. The held-out images are the same for every seed."""
     log_every: int = 20

@@ -12,7 +12,7 @@ from kornia.enhance import (
     adjust_brightness_accumulative,
     adjust_contrast_with_mean_subtraction,
     adjust_hue,
-    adjust_saturation,
+    adjust_saturation_with_gray_subtraction,
     solarize,
 )
 from kornia.filters import gaussian_blur2d
@@ -32,15 +32,11 @@ def augment(
     )
     out = cropped(images, rectangles(crops, kind.scale, boxes, alpha), flip < 0.5, size)
     factors = [1 + width * (2 * x - 1) for width, x in zip(kind.jitter, widths, strict=True)]
-    coloured = adjust_brightness_accumulative(out, factors[0])
-    coloured = adjust_contrast_with_mean_subtraction(coloured, factors[1])
-    coloured = adjust_saturation(coloured, factors[2])
-    coloured = adjust_hue(coloured, (factors[3] - 1) * 2 * math.pi)
-    out = torch.where(_these(jitter < kind.jitter_p), coloured, out)
+    out = torch.where(_these(jitter < kind.jitter_p), coloured(out, *factors), out)
     out = torch.where(_these(grey < kind.grey_p), rgb_to_grayscale(out), out)
     if kind.blur_p > 0:
-        kernel = blur_kernel(size)
         low, high = kind.sigma
+        kernel = blur_kernel(high, size)
         blurred = gaussian_blur2d(out, (kernel, kernel), (low + (high - low) * sigma)[:, None].expand(-1, 2))
         out = torch.where(_these(blur < kind.blur_p), blurred, out)
     if kind.solarize_p > 0:
@@ -56,6 +52,14 @@ def cropped(images: Tensor, rectangle: Tensor, flip: Tensor, size: int) -> Tenso
     rows = torch.stack([across, zero, 2 * left + width - 1, zero, height, 2 * top + height - 1], dim=1)
     grid = F.affine_grid(rows.view(-1, 2, 3), [len(images), images.shape[1], size, size], align_corners=False)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+
+
+def coloured(images: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor, hue: Tensor) -> Tensor:
+    """By a factor (n,) each; hue is turned by hue - 1 turns."""
+    images = adjust_brightness_accumulative(images, brightness)
+    images = adjust_contrast_with_mean_subtraction(images, contrast)
+    images = adjust_saturation_with_gray_subtraction(images, saturation)
+    return adjust_hue(images, (hue - 1) * 2 * math.pi)
 
 
 def _these(chosen: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Linear evaluation of a frozen backbone, as published: SGD on one linear layer, standard crops, several learning rates.
+"""Linear evaluation of a frozen backbone, as published: SGD on a linear layer, standard crops, some learning rates.
 
 python driver/linear.py --backbone.run RUN_DIR
 python driver/linear.py --backbone.name vit_base_patch16_224 --backbone.weights FILE --data.root IMAGENET
@@ -53,7 +53,7 @@ class Options:
     seed: int = 0
     """Of the order and the crops."""
     out: Path | None = None
-    """Folder for linear.jsonl (a line per test) and linear.pt (the layers, after each test). None: nothing is written."""
+    """Folder for linear.jsonl (a line per test) and linear.pt (the layers). None: nothing is written."""
     resume: bool = False
     """Go on from linear.pt in `out`."""
 
@@ -88,7 +88,8 @@ def main(options: Options, world: World) -> dict[float, float]:
     optimizer = torch.optim.SGD(groups, lr=0.0, momentum=MOMENTUM)
     first = load(options, heads, optimizer) if options.resume else 0
     print(
-        f"{labelled.training} training images, {labelled.tested} test images, {labelled.classes} classes, {width} features"
+        f"{labelled.training} training images, {labelled.tested} test images, {labelled.classes} classes, "
+        f"{width} features"
     )
 
     accuracy: dict[float, float] = {}

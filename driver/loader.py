@@ -54,14 +54,16 @@ class Loaded:
         self._boxed.fill_(True)
 
     def views(self, epoch: int, first: int = 0) -> Iterator[list[Crops]]:
-        """Micro-batches stay on the host, where a large virtual batch has room; the network fetches them one by one."""
+        """One micro-batch per step is brought to the device. Several stay on the host, where a large virtual batch has
+        room, and are fetched by the network one by one.
+        """
         self.order.epoch, self.order.first = epoch, first
         return map(list, zip(*[self._readable()] * self.micro_batches, strict=True))
 
     def _readable(self) -> Iterator[Crops]:
         for crops, reports in self.train:
             self.tally.note(self.data.batch_size, reports)
-            yield crops
+            yield [part.to(self.device, non_blocking=True) for part in crops] if self.micro_batches == 1 else crops
 
     def bank(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self._plain(self.eval_numbers[0], centred)

@@ -1,14 +1,12 @@
 """The network: a backbone, whose features are what one keeps, and a projection head for the loss."""
 
 import copy
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from . import backbones
 from .config import Model, UserError
-from .weights import load_backbone
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 GREY_MEAN, GREY_STD = (0.5,), (0.25,)
@@ -23,8 +21,6 @@ class Network(nn.Module):
     def __init__(self, model: Model, channels: int, size: int, local_size: int | None = None) -> None:
         super().__init__()
         backbone = backbones.make(model, channels, size, several_sizes=local_size is not None)
-        if model.weights is not None:
-            load_backbone(backbone, Path(model.weights))
         self.backbone = nn.Sequential(Standardize(channels), backbone)
         width = feature_width(self.backbone, channels, size, model.name)
         if local_size is not None:
@@ -90,8 +86,12 @@ def feature_width(backbone: nn.Module, channels: int, size: int, name: str) -> i
 
 
 def make_teacher(network: Network) -> Network:
-    """A copy that takes no gradient."""
-    return copy.deepcopy(network).requires_grad_(False)
+    """A copy that takes no gradient and drops nothing."""
+    teacher = copy.deepcopy(network).requires_grad_(False)
+    for module in teacher.modules():
+        if type(module).__name__ in ("Dropout", "DropPath"):
+            module.eval()
+    return teacher
 
 
 @torch.no_grad()

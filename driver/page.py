@@ -85,8 +85,8 @@ def accuracies(history: History) -> str:
     )
     heads = "".join(f"<th>{head}</th>" for head in ("", "k-NN", "k-NN, moved", "linear", "linear, moved"))
     return (
-        f'<h2>Accuracy on held-out images</h2><div class="card scroll"><table class="numbers"><tr>{heads}</tr>{body}</table>'
-        "</div><p class='soft'>Moved: the same images, randomly shifted and rotated; the training images that they are "
+        f'<h2>Accuracy on held-out images</h2><div class="card scroll"><table class="numbers">'
+        f"<tr>{heads}</tr>{body}</table></div><p class='soft'>Moved: the same images, randomly shifted and rotated; the training images that they are "
         "compared with stay as they are.</p>"
     )
 
@@ -118,8 +118,8 @@ def pictures(gallery: Gallery) -> str:
     )
     return (
         f'<h2>Views, as the network sees them</h2><div class="card pictures views">{views}</div>'
-        f'<h2>Nearest neighbours</h2><p class="soft">Left, images kept out of training where there are any; to the right, '
-        f"the training images with the most similar features, nearest first.{frames}</p>"
+        '<h2>Nearest neighbours</h2><p class="soft">Left, images kept out of training where there are any; to the '
+        f"right, the training images with the most similar features, nearest first.{frames}</p>"
         f'<div class="card pictures">{near}</div>'
         '<h2>Projection</h2><p class="soft">The same images by the two first principal components, coloured by class '
         f'where there are several.</p><div class="columns">{projections}</div>'

@@ -8,6 +8,7 @@ torchrun --nproc-per-node 2 driver/pretrain.py  on two ranks, each a GPU or a sh
 python driver/pretrain.py --help               every option
 """
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -40,6 +41,12 @@ def main(args: list[str] | None = None) -> int:
         if world.first:
             print(f"\n{stopped}", file=sys.stderr)
         return STOPPED
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        if world.first_to_fail():
+            print(f"\nerror: {error}: the disk is full; a checkpoint that was written stays whole", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         if world.first:
             print("\ninterrupted; --run.resume RUN_DIR goes on from the last checkpoint", file=sys.stderr)

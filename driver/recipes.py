@@ -113,5 +113,5 @@ def recipe(name: str) -> Config:
 
 def nearest(name: str, known: list[str]) -> str:
     """What was perhaps meant, or all that there is."""
-    near = difflib.get_close_matches(name, known, cutoff=0.5)
+    near = [other for other in known if name and name in other] or difflib.get_close_matches(name, known, cutoff=0.5)
     return f"perhaps {' or '.join(near)}" if near else f"there are {', '.join(known)}"

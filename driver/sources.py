@@ -59,8 +59,8 @@ class Files:
             self.train, self.test = split_labelled(self.labels, held_out)
 
     def read(self, index: int) -> Image.Image:
-        with open(self.paths[index], "rb") as file:
-            return Image.open(file).convert("RGB")
+        with Image.open(self.paths[index]) as image:
+            return image.convert("RGB")
 
     def name(self, index: int) -> str:
         return self.paths[index]

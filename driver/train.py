@@ -1,5 +1,6 @@
 """The training loop, from options to a finished run. V views per image, view-major; G images per step."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from .model import Network, follow, make_teacher
 from .optim import Arithmetic, Schedules, make_optimizer
 from .signals import Stopped, StopSignal
 from .trackers import TensorBoard, Wandb
+from .weights import load_backbone
 from .world import World
 
 TEACHER_VIEWS = 2
@@ -31,6 +33,7 @@ def pretrain(options: Config, world: World | None = None) -> Path:
     data, model, optim, run = options.data, options.model, options.optim, options.run
     device = world.choose_device(run.device)
     world.start(device)
+    make_deterministic(run.deterministic)
     torch.manual_seed(run.seed)
 
     G = virtual_batch(data, world)
@@ -102,7 +105,8 @@ def pretrain(options: Config, world: World | None = None) -> Path:
         with StopSignal() as signal:
             while state.epoch < last_epoch:
                 if state.step % steps == 0 and contrast.due(options.boxes, state.epoch):
-                    contrast.refresh(images, network, options.boxes.threshold, world)
+                    with arithmetic.context():
+                        contrast.refresh(images, network, options.boxes.threshold, world)
                 for micro_batches in log.waiting(images.views(state.epoch, state.step % steps)):
                     torch.manual_seed(seed_of(run.seed, state.step, world.rank))
                     lr = schedules.apply(optimizer, state.step)
@@ -146,12 +150,22 @@ def pretrain(options: Config, world: World | None = None) -> Path:
     return directory
 
 
+def make_deterministic(wanted: bool) -> None:
+    """cuBLAS reads its part from the environment, when it is first used."""
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(wanted)
+    torch.backends.cudnn.benchmark = not wanted
+
+
 def make_networks(
     options: Config, channels: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Network, Network | None]:
     """Student and, if there is to be one, teacher. Raises: UserError."""
     data, model = options.data, options.model
     network = Network(model, channels, data.size, data.local_size if data.local_views else None).to(device, dtype)
+    if model.weights is not None and options.run.resume is None:
+        load_backbone(network.backbone[1], model.weights)
     if model.channels_last:
         network = network.to(memory_format=torch.channels_last)
     teacher = make_teacher(network) if model.teacher_momentum > 0 else None

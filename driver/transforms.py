@@ -1,7 +1,9 @@
 """What a view of a photograph is: crop, flip, colour, grey, blur, solarise; and how torchvision makes it in workers."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
@@ -48,9 +50,24 @@ def kinds(data: Data) -> list[Kind]:
     return first + others + [view(True, 0.5, 0.0)] * data.local_views
 
 
-def blur_kernel(size: int) -> int:
-    """Side of the blur's kernel: odd, about a tenth of the image's."""
-    return max(3, size // 10 // 2 * 2 + 1)
+def blur_kernel(sigma: float, size: int) -> int:
+    """Side of the blur's kernel: odd, three standard deviations to each side, within the image."""
+    return min(2 * math.ceil(3 * sigma) + 1, (size - 1) | 1)
+
+
+class Blur(v2.Transform):
+    """Gaussian, as two passes of one dimension: many times as fast as torchvision's one pass of two."""
+
+    def __init__(self, sigma: tuple[float, float], size: int) -> None:
+        super().__init__()
+        self.sigma, self.kernel = sigma, blur_kernel(sigma[1], size)
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        return {"sigma": float(torch.empty(1).uniform_(*self.sigma))}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        down, across = [1, self.kernel], [self.kernel, 1]
+        return functional.gaussian_blur(functional.gaussian_blur(inpt, down, params["sigma"]), across, params["sigma"])
 
 
 class View:
@@ -63,7 +80,7 @@ class View:
                 v2.RandomHorizontalFlip(),
                 v2.RandomApply([v2.ColorJitter(*kind.jitter)], p=kind.jitter_p),
                 v2.RandomGrayscale(p=kind.grey_p),
-                v2.RandomApply([v2.GaussianBlur(blur_kernel(size), kind.sigma)], p=kind.blur_p),
+                v2.RandomApply([Blur(kind.sigma, size)], p=kind.blur_p),
                 v2.RandomSolarize(threshold=128, p=kind.solarize_p),
                 v2.ToDtype(torch.float32, scale=True),
             ]

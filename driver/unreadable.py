@@ -17,19 +17,21 @@ FAULTS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 def read(source: Source, numbers: list[int], place: int) -> tuple[int, Image.Image, list[Report]]:
-    """Image numbers[place], or the first readable one of a sequence that follows from its number; and what was not.
+    """Image numbers[place], or the first readable one of a sequence that follows from its number; and its fault, if
+    it has one.
 
     Raises: UserError where none of 100 is readable.
     """
-    faults: list[Report] = []
-    index = numbers[place]
+    index, reports = numbers[place], []
     for attempt in range(TRIES):
         try:
-            return index, source.read(index), faults
+            return index, source.read(index), reports
         except FAULTS as error:
-            faults.append((index, str(error) or type(error).__name__))
+            reports = reports or [(index, str(error) or type(error).__name__)]
             index = numbers[seed_of(numbers[place], attempt) % len(numbers)]
-    raise UserError(f"{source.name(faults[0][0])}: not a readable image ({faults[0][1]}), nor are others in its place")
+    raise UserError(
+        f"{source.name(reports[0][0])}: not a readable image ({reports[0][1]}), nor are others in its place"
+    )
 
 
 class Tally:

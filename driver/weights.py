@@ -1,7 +1,6 @@
 """Backbone weights from a file: an exported one, a checkpoint of this driver, or one of the authors' code."""
 
 import argparse
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,8 @@ def read(path: Path) -> dict[str, Any]:
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # what a damaged file makes the unpickler raise is no closed list
+        raise UserError(f"{path}: not a readable checkpoint ({str(error).partition(chr(10))[0]})") from error
 
 
 def backbone_weights(path: Path, whose: str | None = None) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_driver import write_images
+from photographs import write_images
 
 from driver import checkpoint, command, config, data, train
 from driver.config import UserError
@@ -117,6 +117,20 @@ def test_with_a_teacher_and_three_views():
     equal_runs(
         alone(*options, "--data.batch-size=8", "--virtual-batch=32"), alone(*options, f"--data.batch-size={STEP}")
     )
+
+
+def test_crops_of_two_sizes_around_boxes_on_two_ranks():
+    """Boxes come from both ranks' shares of the images; the run is one rank's."""
+    pytest.importorskip("torchvision")
+    write_images(Path("flat"), 19)
+    options = [*FLOAT64_SGD, "--data.root=flat", "--data.size=16", "--data.local-views=2", "--data.local-size=8"]
+    options += ["--data.augmentation=dino", "--data.workers=1", "--model.name=convnet", "--optim.epochs=4"]
+    options += ["--boxes.every=2", "--model.teacher-momentum=0.9", "--model.teacher-views=all"]
+    one = alone(*options, "--data.batch-size=8")
+    two = on_ranks(2, *options, "--data.batch-size=4")
+    equal = [torch.load(directory / checkpoint.FILE, weights_only=True) for directory in (one, two)]
+    assert difference(one, two) <= 1e-9 and equal[0]["boxes"].unique(dim=0).shape[0] > 1
+    assert torch.equal(equal[0]["boxes"], equal[1]["boxes"])
 
 
 def test_float32_adamw_stays_close():
