@@ -63,7 +63,7 @@ class Heads(nn.Module):
 
     def __init__(self, width: int, classes: int, heads: int, norm: bool) -> None:
         super().__init__()
-        self.norm = nn.BatchNorm1d(width, affine=False, eps=1e-6) if norm else nn.Identity()
+        self.norm = nn.BatchNorm1d(width, affine=False, eps=1e-6, momentum=None) if norm else nn.Identity()
         self.layers = nn.ModuleList(nn.Linear(width, classes) for _ in range(heads))
         for layer in self.layers:
             nn.init.normal_(layer.weight, std=0.01)

@@ -41,7 +41,7 @@ Panel = Callable[[Axes, History], None]
 
 def dashboard(history: History, path: Path) -> None:
     """Every panel that has something to show, three to a row."""
-    panels = panels_of(history)
+    panels = [panel for _, panel in panels_of(history)]
     rows = -(-len(panels) // 3)
     with rc_context(STYLE):
         figure = Figure(figsize=(3 * PANEL_INCHES[0], rows * PANEL_INCHES[1]), layout="constrained", dpi=110)
@@ -75,11 +75,11 @@ def draw(axis: Axes, panel: Panel, history: History) -> None:
         axis.axvline(collapse["epoch"], color=RED, lw=1, ls=":")
 
 
-def panels_of(history: History) -> list[Panel]:
-    """Those whose numbers were recorded."""
+def panels_of(history: History) -> list[tuple[str, Panel]]:
+    """Name and panel, of those whose numbers were recorded."""
     train, tests = history.last("train") or {}, history.last("evaluation") or {}
     known = {**train, **tests}
-    return [panel for needed, panel in PANELS if known.get(needed) is not None]
+    return [(needed.replace("_", " "), panel) for needed, panel in PANELS if known.get(needed) is not None]
 
 
 def series(history: History, kind: str, name: str) -> tuple[list[float], list[float]]:
