@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor
+from torch import Tensor
 
 from .keyed import normal, uniform
 
@@ -32,13 +32,8 @@ DIGIT_MOVE = Affine(rotation=20.0, shift=0.125, scale=0.1, shear=0.1)
 """The geometric half of the digits' augmentation."""
 
 
-def random_affine(images: Tensor, limits: Affine, generator: Generator) -> Tensor:
-    """`affine` by the generator's numbers."""
-    return affine(images, limits, torch.rand(5, len(images), generator=generator, device=generator.device))
-
-
 def affine(images: Tensor, limits: Affine, u: Tensor) -> Tensor:
-    """Rotate, scale, shear and shift each image by u (5, n); what comes in from outside is 0."""
+    """Rotate, scale, shear and shift each image by u (5, n), uniform in [0, 1]; what comes in from outside is 0."""
     n = len(images)
     u = u.mul(2).sub(1).to(images.device)
     angle = u[0] * math.radians(limits.rotation)

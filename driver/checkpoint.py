@@ -16,14 +16,14 @@ from torch import nn
 from . import weights
 from .config import UserError
 from .data import Images
-from .evaluate import Accuracy
+from .history import History
 
 FILE = "checkpoint.pt"
 
 
 @dataclass
 class State:
-    """What the loop mutates. `history` has its log lines, the k-NN evaluations and the accuracy of raw pixels."""
+    """What the loop mutates."""
 
     network: nn.Module
     teacher: nn.Module | None
@@ -36,11 +36,7 @@ class State:
     epoch: int = 0
     """Epochs done."""
     step: int = 0
-    history: dict[str, list[dict[str, float]]] = field(default_factory=lambda: {"log": [], "knn": [], "pixels": []})
-
-    def note(self, kind: str, epoch: int, accuracy: Accuracy) -> None:
-        """Add one evaluation to the history."""
-        self.history[kind].append({"epoch": epoch, **accuracy._asdict()})
+    history: History = field(default_factory=History)
 
     def content(self, config: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -52,7 +48,7 @@ class State:
             "images": {"training": 0 if self.images is None else self.images.training, "step": self.G},
             "epoch": self.epoch,
             "step": self.step,
-            "history": self.history,
+            "history": self.history.rows,
             "config": config,
         }
 
@@ -133,5 +129,5 @@ def load(state: State, source: Path) -> Path:
         raise UserError(f"{path}: not a checkpoint of this driver: no {error} in it") from error
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{path}: does not fit the model that the options describe: {error}") from error
-    state.epoch, state.step, state.history = content["epoch"], content["step"], content["history"]
+    state.epoch, state.step, state.history = content["epoch"], content["step"], History(content["history"])
     return path.parent

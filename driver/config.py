@@ -59,7 +59,7 @@ class Data:
     blur: float = 0.3
     """Probability of the blur in `simclr`."""
     held_out: float = 0.25
-    """Share of the labelled images kept out of training for the k-NN evaluation, where the source has no such part of
+    """Share of the labelled images kept out of training for the evaluation, where the source has no such part of
     its own (CIFAR-10 and a folder with `val/` have)."""
     on_device: bool = False
     """Decode every image once to `size` and keep all on the device, where they are augmented. For small sets."""
@@ -196,7 +196,7 @@ class Run:
     log_every: int = 20
     """Steps between log lines; only there does the host wait for the device."""
     eval_every: int = 10
-    """Epochs between k-NN evaluations. 0: before and after only."""
+    """Epochs between evaluations of the frozen features. 0: before and after only."""
     save_every: int = 10
     """Epochs between checkpoints; the last epoch is always saved."""
     save_steps: int = 0
@@ -207,6 +207,10 @@ class Run:
     """Epochs between checkpoints that are kept for good, as epoch-N.pt. 0: none."""
     neighbours: int = 10
     """Neighbours that vote in the k-NN evaluation."""
+    tensorboard: bool = False
+    """Also write the curves for TensorBoard, under the run's directory."""
+    wandb: str | None = None
+    """Also send the curves to this project of Weights & Biases, with the key of `wandb login` or WANDB_API_KEY."""
 
 
 @dataclass(frozen=True)

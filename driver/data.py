@@ -30,6 +30,8 @@ class Images(Protocol):
     """Images to train on."""
     tested: int
     """Held-out images; 0 where there are no labels to test with."""
+    classes: int
+    """Labels are below this number."""
     boxes: Tensor | None
     """(training, 4) top, left, bottom, right in shares of the image's sides, in which crops have their centres. Put
     in place by `set_boxes`."""
@@ -41,10 +43,10 @@ class Images(Protocol):
         """This rank's micro-batches of each step of the epoch, from step `first` on."""
 
     def bank(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Training images (n, C, S, S) as they are, and their labels (n,)."""
+        """This rank's share of training images (n, C, S, S) as they are, and their labels (n,)."""
 
     def held_out(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Held-out images as they are, and their labels; always in the same order."""
+        """The held-out images r, r + W, r + 2*W, ... of rank r as they are, and their labels."""
 
     def whole(self, places: Tensor) -> Iterator[Tensor]:
         """The training images at these places, squeezed to (n, C, S, S) without a crop."""

@@ -39,6 +39,7 @@ class Held:
     ) -> None:
         self.train, self.test = ([part.to(device) for part in pair] for pair in (train, test))
         self.training, self.tested, self.channels = len(train[0]), len(test[0]), train[0].shape[1]
+        self.classes = int(torch.cat([train[1], test[1]]).max()) + 1
         self.augment, self.data, self.seed, self.world = augment, data, seed, world
         self.device = device
         self.eval_batch = max(1, EVAL_PIXELS // data.size**2)
@@ -72,6 +73,7 @@ class Held:
             yield _floats(self.train[0][part])
 
     def _batches(self, images: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        images, labels = (part[self.world.rank :: self.world.size] for part in (images, labels))
         for part, of_part in zip(images.split(self.eval_batch), labels.split(self.eval_batch), strict=True):
             yield _floats(part), of_part
 

@@ -32,6 +32,7 @@ class Loaded:
     def __init__(self, source: Source, data: Data, boxes: Boxes, device: torch.device, seed: int, world: World) -> None:
         self.source, self.data, self.device = source, data, device
         self.training, self.tested = len(source.train), len(source.test)
+        self.classes = int(source.labels.max()) + 1
         G = virtual_batch(data, world)
         self.order = Order(self.training, G, seed, world)
         self.micro_batches = G // world.size // data.batch_size
@@ -42,7 +43,7 @@ class Loaded:
         self.train = self._loader(views, data.batch_size, self.order)
         self.tally = Tally(source, data.max_unreadable, self.training // world.size)
         chosen = torch.randperm(self.training, generator=Generator().manual_seed(0))[:BANK_LIMIT]
-        self.eval_numbers = source.train[chosen], source.test
+        self.eval_numbers = [part[world.rank :: world.size] for part in (source.train[chosen], source.test)]
 
     @property
     def boxes(self) -> Tensor | None:

@@ -1,6 +1,7 @@
 """Curves of a run: collected on the device, read by the host at log lines only."""
 
 import math
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,22 +13,35 @@ from tqdm import tqdm
 
 from bam_kernels.stats import BAMStats
 
-from . import checkpoint
+from . import checkpoint, words
 from .config import UserError
+from .history import Row
 from .world import World
 
 T = TypeVar("T")
-CURVES = ("loss", "target_entropy", "source_entropy", "uniform_loss", "collapse_gap")
+CURVES = ("loss", "target_entropy", "source_entropy", "column_residual", "uniform_loss", "collapse_gap")
+BAR_S = 0.1 if sys.stderr.isatty() else 30.0
+"""Seconds between drawings of the progress bar: seldom in a file, where each is a line."""
 
 
 class Log:
     """The progress bar and the history's log lines, of steps of G images over all ranks."""
 
-    def __init__(self, state: checkpoint.State, directory: Path, steps: int, epochs: int, G: int, world: World) -> None:
+    def __init__(
+        self, state: checkpoint.State, directory: Path, steps: int, epochs: int, warmup: float, G: int, world: World
+    ) -> None:
         self.state, self.directory, self.steps, self.G, self.world = state, directory, steps, G, world
+        self.warmup = warmup
         self.pending: list[Tensor] = []
         total = steps * epochs
-        self.bar = tqdm(total=total, initial=state.step, unit="step", dynamic_ncols=True, disable=not world.first)
+        self.bar = tqdm(
+            total=total,
+            initial=state.step,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=BAR_S,
+            disable=not world.first,
+        )
         self.since = time.perf_counter()
         self.waited_s = 0.0
 
@@ -43,8 +57,7 @@ class Log:
 
     def add(self, loss: Tensor, stats: BAMStats) -> None:
         """Note one step's numbers without waiting for them."""
-        values = [loss.detach(), stats.target_entropy, stats.source_entropy, stats.uniform_loss, stats.collapse_gap]
-        self.pending.append(torch.stack(values))
+        self.pending.append(torch.stack([loss.detach(), *(getattr(stats, name) for name in CURVES[1:])]))
 
     def line(self, lr: float) -> None:
         """Wait for the device; note the mean over ranks and over the steps since the last line.
@@ -61,8 +74,8 @@ class Log:
         mean = dict(zip(CURVES, (sum(column) / len(rows) for column in zip(*rows, strict=True)), strict=True))
         seconds = time.perf_counter() - self.since
         rate, waited = self.G * len(rows) / seconds, self.waited_s / seconds
-        speed = {"images_per_s": rate, "data_wait": waited}
-        self.state.history["log"].append({"step": self.state.step, "lr": lr, **speed, **mean})
+        self.note("train", lr=lr, images_per_s=rate, data_wait=waited, **mean)
+        self.warn_of_collapse(mean["collapse_gap"])
         self.bar.set_postfix_str(
             f"loss {mean['loss']:.3f}, gap to collapse {mean['collapse_gap']:.3f}, lr {lr:.1e}, {rate:.0f} images/s, "
             f"{waited:.0%} waiting for data"
@@ -70,6 +83,17 @@ class Log:
         self.bar.update(len(rows))
         self.pending.clear()
         self.restart_clock()
+
+    def note(self, kind: str, **numbers: float) -> Row:
+        """Add a row to the history."""
+        return self.state.history.add(kind, self.state.step, self.state.step / self.steps, **numbers)
+
+    def warn_of_collapse(self, gap: float) -> None:
+        """Say it once in a run, and not in the warm-up, where a network may begin with all features alike."""
+        if gap >= words.COLLAPSED or self.state.step <= self.warmup or self.state.history.last("collapse"):
+            return
+        text = words.collapse(self.note("collapse", collapse_gap=gap))
+        self.bar.write(f"warning: {text}. To try: {'; '.join(words.ADVICE)}", file=sys.stderr)
 
     def check_weights(self) -> None:
         """What is about to be saved is finite. Waits for the device. Raises: UserError."""
@@ -92,3 +116,4 @@ class Log:
 
     def close(self) -> None:
         self.bar.close()
+        self.state.history.close()

@@ -13,12 +13,14 @@ from bam_kernels import BAMLoss, GradientCache
 from . import checkpoint, config, contrast, report
 from .config import Config, Loss, UserError
 from .data import Crops, make_images, virtual_batch
-from .evaluate import evaluate, features, pixels
+from .evaluate import Embed, Vote, evaluate, features, pixels
+from .history import File, Sink
 from .keyed import seed_of
 from .log import Log
 from .model import Network, follow, make_teacher
 from .optim import Arithmetic, Schedules, make_optimizer
 from .signals import Stopped, StopSignal
+from .trackers import TensorBoard, Wandb
 from .weights import load_backbone
 from .world import World
 
@@ -52,14 +54,14 @@ def pretrain(options: Config, world: World | None = None) -> Path:
     options = replace(options, data=replace(data, virtual_batch=G))
     if world.first:
         config.save(options, directory)
+        state.history.sinks = make_sinks(state, options, directory)
 
     last_epoch = min(optim.epochs, run.stop_after or optim.epochs)
     print(f"{directory}: {images.training} training images, {images.tested} held out; {steps} steps an epoch; {device}")
-    if images.tested and state.step == 0 and world.first:
-        state.note("pixels", 0, evaluate(pixels, images, run.neighbours))
-        state.note("knn", 0, evaluate(features(network.backbone), images, run.neighbours))
+    log = Log(state, directory, steps, optim.epochs, schedules.warmup, G, world)
 
-    log = Log(state, directory, steps, optim.epochs, G, world)
+    def test(kind: str, embed: Embed) -> None:
+        log.note(kind, **evaluate(embed, images, Vote(run.neighbours), world))
 
     def criterion(*embeddings: Tensor) -> Any:
         try:
@@ -95,6 +97,11 @@ def pretrain(options: Config, world: World | None = None) -> Path:
             raise Stopped(directory, state.step)
 
     try:
+        if state.step == 0:
+            if images.tested:
+                test("pixels", pixels)
+            test("evaluation", features(network.backbone))
+            log.restart_clock()
         with StopSignal() as signal:
             while state.epoch < last_epoch:
                 if state.step % steps == 0 and contrast.due(options.boxes, state.epoch):
@@ -122,15 +129,15 @@ def pretrain(options: Config, world: World | None = None) -> Path:
 
                 state.epoch += 1
                 finished = state.epoch == last_epoch
-                test = bool(images.tested) and (finished or due(state.epoch, run.eval_every))
+                tested = finished or due(state.epoch, run.eval_every)
                 keep = finished or due(state.epoch, run.save_every) or due(state.epoch, run.keep_every)
-                if test or keep:
+                if tested or keep:
                     log.line(lr)
-                if test and world.first:
-                    state.note("knn", state.epoch, evaluate(features(network.backbone), images, run.neighbours))
+                if tested:
+                    test("evaluation", features(network.backbone))
                 if keep:
                     save()
-                if test or keep:
+                if tested or keep:
                     log.restart_clock()
                 if not finished:
                     stop_if_asked()
@@ -138,7 +145,7 @@ def pretrain(options: Config, world: World | None = None) -> Path:
         log.close()
 
     if world.first:
-        report.write(state, options, directory, images.tested, steps)
+        report.finish(state.history, options, directory, images, features(network.backbone))
     world.end()
     return directory
 
@@ -167,6 +174,16 @@ def make_networks(
             if part is not None:
                 part.compile()
     return network, teacher
+
+
+def make_sinks(state: checkpoint.State, options: Config, directory: Path) -> list[Sink]:
+    """Where the history goes, beside memory. Raises: UserError."""
+    sinks: list[Sink] = [File(directory, state.history.rows)]
+    if options.run.tensorboard:
+        sinks.append(TensorBoard(directory, state.step))
+    if options.run.wandb is not None:
+        sinks.append(Wandb(options.run.wandb, directory, options))
+    return sinks
 
 
 def make_loss(loss: Loss, schedules: Schedules, device: torch.device, dtype: torch.dtype) -> BAMLoss:
