@@ -86,7 +86,7 @@ def knn(queries: Tensor, bank: Bank, vote: Vote, world: World) -> Tensor:
 
 
 def nearest(queries: Tensor, bank: Bank, neighbours: int) -> tuple[Tensor, Tensor]:
-    """Cosines (q, neighbours), highest first, and labels of each query's nearest on this rank; -inf where it has fewer."""
+    """Cosines (q, neighbours), highest first, and labels of the nearest on this rank; -inf where it has fewer."""
     cosine, index = (queries @ bank.features.T).topk(min(neighbours, len(bank.labels)), dim=1)
     missing = neighbours - cosine.shape[1]
     return F.pad(cosine, (0, missing), value=-torch.inf), F.pad(bank.labels[index], (0, missing))

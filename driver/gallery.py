@@ -91,7 +91,7 @@ def shelf(embed: Embed, batches, limit: int) -> Shelf:
 
 
 def neighbours(queries: Shelf, bank: Shelf, with_classes: bool) -> list[list[Picture]]:
-    """Queries spread over the shelf, so over the classes where it is sorted by them. An image is not its own neighbour."""
+    """Queries are spread over the shelf, which may be sorted by class. An image is not its own neighbour."""
     chosen = torch.linspace(0, len(queries.labels) - 1, min(SHOWN, len(queries.labels))).round().long().unique()
     cosine = F.normalize(queries.features[chosen], dim=1) @ F.normalize(bank.features, dim=1).T
     if queries is bank:
@@ -109,13 +109,14 @@ def neighbours(queries: Shelf, bank: Shelf, with_classes: bool) -> list[list[Pic
 
 
 def project(features: Tensor, labels: Tensor) -> Projection:
-    """Principal components; each axis is turned so that its longer tail is on the right, to be the same in every run."""
+    """Principal components, each with its longer tail on the right: their signs are arbitrary otherwise."""
     from sklearn.decomposition import PCA
 
     unit = F.normalize(features, dim=1).double().numpy()
     points = PCA(n_components=min(2, *unit.shape), svd_solver="full").fit_transform(unit)
     points = np.pad(points, ((0, 0), (0, 2 - points.shape[1])))
-    return Projection(points * np.sign(points.sum(0) ** 0 * (points**3).sum(0) + 1e-300), labels[: len(points)].numpy())
+    skew = np.where((points**3).sum(0) < 0, -1, 1)
+    return Projection(points * skew, labels[: len(points)].numpy())
 
 
 def sample_views(images: Images, epoch: int, batch_size: int) -> list[list[Picture]]:

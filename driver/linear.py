@@ -1,4 +1,4 @@
-"""Linear evaluation of a frozen backbone, as published: SGD on one linear layer, standard crops, several learning rates.
+"""Linear evaluation of a frozen backbone, as published: SGD on a linear layer, standard crops, some learning rates.
 
 python driver/linear.py --backbone.run RUN_DIR
 python driver/linear.py --backbone.name vit_base_patch16_224 --backbone.weights FILE --data.root IMAGENET
@@ -53,7 +53,7 @@ class Options:
     seed: int = 0
     """Of the order and the crops."""
     out: Path | None = None
-    """Folder for linear.jsonl (a line per test) and linear.pt (the layers, after each test). None: nothing is written."""
+    """Folder for linear.jsonl (a line per test) and linear.pt (the layers). None: nothing is written."""
     resume: bool = False
     """Go on from linear.pt in `out`."""
 
@@ -63,7 +63,7 @@ class Heads(nn.Module):
 
     def __init__(self, width: int, classes: int, heads: int, norm: bool) -> None:
         super().__init__()
-        self.norm = nn.BatchNorm1d(width, affine=False, eps=1e-6) if norm else nn.Identity()
+        self.norm = nn.BatchNorm1d(width, affine=False, eps=1e-6, momentum=None) if norm else nn.Identity()
         self.layers = nn.ModuleList(nn.Linear(width, classes) for _ in range(heads))
         for layer in self.layers:
             nn.init.normal_(layer.weight, std=0.01)
@@ -88,7 +88,8 @@ def main(options: Options, world: World) -> dict[float, float]:
     optimizer = torch.optim.SGD(groups, lr=0.0, momentum=MOMENTUM)
     first = load(options, heads, optimizer) if options.resume else 0
     print(
-        f"{labelled.training} training images, {labelled.tested} test images, {labelled.classes} classes, {width} features"
+        f"{labelled.training} training images, {labelled.tested} test images, {labelled.classes} classes, "
+        f"{width} features"
     )
 
     accuracy: dict[float, float] = {}

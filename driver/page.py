@@ -84,23 +84,23 @@ def accuracies(history: History) -> str:
         for name, row in rows.items()
     )
     heads = "".join(f"<th>{head}</th>" for head in ("", "k-NN", "k-NN, moved", "linear", "linear, moved"))
+    note = (
+        "Moved: the same images, randomly shifted and rotated; the training images that they are compared with stay as "
+        "they are."
+    )
     return (
-        f'<h2>Accuracy on held-out images</h2><div class="card scroll"><table class="numbers"><tr>{heads}</tr>{body}</table>'
-        "</div><p class='soft'>Moved: the same images, randomly shifted and rotated; the training images that they are "
-        "compared with stay as they are.</p>"
+        f'<h2>Accuracy on held-out images</h2><div class="card scroll"><table class="numbers">'
+        f"<tr>{heads}</tr>{body}</table></div><p class='soft'>{note}</p>"
     )
 
 
 def curves(history: History) -> str:
-    images = "".join(figure(plots.svg(panel, history)) for panel in plots.panels_of(history))
+    images = "".join(figure(plots.svg(panel, history), name) for name, panel in plots.panels_of(history))
     return f'<h2>Curves</h2><div class="panels">{images}</div>' if images else ""
 
 
-def figure(svg: str) -> str:
+def figure(svg: str, title: str) -> str:
     data = base64.b64encode(svg.encode()).decode()
-    title = next(
-        (line.split(">")[-2].split("<")[0] for line in svg.splitlines() if "font-weight" in line or "bold" in line), ""
-    )
     return f'<div class="card"><img alt="{escape(title)}" src="data:image/svg+xml;base64,{data}"></div>'
 
 
@@ -113,13 +113,13 @@ def pictures(gallery: Gallery) -> str:
     known = any(picture.right is not None for row in gallery.neighbours for picture in row)
     frames = " A green frame: of the same class; red: of another." if known else ""
     projections = "".join(
-        figure(plots.projection(part.points, part.labels, title))
+        figure(plots.projection(part.points, part.labels, title), title)
         for part, title in ((gallery.pixels, "Raw pixels"), (gallery.features, "Features"))
     )
     return (
         f'<h2>Views, as the network sees them</h2><div class="card pictures views">{views}</div>'
-        f'<h2>Nearest neighbours</h2><p class="soft">Left, images kept out of training where there are any; to the right, '
-        f"the training images with the most similar features, nearest first.{frames}</p>"
+        '<h2>Nearest neighbours</h2><p class="soft">Left, images kept out of training where there are any; to the '
+        f"right, the training images with the most similar features, nearest first.{frames}</p>"
         f'<div class="card pictures">{near}</div>'
         '<h2>Projection</h2><p class="soft">The same images by the two first principal components, coloured by class '
         f'where there are several.</p><div class="columns">{projections}</div>'

@@ -41,7 +41,7 @@ Panel = Callable[[Axes, History], None]
 
 def dashboard(history: History, path: Path) -> None:
     """Every panel that has something to show, three to a row."""
-    panels = panels_of(history)
+    panels = [panel for _, panel in panels_of(history)]
     rows = -(-len(panels) // 3)
     with rc_context(STYLE):
         figure = Figure(figsize=(3 * PANEL_INCHES[0], rows * PANEL_INCHES[1]), layout="constrained", dpi=110)
@@ -75,11 +75,11 @@ def draw(axis: Axes, panel: Panel, history: History) -> None:
         axis.axvline(collapse["epoch"], color=RED, lw=1, ls=":")
 
 
-def panels_of(history: History) -> list[Panel]:
-    """Those whose numbers were recorded."""
+def panels_of(history: History) -> list[tuple[str, Panel]]:
+    """Name and panel, of those whose numbers were recorded."""
     train, tests = history.last("train") or {}, history.last("evaluation") or {}
     known = {**train, **tests}
-    return [panel for needed, panel in PANELS if known.get(needed) is not None]
+    return [(needed.replace("_", " "), panel) for needed, panel in PANELS if known.get(needed) is not None]
 
 
 def series(history: History, kind: str, name: str) -> tuple[list[float], list[float]]:
@@ -95,9 +95,9 @@ def loss(axis: Axes, history: History) -> None:
     epochs, ceiling = series(history, "train", "uniform_loss")
     floor = series(history, "train", "target_entropy")[1]
     axis.fill_between(epochs, floor, ceiling, color=GREY, alpha=0.12, lw=0)
-    axis.plot(epochs, ceiling, color=GREY, ls="--", label="ceiling: collapse, log(N - T)")
     axis.plot(epochs, series(history, "train", "loss")[1], color=BLUE, lw=2, label="loss")
-    axis.plot(epochs, floor, color=RED, ls="--", label="floor: entropy of the target")
+    axis.plot(epochs, ceiling, color=GREY, ls="--", label="ceiling: collapse")
+    axis.plot(epochs, floor, color=RED, ls="--", label="floor: target's entropy")
     axis.set(title="Loss, between floor and ceiling", ylabel="nats")
     axis.margins(y=0.1)
     legend_below(axis)
@@ -113,7 +113,7 @@ def entropies(axis: Axes, history: History) -> None:
 
 def column_residual(axis: Axes, history: History) -> None:
     axis.semilogy(*series(history, "train", "column_residual"), color=BLUE, lw=2)
-    axis.set(title="Column residual before the last Sinkhorn step", ylabel="max |c / mean(c) - 1|")
+    axis.set(title="Column residual before the last step", ylabel="max |c / mean(c) - 1|")
 
 
 def accuracy(name: str, title: str) -> Panel:
@@ -198,4 +198,4 @@ def projection(points: np.ndarray, labels: np.ndarray, title: str) -> str:
 
 
 def legend_below(axis: Axes) -> None:
-    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3 if len(axis.get_lines()) == 3 else 2)

@@ -32,7 +32,7 @@ def finish(record: history.History, options: Config, directory: Path, images: Im
     if record.last("pixels"):
         print(words.table(record, images.tested))
     if words.collapsed(record):
-        print(f"warning: the features have collapsed. To try: {'; '.join(words.ADVICE)}")
+        print(f"warning: training has collapsed. To try: {'; '.join(words.ADVICE)}")
     why, command = words.next_step(record, options, directory)
     print(f"next, {why}: {command}")
 

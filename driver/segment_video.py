@@ -126,7 +126,7 @@ def propagate(query: Tensor, sources: Tensor, labels: Tensor, radius: int, top_k
 
 
 def to_mask(labels: Tensor, size: tuple[int, int], shape: tuple[int, int]) -> NDArray[np.uint8]:
-    """(H, W) mask from labels (h, w, C): upsampled to the network's frame, each stretched to [0, 1], the largest wins."""
+    """(H, W) mask from labels (h, w, C): each upsampled and stretched to [0, 1], and the largest wins."""
     maps = F.interpolate(labels.permute(2, 0, 1)[None], size=size, mode="bilinear")[0].flatten(1)
     low, high = maps.amin(1, keepdim=True), maps.amax(1, keepdim=True)
     stretched = torch.where(high > 0, (maps - low) / (high - low).clamp_min(torch.finfo(maps.dtype).tiny), maps)

@@ -98,7 +98,7 @@ def pretrain(options: Config, world: World | None = None) -> Path:
 
     try:
         if state.step == 0:
-            if images.tested:
+            if images.tested >= world.size:
                 test("pixels", pixels)
             test("evaluation", features(network.backbone))
             log.restart_clock()

@@ -22,14 +22,16 @@ ADVICE = (
 
 def collapse(row: Row) -> str:
     """What a collapse is, from its row in the history."""
+    gap = row["collapse_gap"]
+    where = f"within {COLLAPSED} nats of" if abs(gap) < COLLAPSED else f"{-gap:.2f} nats above"
     return (
-        f"the features collapsed by step {row['step']} (epoch {row['epoch']:.1f}): the loss is within "
-        f"{COLLAPSED} nats of its ceiling log(N - T), so every image attends to all others alike"
+        f"training collapsed by step {row['step']} (epoch {row['epoch']:.1f}): the loss is {where} its ceiling "
+        "log(N - T), the value of features that are all alike"
     )
 
 
 def collapsed(history: History) -> bool:
-    """Whether the run's last log line is at the ceiling."""
+    """Whether the run's last log line is at the ceiling, or above it."""
     last = history.last("train")
     return last is not None and last["collapse_gap"] is not None and last["collapse_gap"] < COLLAPSED
 
@@ -48,7 +50,7 @@ def verdict(history: History, options: Config, tested: int) -> list[str]:
             f"on the frozen features {tests['linear']:.1%}."
         )
     if train and collapsed(history):
-        lines.append("The features have collapsed: the loss ended at its ceiling.")
+        lines.append("Training has collapsed: the loss ended at its ceiling or above.")
     elif train and train["collapse_gap"] is not None:
         lines.append(f"The loss ended {train['collapse_gap']:.2f} nats below the value of collapsed features.")
     return lines

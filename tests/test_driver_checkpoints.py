@@ -143,11 +143,11 @@ def test_a_full_disk_leaves_the_last_one():
 
 def test_a_full_disk_is_told_wherever_it_is_met(monkeypatch, capsys):
     def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device", "curves.png")
+        raise OSError(errno.ENOSPC, "No space left on device", "dashboard.png")
 
     monkeypatch.setattr(train.report, "write", full)
     assert program.main(["--data.batch-size=512", "--model.width=4", "--optim.epochs=1"]) == 1
-    assert "No space left on device: 'curves.png': the disk is full" in capsys.readouterr().err
+    assert "No space left on device: 'dashboard.png': the disk is full" in capsys.readouterr().err
     assert content(Path("runs/digits-001"))["step"] == 2
 
 

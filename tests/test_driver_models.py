@@ -14,7 +14,7 @@ pytest.importorskip("timm")
 
 import timm
 from photographs import write_classes
-from test_driver import TINY, content, elsewhere, pretrain  # noqa: F401
+from test_driver import TINY, content, elsewhere, pretrain, rows  # noqa: F401
 
 from driver import backbones, checkpoint, command, config, export, model, optim, recipes, train, weights
 from driver.config import UserError
@@ -178,7 +178,7 @@ def test_optimisers_train_and_resume(name):
     first = pretrain(*options, "--run.stop-after=1")
     train.pretrain(command.parse([f"--run.resume={first}"]))
     assert all(torch.equal(value, straight["network"][key]) for key, value in content(first)["network"].items())
-    assert straight["history"]["log"][-1]["loss"] > 0
+    assert rows(straight, "train")[-1]["loss"] > 0
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -187,7 +187,7 @@ def test_autocast(dtype):
     half, full = (content(pretrain(*options, f"--run.dtype={kind}")) for kind in (dtype, "float32"))
     assert all(value.dtype != getattr(torch, dtype) for value in half["network"].values())
     assert (half["scaler"] is not None) == (dtype == "float16")
-    losses = [part["history"]["log"][0]["loss"] for part in (half, full)]
+    losses = [rows(part, "train")[0]["loss"] for part in (half, full)]
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
@@ -195,7 +195,7 @@ def test_teacher_views_and_momentum():
     """All crops or the first two: other rows in the balance, another loss. Momentum 1 leaves the teacher as it was."""
     options = ["--optim.epochs=1", "--data.views=3", "--model.teacher-momentum=0.9"]
     losses = [
-        content(pretrain(*options, f"--model.teacher-views={views}"))["history"]["log"][0]["loss"]
+        rows(content(pretrain(*options, f"--model.teacher-views={views}")), "train")[0]["loss"]
         for views in ("global", "all")
     ]
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.2)
@@ -215,7 +215,7 @@ def test_compiled_run():
     eager, compiled = (content(pretrain(*options, f"--model.compile={flag}")) for flag in ("False", "True"))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= before + 2
     assert eager["network"].keys() == compiled["network"].keys()
-    losses = [[line["loss"] for line in part["history"]["log"]] for part in (eager, compiled)]
+    losses = [[line["loss"] for line in rows(part, "train")] for part in (eager, compiled)]
     assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-4) and losses[0][1] == pytest.approx(
         losses[1][1], rel=0.05
     )

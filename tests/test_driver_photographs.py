@@ -14,7 +14,7 @@ pytest.importorskip("kornia")
 pytest.importorskip("timm")
 
 from photographs import write_classes, write_images
-from test_driver import content, elsewhere  # noqa: F401
+from test_driver import content, elsewhere, rows  # noqa: F401
 from torchvision.transforms.v2 import functional
 
 from driver import (
@@ -227,7 +227,7 @@ def test_micro_batches_of_two_sizes_give_the_same_run(teacher_views):
     ]
     options += ["--virtual-batch=8", "--optim.name=sgd", "--run.eval-every=0"]
     whole, parts = (content(train.pretrain(command.parse([*options, f"--data.batch-size={size}"]))) for size in (8, 2))
-    losses = [[line["loss"] for line in run["history"]["log"]] for run in (whole, parts)]
+    losses = [[line["loss"] for line in rows(run, "train")] for run in (whole, parts)]
     assert len(losses[0]) == 6 and losses[0] == pytest.approx(losses[1], abs=1e-9)
     for name, value in whole["teacher"].items():
         assert (value - parts["teacher"][name]).abs().max() < 1e-9, name

@@ -1,7 +1,6 @@
 """The driver on several ranks (real processes over gloo, started by torchrun) and with virtual batches."""
 
 import dataclasses
-import json
 import os
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import pytest
 import torch
 from photographs import write_images
 
-from driver import checkpoint, command, config, data, train
+from driver import checkpoint, command, config, data, history, train
 from driver.config import UserError
 from driver.world import World
 
@@ -55,13 +54,9 @@ def on_ranks(W: int, *options: str) -> Path:
     return made
 
 
-def history(directory: Path) -> dict:
-    return json.loads((directory / "history.json").read_text())
-
-
 def difference(a: Path, b: Path) -> float:
     """The largest of the curves', over all steps. Both have every step once."""
-    logs = [history(directory)["log"] for directory in (a, b)]
+    logs = [history.read(directory).of("train") for directory in (a, b)]
     assert [[entry["step"] for entry in log] for log in logs] == [list(range(1, len(logs[0]) + 1))] * 2
     return max(abs(x[name] - y[name]) for x, y in zip(*logs, strict=True) for name in CURVES)
 
@@ -78,7 +73,7 @@ def one_rank(tmp_path_factory) -> Path:
     directory = alone(*FLOAT64_SGD, f"--data.batch-size={STEP}").absolute()
     os.chdir(before)
     torch.set_num_threads(threads)
-    log = history(directory)["log"]
+    log = history.read(directory).of("train")
     assert len(log) == 126 > 100 and log[-1]["collapse_gap"] > log[0]["collapse_gap"] + 0.3  # it learns
     return directory
 
@@ -89,7 +84,10 @@ def equal_runs(a: Path, b: Path) -> None:
     assert first.keys() == second.keys() and first["step"] == second["step"]
     for name, value in first["network"].items():
         assert value.dtype == torch.float64 and ((value - second["network"][name]).abs() <= 1e-9).all(), name
-    assert first["history"]["knn"][-1] == second["history"]["knn"][-1]
+    tests = [history.read(directory).last("evaluation") for directory in (a, b)]
+    assert tests[0].keys() == tests[1].keys() >= {"knn", "knn_moved", "linear", "linear_moved", "effective_rank"}
+    for name, value in tests[0].items():
+        assert value == tests[1][name] or abs(value - tests[1][name]) <= 1e-6, name
     for content in (first, second):
         content["config"]["data"].pop("batch_size")  # the virtual batch is kept, and the same
     assert first["config"] == second["config"]
