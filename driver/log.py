@@ -79,7 +79,8 @@ class Log:
         self.warn_of_collapse()
         self.bar.set_postfix_str(
             f"loss {mean['loss']:.3f}, gap to collapse {mean['collapse_gap']:.3f}, lr {lr:.1e}, {rate:.0f} images/s, "
-            f"{waited:.0%} waiting for data"
+            f"{waited:.0%} waiting for data",
+            refresh=False,
         )
         self.bar.update(len(rows))
         self.pending.clear()

@@ -144,7 +144,9 @@ def test_verdicts():
     assert why == "the other 2 epochs" and line == "python driver/pretrain.py --run.resume 'runs/x y'"
     images = config.Config(recipe="images", data=config.Data(source="folder", root=Path("a b")))
     _, line = words.next_step(record(*[0.5] * 100), images, Path("runs/a"))
-    assert line == "python driver/pretrain.py --recipe images --data.root 'a b' --optim.epochs 200"
+    assert line == "python driver/pretrain.py --config runs/a/config.yaml --optim.epochs 200"
+    _, line = words.next_step(record(0.0), images, Path("runs/a"))
+    assert line == "python driver/pretrain.py --config runs/a/config.yaml --loss.epsilon 0.0125"
 
 
 # Dashboard and page
