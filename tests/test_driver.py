@@ -12,15 +12,13 @@ import pytest
 import torch
 from photographs import write_images
 
+from driver import augment, checkpoint, command, config, data, held, history, model, optim, recipes, train
+from driver.config import UserError
+from driver.pretrain import main
+from driver.verify_resume import same
+from driver.world import World
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from driver import augment, checkpoint, command, config, data, held, history, model, optim, recipes, train  # noqa: E402
-from driver.config import UserError  # noqa: E402
-from driver.pretrain import main  # noqa: E402
-from driver.verify_resume import same  # noqa: E402
-from driver.world import World  # noqa: E402
-
 EXTRA = ("torchvision", "timm", "kornia", "tensorboard", "safetensors")
 # Two steps an epoch of 1,348 digits, and a network that costs nothing.
 TINY = ["--data.batch-size=512", "--model.width=4", "--model.head-width=16", "--model.head-dim=8", "--run.seed=3"]
