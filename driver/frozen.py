@@ -21,6 +21,8 @@ from .weights import load_backbone
 from .world import World
 
 T = TypeVar("T")
+PLAIN = (tyro.conf.FlagConversionOff,)
+"""Of tyro: a truth value is given as True or False, as in the other options."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def run_script(options: type[T], main: Callable[[T, World], Any], args: list[str
     if not world.first:
         sys.stdout = open(os.devnull, "w")
     try:
-        main(world.from_first("options", lambda: tyro.cli(options, args=args)), world)
+        main(world.from_first("options", lambda: tyro.cli(options, args=args, config=PLAIN)), world)
     except UserError as error:
         if world.first_to_fail():
             print(f"\nerror: {str(error).rsplit('UserError: ', 1)[-1]}", file=sys.stderr)

@@ -20,6 +20,7 @@ from .world import World
 
 T = TypeVar("T")
 CURVES = ("loss", "target_entropy", "source_entropy", "column_residual", "uniform_loss", "collapse_gap")
+COLLAPSE_LINES = 5
 BAR_S = 0.1 if sys.stderr.isatty() else 30.0
 """Seconds between drawings of the progress bar: seldom in a file, where each is a line."""
 
@@ -75,10 +76,11 @@ class Log:
         seconds = time.perf_counter() - self.since
         rate, waited = self.G * len(rows) / seconds, self.waited_s / seconds
         self.note("train", lr=lr, images_per_s=rate, data_wait=waited, **mean)
-        self.warn_of_collapse(mean["collapse_gap"])
+        self.warn_of_collapse()
         self.bar.set_postfix_str(
             f"loss {mean['loss']:.3f}, gap to collapse {mean['collapse_gap']:.3f}, lr {lr:.1e}, {rate:.0f} images/s, "
-            f"{waited:.0%} waiting for data"
+            f"{waited:.0%} waiting for data",
+            refresh=False,
         )
         self.bar.update(len(rows))
         self.pending.clear()
@@ -88,11 +90,14 @@ class Log:
         """Add a row to the history."""
         return self.state.history.add(kind, self.state.step, self.state.step / self.steps, **numbers)
 
-    def warn_of_collapse(self, gap: float) -> None:
-        """Say it once in a run, and not in the warm-up, where a network may begin with all features alike."""
-        if gap >= words.COLLAPSED or self.state.step <= self.warmup or self.state.history.last("collapse"):
+    def warn_of_collapse(self) -> None:
+        """Say it once in a run, when the gap has been closed over five lines after the warm-up, in which a network may
+        begin with all features alike."""
+        last = self.state.history.of("train")[-COLLAPSE_LINES:]
+        closed = [row for row in last if row["step"] > self.warmup and row["collapse_gap"] < words.COLLAPSED]
+        if len(closed) < COLLAPSE_LINES or self.state.history.last("collapse"):
             return
-        text = words.collapse(self.note("collapse", collapse_gap=gap))
+        text = words.collapse(self.note("collapse", collapse_gap=last[-1]["collapse_gap"]))
         self.bar.write(f"warning: {text}. To try: {'; '.join(words.ADVICE)}", file=sys.stderr)
 
     def check_weights(self) -> None:

@@ -58,7 +58,7 @@ def tiles(history: History) -> str:
         ("knn", "{:.1%}", "k-NN accuracy"),
         ("linear", "{:.1%}", "linear accuracy"),
         ("loss", "{:.3f}", "loss, nats"),
-        ("collapse_gap", "{:.2f}", "gap to collapse, nats"),
+        ("collapse_gap", "{:z.2f}", "gap to collapse, nats"),
         ("effective_rank", "{:.1f}", "effective rank"),
         ("feature_std", "{:.2f}", "feature standard deviation"),
         ("images_per_s", "{:,.0f}", "images per second"),

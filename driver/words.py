@@ -4,7 +4,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from shlex import quote
 
-from .config import Config
+from .config import FILE, Config
 from .history import History, Row
 
 COLLAPSED = 0.01
@@ -39,9 +39,8 @@ def collapsed(history: History) -> bool:
 def verdict(history: History, options: Config, tested: int) -> list[str]:
     """The result, in sentences."""
     train, tests, raw = (history.last(kind) for kind in ("train", "evaluation", "pixels"))
-    epoch = history.rows[-1]["epoch"] if history.rows else 0
-    done = f"{epoch:.0f} of {options.optim.epochs} epochs"
-    lines = [f"Finished: {done}." if epoch >= options.optim.epochs else f"Stopped after {done}."]
+    done = f"{history.epoch:.0f} of {options.optim.epochs} epochs"
+    lines = [f"Finished: {done}." if history.epoch >= options.optim.epochs else f"Stopped after {done}."]
     if tests and raw and "knn" in tests:
         first = history.of("evaluation")[0]
         lines.append(
@@ -77,11 +76,13 @@ def table(history: History, tested: int) -> str:
 
 def next_step(history: History, options: Config, directory: Path) -> tuple[str, str]:
     """Why, and one command that goes on from here."""
-    command, epoch = "python driver/pretrain.py", history.rows[-1]["epoch"] if history.rows else 0
-    if epoch < options.optim.epochs:
-        return f"the other {options.optim.epochs - epoch:.0f} epochs", f"{command} --run.resume {quote(str(directory))}"
+    command, remaining = "python driver/pretrain.py", options.optim.epochs - history.epoch
+    same = f"{command} --config {quote(str(directory / FILE))}"
+    if collapsed(history):
+        return "with a sharper target", f"{same} --loss.epsilon {options.loss.epsilon / 2:g}"
+    if remaining > 0:
+        return f"the other {remaining:.0f} epochs", f"{command} --run.resume {quote(str(directory))}"
     if options.data.source != "digits":
-        root = f" --data.root {quote(str(options.data.root))}" if options.data.root else ""
-        return "twice as long", f"{command} --recipe {options.recipe}{root} --optim.epochs {2 * options.optim.epochs}"
+        return "twice as long", f"{same} --optim.epochs {2 * options.optim.epochs}"
     install = "" if find_spec("torchvision") and find_spec("timm") else 'pip install -e ".[driver]" && '
     return "on a folder of your own images", f"{install}{command} --data.root PATH"

@@ -116,17 +116,22 @@ def test_collapse_is_said_once_and_when_it_happens(capsys):
     assert len(history.read(first).of("collapse")) == 1
 
 
-def test_no_collapse_is_seen_in_the_warm_up():
-    state = checkpoint.State(torch.nn.Linear(1, 1), None, None, step=5)
+def test_collapse_is_five_lines_after_the_warm_up():
+    """10 steps of warm-up, a line every 5 steps; a single line above the threshold is no collapse yet."""
+    state = checkpoint.State(torch.nn.Linear(1, 1), None, None)
     lines = log.Log(state, Path(), 10, 1, 10, 4, World())
-    lines.warn_of_collapse(0.0)
-    assert not state.history.rows
-    state.step = 11
-    lines.warn_of_collapse(0.5)
-    assert not state.history.rows
-    lines.warn_of_collapse(0.0)
+    for gap in (0, 0, 0, 0, 0, 0.5, 0, 0, 0, 0):
+        state.step += 5
+        lines.note("train", collapse_gap=gap)
+        lines.warn_of_collapse()
+    assert not state.history.of("collapse")
+    for _ in range(3):
+        state.step += 5
+        lines.note("train", collapse_gap=-0.3)
+        lines.warn_of_collapse()
     lines.close()
-    assert [row["kind"] for row in state.history.rows] == ["collapse"]
+    (row,) = state.history.of("collapse")
+    assert row["step"] == 55 and "0.30 nats above its ceiling" in words.collapse(row)
 
 
 def test_verdicts():
@@ -139,7 +144,9 @@ def test_verdicts():
     assert why == "the other 2 epochs" and line == "python driver/pretrain.py --run.resume 'runs/x y'"
     images = config.Config(recipe="images", data=config.Data(source="folder", root=Path("a b")))
     _, line = words.next_step(record(*[0.5] * 100), images, Path("runs/a"))
-    assert line == "python driver/pretrain.py --recipe images --data.root 'a b' --optim.epochs 200"
+    assert line == "python driver/pretrain.py --config runs/a/config.yaml --optim.epochs 200"
+    _, line = words.next_step(record(0.0), images, Path("runs/a"))
+    assert line == "python driver/pretrain.py --config runs/a/config.yaml --loss.epsilon 0.0125"
 
 
 # Dashboard and page
