@@ -215,10 +215,8 @@ def test_compiled_run():
     eager, compiled = (content(pretrain(*options, f"--model.compile={flag}")) for flag in ("False", "True"))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= before + 2
     assert eager["network"].keys() == compiled["network"].keys()
-    losses = [[line["loss"] for line in rows(part, "train")] for part in (eager, compiled)]
-    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-4) and losses[0][1] == pytest.approx(
-        losses[1][1], rel=0.05
-    )
+    first, second = zip(*([line["loss"] for line in rows(part, "train")] for part in (eager, compiled)), strict=True)
+    assert first[0] == pytest.approx(first[1], rel=1e-4) and second[0] == pytest.approx(second[1], rel=0.05)
 
 
 def test_deterministic_mode_is_torchs(monkeypatch):
