@@ -295,7 +295,7 @@ def test_scripts_on_a_run_of_digits(capsys):
 
     options = linear.Options(of_run, epochs=4, lr=(0.001, 0.3), test_every=2, norm=True, out=Path("out"))
     accuracy = linear.main(options, World())
-    assert accuracy[0.3] > 0.8 > accuracy[0.001] > 0
+    assert accuracy[0.3] > 0.5 > accuracy[0.001] > 0.1
     assert len(Path("out/linear.jsonl").read_text().splitlines()) == 2
 
 
