@@ -20,7 +20,6 @@ from .world import World
 
 T = TypeVar("T")
 CURVES = ("loss", "target_entropy", "source_entropy", "column_residual", "uniform_loss", "collapse_gap")
-COLLAPSE_LINES = 5
 BAR_S = 0.1 if sys.stderr.isatty() else 30.0
 """Seconds between drawings of the progress bar: seldom in a file, where each is a line."""
 
@@ -93,11 +92,13 @@ class Log:
     def warn_of_collapse(self) -> None:
         """Say it once in a run, when the gap has been closed over five lines after the warm-up, in which a network may
         begin with all features alike."""
-        last = self.state.history.of("train")[-COLLAPSE_LINES:]
-        closed = [row for row in last if row["step"] > self.warmup and row["collapse_gap"] < words.COLLAPSED]
-        if len(closed) < COLLAPSE_LINES or self.state.history.last("collapse"):
+        record = self.state.history
+        if not words.collapsed(record) or record.last("collapse"):
             return
-        text = words.collapse(self.note("collapse", collapse_gap=last[-1]["collapse_gap"]))
+        first, *_, last = record.of("train")[-words.COLLAPSE_LINES :]
+        if first["step"] <= self.warmup:
+            return
+        text = words.collapse(self.note("collapse", collapse_gap=last["collapse_gap"]))
         self.bar.write(f"warning: {text}. To try: {'; '.join(words.ADVICE)}", file=sys.stderr)
 
     def check_weights(self) -> None:

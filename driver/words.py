@@ -9,6 +9,8 @@ from .history import History, Row
 
 COLLAPSED = 0.01
 """Gap to the ceiling, nats, below which the features no longer tell images apart."""
+COLLAPSE_LINES = 5
+"""Log lines that must be so: one alone may be noise."""
 
 ADVICE = (
     "half the --loss.epsilon (a flat target teaches nothing)",
@@ -31,9 +33,9 @@ def collapse(row: Row) -> str:
 
 
 def collapsed(history: History) -> bool:
-    """Whether the run's last log line is at the ceiling, or above it."""
-    last = history.last("train")
-    return last is not None and last["collapse_gap"] is not None and last["collapse_gap"] < COLLAPSED
+    """Whether the run's last five log lines are at the ceiling, or above it."""
+    last = history.of("train")[-COLLAPSE_LINES:]
+    return len(last) == COLLAPSE_LINES and all(row["collapse_gap"] < COLLAPSED for row in last)
 
 
 def verdict(history: History, options: Config, tested: int) -> list[str]:

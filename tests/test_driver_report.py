@@ -138,14 +138,14 @@ def test_verdicts():
     options = config.Config(optim=config.Optim(epochs=3))
     good = " ".join(words.verdict(record(0.5, 1.0, 2.0), options, 450))
     assert "Finished: 3 of 3 epochs." in good and "2.00 nats below" in good and "classify 50.0%" in good
-    bad = " ".join(words.verdict(record(0.5, 0.0), options, 450))
-    assert "Stopped after 2 of 3 epochs." in bad and "collapsed" in bad
+    bad = " ".join(words.verdict(record(0.5, *[0.0] * 5), config.Config(optim=config.Optim(epochs=9)), 450))
+    assert "Stopped after 6 of 9 epochs." in bad and "collapsed" in bad
     why, line = words.next_step(record(0.5), options, Path("runs/x y"))
     assert why == "the other 2 epochs" and line == "python driver/pretrain.py --run.resume 'runs/x y'"
     images = config.Config(recipe="images", data=config.Data(source="folder", root=Path("a b")))
     _, line = words.next_step(record(*[0.5] * 100), images, Path("runs/a"))
     assert line == "python driver/pretrain.py --config runs/a/config.yaml --optim.epochs 200"
-    _, line = words.next_step(record(0.0), images, Path("runs/a"))
+    _, line = words.next_step(record(*[0.0] * 5), images, Path("runs/a"))
     assert line == "python driver/pretrain.py --config runs/a/config.yaml --loss.epsilon 0.0125"
 
 
@@ -189,7 +189,7 @@ def test_report_of_a_run_is_one_page_without_outside_resources(monkeypatch):
 
 
 def test_page_escapes_and_says_collapse():
-    rows = record(0.5, 0.0)
+    rows = record(0.5, *[0.0] * 5)
     rows.add("collapse", 20, 2.0, collapse_gap=0.0)
     text = page.page("<run>", rows, config.Config(), None, 450, Path("runs/<run>"))
     assert "<run>" not in text and "&lt;run&gt;" in text
