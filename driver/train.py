@@ -96,13 +96,13 @@ def pretrain(options: Config, world: World | None = None) -> Path:
             world.end()
             raise Stopped(directory, state.step)
 
-    try:
-        if state.step == 0:
-            if images.tested >= world.size:
-                test("pixels", pixels)
-            test("evaluation", features(network.backbone))
-            log.restart_clock()
-        with StopSignal() as signal:
+    with StopSignal() as signal:
+        try:
+            if state.step == 0:
+                if images.tested >= world.size:
+                    test("pixels", pixels)
+                test("evaluation", features(network.backbone))
+                log.restart_clock()
             while state.epoch < last_epoch:
                 if state.step % steps == 0 and contrast.due(options.boxes, state.epoch):
                     with arithmetic.context():
@@ -141,12 +141,12 @@ def pretrain(options: Config, world: World | None = None) -> Path:
                     log.restart_clock()
                 if not finished:
                     stop_if_asked()
-    finally:
-        log.close()
+        finally:
+            log.close()
 
-    if world.first:
-        report.finish(state.history, options, directory, images, features(network.backbone))
-    world.end()
+        if world.first:
+            report.finish(state.history, options, directory, images, features(network.backbone))
+        world.end()
     return directory
 
 

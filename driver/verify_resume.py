@@ -8,12 +8,12 @@ A folder's path is to be absolute. Everything is written under a temporary direc
 """
 
 import random
-import re
 import shlex
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,7 @@ if __name__ == "__main__":  # the driver is run from its repository, not install
 import torch
 import tyro
 
+from driver import history
 from driver.checkpoint import FILE
 from driver.signals import STOPPED
 
@@ -49,16 +50,19 @@ def verify(verify: Verify) -> int:
     options = [*shlex.split(verify.options), "--run.log-every", "1", "--run.save-steps", str(verify.save_steps)]
     with tempfile.TemporaryDirectory() as folder:
         unbroken, broken = Path(folder) / "unbroken", Path(folder) / "broken"
-        total = run(unbroken, options, None, 0)
-        draw = random.Random(verify.seed)
-        at = sorted(draw.sample(range(1, total), min(verify.breaks, total - 1)))
-        for step in [*at, None]:
-            run(broken, options, step, getattr(signal, f"SIG{verify.signal}"))
-        contents = [
-            torch.load(newest(path) / FILE, map_location="cpu", weights_only=True) for path in (unbroken, broken)
-        ]
-        differing = [part for part in PARTS if not same(*(content[part] for content in contents))]
+        run(unbroken, options, None, 0)
+        total = content(unbroken)["step"]
+        # Not near the end: a run may take further steps before it is seen to have taken this one.
+        early = range(1, max(2, total * 3 // 4))
+        at = sorted(random.Random(verify.seed).sample(early, min(verify.breaks, len(early))))
+        number = getattr(signal, f"SIG{verify.signal}")
+        was_broken = [run(broken, options, step, number) for step in at]
+        run(broken, options, None, 0)
+        differing = [part for part in PARTS if not same(content(unbroken)[part], content(broken)[part])]
     where = ", ".join(map(str, at))
+    if not all(was_broken):
+        print(f"NOT BROKEN: the run was done before SIG{verify.signal} came; give it more --optim.epochs")
+        return 1
     if differing:
         print(f"NOT EQUAL: {', '.join(differing)} differ after SIG{verify.signal} at steps {where} of {total}")
         return 1
@@ -66,28 +70,43 @@ def verify(verify: Verify) -> int:
     return 0
 
 
-def run(folder: Path, options: list[str], stop_at: int | None, number: int) -> int:
-    """Start or resume the run under `folder`, send it the signal once that step is done; the run's number of steps."""
+def run(folder: Path, options: list[str], stop_at: int | None, number: int) -> bool:
+    """Start or resume the run under `folder`; once it has done that step, send it the signal. Whether that ended it.
+
+    Raises: RuntimeError where it ends in any other way.
+    """
     folder.mkdir(exist_ok=True)
     directory = newest(folder)
     resumes = directory is not None and (directory / FILE).is_file()
     command = [sys.executable, str(Path(__file__).with_name("pretrain.py"))]
     command += ["--run.resume", str(directory)] if resumes else options
-    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    said, total, sent = "", 0, False
-    while piece := process.stderr.read(16):
-        said += piece
-        for done, of in re.findall(r"(\d+)/(\d+) \[", said[-400:]):
-            total = int(of)
-            if not sent and stop_at is not None and int(done) >= stop_at:
+    with (folder / "said").open("w+") as said:
+        process = subprocess.Popen(command, cwd=folder, stdout=said, stderr=said)
+        sent = False
+        while process.poll() is None:
+            if stop_at is not None and not sent and steps_done(folder, directory if resumes else None) >= stop_at:
                 process.send_signal(number)
                 sent = True
-    code = process.wait()
-    expected = 0 if not sent else -number if number == signal.SIGKILL else STOPPED
-    if code not in (0, expected):  # it may have been done before the signal came
-        raise RuntimeError(f"{' '.join(command)}: exit code {code}, not {expected}\n{said[-3000:]}")
-    return total
+            time.sleep(0.01)
+        ended = -number if number == signal.SIGKILL else STOPPED
+        if process.returncode not in ((0, ended) if sent else (0,)):
+            said.seek(0)
+            raise RuntimeError(f"{' '.join(command)}: exit code {process.returncode}\n{said.read()[-3000:]}")
+    return process.returncode == ended
+
+
+def steps_done(folder: Path, resumed: Path | None) -> int:
+    """By the history of the run that is resumed, or of the newest one."""
+    directory = resumed or newest(folder)
+    if directory is None or not (directory / history.FILE).is_file():
+        return 0
+    last = history.read(directory).last("train")
+    return 0 if last is None else last["step"]
+
+
+def content(folder: Path) -> dict[str, Any]:
+    """The newest checkpoint of the last run under the folder."""
+    return torch.load(newest(folder) / FILE, map_location="cpu", weights_only=True)
 
 
 def newest(folder: Path) -> Path | None:

@@ -62,9 +62,9 @@ def script(*options: str, without: tuple[str, ...] = ()) -> subprocess.Completed
 
 
 def test_digits_run_with_the_base_install():
-    run = script("--model.width=8", "--optim.epochs=3", "--optim.warmup-epochs=1", without=EXTRA)
+    run = script("--model.width=8", "--optim.epochs=5", "--optim.warmup-epochs=1", without=EXTRA)
     assert run.returncode == 0, run.stderr
-    for row in ("raw pixels", "network, untrained", "network, after 3 epochs of BAM"):
+    for row in ("raw pixels", "network, untrained", "network, after 5 epochs of BAM"):
         assert re.search(rf"^ *{row}(?: +[01]\.\d\d\d){{4}}$", run.stdout, re.M), run.stdout
     last = run.stdout.strip().splitlines()[-1]
     assert last.startswith("next") and last.endswith(
@@ -76,10 +76,10 @@ def test_digits_run_with_the_base_install():
     assert sorted(p.name for p in directory.iterdir()) == names
     assert (directory / "dashboard.png").read_bytes()[:4] == b"\x89PNG"
     record = history.read(directory)
-    first, last = record.of("train")
-    assert last["step"] == 30 and last["epoch"] == 3
+    first, *_, last = record.of("train")
+    assert last["step"] == 50 and last["epoch"] == 5
     assert last["target_entropy"] < last["loss"] < first["loss"] and last["collapse_gap"] > first["collapse_gap"]
-    assert [row["epoch"] for row in record.of("evaluation")] == [0, 3]
+    assert [row["epoch"] for row in record.of("evaluation")] == [0, 5]
     (raw,) = record.of("pixels")
     assert raw["knn_moved"] + 0.2 < raw["knn"] > 0.95 and raw["linear_moved"] + 0.2 < raw["linear"] > 0.95
 
