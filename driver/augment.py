@@ -1,6 +1,6 @@
 """Augmentation of whole batches on their device, every image by its own random numbers.
 
-Images are (n, C, S, S) in [0, 1], and stay so. All randomness comes from the generator given.
+Images are (n, C, S, S) in [0, 1], and stay so. Random numbers come as uniform u, or from keys (keyed.py).
 """
 
 import math
@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor
+from torch import Tensor
+
+from .keyed import normal, uniform
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,10 @@ DIGIT_MOVE = Affine(rotation=20.0, shift=0.125, scale=0.1, shear=0.1)
 """The geometric half of the digits' augmentation."""
 
 
-def random_affine(images: Tensor, limits: Affine, generator: Generator) -> Tensor:
-    """Rotate, scale, shear and shift each image; what comes in from outside is 0."""
+def affine(images: Tensor, limits: Affine, u: Tensor) -> Tensor:
+    """Rotate, scale, shear and shift each image by u (5, n), uniform in [0, 1]; what comes in from outside is 0."""
     n = len(images)
-    u = torch.rand(5, n, generator=generator, device=generator.device).mul(2).sub(1).to(images.device)
+    u = u.mul(2).sub(1).to(images.device)
     angle = u[0] * math.radians(limits.rotation)
     zoom = torch.exp(u[1] * limits.scale)
     shear = u[2] * limits.shear
@@ -44,18 +46,17 @@ def random_affine(images: Tensor, limits: Affine, generator: Generator) -> Tenso
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False).clamp_(0, 1)
 
 
-def random_tone(images: Tensor, strength: float, generator: Generator) -> Tensor:
-    """Gamma, contrast and noise: the thickness and pressure of a pen."""
-    n = len(images)
-    u = torch.rand(2, n, 1, 1, 1, generator=generator, device=generator.device).mul(2).sub(1).to(images.device)
-    noise = torch.randn(images.shape, generator=generator, device=generator.device).to(images.device)
+def tone(images: Tensor, strength: float, u: Tensor, noise: Tensor) -> Tensor:
+    """Gamma, contrast by u (2, n), and normal noise (n, C*S*S): the thickness and pressure of a pen."""
+    u = u.mul(2).sub(1)[:, :, None, None, None]
     toned = images.pow(torch.exp(0.5 * strength * u[0])) * (1 + 0.3 * strength * u[1])
-    return (toned + 0.05 * strength * noise).clamp_(0, 1)
+    return (toned + 0.05 * strength * noise.view_as(images)).clamp_(0, 1)
 
 
-def augment_digits(images: Tensor, strength: float, generator: Generator) -> Tensor:
-    """The views of the embedded digits. Strength 0 gives the images themselves."""
+def augment_digits(images: Tensor, strength: float, keys: Tensor) -> Tensor:
+    """The views of the embedded digits, by their keys (n,). Strength 0 gives the images themselves."""
     if strength == 0:
         return images
-    images = random_affine(images, DIGIT_MOVE * strength, generator)
-    return random_tone(images, strength, generator)
+    u = uniform(keys, 7).T
+    moved = affine(images, DIGIT_MOVE * strength, u[:5])
+    return tone(moved, strength, u[5:], normal(keys ^ 1 << 62, images[0].numel()))

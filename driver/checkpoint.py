@@ -1,10 +1,11 @@
 """Checkpoints: everything the loop mutates, as plain tensors, numbers and dictionaries.
 
-The same for any number of ranks and micro-batches. Random numbers follow from seed, epoch and rank.
+The same for any number of ranks and micro-batches. All random numbers are keyed by seed and step, or seed, epoch,
+image and view (keyed.py), so there is no generator's state to keep; the place in the epoch follows from the step.
 """
 
 import os
-import pickle
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,63 +13,121 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import weights
 from .config import UserError
-from .evaluate import Accuracy
+from .data import Images
+from .history import History
 
 FILE = "checkpoint.pt"
 
 
 @dataclass
 class State:
-    """What the loop mutates. `history` has its log lines, the k-NN evaluations and the accuracy of raw pixels."""
+    """What the loop mutates."""
 
     network: nn.Module
     teacher: nn.Module | None
     optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler | None = None
+    images: Images | None = None
+    """Whose boxes are part of the state."""
+    G: int = 0
+    """Images per step."""
     epoch: int = 0
+    """Epochs done."""
     step: int = 0
-    history: dict[str, list[dict[str, float]]] = field(default_factory=lambda: {"log": [], "knn": [], "pixels": []})
+    history: History = field(default_factory=History)
 
-    def note(self, kind: str, epoch: int, accuracy: Accuracy) -> None:
-        """Add one evaluation to the history."""
-        self.history[kind].append({"epoch": epoch, **accuracy._asdict()})
+    def content(self, config: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "network": self.network.state_dict(),
+            "teacher": None if self.teacher is None else self.teacher.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
+            "boxes": None if self.images is None else self.images.boxes,
+            "images": {"training": 0 if self.images is None else self.images.training, "step": self.G},
+            "epoch": self.epoch,
+            "step": self.step,
+            "history": self.history.rows,
+            "config": config,
+        }
 
 
-def save(state: State, config: dict[str, Any], directory: Path) -> Path:
-    """Write the checkpoint under a temporary name, then rename it: the file in place is always whole."""
-    content = {
-        "network": state.network.state_dict(),
-        "teacher": None if state.teacher is None else state.teacher.state_dict(),
-        "optimizer": state.optimizer.state_dict(),
-        "epoch": state.epoch,
-        "step": state.step,
-        "history": state.history,
-        "config": config,
-    }
+def save(state: State, config: dict[str, Any], directory: Path, keep_last: int = 1, keep: bool = False) -> Path:
+    """Write the newest checkpoint; beside it stay the last ones, and for good this one if `keep`.
+
+    It is written under a temporary name, brought to the disk, then renamed: the file in place is always whole.
+    Raises: UserError where the disk does not take it; what was there stays.
+    """
     path = directory / FILE
     temporary = path.with_suffix(".pt.writing")
     try:
-        torch.save(content, temporary)
+        with open(temporary, "wb") as file:
+            torch.save(state.content(config), file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
+        _sync(directory)
+    except (OSError, RuntimeError) as error:
+        kept = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was written yet"
+        raise UserError(f"{path}: not written ({error}); {kept}") from error
     finally:
         temporary.unlink(missing_ok=True)
+    if keep_last > 1:
+        _keep(path, directory / f"step-{state.step:09d}.pt")
+        for old in sorted(directory.glob("step-*.pt"))[:-keep_last]:
+            old.unlink()
+    if keep:
+        _keep(path, directory / f"epoch-{state.epoch:04d}.pt")
     return path
 
 
-def load(state: State, directory: Path) -> None:
-    """Put a saved state in place. Raises: UserError."""
-    path = directory / FILE
+def _keep(path: Path, copy: Path) -> None:
+    """The same file under another name too; a copy where the disk has no such links."""
+    copy.unlink(missing_ok=True)
+    try:
+        os.link(path, copy)
+    except OSError:
+        shutil.copy2(path, copy)
+
+
+def _sync(directory: Path) -> None:
+    """The renaming too reaches the disk."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def load(state: State, source: Path) -> Path:
+    """Put a saved state in place: the newest of a directory, or a file; the run's directory is returned.
+
+    Raises: UserError.
+    """
+    path = source if source.suffix == ".pt" else source / FILE
     if not path.is_file():
-        raise UserError(f"--run.resume {directory}: no {FILE} there; the run was stopped before its first one")
+        raise UserError(f"--run.resume {source}: no {path.name} there; the run was stopped before its first one")
+    content = weights.read(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from error
-    try:
+        saved = content["images"]
+        now = {"training": state.images.training if state.images else 0, "step": state.G}
+        if saved != now:
+            raise UserError(
+                f"{path}: of a run of {saved['step']} images per step of {saved['training']}, not {now['step']} of "
+                f"{now['training']}; its steps would not be those of this one"
+            )
         state.network.load_state_dict(content["network"])
         if state.teacher is not None:
             state.teacher.load_state_dict(content["teacher"] or content["network"])
         state.optimizer.load_state_dict(content["optimizer"])
+        if state.scaler is not None and content["scaler"]:
+            state.scaler.load_state_dict(content["scaler"])
+        if state.images is not None and content["boxes"] is not None:
+            state.images.set_boxes(content["boxes"])
+    except KeyError as error:
+        raise UserError(f"{path}: not a checkpoint of this driver: no {error} in it") from error
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{path}: does not fit the model that the options describe: {error}") from error
-    state.epoch, state.step, state.history = content["epoch"], content["step"], content["history"]
+    state.epoch, state.step, state.history = content["epoch"], content["step"], History(content["history"])
+    return path.parent

@@ -1,48 +1,87 @@
-"""The driver's options: one dataclass per part, read by tyro from the command line, saved as JSON with the run.
+"""The driver's options: one dataclass per part, read by tyro from the command line, saved as YAML with the run.
 
-The text under a field is its help. The defaults are those of the embedded digits; with a folder of images,
-`folder_defaults` takes their place.
+The text under a field is its help. The defaults are those of the embedded digits; a recipe (recipes.py) has others.
 """
 
-import json
 import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+import yaml
+
+FILE = "config.yaml"
 
 
 class UserError(Exception):
     """Something the user can put right: shown as one message, without a traceback."""
 
 
-def missing(what: str, package: str, error: ImportError) -> str:
+def missing(what: str, package: str, error: ImportError, extra: str = "driver") -> str:
     """What to type where an optional package is not installed."""
-    return f'{what} needs {package}, which is not installed ({error}). Type:\n\n    pip install -e ".[driver]"\n'
+    return f'{what} needs {package}, which is not installed ({error}). Type:\n\n    pip install -e ".[{extra}]"\n'
 
 
 @dataclass(frozen=True)
 class Data:
     """Images, views and augmentation."""
 
+    source: Literal["digits", "cifar10", "folder", "webdataset"] = "digits"
+    """`digits`: scikit-learn's, embedded. `cifar10`: downloaded by torchvision into `root`, or read from a folder of
+    classes there. `folder`: images under `root`, flat, with a subfolder per class, or in `train/` and `val/` of such.
+    `webdataset`: the .tar shards in the folder `root`."""
     root: Path | None = None
-    """Folder of images, with one subfolder per class or flat. None: the embedded handwritten digits."""
+    """Where the images are. Alone, with no recipe, it chooses the recipe `images`."""
     size: int = 8
-    """Side of the square images that the network sees, pixels. With a folder: 96."""
+    """Side of the square images that the network sees, pixels."""
     batch_size: int = 128
-    """Images of one micro-batch on one rank; each gives `views` views. With a folder: 256."""
+    """Images of one micro-batch on one rank; each gives `views` + `local_views` views."""
     virtual_batch: Annotated[int, tyro.conf.arg(aliases=["--virtual-batch"])] = 0
     """Images per optimiser step, over all ranks and micro-batches; a multiple of batch_size times ranks. The loss is
     over all of them; the memory is that of one micro-batch. 0: batch_size times ranks."""
     views: int = 2
-    """Augmented views per image. The first two give targets and keys; further ones are matched to them."""
+    """Augmented views of `size` per image. The first two give targets and keys; further ones are matched to them."""
+    local_views: int = 0
+    """Further, small views of `local_size`, matched to the targets of the first two."""
+    local_size: int = 96
+    """Side of a local view, pixels."""
+    global_scale: tuple[float, float] = (0.2, 1.0)
+    """Least and largest share of the image's area that a view takes (not of the digits, which are moved as a whole)."""
+    local_scale: tuple[float, float] = (0.05, 0.25)
+    """The same of a local view."""
+    augmentation: Literal["digits", "simclr", "dino"] = "digits"
+    """`digits`: move, gamma, contrast, noise. `simclr`: crop, flip, colour, grey, blur. `dino`: the same, with blur and
+    solarisation by view, as DINO and BAM published it."""
     augment: float = 1.0
-    """Strength of the augmentation, a multiple of the built-in one. 0: none."""
+    """Strength of the augmentation, a multiple of the built-in one; crops keep their scales. 0: the images as they
+    are."""
+    blur: float = 0.3
+    """Probability of the blur in `simclr`."""
     held_out: float = 0.25
-    """Share of the labelled images kept out of training for the k-NN evaluation. With a folder: 0.1."""
+    """Share of the labelled images kept out of training for the evaluation, where the source has no such part of
+    its own (CIFAR-10 and a folder with `val/` have)."""
+    on_device: bool = False
+    """Decode every image once to `size` and keep all on the device, where they are augmented. For small sets."""
+    max_unreadable: float = 0.01
+    """Largest share of images that may be unreadable. Up to it each is named once, and another image takes its
+    place; beyond it the run ends."""
     workers: int = 2
-    """Processes that decode and augment the images of a folder. 0: the main process. Digits need none."""
+    """Processes that decode and augment. 0: the main process. Not used by images that are on the device."""
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """ContrastiveCrop (Peng et al., CVPR 2022): crops around what the network attends to."""
+
+    every: int = 0
+    """Epochs between refreshes of the images' boxes. 0: plain random crops."""
+    after: int = 0
+    """Epochs before the first boxes."""
+    threshold: float = 0.1
+    """Share of an image's strongest attention (ViT) or feature norm (others) from which a place is in its box."""
+    alpha: float = 0.6
+    """Centres are drawn in the box from Beta(alpha, alpha): below 1 they avoid the middle, 1 is uniform."""
 
 
 @dataclass(frozen=True)
@@ -50,18 +89,44 @@ class Model:
     """Backbone, projection head and teacher."""
 
     name: str = "convnet"
-    """Backbone: `convnet` (built in) or any model of timm. With a folder: resnet18."""
-    norm: Literal["batch", "layer"] = "batch"
-    """Normalisation in `convnet` and the head: `batch`, by the statistics of one micro-batch of one rank, or `layer`,
-    by each image's own (then the run does not depend on ranks and micro-batches). Models of timm keep theirs."""
+    """Backbone: `convnet` (built in) or any model of timm, which then has its options below."""
+    weights: Path | None = None
+    """Start the backbone from this file: an exported one, a checkpoint of the driver, or one of the authors'."""
+    norm: Literal["batch", "layer", "none"] = "batch"
+    """Normalisation in `convnet` and the head: `batch`, by the statistics of one micro-batch of one rank; `layer`, by
+    each image's own (then the run does not depend on ranks and micro-batches); `none`. Models of timm keep theirs."""
     width: int = 32
     """Channels of the first stage of `convnet`; doubled at each stage, up to 8 times."""
+    stem: Literal["own", "small"] = "own"
+    """`small`: in ResNets a 3x3 convolution of stride 1 and no max-pool at the beginning, for images of 32 pixels."""
+    heads: int = 0
+    """Attention heads in a ViT. 0: the model's own number."""
+    positions: Literal["own", "sincos"] = "own"
+    """`sincos`: in ViTs fixed 2-D sine and cosine position embeddings."""
+    frozen_patches: bool = False
+    """ViTs keep their initial patch projection, which steadies training (Chen et al., MoCo v3)."""
+    drop_path: float = 0.0
+    """Stochastic depth of models of timm."""
+    head_layers: int = 2
+    """Linear layers of the projection head."""
     head_width: int = 512
     """Hidden units of the projection head."""
     head_dim: int = 128
     """Features that the head gives to the loss."""
+    activation: Literal["relu", "gelu"] = "relu"
+    """Between the layers of the head."""
     teacher_momentum: float = 0.0
     """Momentum per step of a teacher that follows the student and gives keys and targets. 0: no teacher."""
+    teacher_momentum_end: float = 1.0
+    """Where the momentum ends, by a cosine over the run."""
+    teacher_views: Literal["global", "all"] = "global"
+    """What the teacher sees: the first two views, or all, whose rows then take part in the balance (as published)."""
+    checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time. Models of timm."""
+    compile: bool = False
+    """torch.compile student and teacher."""
+    channels_last: bool = True
+    """Convolutions with channels as the last dimension in memory."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +136,9 @@ class Loss:
     temperature: float = 0.1
     """Softmax temperature of the self-attention that is trained (the source)."""
     epsilon: float = 0.025
-    """Entropic regularisation of the balanced target: smaller is sharper. With a folder: 0.05."""
+    """Entropic regularisation of the balanced target: smaller is sharper."""
+    epsilon_end: float | None = None
+    """Where epsilon ends, by a cosine over the run. None: constant."""
     iterations: int = 3
     """Sinkhorn iterations."""
     top_k: int = 0
@@ -82,18 +149,26 @@ class Loss:
 
 @dataclass(frozen=True)
 class Optim:
-    """The optimiser, with linear warm-up and cosine decay, by step."""
+    """The optimiser and its schedules, all by step."""
 
-    name: Literal["adamw", "sgd"] = "adamw"
-    """AdamW, or SGD with momentum 0.9."""
+    name: Literal["adamw", "sgd", "lars", "lamb"] = "adamw"
+    """AdamW, SGD, or LARS or LAMB (from timm, for large batches)."""
     epochs: int = 100
     """Passes over the training images."""
     lr: float = 5e-3
-    """Learning rate after the warm-up. With a folder: 0.001."""
+    """Learning rate after the linear warm-up; then a cosine to `lr_end`."""
+    lr_end: float = 0.0
+    """Learning rate at the end."""
+    lr_images: int = 0
+    """`lr` is meant for this many images per step and is scaled to the virtual batch (`lr_end` is not). 0: as given."""
     warmup_epochs: float = 5.0
-    """Length of the warm-up, epochs. With a folder: 10."""
+    """Length of the warm-up, epochs."""
+    momentum: float = 0.9
+    """Of SGD and LARS."""
     weight_decay: float = 0.05
-    """Weight decay, decoupled in AdamW; norms and biases have none."""
+    """Weight decay, decoupled in AdamW and LAMB; norms, biases and other vectors have none."""
+    weight_decay_end: float | None = None
+    """Where the weight decay ends, by a cosine over the run. None: constant."""
     clip_norm: float = 0.0
     """Largest norm of the whole gradient. 0: no clipping."""
 
@@ -103,25 +178,39 @@ class Run:
     """Where and how often things are written."""
 
     name: str = "digits"
-    """Runs are written to ./runs/NAME-001, then NAME-002 and so on. With a folder: the folder's name."""
+    """Runs are written to ./runs/NAME-001, then NAME-002 and so on."""
     resume: Path | None = None
-    """Continue this run's directory from its checkpoint, with its own options; others given here replace them."""
+    """Continue the run in this directory from its newest checkpoint (or from this checkpoint of it, a file), with its
+    own options; others given here replace them."""
     stop_after: int | None = None
     """Stop once this many epochs are done, as if interrupted: `resume` goes on. None: run to the end."""
     device: str = "auto"
     """Torch device, e.g. cpu, cuda, cuda:1. auto: the GPU where there is one; under torchrun, one for each rank."""
-    dtype: Literal["float32", "float64"] = "float32"
-    """Type of weights, activations and loss. float64 is for comparing runs."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32", "float64"] = "auto"
+    """Arithmetic. bfloat16 and float16 (with gradient scaling): autocast, the weights stay float32. auto: bfloat16 on
+    GPUs that have it; else float32, since most CPUs only emulate it, slower. float64 is for comparing runs."""
+    deterministic: bool = False
+    """Only algorithms that repeat bit for bit, slower: for a GPU run that resumes exactly. CPUs do without."""
     seed: int = 0
     """Seed of weights, order and augmentation. The held-out images are the same for every seed."""
     log_every: int = 20
     """Steps between log lines; only there does the host wait for the device."""
     eval_every: int = 10
-    """Epochs between k-NN evaluations. 0: before and after only."""
+    """Epochs between evaluations of the frozen features. 0: before and after only."""
     save_every: int = 10
     """Epochs between checkpoints; the last epoch is always saved."""
+    save_steps: int = 0
+    """Steps between further checkpoints, within an epoch. 0: none."""
+    keep_last: int = 1
+    """Newest checkpoints that are kept: checkpoint.pt, and with 2 or more also step-N.pt."""
+    keep_every: int = 0
+    """Epochs between checkpoints that are kept for good, as epoch-N.pt. 0: none."""
     neighbours: int = 10
     """Neighbours that vote in the k-NN evaluation."""
+    tensorboard: bool = False
+    """Also write the curves for TensorBoard, under the run's directory."""
+    wandb: str | None = None
+    """Also send the curves to this project of Weights & Biases, with the key of `wandb login` or WANDB_API_KEY."""
 
 
 @dataclass(frozen=True)
@@ -129,105 +218,40 @@ class Config:
     """Pretrain a vision backbone without labels, by Balanced self-Attention Matching.
 
     With no option: a small convolutional network on scikit-learn's handwritten digits, on any machine, no download.
+    `--recipe NAME --help` shows the values of a recipe.
     """
 
+    recipe: str = "digits"
+    """Where all other values come from, each to be replaced by its own option: `digits`; `images` (a folder of yours,
+    chosen by `--data.root` alone); `cifar10-resnet18`; `imagenette-vit-s`; and, as published, `imagenet-vit-s`,
+    `imagenet-vit-b`, `imagenet-caformer-m36`."""
+    config: Path | None = None
+    """A YAML file of options, such as the config.yaml of a run; what it leaves out comes from its recipe."""
     data: Data = field(default_factory=Data)
+    boxes: Boxes = field(default_factory=Boxes)
     model: Model = field(default_factory=Model)
     loss: Loss = field(default_factory=Loss)
     optim: Optim = field(default_factory=Optim)
     run: Run = field(default_factory=Run)
 
 
-PARTS = {"data": Data, "model": Model, "loss": Loss, "optim": Optim, "run": Run}
-
-
-def folder_defaults(root: Path) -> Config:
-    """What fits a folder of photographs better than the defaults of the digits."""
-    return Config(
-        data=Data(root=root, size=96, batch_size=256, held_out=0.1),
-        model=Model(name="resnet18"),
-        loss=Loss(epsilon=0.05),
-        optim=Optim(epochs=100, lr=1e-3, warmup_epochs=10),
-        run=Run(name=Path(os.path.abspath(root)).name or "images"),
-    )
-
-
-def parse(args: list[str] | None = None) -> Config:
-    """The command line as a checked Config. With --run.resume, the saved options are the defaults."""
-    config = tyro.cli(Config, args=args)
-    if config.run.resume is not None:
-        config = tyro.cli(Config, args=args, default=load(config.run.resume))
-    elif config.data.root is not None:
-        config = tyro.cli(Config, args=args, default=folder_defaults(config.data.root))
-    check(config)
-    return config
+PARTS = {"data": Data, "boxes": Boxes, "model": Model, "loss": Loss, "optim": Optim, "run": Run}
 
 
 def save(config: Config, directory: Path) -> None:
-    """Write config.json."""
-    (directory / "config.json").write_text(json.dumps(as_plain(config), indent=2) + "\n")
-
-
-def load(directory: Path) -> Config:
-    """The options that `save` wrote. Raises: UserError."""
-    path = directory / "config.json"
-    try:
-        return from_plain(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"--run.resume {directory}: not the directory of a run ({path}: {error})") from error
+    """Write config.yaml, which `--config` reads."""
+    (directory / FILE).write_text(yaml.safe_dump(as_plain(config), sort_keys=False))
 
 
 def as_plain(config: Config) -> dict[str, Any]:
-    """Nested dictionaries of numbers and strings. What concerns one process alone (resume, stop_after) is not kept."""
+    """Nested dictionaries of numbers, strings and lists. What concerns one process alone (config, resume, stop_after)
+    is not kept."""
     plain = asdict(replace(config, run=replace(config.run, resume=None, stop_after=None)))
-    if config.data.root is not None:
-        plain["data"]["root"] = str(config.data.root.absolute())
+    del plain["config"]
+    for part in (plain["data"], plain["model"]):
+        for name, value in part.items():
+            if isinstance(value, Path):
+                part[name] = os.path.abspath(value)
+            elif isinstance(value, tuple):
+                part[name] = list(value)
     return plain
-
-
-def from_plain(plain: dict[str, Any]) -> Config:
-    parts = {name: part(**plain[name]) for name, part in PARTS.items()}
-    root = parts["data"].root
-    parts["data"] = replace(parts["data"], root=None if root is None else Path(root))
-    return Config(**parts)
-
-
-def check(config: Config) -> None:
-    """Numbers within their bounds. Raises: UserError."""
-
-    def value_of(option: str) -> float:
-        part, name = option.split(".")
-        return getattr(getattr(config, part), name)
-
-    least = {
-        "data.size": 1,
-        "data.batch_size": 2,
-        "data.virtual_batch": 0,
-        "data.views": 2,
-        "data.augment": 0,
-        "data.workers": 0,
-        "model.width": 1,
-        "model.head_width": 1,
-        "model.head_dim": 1,
-        "optim.epochs": 1,
-        "optim.lr": 0,
-        "optim.warmup_epochs": 0,
-        "optim.weight_decay": 0,
-        "optim.clip_norm": 0,
-        "run.log_every": 1,
-        "run.eval_every": 0,
-        "run.save_every": 1,
-        "run.neighbours": 1,
-    }
-    for option, low in least.items():
-        value = value_of(option)
-        if not value >= low:
-            raise UserError(f"--{option} must be at least {low}, got {value}")
-    for option in ("data.held_out", "model.teacher_momentum"):
-        value = value_of(option)
-        if not 0 <= value < 1:
-            raise UserError(f"--{option} must be at least 0 and below 1, got {value}")
-    if config.run.stop_after is not None and config.run.stop_after < 1:
-        raise UserError(f"--run.stop_after must be at least 1, got {config.run.stop_after}")
-    if not config.run.name or os.path.basename(config.run.name) != config.run.name:
-        raise UserError(f"--run.name must be a plain name without slashes, got {config.run.name!r}")

@@ -1,90 +1,76 @@
-"""What the loop and the evaluation need of a data set, and the embedded digits. Folders are in folder.py.
+"""What the loop and the evaluation need of a data set.
 
-B images per micro-batch, G per step over all ranks and micro-batches (the virtual batch), V views per image,
-C channels, S pixels a side; images are float32 in [0, 1]. The images of a step, their order and their views depend on
-seed and epoch alone: rank r of W has images r*G/W to (r+1)*G/W - 1 of the virtual batch, B after B.
+B images per micro-batch, G per step over all ranks and micro-batches (the virtual batch), V views per image, of which
+V' local ones; C channels, S pixels a side; images are float32 in [0, 1]. The images of a step, their order and their
+views depend on seed and epoch alone: rank r of W has images r*G/W to (r+1)*G/W - 1 of the virtual batch, B after B.
 """
 
 from collections.abc import Iterator
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from .augment import augment_digits
-from .config import Data, UserError, missing
+from .config import Boxes, Data, UserError, missing
+from .keyed import seed_of
 from .world import World
 
 SPLIT_SEED = 0
+EVAL_BATCH = 256
+
+Crops = list[Tensor]
+"""A micro-batch: ((V - V')*B, C, S, S) and, with local views, (V'*B, C, S', S'); row v*B + i is view v of image i."""
 
 
 class Images(Protocol):
-    """A data set on its device."""
+    """A data set on its device or in loader processes."""
 
     channels: int
     training: int
     """Images to train on."""
     tested: int
     """Held-out images; 0 where there are no labels to test with."""
+    classes: int
+    """Labels are below this number."""
+    boxes: Tensor | None
+    """(training, 4) top, left, bottom, right in shares of the image's sides, in which crops have their centres. Put
+    in place by `set_boxes`."""
 
-    def views(self, epoch: int) -> Iterator[list[Tensor]]:
-        """This rank's micro-batches of each step: (V*B, C, S, S), row v*B + i is view v of image i."""
+    def set_boxes(self, boxes: Tensor) -> None:
+        """Crops from the next call of `views` on keep to these."""
+
+    def views(self, epoch: int, first: int = 0) -> Iterator[list[Crops]]:
+        """This rank's micro-batches of each step of the epoch, from step `first` on."""
 
     def bank(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Training images (n, C, S, S) as they are, and their labels (n,)."""
+        """This rank's share of training images (n, C, S, S) as they are, and their labels (n,)."""
 
     def held_out(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Held-out images as they are, and their labels; always in the same order."""
+        """The held-out images r, r + W, r + 2*W, ... of rank r as they are, and their labels."""
+
+    def whole(self, places: Tensor) -> Iterator[Tensor]:
+        """The training images at these places, squeezed to (n, C, S, S) without a crop."""
 
 
-def make_images(data: Data, device: torch.device, seed: int, world: World) -> Images:
+def make_images(data: Data, boxes: Boxes, device: torch.device, seed: int, world: World) -> Images:
     """The data set that the options name. Raises: UserError."""
-    if data.root is None:
-        return Digits(data, device, seed, world)
+    from . import held
+
+    if data.source == "digits":
+        return held.digits(data, device, seed, world)
     try:
-        from .folder import Folder
+        from .loader import Loaded
+        from .sources import make_source
     except ImportError as error:
-        raise UserError(missing("--data.root", "torchvision", error)) from error
-    return Folder(data, device, seed, world)
-
-
-class Digits:
-    """scikit-learn's handwritten digits: 1,797 real images of 8 x 8 pixels, on the device, augmented there."""
-
-    channels = 1
-
-    def __init__(self, data: Data, device: torch.device, seed: int, world: World) -> None:
-        from sklearn.datasets import load_digits
-
-        source = load_digits()
-        images = torch.from_numpy(source.images).float().div_(16)[:, None]
-        if data.size != images.shape[-1]:
-            images = F.interpolate(images, size=(data.size, data.size), mode="bilinear", antialias=True)
-        labels = torch.from_numpy(source.target).long()
-        train, test = split(labels, data.held_out)
-        check_batch(len(train), data, world, "the digits")
-        self.images, self.labels = images[train].to(device), labels[train].to(device)
-        self.test_images, self.test_labels = images[test].to(device), labels[test].to(device)
-        self.training, self.tested = len(train), len(test)
-        self.data, self.device, self.seed, self.world = data, device, seed, world
-
-    def views(self, epoch: int) -> Iterator[list[Tensor]]:
-        """Every rank makes the views of the whole virtual batch, at most all the digits, and takes its own."""
-        generator = Generator(self.device).manual_seed(seed_of(self.seed, epoch))
-        order = torch.randperm(self.training, generator=generator, device=self.device)
-        V, G = self.data.views, virtual_batch(self.data, self.world)
-        for step in range(self.training // G):
-            batch = self.images[order[step * G : (step + 1) * G]]
-            views = augment_digits(batch.repeat(V, 1, 1, 1), self.data.augment, generator).unflatten(0, (V, G))
-            own = views.chunk(self.world.size, dim=1)[self.world.rank]
-            yield [part.flatten(0, 1) for part in own.split(self.data.batch_size, dim=1)]
-
-    def bank(self) -> Iterator[tuple[Tensor, Tensor]]:
-        yield self.images, self.labels
-
-    def held_out(self) -> Iterator[tuple[Tensor, Tensor]]:
-        yield self.test_images, self.test_labels
+        raise UserError(missing(f"--data.source {data.source}", "torchvision", error)) from error
+    source = make_source(data)
+    check_batch(len(source.train), data, world, str(data.root))
+    if not data.on_device:
+        return Loaded(source, data, boxes, device, seed, world)
+    try:
+        return held.photographs(source, data, boxes, device, seed, world)
+    except ImportError as error:
+        raise UserError(missing("--data.on-device True", "kornia", error)) from error
 
 
 def split(labels: Tensor, held_out: float) -> tuple[Tensor, Tensor]:
@@ -100,12 +86,10 @@ def split(labels: Tensor, held_out: float) -> tuple[Tensor, Tensor]:
     return torch.cat(train).sort().values, torch.cat(test).sort().values
 
 
-def seed_of(*parts: int) -> int:
-    """One seed from several numbers: run, epoch, image."""
-    seed = 0
-    for part in parts:
-        seed = (seed * 1_000_003 + part + 1) % 2**63
-    return seed
+def epoch_order(training: int, G: int, seed: int, epoch: int, world: World) -> Tensor:
+    """(steps, G/W) places of this rank's images. The last images of an epoch, fewer than G, are left out."""
+    order = torch.randperm(training, generator=Generator().manual_seed(seed_of(seed, epoch)))
+    return order[: training // G * G].view(-1, world.size, G // world.size)[:, world.rank]
 
 
 def virtual_batch(data: Data, world: World) -> int:

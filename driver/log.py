@@ -1,8 +1,11 @@
 """Curves of a run: collected on the device, read by the host at log lines only."""
 
 import math
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -10,27 +13,51 @@ from tqdm import tqdm
 
 from bam_kernels.stats import BAMStats
 
-from . import checkpoint
+from . import checkpoint, words
 from .config import UserError
+from .history import Row
 from .world import World
 
-CURVES = ("loss", "target_entropy", "source_entropy", "uniform_loss", "collapse_gap")
+T = TypeVar("T")
+CURVES = ("loss", "target_entropy", "source_entropy", "column_residual", "uniform_loss", "collapse_gap")
+BAR_S = 0.1 if sys.stderr.isatty() else 30.0
+"""Seconds between drawings of the progress bar: seldom in a file, where each is a line."""
 
 
 class Log:
     """The progress bar and the history's log lines, of steps of G images over all ranks."""
 
-    def __init__(self, state: checkpoint.State, directory: Path, steps: int, epochs: int, G: int, world: World) -> None:
+    def __init__(
+        self, state: checkpoint.State, directory: Path, steps: int, epochs: int, warmup: float, G: int, world: World
+    ) -> None:
         self.state, self.directory, self.steps, self.G, self.world = state, directory, steps, G, world
+        self.warmup = warmup
         self.pending: list[Tensor] = []
         total = steps * epochs
-        self.bar = tqdm(total=total, initial=state.step, unit="step", dynamic_ncols=True, disable=not world.first)
+        self.bar = tqdm(
+            total=total,
+            initial=state.step,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=BAR_S,
+            disable=not world.first,
+        )
         self.since = time.perf_counter()
+        self.waited_s = 0.0
+
+    def waiting(self, batches: Iterator[T]) -> Iterator[T]:
+        """The batches; the time until each is there counts as waiting for data."""
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            self.waited_s += time.perf_counter() - asked
+            if batch is None:
+                return
+            yield batch
 
     def add(self, loss: Tensor, stats: BAMStats) -> None:
         """Note one step's numbers without waiting for them."""
-        values = [loss.detach(), stats.target_entropy, stats.source_entropy, stats.uniform_loss, stats.collapse_gap]
-        self.pending.append(torch.stack(values))
+        self.pending.append(torch.stack([loss.detach(), *(getattr(stats, name) for name in CURVES[1:])]))
 
     def line(self, lr: float) -> None:
         """Wait for the device; note the mean over ranks and over the steps since the last line.
@@ -45,14 +72,34 @@ class Log:
             if not math.isfinite(row[0]):
                 raise self.stopped(first + i, f"the loss is {row[0]}")
         mean = dict(zip(CURVES, (sum(column) / len(rows) for column in zip(*rows, strict=True)), strict=True))
-        rate = self.G * len(rows) / (time.perf_counter() - self.since)
-        self.state.history["log"].append({"step": self.state.step, "lr": lr, "images_per_s": rate, **mean})
+        seconds = time.perf_counter() - self.since
+        rate, waited = self.G * len(rows) / seconds, self.waited_s / seconds
+        self.note("train", lr=lr, images_per_s=rate, data_wait=waited, **mean)
+        self.warn_of_collapse()
         self.bar.set_postfix_str(
-            f"loss {mean['loss']:.3f}, gap to collapse {mean['collapse_gap']:.3f}, lr {lr:.1e}, {rate:.0f} images/s"
+            f"loss {mean['loss']:.3f}, gap to collapse {mean['collapse_gap']:.3f}, lr {lr:.1e}, {rate:.0f} images/s, "
+            f"{waited:.0%} waiting for data",
+            refresh=False,
         )
         self.bar.update(len(rows))
         self.pending.clear()
-        self.since = time.perf_counter()
+        self.restart_clock()
+
+    def note(self, kind: str, **numbers: float) -> Row:
+        """Add a row to the history."""
+        return self.state.history.add(kind, self.state.step, self.state.step / self.steps, **numbers)
+
+    def warn_of_collapse(self) -> None:
+        """Say it once in a run, when the gap has been closed over five lines after the warm-up, in which a network may
+        begin with all features alike."""
+        record = self.state.history
+        if not words.collapsed(record) or record.last("collapse"):
+            return
+        first, *_, last = record.of("train")[-words.COLLAPSE_LINES :]
+        if first["step"] <= self.warmup:
+            return
+        text = words.collapse(self.note("collapse", collapse_gap=last["collapse_gap"]))
+        self.bar.write(f"warning: {text}. To try: {'; '.join(words.ADVICE)}", file=sys.stderr)
 
     def check_weights(self) -> None:
         """What is about to be saved is finite. Waits for the device. Raises: UserError."""
@@ -62,7 +109,7 @@ class Log:
 
     def restart_clock(self) -> None:
         """Leave what was not training (evaluation, saving) out of images per second."""
-        self.since = time.perf_counter()
+        self.since, self.waited_s = time.perf_counter(), 0.0
 
     def stopped(self, step: int, reason: str) -> UserError:
         """The error that ends a run whose numbers went bad."""
@@ -75,3 +122,4 @@ class Log:
 
     def close(self) -> None:
         self.bar.close()
+        self.state.history.close()

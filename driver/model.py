@@ -5,82 +5,75 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from .config import Model, UserError, missing
+from . import backbones
+from .config import Model, UserError
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+GREY_MEAN, GREY_STD = (0.5,), (0.25,)
 
 
 class Network(nn.Module):
-    """Images (n, C, S, S) in [0, 1] -> embeddings (n, head_dim). `backbone` alone gives the features.
+    """Images (n, C, S, S) in [0, 1], or a list of them at several sizes -> embeddings (n, head_dim), in their order.
 
-    Images are fetched to the network's device. The head ends in a norm: embeddings with a common mean have all cosines
-    near 1, and training may stay there.
+    `backbone` alone gives the features. Images are fetched to the network's device.
     """
 
-    def __init__(self, model: Model, channels: int, size: int) -> None:
+    def __init__(self, model: Model, channels: int, size: int, local_size: int | None = None) -> None:
         super().__init__()
-        backbone = make_backbone(model, channels, size)
-        self.backbone = nn.Sequential(Standardize(), backbone)
+        backbone = backbones.make(model, channels, size, several_sizes=local_size is not None)
+        self.backbone = nn.Sequential(Standardize(channels), backbone)
         width = feature_width(self.backbone, channels, size, model.name)
-        self.head = nn.Sequential(
-            nn.Linear(width, model.head_width, bias=False),
-            nn.BatchNorm1d(model.head_width) if model.norm == "batch" else nn.LayerNorm(model.head_width),
-            nn.ReLU(inplace=True),
-            nn.Linear(model.head_width, model.head_dim, bias=False),
-            nn.BatchNorm1d(model.head_dim, affine=False)
-            if model.norm == "batch"
-            else nn.LayerNorm(model.head_dim, elementwise_affine=False),
-        )
+        if local_size is not None:
+            feature_width(self.backbone, channels, local_size, model.name)
+        self.head = make_head(width, model)
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.backbone(images))
+    def forward(self, images: Tensor | list[Tensor]) -> Tensor:
+        if isinstance(images, Tensor):
+            images = [images]
+        return self.head(torch.cat([self.backbone(crops) for crops in images]))
 
 
 class Standardize(nn.Module):
     """[0, 1] to about zero mean and unit variance, on the device and in the type of the network."""
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.tensor(0.5), persistent=False)
+        mean, std = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else (GREY_MEAN, GREY_STD)
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        return (images.to(self.mean, non_blocking=True) - self.mean) * 4
+        return (images.to(self.mean, non_blocking=True) - self.mean) / self.std
 
 
-def make_backbone(model: Model, channels: int, size: int) -> nn.Module:
-    """The built-in convnet, or a timm model without its classifier. Raises: UserError."""
-    if model.name == "convnet":
-        return convnet(channels, size, model.width, model.norm)
-    try:
-        import timm
-    except ImportError as error:
-        raise UserError(missing(f"--model.name {model.name}", "timm", error)) from error
-    if not timm.is_model(model.name):
-        near = ", ".join(timm.list_models(f"*{model.name}*")[:5]) or "see timm.list_models()"
-        raise UserError(f"--model.name {model.name}: neither convnet nor a model of timm; near: {near}")
-    try:
-        return timm.create_model(model.name, num_classes=0, in_chans=channels, img_size=size)
-    except TypeError:  # convolutional models take no img_size
-        return timm.create_model(model.name, num_classes=0, in_chans=channels)
+def make_head(width: int, model: Model) -> nn.Sequential:
+    """Linear layers with a norm and an activation between them, and a norm without weights at the end.
 
-
-def convnet(channels: int, size: int, width: int, norm: str) -> nn.Module:
-    """3x3 convolutions; each stage halves the side and doubles the channels until the side is 2."""
-    layers: list[nn.Module] = [*_convolution(channels, width, 1, norm)]
-    widest, side = 8 * width, size
-    while side > 2:
-        wider = min(2 * width, widest)
-        layers += [*_convolution(width, wider, 2, norm), *_convolution(wider, wider, 1, norm)]
-        width, side = wider, (side + 1) // 2
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-
-
-def _convolution(channels: int, width: int, stride: int, norm: str) -> tuple[nn.Module, ...]:
-    convolution = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
-    normalize = nn.BatchNorm2d(width) if norm == "batch" else nn.GroupNorm(1, width)
-    return convolution, normalize, nn.ReLU(inplace=True)
+    Embeddings with a common mean have all cosines near 1, and training may stay there: the last norm removes it. With
+    `norm="none"` the linear layers have biases and small weights instead, as published.
+    """
+    norms = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
+    layers: list[nn.Module] = []
+    for i in range(model.head_layers):
+        last = i == model.head_layers - 1
+        out = model.head_dim if last else model.head_width
+        layers.append(nn.Linear(width, out, bias=model.norm == "none"))
+        if model.norm == "none":
+            nn.init.trunc_normal_(layers[-1].weight, std=0.02)
+            nn.init.zeros_(layers[-1].bias)
+        elif last:
+            affine = {"affine": False} if model.norm == "batch" else {"elementwise_affine": False}
+            layers.append(norms[model.norm](out, **affine))
+        else:
+            layers.append(norms[model.norm](out))
+        if not last:
+            layers.append(nn.GELU() if model.activation == "gelu" else nn.ReLU(inplace=True))
+        width = out
+    return nn.Sequential(*layers)
 
 
 @torch.no_grad()
-def feature_width(backbone: nn.Module, channels: int, size: int, name: str | None) -> int:
+def feature_width(backbone: nn.Module, channels: int, size: int, name: str) -> int:
     """Features per image, by asking the backbone. Raises: UserError where it cannot take such images."""
     try:
         shape = backbone.eval()(torch.zeros(2, channels, size, size)).shape
@@ -93,8 +86,12 @@ def feature_width(backbone: nn.Module, channels: int, size: int, name: str | Non
 
 
 def make_teacher(network: Network) -> Network:
-    """A copy that takes no gradient."""
-    return copy.deepcopy(network).requires_grad_(False)
+    """A copy that takes no gradient and drops nothing."""
+    teacher = copy.deepcopy(network).requires_grad_(False)
+    for module in teacher.modules():
+        if type(module).__name__ in ("Dropout", "DropPath"):
+            module.eval()
+    return teacher
 
 
 @torch.no_grad()

@@ -1,49 +1,67 @@
-"""What a run says and leaves behind at its end."""
+"""What a run leaves behind: report.html, dashboard.png, and a few lines of text.
 
-import json
-from importlib.util import find_spec
+python driver/report.py RUN_DIR          make them again, also of a run that is under way or was killed
+"""
+
+import sys
+from dataclasses import dataclass
 from pathlib import Path
-from shlex import quote
+from typing import Annotated
 
-from . import checkpoint, plots
-from .config import Config
+if __name__ == "__main__":  # the driver is run from its repository, not installed
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-COLLAPSED = 0.01
-"""Gap to the ceiling, nats, below which the features no longer tell images apart."""
+import tyro
 
+from driver import history, plots, words
+from driver.config import Config
+from driver.data import Images, make_images
+from driver.evaluate import Embed
+from driver.frozen import Backbone, run_script
+from driver.gallery import gallery
+from driver.page import page
+from driver.world import World
 
-def write(state: checkpoint.State, options: Config, directory: Path, tested: int, steps: int) -> None:
-    """history.json, curves.png, the accuracies, and what to do next."""
-    (directory / "history.json").write_text(json.dumps(state.history, indent=1) + "\n")
-    plots.curves(state.history, steps, directory / "curves.png")
-    print(f"\nwritten: {directory}/ {checkpoint.FILE}, curves.png, history.json, config.json")
-    if tested:
-        print(table(state.history, tested, state.epoch))
-    if state.epoch == options.optim.epochs and abs(state.history["log"][-1]["collapse_gap"]) < COLLAPSED:
-        print("warning: the loss ended at its ceiling, so the features collapsed; try half the --loss.epsilon")
-    print(next_step(state, options, directory))
+PAGE, DASHBOARD = "report.html", "dashboard.png"
 
 
-def table(history: dict[str, list[dict[str, float]]], tested: int, epoch: int) -> str:
-    """The accuracies as lines of text."""
-    rows = {
-        "raw pixels": history["pixels"][0],
-        "network, untrained": history["knn"][0],
-        f"network, after {epoch} epochs of BAM": history["knn"][-1],
-    }
-    lines = [f"\nk-NN accuracy, {tested} held-out images  {'as they are':>11}  shifted and rotated"]
-    lines += [f"  {name:<37} {row['plain']:>12.3f} {row['moved']:>20.3f}" for name, row in rows.items()]
-    return "\n".join(lines) + "\n"
+def finish(record: history.History, options: Config, directory: Path, images: Images, embed: Embed) -> None:
+    """Write both files and print the result and the command that goes on from here."""
+    write(record, options, directory, images, embed)
+    print(f"\nwritten: {directory}/ {PAGE}, {DASHBOARD}, {history.FILE}, checkpoint.pt, config.yaml")
+    if record.last("pixels"):
+        print(words.table(record, images.tested))
+    if words.collapsed(record):
+        print(f"warning: training has collapsed. To try: {'; '.join(words.ADVICE)}")
+    why, command = words.next_step(record, options, directory)
+    print(f"next, {why}: {command}")
 
 
-def next_step(state: checkpoint.State, options: Config, directory: Path) -> str:
-    """One command that goes on from here, and why."""
-    command = "python driver/pretrain.py"
-    if state.epoch < options.optim.epochs:
-        remaining = options.optim.epochs - state.epoch
-        return f"next, the other {remaining} epochs: {command} --run.resume {quote(str(directory))}"
-    if options.data.root is not None:
-        root, longer = quote(str(options.data.root)), 2 * options.optim.epochs
-        return f"next, twice as long: {command} --data.root {root} --optim.epochs {longer}"
-    install = "" if find_spec("torchvision") and find_spec("timm") else 'pip install -e ".[driver]" && '
-    return f"next, on a folder of your own images: {install}{command} --data.root PATH"
+def write(record: history.History, options: Config, directory: Path, images: Images, embed: Embed) -> None:
+    """report.html and dashboard.png."""
+    plots.dashboard(record, directory / DASHBOARD)
+    pictures = gallery(embed, images, int(record.epoch), options.data.batch_size)
+    (directory / PAGE).write_text(page(directory.name, record, options, pictures, images.tested, directory))
+
+
+@dataclass(frozen=True)
+class Report:
+    """Make report.html and dashboard.png of a run again, from its history and its newest checkpoint."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Directory of the run."""
+    device: str = "auto"
+    """Torch device, e.g. cpu."""
+
+
+def main(options: Report, world: World) -> None:
+    """Raises: UserError."""
+    backbone = Backbone(run=options.run, whose="student", device=options.device)
+    config, frozen = backbone.options(), backbone.load()
+    images = make_images(config.data, config.boxes, frozen.device, config.run.seed, world)
+    write(history.read(options.run), config, options.run, images, frozen.features)
+    print(f"written: {options.run}/ {PAGE}, {DASHBOARD}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(Report, main))

@@ -100,6 +100,48 @@ class World:
             x /= self.size
         return x
 
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether it is so on one of the ranks. Waits for the device where there are several."""
+        if self.store is None:
+            return flag
+        flags = torch.tensor(int(flag), device=device)
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return bool(flags.item())
+
+    def sum(self, x: Tensor) -> Tensor:
+        """x <- its sum over ranks."""
+        if self.store is not None:
+            dist.all_reduce(x)
+        return x
+
+    def broadcast(self, x: Tensor, rank: int) -> Tensor:
+        """That rank's x; the ranks' may differ in their number of rows."""
+        if self.store is None:
+            return x
+        rows = torch.tensor(len(x), device=x.device)
+        dist.broadcast(rows, rank)
+        x = x.contiguous() if rank == self.rank else x.new_empty(int(rows), *x.shape[1:])
+        dist.broadcast(x, rank)
+        return x
+
+    def join(self, x: Tensor) -> Tensor:
+        """(n, k) of every rank -> (n, W*k)."""
+        if self.store is None:
+            return x
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts, dim=1)
+
+    def interleaved(self, share: Tensor, total: int) -> Tensor:
+        """(total, k) of which rank r has brought rows r, r + W, r + 2*W and so on."""
+        if self.store is None:
+            return share
+        longest = -(-total // self.size)
+        padded = torch.cat([share, share.new_zeros(longest - len(share), share.shape[1])])
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(parts, padded)
+        return torch.stack(parts, dim=1).flatten(0, 1)[:total]
+
     def first_to_fail(self) -> bool:
         """Whether no other rank has asked: what several ranks meet is said once."""
         return self.store is None or self.store.add("failures", 1) == 1

@@ -1,6 +1,6 @@
 """The driver on several ranks (real processes over gloo, started by torchrun) and with virtual batches."""
 
-import json
+import dataclasses
 import os
 import subprocess
 import sys
@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_driver import write_images
+from photographs import write_images
 
-from driver import checkpoint, config, data, train
+from driver import checkpoint, command, config, data, history, train
 from driver.config import UserError
 from driver.world import World
 
@@ -34,7 +34,7 @@ def elsewhere(tmp_path, monkeypatch, threads):
 
 
 def alone(*options: str) -> Path:
-    return train.pretrain(config.parse(list(options)))
+    return train.pretrain(command.parse(list(options)))
 
 
 def torchrun(W: int, *options: str) -> subprocess.CompletedProcess:
@@ -54,13 +54,9 @@ def on_ranks(W: int, *options: str) -> Path:
     return made
 
 
-def history(directory: Path) -> dict:
-    return json.loads((directory / "history.json").read_text())
-
-
 def difference(a: Path, b: Path) -> float:
     """The largest of the curves', over all steps. Both have every step once."""
-    logs = [history(directory)["log"] for directory in (a, b)]
+    logs = [history.read(directory).of("train") for directory in (a, b)]
     assert [[entry["step"] for entry in log] for log in logs] == [list(range(1, len(logs[0]) + 1))] * 2
     return max(abs(x[name] - y[name]) for x, y in zip(*logs, strict=True) for name in CURVES)
 
@@ -77,7 +73,7 @@ def one_rank(tmp_path_factory) -> Path:
     directory = alone(*FLOAT64_SGD, f"--data.batch-size={STEP}").absolute()
     os.chdir(before)
     torch.set_num_threads(threads)
-    log = history(directory)["log"]
+    log = history.read(directory).of("train")
     assert len(log) == 126 > 100 and log[-1]["collapse_gap"] > log[0]["collapse_gap"] + 0.3  # it learns
     return directory
 
@@ -88,7 +84,10 @@ def equal_runs(a: Path, b: Path) -> None:
     assert first.keys() == second.keys() and first["step"] == second["step"]
     for name, value in first["network"].items():
         assert value.dtype == torch.float64 and ((value - second["network"][name]).abs() <= 1e-9).all(), name
-    assert first["history"]["knn"][-1] == second["history"]["knn"][-1]
+    tests = [history.read(directory).last("evaluation") for directory in (a, b)]
+    assert tests[0].keys() == tests[1].keys() >= {"knn", "knn_moved", "linear", "linear_moved", "effective_rank"}
+    for name, value in tests[0].items():
+        assert value == tests[1][name] or abs(value - tests[1][name]) <= 1e-6, name
     for content in (first, second):
         content["config"]["data"].pop("batch_size")  # the virtual batch is kept, and the same
     assert first["config"] == second["config"]
@@ -118,6 +117,20 @@ def test_with_a_teacher_and_three_views():
     )
 
 
+def test_crops_of_two_sizes_around_boxes_on_two_ranks():
+    """Boxes come from both ranks' shares of the images; the run is one rank's."""
+    pytest.importorskip("torchvision")
+    write_images(Path("flat"), 19)
+    options = [*FLOAT64_SGD, "--data.root=flat", "--data.size=16", "--data.local-views=2", "--data.local-size=8"]
+    options += ["--data.augmentation=dino", "--data.workers=1", "--model.name=convnet", "--optim.epochs=4"]
+    options += ["--boxes.every=2", "--model.teacher-momentum=0.9", "--model.teacher-views=all"]
+    one = alone(*options, "--data.batch-size=8")
+    two = on_ranks(2, *options, "--data.batch-size=4")
+    equal = [torch.load(directory / checkpoint.FILE, weights_only=True) for directory in (one, two)]
+    assert difference(one, two) <= 1e-9 and equal[0]["boxes"].unique(dim=0).shape[0] > 1
+    assert torch.equal(equal[0]["boxes"], equal[1]["boxes"])
+
+
 def test_float32_adamw_stays_close():
     """Rounding grows along a run; the largest difference of the curves over these 42 steps is about 5e-7."""
     options = [*RUN, "--optim.lr=1e-3", "--optim.epochs=1"]
@@ -126,7 +139,7 @@ def test_float32_adamw_stays_close():
 
 
 def steps(images, epoch: int) -> list[list[torch.Tensor]]:
-    return [[part.unflatten(0, (2, -1)) for part in parts] for parts in images.views(epoch)]
+    return [[part.unflatten(0, (2, -1)) for (part,) in parts] for parts in images.views(epoch)]
 
 
 @pytest.mark.parametrize("kind", ["digits", "folder"])
@@ -139,10 +152,10 @@ def test_images_of_a_step_do_not_depend_on_the_split(kind):
     def joined(W: int, batch_size: int) -> list[torch.Tensor]:
         options = config.Data(batch_size=batch_size, virtual_batch=8, workers=0)
         if kind == "folder":
-            options = config.Data(batch_size=batch_size, virtual_batch=8, workers=0, root=Path("flat"), size=16)
+            options = dataclasses.replace(options, source="folder", augmentation="simclr", root=Path("flat"), size=16)
         ranks = []
         for rank in range(W):
-            images = data.make_images(options, torch.device("cpu"), 3, World(rank, W))
+            images = data.make_images(options, config.Boxes(), torch.device("cpu"), 3, World(rank, W))
             ranks.append([torch.cat(parts, dim=1) for parts in steps(images, epoch=2)])
             assert all(len(parts) == 8 // W // batch_size for parts in images.views(2))
         return [torch.cat(parts, dim=1) for parts in zip(*ranks, strict=True)]

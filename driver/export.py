@@ -1,0 +1,106 @@
+"""Write a run's backbone for use elsewhere.
+
+python driver/export.py RUN_DIR                     RUN_DIR/backbone.safetensors, for timm.create_model
+python driver/export.py RUN_DIR --format onnx       RUN_DIR/backbone.onnx, images (n, C, S, S) in [0, 1] to features
+python driver/export.py RUN_DIR --whose student     not the teacher's weights, which are the default where there is one
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+if __name__ == "__main__":  # the driver is run from its repository, not installed
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch
+import tyro
+from torch import nn
+
+from driver import backbones, checkpoint, command
+from driver.config import FILE, Config, UserError, missing
+from driver.model import Standardize
+from driver.weights import load_backbone
+
+
+@dataclass(frozen=True)
+class Export:
+    run: Annotated[Path, tyro.conf.Positional]
+    """Directory of a run, or one of its checkpoints."""
+    format: Literal["safetensors", "onnx"] = "safetensors"
+    whose: Literal["student", "teacher"] | None = None
+    """Whose weights. None: the teacher's where there is one."""
+    out: Path | None = None
+    """The file to write. None: backbone.FORMAT beside the checkpoint."""
+
+
+def export(options: Export) -> Path:
+    """Write the file, say how it is used, return its path. Raises: UserError."""
+    path = options.run if options.run.suffix == ".pt" else options.run / checkpoint.FILE
+    if not path.is_file():
+        raise UserError(f"{options.run}: no {path.name} there")
+    config = command.parse([f"--config={path.parent / FILE}"])
+    channels = 1 if config.data.source == "digits" else 3
+    backbone = backbones.make(config.model, channels, config.data.size, several_sizes=config.data.local_views > 0)
+    load_backbone(backbone, path, options.whose)
+    out = options.out or path.with_name(f"backbone.{options.format}")
+    if options.format == "onnx":
+        _write_onnx(nn.Sequential(Standardize(channels), backbone).eval(), channels, config.data.size, out)
+        print(f"{out}: input `images` (n, {channels}, {config.data.size}, {config.data.size}) in [0, 1]")
+        return out
+    try:
+        from safetensors.torch import save_file
+    except ImportError as error:
+        raise UserError(missing("--format safetensors", "safetensors", error)) from error
+    save_file({name: value.contiguous() for name, value in backbone.state_dict().items()}, out)
+    print(f"{out}: {_use(config, channels, out)}")
+    return out
+
+
+def _use(config: Config, channels: int, out: Path) -> str:
+    """How to make the backbone of the file."""
+    model = config.model
+    if model.name == "convnet":
+        return f"--model.weights {out} starts a run of the same convnet from it"
+    arguments = backbones.timm_arguments(model, channels)
+    if model.positions == "sincos" or "vit" in model.name:
+        arguments["img_size"] = config.data.size
+    given = ", ".join(f"{name}={value}" for name, value in arguments.items() if name != "drop_path_rate")
+    call = f'timm.create_model("{model.name}", {given}, checkpoint_path="{out}")'
+    if model.stem == "small":
+        call += " would need the small stem: make it without checkpoint_path, put conv1 = Conv2d(3, 64, 3, 1, 1, "
+        call += "bias=False) and maxpool = Identity() in place, then load the file"
+    return call + "; images: ImageNet's mean and standard deviation"
+
+
+def _write_onnx(model: nn.Module, channels: int, size: int, out: Path) -> None:
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UserError(missing("--format onnx", "onnxscript", error, extra="onnx")) from error
+    images = torch.zeros(2, channels, size, size)
+    torch.onnx.export(
+        model,
+        (images,),
+        out,
+        input_names=["images"],
+        output_names=["features"],
+        dynamic_shapes=({0: torch.export.Dim("n")},),
+        dynamo=True,
+        external_data=False,
+        verbose=False,
+    )
+
+
+def main(args: list[str] | None = None) -> int:
+    """The exit code: 0, 1 for what the user can put right; 2 (from tyro) for a wrong option."""
+    try:
+        export(tyro.cli(Export, args=args, description=__doc__))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

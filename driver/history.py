@@ -1,0 +1,90 @@
+"""A run's record: one JSON object a line in history.jsonl, appended and flushed as it is known.
+
+Each row has `kind`, `step` and `epoch` (a fraction within one):
+
+train       means over the steps since the last such row, and over ranks
+evaluation  what `evaluate` gave for the network; `pixels` the same for raw pixels, once
+collapse    the step by which the features were seen to have collapsed, once
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+FILE = "history.jsonl"
+
+Row = dict[str, Any]
+
+
+class Sink(Protocol):
+    """Gets each new row: the file, TensorBoard, W&B."""
+
+    def __call__(self, row: Row) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class History:
+    """The rows, in order, and the sinks. Numbers that are not finite are None, as JSON has no such numbers."""
+
+    def __init__(self, rows: list[Row] | None = None) -> None:
+        self.rows: list[Row] = list(rows or [])
+        self.sinks: list[Sink] = []
+
+    def add(self, kind: str, step: int, epoch: float, **numbers: float) -> Row:
+        known = {name: x if math.isfinite(x) else None for name, x in numbers.items()}
+        row = {"kind": kind, "step": step, "epoch": epoch, **known}
+        self.rows.append(row)
+        for sink in self.sinks:
+            sink(row)
+        return row
+
+    def of(self, kind: str) -> list[Row]:
+        return [row for row in self.rows if row["kind"] == kind]
+
+    def last(self, kind: str) -> Row | None:
+        return next((row for row in reversed(self.rows) if row["kind"] == kind), None)
+
+    @property
+    def epoch(self) -> float:
+        """Epochs done, by the last row."""
+        return self.rows[-1]["epoch"] if self.rows else 0.0
+
+    def close(self) -> None:
+        while self.sinks:
+            self.sinks.pop().close()
+
+
+class File:
+    """history.jsonl. It begins with exactly these rows: what a run wrote after its last checkpoint is dropped."""
+
+    def __init__(self, directory: Path, rows: list[Row]) -> None:
+        path = directory / FILE
+        temporary = path.with_suffix(".jsonl.writing")
+        temporary.write_text("".join(map(_line, rows)))
+        os.replace(temporary, path)
+        self.file = path.open("a")
+
+    def __call__(self, row: Row) -> None:
+        self.file.write(_line(row))
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def _line(row: Row) -> str:
+    return json.dumps(row, allow_nan=False) + "\n"
+
+
+def read(directory: Path) -> History:
+    """The history in a run's directory. A last line that was cut short is left out."""
+    rows = []
+    for line in (directory / FILE).read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return History(rows)

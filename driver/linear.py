@@ -1,0 +1,191 @@
+"""Linear evaluation of a frozen backbone, as published: SGD on a linear layer, standard crops, some learning rates.
+
+python driver/linear.py --backbone.run RUN_DIR
+python driver/linear.py --backbone.name vit_base_patch16_224 --backbone.weights FILE --data.root IMAGENET
+    --blocks 1 --average True --norm True                                   (BAM's ViT-B and DINO's)
+torchrun --nproc-per-node 8 driver/linear.py ...
+
+The features are made once for all learning rates: each has its own layer, and the backbone costs most.
+"""
+
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+if __name__ == "__main__":  # the driver is run from its repository, not installed
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from driver.config import UserError
+from driver.frozen import Backbone, Frozen, run_script
+from driver.labelled import Labelled, Labels
+from driver.optim import cosine
+from driver.weights import read
+from driver.world import World
+
+MOMENTUM = 0.9
+
+
+@dataclass(frozen=True)
+class Options:
+    """Train linear classifiers on frozen features; print their accuracy on the test images."""
+
+    backbone: Backbone = field(default_factory=Backbone)
+    data: Labels = field(default_factory=Labels)
+    epochs: int = 100
+    """Passes over the training images."""
+    lr: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1)
+    """Learning rates for 256 images per step, scaled to the images of a step; then a cosine to 0 over the epochs."""
+    blocks: int = 4
+    """Of ViTs: last blocks whose class tokens are side by side."""
+    average: bool = False
+    """Of ViTs: beside them the mean of the last block's patches."""
+    norm: bool = False
+    """Batch norm without weights before the layer: features of any scale suit one learning rate."""
+    test_every: int = 10
+    """Epochs between tests; the last epoch is always tested."""
+    seed: int = 0
+    """Of the order and the crops."""
+    out: Path | None = None
+    """Folder for linear.jsonl (a line per test) and linear.pt (the layers). None: nothing is written."""
+    resume: bool = False
+    """Go on from linear.pt in `out`."""
+
+
+class Heads(nn.Module):
+    """One linear layer per learning rate, over the same features (n, D) -> logits (heads, n, classes)."""
+
+    def __init__(self, width: int, classes: int, heads: int, norm: bool) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(width, affine=False, eps=1e-6, momentum=None) if norm else nn.Identity()
+        self.layers = nn.ModuleList(nn.Linear(width, classes) for _ in range(heads))
+        for layer in self.layers:
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        features = self.norm(features)
+        return torch.stack([layer(features) for layer in self.layers])
+
+
+def main(options: Options, world: World) -> dict[float, float]:
+    """Top-1 accuracy by learning rate, after the last epoch. Raises: UserError."""
+    check(options)
+    frozen = options.backbone.load(world)
+    world.start(frozen.device)
+    labelled = options.data.load(options.backbone.options(), frozen.size, frozen.device, world)
+    width = embed(frozen, next(labelled.plain("test"))[0][:1], options).shape[1]
+    torch.manual_seed(options.seed)
+    heads = Heads(width, labelled.classes, len(options.lr), options.norm).to(frozen.device)
+    parallel = world.parallel(nn.SyncBatchNorm.convert_sync_batchnorm(heads) if frozen.device.type == "cuda" else heads)
+    groups = [{"params": layer.parameters(), "lr": lr} for layer, lr in zip(heads.layers, options.lr, strict=True)]
+    optimizer = torch.optim.SGD(groups, lr=0.0, momentum=MOMENTUM)
+    first = load(options, heads, optimizer) if options.resume else 0
+    print(
+        f"{labelled.training} training images, {labelled.tested} test images, {labelled.classes} classes, "
+        f"{width} features"
+    )
+
+    accuracy: dict[float, float] = {}
+    epochs = tqdm(range(first, options.epochs), unit="epoch", disable=not world.first)
+    for epoch in epochs:
+        train(parallel, optimizer, frozen, labelled, options, epoch, world)
+        if (epoch + 1) % options.test_every == 0 or epoch + 1 == options.epochs:
+            top1, top5 = test(heads, frozen, labelled, options, world)
+            accuracy = dict(zip(options.lr, top1, strict=True))
+            epochs.set_postfix_str(f"best {100 * max(top1):.2f}%")
+            if world.first and options.out is not None:
+                write(options, heads, optimizer, epoch + 1, top1, top5)
+    for lr, share in accuracy.items():
+        print(f"lr {lr:<8g} top-1 {100 * share:6.2f}%{'  best' if share == max(accuracy.values()) else ''}")
+    world.end()
+    return accuracy
+
+
+def embed(frozen: Frozen, images: Tensor, options: Options) -> Tensor:
+    return frozen.for_linear(images, options.blocks, options.average).float()
+
+
+def train(
+    heads: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    frozen: Frozen,
+    labelled: Labelled,
+    options: Options,
+    epoch: int,
+    world: World,
+) -> None:
+    """One epoch. The loss is the sum of the heads': none sees another's gradient."""
+    heads.train()
+    scale = cosine(epoch / options.epochs, options.data.batch_size * world.size / 256, 0.0)
+    for group, lr in zip(optimizer.param_groups, options.lr, strict=True):
+        group["lr"] = lr * scale
+    for images, labels in labelled.augmented(options.seed, epoch):
+        logits = heads(embed(frozen, images, options))
+        loss = sum(F.cross_entropy(of_head, labels) for of_head in logits)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+@torch.no_grad()
+def test(
+    heads: Heads, frozen: Frozen, labelled: Labelled, options: Options, world: World
+) -> tuple[list[float], list[float]]:
+    """Top-1 and top-5 accuracy of each head, over all ranks."""
+    heads.eval()
+    right = torch.zeros(2, len(options.lr), dtype=torch.int64, device=frozen.device)
+    for images, labels in labelled.plain("test"):
+        logits = heads(embed(frozen, images, options))
+        best = logits.topk(min(5, labelled.classes), dim=2).indices == labels[:, None]
+        right += torch.stack([best[:, :, :1].sum((1, 2)), best.sum((1, 2))])
+    top1, top5 = (world.sum(right) / labelled.tested).tolist()
+    return top1, top5
+
+
+def check(options: Options) -> None:
+    """Raises: UserError."""
+    for name in ("epochs", "blocks", "test_every"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+    if not options.lr or not all(lr > 0 for lr in options.lr):
+        raise UserError(f"--lr must be one or more positive numbers, got {options.lr}")
+    if options.resume and options.out is None:
+        raise UserError("--resume needs --out, where linear.pt is")
+
+
+def write(
+    options: Options, heads: Heads, optimizer: torch.optim.Optimizer, epoch: int, top1: list[float], top5: list[float]
+) -> None:
+    """A line in linear.jsonl and the layers in linear.pt, which is whole whenever it is there."""
+    assert options.out is not None
+    options.out.mkdir(parents=True, exist_ok=True)
+    row = {"epoch": epoch, "lr": options.lr, "top1": top1, "top5": top5}
+    with (options.out / "linear.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    path = options.out / "linear.pt"
+    temporary = path.with_suffix(".pt.writing")
+    torch.save({"heads": heads.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch}, temporary)
+    os.replace(temporary, path)
+
+
+def load(options: Options, heads: Heads, optimizer: torch.optim.Optimizer) -> int:
+    """Epochs done. Raises: UserError."""
+    assert options.out is not None
+    content = read(options.out / "linear.pt")
+    try:
+        heads.load_state_dict(content["heads"])
+        optimizer.load_state_dict(content["optimizer"])
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise UserError(f"{options.out / 'linear.pt'}: does not fit these options: {error}") from error
+    return content["epoch"]
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(Options, main))

@@ -1,0 +1,79 @@
+"""J and F: how well the masks found in a clip agree with the annotated ones, as DAVIS measures it.
+
+Masks are (F, H, W) integers: F frames of H x W pixels, 0 the background, 1 to O the objects.
+Source: Perazzi et al., "A Benchmark Dataset and Evaluation Methodology for Video Object Segmentation", CVPR 2016, and
+the DAVIS 2017 challenge: semi-supervised, so that the given first frame and the last one do not count.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.ndimage import distance_transform_edt
+
+TOLERANCE = 0.008
+"""Distance, as a share of the frame's diagonal, up to which two contours meet."""
+RECALLED = 0.5
+"""Score above which an object counts as found in a frame."""
+
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Means over objects, in [0, 1]. Recall is the share of frames with a score above 0.5."""
+
+    j_and_f: float
+    j_mean: float
+    j_recall: float
+    f_mean: float
+    f_recall: float
+
+
+def region(found: Mask, truth: Mask) -> float:
+    """J, the Jaccard index: pixels in both over pixels in either; 1 where both masks are empty."""
+    union = np.count_nonzero(found | truth)
+    return np.count_nonzero(found & truth) / union if union else 1.0
+
+
+def contour(found: Mask, truth: Mask) -> float:
+    """F = 2 P R / (P + R): P is the share of the found contour within the tolerance of the true one, R the reverse.
+
+    1 where neither mask has a contour, 0 where one alone has. The tolerance is 0.008 of the diagonal, rounded up.
+    """
+    radius = math.ceil(TOLERANCE * math.hypot(*truth.shape))
+    a, b = boundary(found), boundary(truth)
+    if not a.any() or not b.any():
+        return float(not a.any() and not b.any())
+    precision = np.mean(distance_transform_edt(~b)[a] <= radius)
+    recall = np.mean(distance_transform_edt(~a)[b] <= radius)
+    return float(2 * precision * recall / (precision + recall)) if precision + recall else 0.0
+
+
+def boundary(mask: Mask) -> Mask:
+    """Pixels that differ from the pixel to the right, below, or below and to the right. The frame's edge is none."""
+    padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
+    return (mask ^ padded[:-1, 1:]) | (mask ^ padded[1:, :-1]) | (mask ^ padded[1:, 1:])
+
+
+def clip_scores(found: NDArray[np.integer], truth: NDArray[np.integer]) -> NDArray[np.float64]:
+    """(2, O, F - 2): J and F of every object of the annotation in every frame but the first and the last.
+
+    Raises: ValueError on masks that do not fit.
+    """
+    if found.shape != truth.shape or truth.ndim != 3 or len(truth) < 3:
+        raise ValueError(f"masks must be (F, H, W) with F >= 3, got {found.shape} found and {truth.shape} annotated")
+    objects = range(1, int(truth.max()) + 1)
+    frames = list(zip(found[1:-1], truth[1:-1], strict=True))
+    return np.array(
+        [[[score(f == o, t == o) for f, t in frames] for o in objects] for score in (region, contour)],
+        dtype=np.float64,
+    ).reshape(2, len(objects), len(frames))
+
+
+def summary(clips: list[NDArray[np.float64]]) -> Scores:
+    """Over the objects of all clips, each counted once whatever its clip's length."""
+    objects = [[(frames.mean(), (frames > RECALLED).mean()) for clip in clips for frames in clip[i]] for i in (0, 1)]
+    (j, j_recall), (f, f_recall) = (np.mean(rows, axis=0).tolist() for rows in objects)
+    return Scores((j + f) / 2, j, j_recall, f, f_recall)

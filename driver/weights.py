@@ -1,0 +1,79 @@
+"""Backbone weights from a file: an exported one, a checkpoint of this driver, or one of the authors' code."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import UserError
+
+_OWN_PREFIX = "backbone.1."
+"""A Network's backbone is a Sequential of standardisation and the model."""
+_WRAPPERS = ("module.", "_orig_mod.", "base_encoder.", "backbone.")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What torch.save wrote, tensors and plain containers; of other types only argparse.Namespace, which the authors'
+    checkpoints hold. Raises: UserError.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except Exception as error:  # what a damaged file makes the unpickler raise is no closed list
+        raise UserError(f"{path}: not a readable checkpoint ({str(error).partition(chr(10))[0]})") from error
+
+
+def backbone_weights(path: Path, whose: str | None = None) -> dict[str, Tensor]:
+    """Names as in the timm model -> tensors. whose: "student" or "teacher"; None: the teacher where there is one.
+
+    Of our checkpoints: `network` and `teacher`. Of the authors': `model`, names behind `student.` or `teacher.` and any
+    of `module.`, `_orig_mod.`, `base_encoder.`, `backbone.`. Raises: UserError.
+    """
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    if path.is_dir():
+        path = path / "checkpoint.pt"
+    content = read(path)
+    if isinstance(content.get("network"), dict):
+        teacher = content.get("teacher")
+        if whose == "teacher" and teacher is None:
+            raise UserError(f"{path}: no teacher in it")
+        own = content["network"] if whose == "student" or teacher is None else teacher
+        return {name[len(_OWN_PREFIX) :]: value for name, value in own.items() if name.startswith(_OWN_PREFIX)}
+    return _of_authors(content.get("model", content), path, whose)
+
+
+def _of_authors(state: dict[str, Any], path: Path, whose: str | None) -> dict[str, Tensor]:
+    state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    trained = [part for part in ("teacher", "student") if any(name.startswith(f"{part}.") for name in state)]
+    if whose is not None and trained and whose not in trained:
+        raise UserError(f"{path}: no {whose} in it")
+    if trained:
+        part = f"{whose or trained[0]}."
+        state = {name.removeprefix(part): value for name, value in state.items() if name.startswith(part)}
+    inner = {name: _without_wrappers(name) for name in state}
+    backbone = [name for name in state if "backbone." in name or "base_encoder." in name] or list(state)
+    if not backbone:
+        raise UserError(f"{path}: neither a checkpoint of this driver nor one of the authors': no backbone in it")
+    return {inner[name]: state[name] for name in backbone}
+
+
+def _without_wrappers(name: str) -> str:
+    while wrapper := next((w for w in _WRAPPERS if name.startswith(w)), None):
+        name = name.removeprefix(wrapper)
+    return name
+
+
+def load_backbone(backbone: nn.Module, path: Path, whose: str | None = None) -> None:
+    """Put the file's weights in place, all of them. Raises: UserError naming what does not fit."""
+    found = backbone_weights(path, whose)
+    try:
+        backbone.load_state_dict(found)
+    except RuntimeError as error:
+        raise UserError(f"{path}: does not fit the backbone that the options describe: {error}") from error

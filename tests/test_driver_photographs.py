@@ -1,0 +1,368 @@
+"""The driver's photographs: sources, views in workers and on the device, ContrastiveCrop, unreadable images."""
+
+import dataclasses
+import io
+import math
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("torchvision")
+pytest.importorskip("kornia")
+pytest.importorskip("timm")
+
+from photographs import write_classes, write_images
+from test_driver import content, elsewhere, rows  # noqa: F401
+from torchvision.transforms.v2 import functional
+
+from driver import (
+    command,
+    config,
+    contrast,
+    crops,
+    data,
+    device_views,
+    keyed,
+    model,
+    sources,
+    train,
+    transforms,
+)
+from driver.config import UserError
+from driver.pretrain import main
+from driver.world import World
+
+CPU = torch.device("cpu")
+PHOTOGRAPHS = config.Data(
+    source="folder",
+    root=Path("pets"),
+    size=16,
+    batch_size=4,
+    augmentation="dino",
+    local_views=3,
+    local_size=8,
+    workers=0,
+)
+
+
+def make(options: config.Data, seed: int = 3, world: World | None = None) -> data.Images:
+    return data.make_images(options, config.Boxes(), CPU, seed, world or World())
+
+
+# Random numbers
+
+
+def test_keyed_numbers():
+    """Keys are those of seed_of; numbers are uniform, differ between neighbouring keys, and do not repeat."""
+    images = torch.arange(500)
+    keys = keyed.keys_of(7, 2, images, range(3))
+    assert keys.tolist() == [keyed.seed_of(7, 2, i, v) for v in range(3) for i in range(500)]
+    u = keyed.uniform(keys, 40)
+    assert ((u > 0) & (u < 1)).all() and torch.equal(u[7:8], keyed.uniform(keys[7:8], 40))
+    n = u.numel()
+    assert abs(u.mean() - 0.5) < 5 / math.sqrt(12 * n) and abs(u.var() - 1 / 12) < 0.002
+    bins = (u * 20).long().flatten().bincount(minlength=20)
+    assert ((bins - n / 20).abs() < 6 * math.sqrt(n / 20)).all()
+    assert torch.corrcoef(torch.stack([u[:500].flatten(), u[500:1000].flatten()]))[0, 1].abs() < 0.04
+    z = keyed.normal(keys, 40)
+    assert abs(z.mean()) < 0.02 and abs(z.std() - 1) < 0.02
+
+
+# Crops
+
+
+@pytest.mark.parametrize("scale, aspect", [((0.2, 1.0), 1.0), ((0.05, 0.25), 1.5), ((0.9, 1.0), 3.0)])
+def test_crops_lie_inside_and_have_the_area_and_ratio_asked_for(scale, aspect):
+    u = keyed.uniform(torch.arange(2000), crops.DRAWS)
+    top, left, height, width = crops.rectangles(u, scale, None, 1.0, aspect).T
+    assert (torch.stack([top, left, height, width]) >= 0).all()
+    assert (top + height <= 1 + 1e-6).all() and (left + width <= 1 + 1e-6).all()
+    if aspect == 3.0:  # an image too long for most: those that fit are right, the others reach from edge to edge
+        assert ((height == 1) | (width * aspect / height >= 0.74)).all()
+        return
+    area, ratio = height * width, width * aspect / height
+    fits = (height < 1) & (width < 1)
+    assert fits.float().mean() > 0.9
+    assert ((area[fits] >= scale[0] - 1e-5) & (area[fits] <= scale[1] + 1e-5)).all()
+    assert ((ratio[fits] >= 0.75 - 1e-4) & (ratio[fits] <= 4 / 3 + 1e-4)).all()
+    assert abs((top + height / 2).mean() - 0.5) < 0.02
+
+
+@pytest.mark.parametrize("alpha", [0.6, 1.0])
+def test_crops_keep_their_centres_in_the_box_and_avoid_its_middle(alpha):
+    box = torch.tensor([0.3, 0.5, 0.7, 0.9]).expand(4000, 4)
+    u = keyed.uniform(torch.arange(4000), crops.DRAWS)
+    top, left, height, width = crops.rectangles(u, (0.02, 0.1), box, alpha).T
+    row, column = top + height / 2, left + width / 2
+    assert ((row >= 0.3 - 1e-5) & (row <= 0.7 + 1e-5) & (column >= 0.5 - 0.2) & (column <= 0.9 + 1e-5)).all()
+    share = (row - 0.3) / 0.4
+    assert abs(share.mean() - 0.5) < 0.02
+    assert abs(share.var() - 1 / (4 * (2 * alpha + 1))) < 0.01  # of Beta(alpha, alpha)
+
+
+def test_a_crop_on_the_device_is_the_pixels_themselves():
+    images = torch.rand(2, 3, 16, 16)
+    rectangle = torch.tensor([[0.25, 0.5, 0.5, 0.5], [0.0, 0.125, 0.5, 0.5]])
+    out = device_views.cropped(images, rectangle, torch.tensor([False, True]), 8)
+    assert (out[0] - images[0, :, 4:12, 8:16]).abs().max() < 1e-5
+    assert (out[1] - images[1, :, 0:8, 2:10].flip(-1)).abs().max() < 1e-5
+
+
+def test_colours_on_the_device_are_those_of_torchvision():
+    images = torch.rand(3, 3, 12, 12) * 0.5 + 0.2
+    factors = [torch.tensor(f) for f in ([0.7, 1.2, 1.0], [1.3, 0.8, 1.0], [0.5, 1.5, 1.0], [1.1, 0.95, 1.0])]
+    out = device_views.coloured(images, *factors)
+    for i, image in enumerate(images):
+        brightness, contrast_, saturation, hue = (f[i].item() for f in factors)
+        expected = functional.adjust_brightness(image, brightness)
+        expected = functional.adjust_contrast(expected, contrast_)
+        expected = functional.adjust_saturation(expected, saturation)
+        expected = functional.adjust_hue(expected, hue - 1)
+        assert (out[i] - expected).abs().max() < 5e-3
+
+
+# Views
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_views_of_two_sizes(on_device):
+    """View-major, seeded, each view another; the tail of an epoch is that of the whole; strength 0 repeats images."""
+    write_classes(Path("pets"), 9)
+    options = dataclasses.replace(PHOTOGRAPHS, on_device=on_device)
+    steps = list(make(options).views(epoch=1))
+    assert len(steps) == 3 and all(len(step) == 1 for step in steps)
+    large, small = steps[0][0]
+    assert large.shape == (8, 3, 16, 16) and small.shape == (12, 3, 8, 8)
+    assert large.dtype == torch.float32 and large.min() >= 0 and large.max() <= 1
+    views = [*large.unflatten(0, (2, 4)), *small.unflatten(0, (3, 4))]
+    assert all(not torch.equal(a, b) for a in views for b in views if a is not b and a.shape == b.shape)
+
+    again = list(make(options).views(epoch=1, first=1))
+    assert len(again) == 2
+    for step, whole in zip(again, steps[1:], strict=True):
+        assert all(map(torch.equal, step[0], whole[0]))
+    assert not torch.equal(next(make(options).views(epoch=2))[0][0], large)
+    assert not torch.equal(next(make(options, seed=4).views(epoch=1))[0][0], large)
+
+    still = next(make(dataclasses.replace(options, augment=0.0)).views(epoch=1))[0][0].unflatten(0, (2, 4))
+    assert torch.equal(still[0], still[1]) and not torch.equal(still[0, 0], still[0, 1])
+
+
+def test_workers_do_not_matter():
+    write_classes(Path("pets"), 9)
+    alone = [step[0] for step in make(PHOTOGRAPHS).views(epoch=1)]
+    workers = make(dataclasses.replace(PHOTOGRAPHS, workers=2))
+    for epoch in (0, 1):  # the second is that of processes that have stayed
+        steps = [step[0] for step in workers.views(epoch)]
+    for a, b in zip(alone, steps, strict=True):
+        assert all(map(torch.equal, a, b))
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_views_do_not_depend_on_ranks(on_device):
+    write_classes(Path("pets"), 9)
+    whole = [step[0] for step in make(dataclasses.replace(PHOTOGRAPHS, on_device=on_device, batch_size=8)).views(2)]
+    options = dataclasses.replace(PHOTOGRAPHS, on_device=on_device, batch_size=2, virtual_batch=8)
+    ranks = [list(make(options, world=World(rank, 2)).views(2)) for rank in range(2)]
+    for step, expected in enumerate(whole):
+        for size, views in enumerate((2, 3)):
+            parts = [part[size].unflatten(0, (views, -1)) for rank in ranks for part in rank[step]]
+            assert torch.equal(torch.cat(parts, dim=1).flatten(0, 1), expected[size])
+
+
+def test_blur_is_gaussian():
+    """A square spreads as the density says, to the bytes' rounding."""
+    image = torch.zeros(1, 3, 33, 33, dtype=torch.uint8)
+    image[..., 12:21, 12:21] = 200
+    blur = transforms.Blur((1.5, 1.5 + 1e-9), 33)
+    places = torch.arange(33.0)
+    spread = torch.exp(-((places[:, None] - places) ** 2) / (2 * 1.5**2))
+    spread /= spread.sum(1, keepdim=True)
+    expected = spread @ image.float() @ spread.T
+    middle = slice(6, 27)  # away from the borders, where the density is cut
+    assert (blur(image).float() - expected)[..., middle, middle].abs().max() <= 1.5
+
+
+def test_kinds_of_views():
+    dino = transforms.kinds(PHOTOGRAPHS)
+    assert [kind.blur_p for kind in dino] == [1.0, 0.1, 0.5, 0.5, 0.5]
+    assert [kind.solarize_p for kind in dino] == [0.0, 0.2, 0.0, 0.0, 0.0]
+    assert [kind.scale for kind in dino] == [(0.2, 1.0)] * 2 + [(0.05, 0.25)] * 3
+    simclr = transforms.kinds(dataclasses.replace(PHOTOGRAPHS, augmentation="simclr", blur=0.0, local_views=0))
+    assert [(kind.blur_p, kind.solarize_p) for kind in simclr] == [(0.0, 0.0)] * 2
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_crops_keep_to_boxes_once_there_are_some(on_device):
+    """Images that are black but for one bright quarter: with its box, small crops become brighter."""
+    from PIL import Image
+
+    Path("pets").mkdir()
+    for i in range(16):
+        image = Image.new("RGB", (32, 32))
+        image.paste((255, 255, 255), (16, 16, 32, 32))
+        image.save(f"pets/{i:02d}.png")
+    options = dataclasses.replace(PHOTOGRAPHS, on_device=on_device, augmentation="simclr", blur=0.0, size=32)
+    images = make(options)
+    assert images.boxes is None
+    before = torch.cat([step[0][1] for step in images.views(0)]).mean()
+    images.set_boxes(torch.tensor([0.5, 0.5, 1.0, 1.0]).repeat(16, 1))
+    assert torch.equal(images.boxes[3], torch.tensor([0.5, 0.5, 1.0, 1.0]))
+    assert torch.cat([step[0][1] for step in images.views(0)]).mean() > 1.8 * before
+
+
+@pytest.mark.parametrize("teacher_views", ["global", "all"])
+def test_micro_batches_of_two_sizes_give_the_same_run(teacher_views):
+    """float64, and nothing but the loss mixes images: one micro-batch of 8 images, or four of 2."""
+    write_classes(Path("pets"), 11)
+    options = ["--data.root=pets", "--data.size=16", "--data.local-views=2", "--data.local-size=8", "--data.workers=0"]
+    options += ["--model.name=convnet", "--model.norm=layer", "--model.width=4", "--model.teacher-momentum=0.9"]
+    options += [
+        f"--model.teacher-views={teacher_views}",
+        "--run.dtype=float64",
+        "--optim.epochs=3",
+        "--run.log-every=1",
+    ]
+    options += ["--virtual-batch=8", "--optim.name=sgd", "--run.eval-every=0"]
+    whole, parts = (content(train.pretrain(command.parse([*options, f"--data.batch-size={size}"]))) for size in (8, 2))
+    losses = [[line["loss"] for line in rows(run, "train")] for run in (whole, parts)]
+    assert len(losses[0]) == 6 and losses[0] == pytest.approx(losses[1], abs=1e-9)
+    for name, value in whole["teacher"].items():
+        assert (value - parts["teacher"][name]).abs().max() < 1e-9, name
+
+
+# ContrastiveCrop's boxes
+
+
+def test_boxes_of_heat():
+    heat = torch.zeros(3, 8, 8)
+    heat[0, 2:4, 5:7] = 1.0
+    heat[1, 0, 0] = 5.0  # the third has no place that stands out
+    top, left, bottom, right = contrast.boxes_of(heat, 0.5).T
+    assert (top[0] - 2 / 8).abs() < 0.07 and (bottom[0] - 4 / 8).abs() < 0.07
+    assert (left[0] - 5 / 8).abs() < 0.07 and (right[0] - 7 / 8).abs() < 0.07
+    assert top[1] == left[1] == 0 and bottom[1] < 0.2 and right[1] < 0.2
+    assert contrast.boxes_of(heat, 0.5)[2].tolist() == [0, 0, 1, 1]
+
+
+def test_heat_of_a_vit_is_its_attention():
+    network = model.Network(config.Model(name="test_vit", head_width=8, head_dim=4), 3, 64).eval()
+    images, vit = torch.rand(2, 3, 64, 64), network.backbone[1]
+    attention = vit.blocks[-1].attn
+    seen = []
+    attention.fused_attn = False
+    attention.attn_drop.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+    with torch.no_grad():
+        vit(network.backbone[0](images))
+        found = contrast.heat(network.backbone, images)
+    expected = seen[0][:, :, 0, 1:].sum(1).view(2, 4, 4)  # patches of 16 pixels
+    assert (found - expected).abs().max() < 1e-6
+
+
+def test_heat_of_convolutional_models():
+    images = torch.rand(2, 3, 64, 64)
+    for name, side in (("test_resnet", 2), ("convnet", 2)):
+        network = model.Network(config.Model(name=name, width=4, head_width=8, head_dim=4), 3, 64).eval()
+        with torch.no_grad():
+            found = contrast.heat(network.backbone, images)
+        assert found.shape == (2, side, side) and (found > 0).all() and found.std() > 0
+
+
+def test_boxes_are_refreshed_in_a_run_and_resume_bit_exactly():
+    write_classes(Path("pets"), 11)
+    options = ["--data.root=pets", "--data.size=32", "--data.batch-size=8", "--data.workers=0", "--optim.epochs=4"]
+    options += ["--model.name=test_vit", "--boxes.every=2", "--boxes.after=1", "--run.eval-every=0"]
+    straight = content(train.pretrain(command.parse(options)))
+    boxes = straight["boxes"]
+    assert boxes.shape == (20, 4) and (boxes[:, 2:] > boxes[:, :2]).all() and boxes.unique(dim=0).shape[0] > 1
+    first = train.pretrain(command.parse([*options, "--run.stop-after=2"]))
+    assert not torch.equal(content(first)["boxes"], boxes)
+    train.pretrain(command.parse([f"--run.resume={first}"]))
+    assert torch.equal(content(first)["boxes"], boxes)
+    assert all(torch.equal(value, straight["network"][name]) for name, value in content(first)["network"].items())
+
+
+# Sources
+
+
+def test_a_folder_with_its_own_validation_set():
+    write_classes(Path("pets/train"), 5)
+    write_classes(Path("pets/val"), 3)
+    files = sources.Files(Path("pets"), 0.5)
+    assert (len(files.train), len(files.test)) == (10, 6)
+    assert files.name(10).startswith("pets/val/cats") and files.labels[files.test].tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_shards_hold_the_images_of_the_files():
+    write_classes(Path("pets"), 4)
+    Path("shards").mkdir()
+    for number, label in enumerate(("cats", "dogs")):
+        with tarfile.open(f"shards/{number}.tar", "w") as tar:
+            for path in sorted(Path("pets", label).iterdir()):
+                tar.add(path, arcname=f"{label}/{path.stem}.png")
+                text = tarfile.TarInfo(f"{label}/{path.stem}.cls")
+                text.size = 1
+                tar.addfile(text, io.BytesIO(str(number).encode()))
+    files, shards = sources.Files(Path("pets"), 0.25), sources.Shards(Path("shards"), 0.25)
+    assert torch.equal(files.labels, shards.labels) and torch.equal(files.test, shards.test)
+    assert [shards.read(i).tobytes() for i in range(8)] == [files.read(i).tobytes() for i in range(8)]
+    options = dataclasses.replace(PHOTOGRAPHS, held_out=0.0)
+    of_files, of_shards = (
+        next(make(dataclasses.replace(options, **change)).views(0))[0]
+        for change in ({}, {"source": "webdataset", "root": Path("shards")})
+    )
+    assert all(map(torch.equal, of_files, of_shards))
+    Path("shards/2.tar").write_bytes(b"no shard" * 200)
+    with pytest.raises(UserError, match=r"shards/2.tar: not a readable shard"):
+        sources.Shards(Path("shards"), 0.25)
+    with pytest.raises(UserError, match=r"pets: no images in its 0 .tar shards"):
+        sources.Shards(Path("pets"), 0.25)
+
+
+def test_cifar10_keeps_its_test_set(monkeypatch):
+    class Downloaded(sources.CIFAR10):
+        def __init__(self, root, train, download):
+            self.data = torch.randint(256, (6 if train else 4, 32, 32, 3), dtype=torch.uint8).numpy()
+            self.targets = [i % 2 for i in range(len(self.data))]
+
+    monkeypatch.setattr(sources, "CIFAR10", Downloaded)
+    source = sources.make_source(config.Data(source="cifar10", root=Path("cifar")))
+    assert (source.train.tolist(), source.test.tolist()) == ([0, 1, 2, 3, 4, 5], [6, 7, 8, 9])
+    assert source.read(7).size == (32, 32) and source.read(7).tobytes() == source.pixels[1][1].tobytes()
+
+    def unreachable(*_, **__):
+        raise OSError("no route")
+
+    monkeypatch.setattr(Downloaded, "__init__", unreachable)
+    with pytest.raises(UserError, match=r"cifar: CIFAR-10 is neither there nor to be downloaded \(no route\)"):
+        sources.make_source(config.Data(source="cifar10", root=Path("cifar")))
+
+
+# Images that cannot be read
+
+
+@pytest.mark.parametrize("more", [["--data.workers=1"], ["--data.on-device=True", "--data.workers=0"]])
+def test_a_few_unreadable_images_are_named_once_and_replaced(more, capsys):
+    write_images(Path("flat"), 24)
+    Path("flat/03.png").write_bytes(b"not a picture")
+    Path("flat/05.png").write_bytes(Path("flat/06.png").read_bytes()[:300])  # cut short
+    options = ["--data.root=flat", "--data.size=16", "--data.batch-size=8", "--model.name=convnet", "--model.width=4"]
+    assert main([*options, *more, "--optim.epochs=3", "--data.max-unreadable=0.1"]) == 0
+    said = capsys.readouterr().err
+    for name in ("03", "05"):
+        assert said.count(f"note: flat/{name}.png: not a readable image") == 1
+    assert "another takes its place (2 so far)" in said
+    assert content(Path("runs/flat-001"))["step"] == 9
+
+
+def test_too_many_unreadable_images_end_the_run(capsys):
+    write_images(Path("flat"), 24)
+    for i in (3, 5, 7):
+        Path(f"flat/{i:02d}.png").write_bytes(b"not a picture")
+    options = ["--data.root=flat", "--data.size=16", "--data.batch-size=8", "--model.name=convnet", "--model.width=4"]
+    assert main([*options, "--data.workers=0", "--data.max-unreadable=0.1"]) == 1
+    said = capsys.readouterr().err
+    assert "3 unreadable, a share above --data.max-unreadable 0.1 of 24 images" in said
+    assert "Traceback" not in said
