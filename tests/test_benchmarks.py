@@ -15,7 +15,7 @@ from bam_kernels.layout import Layout
 from bam_kernels.options import Options
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
+sys.path.append(str(BENCHMARKS))
 
 import plot  # noqa: E402
 from common import BenchmarkOptions, Report, checked, threshold_of  # noqa: E402
