@@ -153,6 +153,7 @@ def measure(options: DriverOptions, machine: Machine, config: Config) -> list[di
     times: dict[str, list[float]] = {name: [] for name in parts}
     for _ in range(options.repetitions):  # in turn, so that noise hits all alike
         for name, run in parts.items():
+            run()  # after itself, as steps follow each other: the allocator then has what it needs
             times[name].append(machine.time_ms(run))
     median = {name: quantiles(of_part)[0] for name, of_part in times.items()}
     networks = median["backbone"] + median.get("teacher", 0.0)
