@@ -17,6 +17,7 @@ from .labelled import Batches, shuffled
 from .loader import by_image
 from .sources import Source, make_source
 from .unreadable import Report, Tally, read
+from .workers import processes
 from .world import World
 
 Key = int | tuple[int, int]
@@ -50,7 +51,7 @@ class LabelledFiles:
             Crops(self.source, numbers, self.data.size),
             self.data.batch_size,
             sampler=keys,
-            num_workers=self.data.workers,
+            **processes(self.data.workers),
             collate_fn=by_image,
             pin_memory=self.device.type == "cuda",
         )

@@ -4,7 +4,6 @@ B images per micro-batch, G per step over all ranks and micro-batches, V views p
 float32 in [0, 1].
 """
 
-import signal
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -19,6 +18,7 @@ from .data import EVAL_BATCH, Crops, epoch_order, virtual_batch
 from .sources import Source
 from .transforms import Views, centred, whole
 from .unreadable import Report, Tally, read
+from .workers import processes
 from .world import World
 
 BANK_LIMIT = 10_000
@@ -97,18 +97,11 @@ def loader(
         batch_size,
         sampler=order,
         collate_fn=by_image if order is None else by_view,
-        num_workers=workers,
+        **processes(workers),
         persistent_workers=order is not None and workers > 0,
-        worker_init_fn=leave_signals,
         pin_memory=pin_memory,
         generator=Generator(),  # its own, so that loading does not advance torch's
     )
-
-
-def leave_signals(worker: int) -> None:
-    """Signals that ask the run to save and end reach all its processes; the main one answers, and needs its workers."""
-    for name in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(name, signal.SIG_IGN)
 
 
 class Order(Sampler):
