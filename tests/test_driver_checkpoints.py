@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -78,6 +79,16 @@ def test_a_signal_saves_at_the_next_step(step, monkeypatch, capsys):
         assert same(resumed[part], straight[part]), part
 
 
+def reached(step: int, within_s: float) -> bool:
+    """Whether the run under the current directory has done that step in this time."""
+    deadline = time.monotonic() + within_s
+    while verify_resume.steps_done(Path(), None) < step:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
 def test_a_signal_to_two_ranks_and_their_workers():
     """Every process of the job gets it, as from Slurm; the ranks agree at a log line, and the first one saves."""
     pytest.importorskip("torchvision")
@@ -86,7 +97,12 @@ def test_a_signal_to_two_ranks_and_their_workers():
     write_images(Path("flat"), 32)
     options = ["--data.root=flat", "--data.size=16", "--data.batch-size=4", "--model.name=convnet", "--model.width=4"]
     options += ["--optim.epochs=4000", "--run.log-every=5", "--run.save-every=4000", "--data.workers=1"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "PYTHONFAULTHANDLER": "1",
+    }
     with socket.create_server(("127.0.0.1", 0)) as free:
         environment |= {"MASTER_PORT": str(free.getsockname()[1])}
     ranks = [
@@ -99,13 +115,14 @@ def test_a_signal_to_two_ranks_and_their_workers():
         )
         for rank in range(2)
     ]
-    deadline = time.monotonic() + 120
-    while verify_resume.steps_done(Path(), None) < 5 and time.monotonic() < deadline:
-        time.sleep(0.1)
-    for rank in ranks:
-        os.killpg(rank.pid, signal.SIGUSR1)
-    ends = [rank.communicate(timeout=60)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [signals.STOPPED] * 2, ends
+    begun = reached(5, within_s=120)
+    for rank in ranks:  # where they hang, all their threads say where
+        os.killpg(rank.pid, signal.SIGUSR1 if begun else signal.SIGABRT)
+    timer = threading.Timer(60, lambda: [os.killpg(rank.pid, signal.SIGABRT) for rank in ranks])
+    timer.start()
+    ends = [rank.communicate()[1] for rank in ranks]
+    timer.cancel()
+    assert begun and [rank.returncode for rank in ranks] == [signals.STOPPED] * 2, "\n".join(ends)
     step = content(Path("runs/flat-001"))["step"]
     assert step > 0 and f"stopped by a signal after step {step};" in ends[0]
 
