@@ -19,7 +19,8 @@ from ..options import Options
 from ..ranks import Ranks
 from .plan import FLASH_FEATURES
 from .scores import Keys
-from .slab import Evaluated, Sums, balance, unit_rows
+from .slab import balance, unit_rows
+from .sums import Evaluated, Sums
 
 if TYPE_CHECKING:
     from ..backends.triton.flash_kernels import FlashKernels

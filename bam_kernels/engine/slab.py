@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..agreement import agreed
-from ..backends.interface import GRADIENT_FACTOR, LOG2_E, Matched, Positives, Potential, RowKernels, UnitRows
+from ..backends.interface import GRADIENT_FACTOR, LOG2_E, Positives, Potential, RowKernels, UnitRows
 from ..layout import Layout
 from ..options import Options, check_finite
 from ..ranges import named
@@ -22,6 +22,7 @@ from ..ranks import ONE_RANK, Ranks
 from .gradient import Gradient
 from .plan import SlabPlan, plan_slabs
 from .scores import KeptScores, Keys, Scores, SourceScores, Sweeps, TargetScores
+from .sums import Evaluated, Sums
 
 # Below this eps a float64 sum of per-rank column sums can no longer hold the range of exp(1/eps) on both sides.
 LEAST_EPSILON_OF_ONE_SUM = 0.0029
@@ -156,42 +157,6 @@ def _sum_over_ranks(
     return common + exponent, mantissa.float()
 
 
-@dataclass
-class Evaluated:
-    """loss: float64 scalar of this rank; stats: (6,) float64 in the order of BAMStats; dz: (M, D) float32 or None."""
-
-    loss: Tensor
-    stats: Tensor
-    dz: Tensor | None
-
-
-class Sums:
-    """Adds up the kernels' sums over match slabs and turns them into means over images, without leaving the device."""
-
-    def __init__(self) -> None:
-        self.parts: list[Tensor] = []
-
-    def add(self, matched: Matched) -> None:
-        self.parts.append(torch.stack([matched.loss, matched.target_entropy, matched.source_entropy]))
-
-    def evaluated(self, layout: Layout, masked: bool, column_sums: Tensor, dz: Tensor | None) -> Evaluated:
-        total = self.parts[0] if len(self.parts) == 1 else torch.stack(self.parts).sum(0)
-        loss = total[0] / layout.B
-        target_entropy = total[1] / (layout.L * layout.B)
-        least, most = column_sums.aminmax()
-        mean = column_sums.mean(dtype=torch.float64)
-        uniform_loss = loss.new_full((), math.log(layout.N - layout.T if masked else layout.N))
-        stats = [
-            target_entropy,
-            total[2] / layout.M,
-            loss - target_entropy,
-            torch.maximum(most / mean - 1, 1 - least / mean),
-            uniform_loss,
-            uniform_loss - loss,
-        ]
-        return Evaluated(loss, torch.stack(stats), dz)
-
-
 def evaluate(
     name: str,
     student: Tensor,
@@ -238,7 +203,7 @@ def evaluate(
         if gradient is not None:
             gradient.add(G, first)
     if sixteen_bit:  # int16 has no NaN: a row that is not finite shows in its norm
-        sums.parts[-1] = sums.parts[-1] + 0.0 * x.z.norm.sum()
+        sums.spoil_unless_finite(x.z.norm)
     dz = gradient.finish(options.temperature) if gradient is not None else None
     return sums.evaluated(layout, options.mask_positives, column_sums, dz)
 
