@@ -35,7 +35,7 @@ def test_memory(B, D, R, W, options):
     forecast = plan(views=2, images=B, features=D, teacher_views=R, ranks=W, **options)
     budget = options.get("memory_budget", 4 << 30)
     measured = peak_bytes(B, D, R, W=W, memory_budget=budget)
-    assert 0.85 * forecast.total_bytes <= measured <= 1.1 * forecast.total_bytes + LIBRARIES, (measured, str(forecast))
+    assert 0.75 * forecast.total_bytes <= measured <= 1.1 * forecast.total_bytes + LIBRARIES, (measured, str(forecast))
 
 
 def test_work():
