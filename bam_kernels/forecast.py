@@ -9,7 +9,6 @@ from .backends.triton.tiles import flash_tile, split
 from .engine.cost import (
     FLOAT_BYTES,
     H200,
-    HALF_BYTES,
     Problem,
     Rates,
     choose_engine,
@@ -19,6 +18,7 @@ from .engine.cost import (
     slabs_of,
 )
 from .engine.plan import SlabPlan
+from .engine.rows import sent_columns
 from .engine.slab import LEAST_EPSILON_OF_ONE_SUM
 from .header import HEADER_BYTES
 from .layout import Layout
@@ -154,12 +154,16 @@ def plan(
 def _common_memory(x: Problem) -> dict[str, int]:
     layout = x.layout
     n = layout.T * layout.B
-    own = n if x.sixteen_bit and layout.W > 1 else 0  # what is sent is centred first
-    arriving = 2 * n if layout.W > 1 else 0  # a block that is used and one that arrives
-    held = arriving + n if x.regather and layout.W > 1 else layout.N + arriving
+    sent = sent_columns(layout.D, x.sixteen_bit)
+    # A block that is used and one that arrives; in 16 bit what is sent is not what is read here.
+    arriving = (2 + x.sixteen_bit) * n * sent if layout.W > 1 else 0
+    if layout.W == 1 and x.sixteen_bit:  # the keys are some of the rows
+        held = 0
+    else:
+        held = (n if x.regather and layout.W > 1 else layout.N) * layout.D
     return {
         "unit rows": (layout.M + layout.R * layout.B) * layout.D * x.key_bytes,
-        "keys": (held + own) * layout.D * x.key_bytes,
+        "keys": (held + arriving) * x.key_bytes,
         "potentials": 8 * (layout.N + layout.M + layout.R * layout.B) * FLOAT_BYTES,
     }
 
@@ -168,12 +172,9 @@ def _slab_memory(x: Problem, slabs: SlabPlan) -> dict[str, int]:
     layout = x.layout
     whole = slabs.cached and not slabs.slab_rows
     gradient_rows = layout.M * x.needs_grad
-    centred_rows = 0
     if x.scatters:
-        several = layout.W > 1
-        gradient_rows += (0 if whole else layout.N) + (2 * layout.T * layout.B if several else 0)
-        centred_rows = layout.M if x.sixteen_bit and (several or not whole or layout.M > layout.N) else 0
-    gradient = (gradient_rows * FLOAT_BYTES + centred_rows * HALF_BYTES) * layout.D
+        gradient_rows += (0 if whole else layout.N) + (2 * layout.T * layout.B if layout.W > 1 else 0)
+    gradient = gradient_rows * layout.D * FLOAT_BYTES
     return _common_memory(x) | {"scores": slabs.score_bytes, "gradient": gradient}
 
 
@@ -183,8 +184,8 @@ def _flash_memory(x: Problem) -> dict[str, int]:
     centred_rows = 0
     if x.scatters:
         rows += layout.N * _partials(layout.N, layout.B, 1, x)
-        centred_rows = layout.M
-    return _common_memory(x) | {"gradient": (rows * FLOAT_BYTES + centred_rows * x.key_bytes) * layout.D}
+        centred_rows = 0 if x.sixteen_bit else layout.M
+    return _common_memory(x) | {"gradient": (rows + centred_rows) * FLOAT_BYTES * layout.D}
 
 
 def _partials(own: int, others: int, times: int, x: Problem) -> int:
@@ -199,18 +200,19 @@ def _messages(x: Problem, epsilon: float) -> tuple[Message, ...]:
     layout = x.layout
     if layout.W == 1:
         return ()
-    block, steps = layout.T * layout.B * layout.D, layout.W - 1
+    n, steps = layout.T * layout.B, layout.W - 1
+    key_block = n * sent_columns(layout.D, x.sixteen_bit) * x.key_bytes
     maximum = int(epsilon < LEAST_EPSILON_OF_ONE_SUM)
     gathers = 1 + (x.regather and x.needs_grad)
     # The first sum of columns is in float64.
     sums = 2 * FLOAT_BYTES * layout.N + (x.iterations - 1 + maximum) * FLOAT_BYTES * layout.N
     messages = [
         Message("header", 1, HEADER_BYTES),
-        Message("key blocks", gathers * steps, gathers * steps * block * x.key_bytes),
+        Message("key blocks", gathers * steps, gathers * steps * key_block),
         Message("column sums", x.iterations + maximum, sums),
     ]
     if x.sixteen_bit:
         messages.append(Message("centre", 1, FLOAT_BYTES * layout.D))
     if x.scatters:
-        messages.append(Message("key gradient blocks", steps, steps * block * FLOAT_BYTES))
+        messages.append(Message("key gradient blocks", steps, steps * n * layout.D * FLOAT_BYTES))
     return tuple(messages)

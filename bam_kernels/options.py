@@ -260,11 +260,12 @@ def check_same(name: str, first: str, a: Tensor, second: str, b: Tensor) -> None
         raise TypeError(f"{name}: {first} is {a.dtype}, {second} is {b.dtype}; they may differ under autocast only")
 
 
-def check_finite(name: str, argument: str, norms: Tensor) -> None:
-    """Raise if a row's norm is not finite. On the CPU only: elsewhere the answer would cost a synchronisation."""
-    if norms.device.type != "cpu" or torch.compiler.is_compiling():
+def check_finite(name: str, argument: str, x: Tensor) -> None:
+    """Raise if a row is not finite: x (..., D), or norms (m,). On the CPU only: elsewhere it would synchronise."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    bad = (~torch.isfinite(norms.flatten())).nonzero()
+    finite = torch.isfinite(x)
+    bad = (~(finite if x.dim() == 1 else finite.flatten(0, -2).all(1))).nonzero()
     if len(bad):
         raise ValueError(
             f"{name}: {argument} has {len(bad)} row(s) with non-finite values, the first is row {int(bad[0])}"

@@ -31,14 +31,16 @@ class SimulatedRanks:
         self.name = f"simulated-{next(_numbers)}"
 
     def agree(self, header: Header, device: torch.device) -> None:
-        pass
+        if header.fault or "D" not in header.values:
+            return
+        T, B, D = (header.values[letter] for letter in "TBD")
+        if self.keys.shape != (self.W * T * B, D):
+            raise ValueError(
+                f"SimulatedRanks: keys is {tuple(self.keys.shape)}, must be W times {(T * B, D)}, W={self.W}"
+            )
 
     def gather(self, own: Tensor, as_sent: Callable[[Tensor], Tensor]) -> Iterator[tuple[int, Tensor]]:
         n = len(own)
-        if len(self.keys) != self.W * n or self.keys.shape[1] != own.shape[1]:
-            raise ValueError(
-                f"SimulatedRanks: keys is {tuple(self.keys.shape)}, must be W times {tuple(own.shape)}, W={self.W}"
-            )
         yield self.rank * n, own
         for step in range(1, self.W):
             first = (self.rank - step) % self.W * n

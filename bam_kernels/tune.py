@@ -82,7 +82,7 @@ def _flash_jobs(layout: Layout, generator: torch.Generator, device: torch.device
         return (torch.nn.functional.normalize(x, dim=1) * HALF_UNIT).half()
 
     z, M, N = unit(layout.M), layout.M, layout.N
-    kernels = triton.flash()(unit(N), layout, masked=True, unit=HALF_UNIT)
+    kernels = triton.flash()(unit(N), torch.zeros(N, device=device), layout, masked=True, unit=HALF_UNIT)
     col = Potential(torch.zeros(N, device=device), torch.ones(N, device=device))
     # Below the largest score's exponential, log2(e)/0.1: P and A stay within 1, as finished potentials make them.
     row = Potential(torch.full((M,), -15.0, device=device), torch.ones(M, device=device))

@@ -48,11 +48,12 @@ void call(void (*kernel)(const Params&, const Where&), const Params& params, con
 
 void bind_scores(py::class_<Kernels>& c) {
   c.def("column_lse", [](const Kernels& k, py::tuple s, int64_t m, int64_t n, ScalarPair scale, Pair row, Address shift,
-                         Address sum, bool accumulate, Address partial, int64_t chunk_rows, Address fixed,
+                         Address sum, bool accumulate, Address partial, int64_t chunk_rows, Address bias, Address fixed,
                          int64_t fixed_stride, ScalarPair step, PositivesTuple of, WherePair where) {
     call(k.column_lse,
          {scores(s), m, n, scalar(scale), potential(row), as<float>(shift), as<float>(sum), accumulate,
-          as<float>(partial), chunk_rows, as<int16_t>(fixed), fixed_stride, scalar(step), positives(of)},
+          as<float>(partial), chunk_rows, as<const float>(bias), as<int16_t>(fixed), fixed_stride, scalar(step),
+          positives(of)},
          where);
   });
   c.def("mask_positives",
@@ -156,15 +157,22 @@ void bind_plan(py::class_<Kernels>& c) {
 }
 
 void bind_embeddings(py::class_<Kernels>& c) {
-  c.def("normalize", [](const Kernels& k, RowsTuple x, int64_t m, int64_t d, Address centre, Address read, int type,
-                        Address norm, WherePair where) {
+  c.def("normalize", [](const Kernels& k, RowsTuple x, int64_t m, int64_t d, Address centre, Address read, Address norm,
+                        Address bias, double scale, Pair row, WherePair where) {
     call(k.normalize,
-         {rows(x), m, d, as<const float>(centre), as<void>(read), static_cast<FloatType>(type), as<double>(norm)},
+         {rows(x), m, d, as<const float>(centre), as<void>(read), as<double>(norm), as<float>(bias), scale,
+          potential(row)},
          where);
   });
-  c.def("centre_potential", [](const Kernels& k, RowsTuple read, int64_t m, int64_t d, Address centre, double scale,
+  c.def("product_step", [](const Kernels& k, Address centre, int64_t d, Address key_bias, int64_t n, Address row_bias,
+                           int64_t m, Address step, WherePair where) {
+    call(k.product_step,
+         {as<const float>(centre), as<const float>(key_bias), as<const float>(row_bias), d, n, m, as<float>(step)},
+         where);
+  });
+  c.def("centre_potential", [](const Kernels& k, Address read, int64_t m, int64_t d, Address centre, double scale,
                                Pair row, WherePair where) {
-    call(k.centre_potential, {rows(read), m, d, as<const float>(centre), scale, potential(row)}, where);
+    call(k.centre_potential, {as<const float>(read), m, d, as<const float>(centre), scale, potential(row)}, where);
   });
   c.def("project", [](const Kernels& k, Address d, RowsTuple x, Address norm, float factor, int64_t m, int64_t features,
                       WherePair where) {

@@ -11,7 +11,7 @@ import torch
 from cuda_device import DEVICE, empty, kernels, kernels_on, one, pytestmark  # noqa: F401
 from row_problems import MASKED, assert_close, log2, made_scores, masked, representable
 
-from bam_kernels.backends.interface import HALF_UNIT, LOG2_E, Positives, Potential
+from bam_kernels.backends.interface import HALF_UNIT, LOG2_E, DeviceScalar, Positives, Potential
 from bam_kernels.layout import Layout
 
 EPSILONS = [representable(0.05), representable(1e-3)]
@@ -88,19 +88,20 @@ def test_the_epilogue_masks_and_quantizes_and_sums(whole, first_row, B):
     positives = Positives(layout, first_row, layout.M)
     by_hand = whole.mask_positives_(made.clone(), positives)
     assert torch.equal(by_hand.cpu() == MASKED, mask)
-    step = torch.tensor([STEP], device=DEVICE)
-    fixed = whole.quantize(by_hand, step, empty(7, layout.N, dtype=torch.int16))
+    step, bias = DeviceScalar(torch.tensor([STEP / 2], device=DEVICE), 2.0), made_scores(1, layout.N, 1)[0].to(DEVICE)
+    fixed = whole.quantize(by_hand, step, empty(7, layout.N, dtype=torch.int16), bias=bias)
     assert torch.equal(fixed.cpu() == -32768, mask)
-    assert_close(fixed.cpu()[~mask] * STEP, exact[~mask], 0, 0.5001 * STEP)
+    expected = (exact + bias.cpu().double()).clamp(STEP - 1, 1 - STEP)
+    assert_close(fixed.cpu()[~mask] * STEP, expected[~mask], 0, 0.51 * STEP)
 
     out, shift, sums = empty(7, layout.N, dtype=torch.int16), empty(layout.N), empty(layout.N)
     row, scale = one(7), LOG2_E / 0.05 * STEP
-    whole.finish_scores(made, step, out, positives, scale, row, shift, sums, accumulate=False)
+    whole.finish_scores(made, bias, step, out, positives, scale, row, shift, sums, accumulate=False)
     assert torch.equal(out, fixed)
     expected = empty(layout.N), empty(layout.N)
     whole.column_lse(fixed, scale, row, *expected, accumulate=False)
     assert torch.equal(shift, expected[0]) and torch.equal(sums, expected[1])
-    assert torch.equal(whole.quantize(made, step, out.zero_(), positives), fixed)
+    assert torch.equal(whole.quantize(made, step, out.zero_(), positives, bias), fixed)
 
 
 def test_the_mask_of_some_images_of_several_views(whole):
@@ -253,7 +254,7 @@ def test_symmetrize(whole, m, dtype):
 def test_normalize_any_magnitude_and_stride(whole, magnitude, transposed):
     x = torch.randn(21, 5, device=DEVICE).T * magnitude
     x = x if transposed else x.contiguous()
-    unit, norm, _ = whole.normalize(x)
+    unit, norm, *_ = whole.normalize(x)
     expected = x.double().norm(dim=1)
     assert_close(norm, expected, 1e-12)
     assert_close(unit, x.double() / expected.clamp_min(1e-12)[:, None], 1e-6, 1e-30)
@@ -267,15 +268,12 @@ def test_centred_half_rows(whole, shape, order):
     rows = x.double().flatten(0, -2)
     unit = rows / rows.norm(dim=1, keepdim=True)
     centre = unit.mean(0).float()
-    for given, expected in ((None, unit), (centre, unit - centre)):
-        read, norm, source = whole.half_rows(x, given)
-        assert read.dtype == torch.float16 and source is x
-        assert_close(norm, rows.norm(dim=1), 1e-12)
-        assert_close(read.double() / HALF_UNIT, expected, 2**-11, 1e-6)
-    half = whole.half_rows(x)
-    potential = whole.centre_potential(half.read, centre, representable(0.05))
-    expected = half.read.double() @ centre.double() / HALF_UNIT / representable(0.05) * LOG2_E
-    assert_close(log2(potential), expected, 0, 1e-6)
+    half, potential = whole.half_rows(x, centre, representable(0.05))
+    assert half.read.dtype == torch.float16 and half.x is x
+    assert_close(half.norm, rows.norm(dim=1), 1e-12)
+    assert_close(half.read.double() / HALF_UNIT, unit - centre, 2**-11, 1e-6)
+    assert_close(half.bias.double() / HALF_UNIT**2, (unit - centre) @ centre.double(), 1e-6, 1e-12)
+    assert_close(log2(potential), unit @ centre.double() / representable(0.05) * LOG2_E, 0, 1e-6)
     gradient = torch.randn(rows.shape, device=DEVICE)
     expected = 0.25 * (gradient - unit * (unit * gradient).sum(1, keepdim=True)) / rows.norm(dim=1, keepdim=True)
     assert_close(whole.project_(gradient.clone(), half, 0.25), expected, 1e-5, 1e-8)
@@ -284,7 +282,7 @@ def test_centred_half_rows(whole, shape, order):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_normalize_16_bit_rows(whole, dtype):
     x = torch.randn(3, 33, device=DEVICE).to(dtype)
-    unit, norm, _ = whole.normalize(x)
+    unit, norm, *_ = whole.normalize(x)
     assert_close(norm, x.double().norm(dim=1), 1e-12)
     assert_close(unit, x.double() / x.double().norm(dim=1, keepdim=True), 1e-6)
 
@@ -293,13 +291,33 @@ def test_normalize_16_bit_rows(whole, dtype):
 def test_project_and_a_zero_row(whole, d):
     x = torch.randn(3, d, device=DEVICE)
     x[1] = 0
-    unit, norm, _ = rows = whole.normalize(x)
+    unit, norm, *_ = rows = whole.normalize(x)
     assert (unit[1] == 0).all() and norm[1] == 0
     gradient = torch.randn(3, d, device=DEVICE)
     ud, gd = unit.double(), gradient.double()
     expected = (gd - ud * (ud * gd).sum(1, keepdim=True)) / norm[:, None].clamp_min(1e-30)
     expected[1] = 0
     assert_close(whole.project_(gradient, rows), expected, 1e-5, 1e-5)
+
+
+# Keys that differ little and rows that differ much, the other way round, and keys that do not differ at all.
+@pytest.mark.parametrize("spreads", [(0.02, 1.0), (1.0, 0.02), (0.3, 0.2), (0.0, 0.5)])
+def test_products_fit_the_fixed_point(whole, spreads):
+    common = torch.randn(19, device=DEVICE)
+    keys, others = (
+        common + spread * torch.randn(m, 19, device=DEVICE) for spread, m in zip(spreads, (37, 5), strict=True)
+    )
+    unit = torch.nn.functional.normalize(keys.double(), dim=1)
+    centre = unit.mean(0).float()
+    k, z = (whole.half_rows(x, centre, 0.05)[0] for x in (keys, others))
+    step = whole.product_step(centre, k.bias, z.bias)
+    assert step.factor == 1
+    bound = step.tensor.double().item() * 32000 / HALF_UNIT**2
+    scores = torch.nn.functional.normalize(others.double(), dim=1) @ (unit - centre).T
+    size_k, size_z = ((x.read.double() / HALF_UNIT).norm(dim=1).max().item() for x in (k, z))
+    bias = k.bias.abs().max().item() / HALF_UNIT**2
+    assert abs(bound - min(size_k * size_z + bias, size_k)) <= 0.01 * bound + 1e-7
+    assert (scores.abs().max() <= bound * 1.001 + 1e-9).all()
 
 
 def test_centre_potential_at_the_least_epsilon(whole):

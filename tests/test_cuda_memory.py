@@ -51,7 +51,9 @@ for limits, most_threads in (({}, 512), ({}, 32), ({"shared_bytes": 0}, 512)):
         made = guarded((m, n), fill=torch.rand(m, n) * 2 - 1)
         fixed, row, col = guarded((m, n), torch.int16), potential(m), potential(n)
         shift, sums, c = guarded((n,)), guarded((n,)), guarded((n,))
-        kernels.finish_scores(made, 1 / 32000, fixed, Positives(layout, 0, m), 1e-3, row, shift, sums, accumulate=False)
+        kernels.finish_scores(
+            made, guarded((n,)), 1 / 32000, fixed, Positives(layout, 0, m), 1e-3, row, shift, sums, accumulate=False
+        )
         kernels.mask_positives_(made, Positives(layout, 0, m))
         for s, scale in ((fixed, 1e-3), (made, 30.0)):
             kernels.column_lse(s, scale, row, shift, sums, accumulate=True)
@@ -71,7 +73,9 @@ for limits, most_threads in (({}, 512), ({}, 32), ({"shared_bytes": 0}, 512)):
                     row_out=potential(B), gradient=gradient,
                 )
         d = guarded((m, 13), fill=torch.randn(m, 13))
-        rows = kernels.half_rows(guarded((m, 13), torch.bfloat16, torch.randn(m, 13)), guarded((13,)))
+        x, centre = guarded((m, 13), torch.bfloat16, torch.randn(m, 13)), guarded((13,))
+        rows, _ = kernels.half_rows(x, centre, 0.05)
+        kernels.product_step(centre, guarded((n,)), guarded((m,)))
         kernels.project_(d, rows)
         kernels.symmetrize_(guarded((m, m), torch.float16))
 print("nothing was touched", flush=True)

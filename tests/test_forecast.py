@@ -75,8 +75,11 @@ def test_smaller_types():
     shape = {"views": 2, "images": 8, "features": 16, "ranks": 4, "teacher_views": 2}
     full, half = plan(**shape), plan(**shape, sixteen_bit=True)
     assert half.memory["unit rows"] == full.memory["unit rows"] // 2
-    assert half.memory["keys"] == full.memory["keys"] // 2 + 2 * 16 * 16  # and what it sends, centred
-    assert half.messages[1].bytes == full.messages[1].bytes // 2
+    # 64 keys, and three blocks of 16: what is sent, used and arriving. A key's bias goes with it.
+    assert half.memory["keys"] == 2 * (64 * 16 + 3 * 16 * (16 + 2))
+    assert half.messages[1].bytes == full.messages[1].bytes // 2 // 16 * (16 + 2)
+    alone = plan(**shape | {"ranks": 1}, sixteen_bit=True)
+    assert alone.memory["keys"] == 0  # they are some of the rows
     assert [(m.exchange, m.count, m.bytes) for m in half.messages][-1] == ("centre", 1, 4 * 16)
 
 

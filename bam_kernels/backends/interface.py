@@ -1,8 +1,8 @@
 """What the engines ask of a backend: row kernels on slabs of scores, their potentials and their sums.
 
 Scores are (m, N) or (views, images, N), float32 or int16 fixed point, with contiguous columns; a masked entry is the
-backend's masked score. `scale` and `step` are numbers, or scalars on the device. The CPU's docstrings (cpu.py) say what
-each method computes.
+backend's masked score. `scale` and `step` are numbers, on GPUs also a DeviceScalar. The CPU's docstrings (cpu.py) say
+what each method computes.
 """
 
 import math
@@ -24,18 +24,39 @@ GRADIENT_FACTOR = 16384.0
 class UnitRows(NamedTuple):
     """Rows x_i / max(|x_i|, 1e-12) as products read them, and what leads back through the normalisation.
 
-    read (m, D) float32, or fp16 times HALF_UNIT; norm (m,) float64; x: what `project_` reads, x itself or unit rows.
+    read (m, D) float32, or fp16: less a centre, times HALF_UNIT; norm (m,) float64; x: what `project_` reads, x itself
+    or unit rows; bias (m,) float32 of fp16 rows: <unit_i - centre, centre> * HALF_UNIT**2, what a product of centred
+    rows with this row as a key lacks.
     """
 
     read: Tensor
     norm: Tensor
     x: Tensor
+    bias: Tensor | None = None
 
     def views(self, count: int, B: int) -> "UnitRows":
         """The rows of the first `count` views of B images."""
-        return UnitRows(
-            self.read[: count * B], self.norm[: count * B], self.x[: count if self.x.dim() == 3 else count * B]
-        )
+        m = count * B
+        bias = self.bias[:m] if self.bias is not None else None
+        return UnitRows(self.read[:m], self.norm[:m], first_views(self.x, count, B), bias)
+
+
+def first_views(x: Tensor, count: int, B: int) -> Tensor:
+    """The first `count` views of x (V*B, D) or (V, B, D)."""
+    return x[: count if x.dim() == 3 else count * B]
+
+
+@dataclass(frozen=True)
+class DeviceScalar:
+    """factor * tensor, float32 of one element: a number that is on the device; times a number without a launch."""
+
+    tensor: Tensor
+    factor: float = 1.0
+
+    def __mul__(self, factor: float) -> "DeviceScalar":
+        return DeviceScalar(self.tensor, self.factor * factor)
+
+    __rmul__ = __mul__
 
 
 class Positives(NamedTuple):
@@ -127,11 +148,15 @@ class RowKernels(Protocol):
 class SixteenBitKernels(RowKernels, Protocol):
     """Those of a GPU's backend: products of fp16 rows, int16 scores, the gradient of the scores in place in fp16."""
 
-    def half_rows(self, x: Tensor, centre: Tensor | None = None) -> UnitRows: ...
-    def quantize(self, scores: Tensor, step: Any, out: Tensor, positives: Positives | None = None) -> Tensor: ...
+    def half_rows(self, x: Tensor, centre: Tensor, epsilon: float) -> tuple[UnitRows, Potential]: ...
+    def product_step(self, centre: Tensor, key_bias: Tensor, row_bias: Tensor) -> DeviceScalar: ...
+    def quantize(
+        self, scores: Tensor, step: Any, out: Tensor, positives: Positives | None = None, bias: Tensor | None = None
+    ) -> Tensor: ...
     def finish_scores(
         self,
         scores: Tensor,
+        bias: Tensor | None,
         step: Any,
         out: Tensor,
         positives: Positives | None,

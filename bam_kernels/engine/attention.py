@@ -15,7 +15,8 @@ from ..layout import Layout
 from ..options import AttentionOptions, check_finite
 from ..ranks import ONE_RANK, Ranks
 from .plan import plan_slabs
-from .scores import Keys, Scores, TargetScores
+from .rows import Keys
+from .scores import Scores, TargetScores
 from .slab import balance
 
 
@@ -54,7 +55,7 @@ def _prepare(
         )
         q_rows = _rows("q", q, options.normalize, kernels)
         k_rows = q_rows.views(layout.T, layout.B) if k is None else _rows("k", k, options.normalize, kernels)
-    keys = Keys.of(k_rows, ranks, kernels)
+    keys = Keys(k_rows, k_rows.read.mean(0), ranks)
     scores = Scores(keys, layout, masked, plan, kernels)
     start = kernels.centre_potential(q_rows.read, keys.centre, options.epsilon)
     return _Rows(q_rows, k_rows, start, TargetScores(q_rows.read, scores, plan))

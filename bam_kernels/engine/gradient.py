@@ -1,41 +1,34 @@
 """dz = G k and, without a teacher, dk = Gᵀ z, as the rows of G come. Letters are those of layout.py.
 
-In 16 bit G is fp16, (a A - Pbar) * GRADIENT_FACTOR, rows and keys are fp16 times HALF_UNIT, and what all rows have in
-common is added in float32: near collapse it is most of them. Sums are float32; their factors are taken out at the end.
+In 16 bit G is fp16, (a A - Pbar) * GRADIENT_FACTOR, rows and keys are centred fp16 times HALF_UNIT, and what all rows
+have in common is added in float32: near collapse it is most of them. Sums are float32; their factors are taken out at
+the end.
 """
 
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backends.interface import GRADIENT_FACTOR, UnitRows
+from ..backends.interface import GRADIENT_FACTOR
 from ..layout import Layout
 from ..precision import multiply
 from ..ranges import named
 from ..ranks import Ranks
-from .scores import Keys
+from .rows import Rows
 
 
 class Gradient:
-    """The gradient of the sum of all ranks' losses by this rank's embeddings, contracted slab by slab.
+    """The gradient of the sum of all ranks' losses by this rank's embeddings, contracted slab by slab."""
 
-    `own_keys` says that the keys are the first T*B of the rows z (M, D).
-    """
-
-    def __init__(self, z: UnitRows, keys: Keys, layout: Layout, own_keys: bool, ranks: Ranks, kernels: Any) -> None:
-        self.rows, self.keys, self.layout = z, keys, layout
-        self.own_keys, self.ranks, self.kernels = own_keys, ranks, kernels
-        self.centre = keys.centre * keys.unit
-        self.d = torch.empty_like(z.read, dtype=torch.float32)
+    def __init__(self, rows: Rows, layout: Layout, ranks: Ranks, kernels: Any) -> None:
+        self.rows, self.keys, self.own_keys = rows.z, rows.keys, rows.own_keys
+        self.layout, self.ranks, self.kernels = layout, ranks, kernels
+        self.z = rows.z.read
+        self.centre = self.keys.centre * self.keys.unit
+        self.d = torch.empty_like(self.z, dtype=torch.float32)
         self.dk: Tensor | None = None  # (N, D) of this rank's rows
         self.dk_own: Tensor | None = None  # (T*B, D) of all ranks' rows
-
-    @cached_property
-    def z(self) -> Tensor:
-        """(M, D) of what dk is made: unit rows, in 16 bit less the centre."""
-        return self.kernels.half_rows(self.rows.x, self.keys.centre).read if self.keys.sixteen_bit else self.rows.read
 
     @named("gradient")
     def add(self, G: Tensor, first: int) -> None:

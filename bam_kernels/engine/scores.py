@@ -10,102 +10,53 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..backends.interface import (
-    FIXED_STEPS,
-    HALF_UNIT,
-    Positives,
-    Potential,
-    RowKernels,
-    SixteenBitKernels,
-    UnitRows,
-)
+from ..backends.interface import HALF_UNIT, DeviceScalar, Positives, Potential, RowKernels, SixteenBitKernels
 from ..layout import Layout
 from ..precision import multiply
-from ..ranges import each, named
-from ..ranks import Ranks
+from ..ranges import named
 from .plan import SlabPlan
-
-
-class Keys:
-    """The centred keys k - centre of all ranks, in gathered order; float32, or fp16 times `unit`.
-
-    Any vector will do for the centre, since it adds a constant to every row of scores. Float32 keys are sent as they
-    are and centred where they arrive, on the mean of that rank's own, known before any other has come: it is within the
-    sampling error of the mean of all. fp16 keys are rounded, so they are centred before, on a mean that ranks share.
-    regather: they are not held, but gathered again whenever they are read.
-    """
-
-    def __init__(self, own: Tensor, centre: Tensor, ranks: Ranks, regather: bool = False) -> None:
-        self.own, self.centre, self.ranks = own, centre, ranks
-        self.sixteen_bit = own.dtype == torch.float16
-        self.unit = HALF_UNIT if self.sixteen_bit else 1.0
-        self._complete = ranks.W == 1 and self.sixteen_bit
-        n, D = own.shape
-        if self._complete:
-            self._held: Tensor | None = own
-        else:
-            self._held = None if regather and ranks.W > 1 else own.new_empty(ranks.W * n, D)
-
-    @classmethod
-    def of(
-        cls, rows: UnitRows, ranks: Ranks, kernels: Any, *, sixteen_bit: bool = False, regather: bool = False
-    ) -> "Keys":
-        """rows: this rank's keys, as their products with other keys read them."""
-        if not sixteen_bit:
-            return cls(rows.read, rows.read.mean(0), ranks, regather)
-        centre = ranks.sum(rows.read.mean(0, dtype=torch.float32) / HALF_UNIT) / ranks.W
-        return cls(kernels.half_rows(rows.x, centre).read, centre, ranks)
-
-    def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """(first column, centred keys): rank by rank as they arrive, this rank's first; once all are here, in one."""
-        if self._held is not None and self._complete:
-            yield 0, self._held
-            return
-        for first, block in each("gather", iter(self.ranks.gather(self.own, self._as_sent))):
-            if self._held is None:
-                yield first, block - self.centre
-            elif self.sixteen_bit:
-                yield first, self._held[first : first + len(block)].copy_(block)
-            else:
-                yield first, torch.sub(block, self.centre, out=self._held[first : first + len(block)])
-        self._complete = True
-
-    def _as_sent(self, unit: Tensor) -> Tensor:
-        """What a rank with these unit rows would send."""
-        if self.sixteen_bit:
-            return ((unit - self.centre) * HALF_UNIT).half()
-        return unit.to(self.own.dtype)
-
-    @property
-    def whole(self) -> Tensor:
-        """(N, D), once all have arrived."""
-        assert self._held is not None
-        if not self._complete:
-            for _ in self.blocks():
-                pass
-        return self._held
+from .rows import Keys, Rows
 
 
 class Scores:
-    """Makes scores of unit rows against the keys, and has a buffer for those that are not kept."""
+    """Makes scores of rows against the keys, and has a buffer for those that are not kept.
 
-    def __init__(self, keys: Keys, layout: Layout, masked: bool, plan: SlabPlan, kernels: RowKernels) -> None:
+    row_bias: of all rows that get int16 scores, whose steps are the same.
+    """
+
+    def __init__(
+        self,
+        keys: Keys,
+        layout: Layout,
+        masked: bool,
+        plan: SlabPlan,
+        kernels: RowKernels,
+        row_bias: Tensor | None = None,
+    ) -> None:
         self.keys, self.layout, self.masked, self.kernels = keys, layout, masked, kernels
         self.dtype = torch.int16 if keys.sixteen_bit else torch.float32
-        self._made = keys.own.new_empty(plan.product_rows, layout.N, dtype=torch.float32)
-        self._buffer = keys.own.new_empty(plan.slab_rows, layout.N, dtype=self.dtype)
+        self._row_bias = row_bias
+        self._made = keys.centre.new_empty(plan.product_rows, layout.N)
+        self._buffer = keys.centre.new_empty(plan.slab_rows, layout.N, dtype=self.dtype)
+
+    @classmethod
+    def of(cls, rows: Rows, layout: Layout, masked: bool, plan: SlabPlan, kernels: RowKernels) -> "Scores":
+        """Of all these rows."""
+        bias = rows.z.bias
+        if bias is not None and rows.target.bias is not None and rows.target is not rows.z:
+            bias = torch.cat((bias, rows.target.bias))
+        return cls(rows.keys, layout, masked, plan, kernels, bias)
 
     @cached_property
-    def product_step(self) -> Tensor:
-        """The product of fp16 rows that is one step of int16: |z·k| <= max_j |k_j| for unit z. Waits for all keys."""
-        largest = torch.linalg.vector_norm(self.keys.whole, dim=1, dtype=torch.float32).max()
-        # Where all keys are the centre every product is 0, of whatever steps.
-        return largest.clamp_min(1e-20) * (HALF_UNIT / FIXED_STEPS)
+    def product_step(self) -> DeviceScalar:
+        """The product of fp16 rows that is one step of int16. Waits for all keys."""
+        assert self.keys.whole is not None and self.keys.bias is not None and self._row_bias is not None
+        return self._half_kernels.product_step(self.keys.centre, self.keys.bias, self._row_bias)
 
     @cached_property
     def step(self) -> Any:
         """The score that is one step of what is read: a number, or a scalar on the device."""
-        return self.product_step / HALF_UNIT**2 if self.keys.sixteen_bit else 1.0
+        return self.product_step * (1 / HALF_UNIT**2) if self.keys.sixteen_bit else 1.0
 
     def buffer(self, rows: int, after: int = 0) -> Tensor:
         """`rows` rows of the buffer, past the first `after`."""
@@ -120,7 +71,7 @@ class Scores:
             self.multiply(unit, into)
             return self.kernels.mask_positives_(into, positives) if positives is not None else into
         made = self.multiply(unit, self._made[: len(unit)])
-        return self._half_kernels.quantize(made, self.product_step, into, positives)
+        return self._half_kernels.quantize(made, self.product_step, into, positives, self.keys.bias)
 
     def make_and_sum(
         self, unit: Tensor, first: int, into: Tensor, scale: float, row: Potential, shift: Tensor, sums: Tensor
@@ -134,6 +85,7 @@ class Scores:
             made = self.multiply(unit, self._made[: len(unit)])
             self._half_kernels.finish_scores(
                 made,
+                self.keys.bias,
                 self.product_step,
                 into,
                 self._positives(first, None),

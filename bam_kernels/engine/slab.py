@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from ..agreement import agreed
-from ..backends.interface import GRADIENT_FACTOR, LOG2_E, Positives, Potential, RowKernels, UnitRows
+from ..backends.interface import GRADIENT_FACTOR, LOG2_E, Positives, Potential, RowKernels
 from ..layout import Layout
-from ..options import Options, check_finite
+from ..options import Options
 from ..ranges import named
 from ..ranks import ONE_RANK, Ranks
 from .gradient import Gradient
 from .plan import SlabPlan, plan_slabs
-from .scores import KeptScores, Keys, Scores, SourceScores, Sweeps, TargetScores
+from .rows import Rows, checked_rows, rows_and_keys
+from .scores import KeptScores, Scores, SourceScores, Sweeps, TargetScores
 from .sums import Evaluated, Sums
 
 # Below this eps a float64 sum of per-rank column sums can no longer hold the range of exp(1/eps) on both sides.
@@ -30,13 +31,9 @@ LEAST_EPSILON_OF_ONE_SUM = 0.0029
 
 @dataclass
 class Embedded:
-    """Unit rows, centred keys, the potential that rows of the Sinkhorn problem start from, and what makes scores."""
+    """Rows and keys, how their scores are held, and what makes them."""
 
-    z: UnitRows
-    own_keys: bool
-    target_rows: Tensor
-    keys: Keys
-    row: Potential
+    rows: Rows
     plan: SlabPlan
     scores: Scores
 
@@ -71,27 +68,9 @@ def embed(
             budget=options.memory_budget,
             device=student.device,
         )
-        z, y = unit_rows(name, student, teacher, kernels, sixteen_bit)
-    own = (z if y is None else y).views(layout.T, layout.B)
-    keys = Keys.of(own, ranks, kernels, sixteen_bit=sixteen_bit, regather=options.regather)
-    target_rows = z.read if y is None or shared else y.read
-    row = kernels.centre_potential(target_rows, keys.centre, options.epsilon)
-    scores = Scores(keys, layout, options.mask_positives, plan, kernels)
-    return Embedded(z, y is None, target_rows, keys, row, plan, scores)
-
-
-def unit_rows(
-    name: str, student: Tensor, teacher: Tensor | None, kernels: Any, sixteen_bit: bool
-) -> tuple[UnitRows, UnitRows | None]:
-    """The student's and the teacher's. Raises: ValueError on non-finite rows."""
-    normalize = kernels.half_rows if sixteen_bit else kernels.normalize
-    z = normalize(student)
-    check_finite(name, "student", z.norm)
-    if teacher is None:
-        return z, None
-    y = normalize(teacher)
-    check_finite(name, "teacher", y.norm)
-    return z, y
+        read = checked_rows(name, student, teacher, kernels, sixteen_bit)
+    rows = rows_and_keys(student, teacher, read, layout, options, ranks, kernels)
+    return Embedded(rows, plan, Scores.of(rows, layout, options.mask_positives, plan, kernels))
 
 
 @named("Sinkhorn")
@@ -185,17 +164,18 @@ def evaluate(
         wants_source=True,
         sixteen_bit=sixteen_bit,
     )
-    z, shared, plan, scores = x.z.read, x.target_rows is x.z.read, x.plan, x.scores
-    target = TargetScores(x.target_rows, scores, plan)
+    z, shared, plan, scores = x.rows.z.read, x.rows.target is x.rows.z, x.plan, x.scores
+    target = TargetScores(x.rows.target.read, scores, plan)
     source = SourceScores(z, scores, plan, options.iterations) if plan.source_cached else None
     if source is not None and options.regather:
-        target.kept = z.new_empty(len(x.target_rows), layout.N)
-        scores.make_both(x.target_rows, z, target.kept, source.kept)
+        target.kept = z.new_empty(len(target.unit), layout.N)
+        scores.make_both(target.unit, z, target.kept, source.kept)
         source.mark_made()
     meanwhile = source.next_portion if source is not None else None
-    col, column_sums = balance(target, x.row, options.epsilon, options.iterations, ranks, meanwhile=meanwhile)
+    row = x.rows.potential
+    col, column_sums = balance(target, row, options.epsilon, options.iterations, ranks, meanwhile=meanwhile)
 
-    gradient = Gradient(x.z, x.keys, layout, x.own_keys, ranks, kernels) if needs_grad else None
+    gradient = Gradient(x.rows, layout, ranks, kernels) if needs_grad else None
     sums = Sums()
     made = source.finish() if source is not None else None
     for first, matched, G in _match_slabs(target, made, x, layout, options, plan, shared, col, needs_grad):
@@ -203,7 +183,7 @@ def evaluate(
         if gradient is not None:
             gradient.add(G, first)
     if sixteen_bit:  # int16 has no NaN: a row that is not finite shows in its norm
-        sums.spoil_unless_finite(x.z.norm)
+        sums.spoil_unless_finite(x.rows.z.norm)
     dz = gradient.finish(options.temperature) if gradient is not None else None
     return sums.evaluated(layout, options.mask_positives, column_sums, dz)
 
@@ -224,11 +204,11 @@ def _match_slabs(
     made (M, N): source scores that are there already.
     """
     scores, kernels = target.scores, target.scores.kernels
-    z = x.z.read.view(layout.V, layout.B, layout.D)
-    row_exponent = x.row.exponent.view(-1, layout.B)
+    z = x.rows.z.read.view(layout.V, layout.B, layout.D)
+    row_exponent = x.rows.potential.exponent.view(-1, layout.B)
     kept = target.kept.view(-1, layout.B, layout.N) if target.kept is not None else None
     given = made.view(layout.V, layout.B, layout.N) if made is not None else None
-    factor = GRADIENT_FACTOR * layout.B * options.temperature if x.keys.sixteen_bit else 1.0
+    factor = GRADIENT_FACTOR * layout.B * options.temperature if x.rows.keys.sixteen_bit else 1.0
     for first in range(0, layout.B, plan.match_images):
         last = min(first + plan.match_images, layout.B)
         source_rows = 0
@@ -244,9 +224,9 @@ def _match_slabs(
         elif shared:
             target_scores = source[: layout.L]
         else:
-            y = x.target_rows.view(-1, layout.B, layout.D)[: layout.L, first:last]
+            y = x.rows.target.read.view(-1, layout.B, layout.D)[: layout.L, first:last]
             target_scores = _made_images(scores, y, first, source_rows)
-        G = source.view(torch.float16) if x.keys.sixteen_bit else source
+        G = source.view(torch.float16) if x.rows.keys.sixteen_bit else source
         matched = named("match")(kernels.match)(
             target_scores,
             source,
@@ -295,11 +275,11 @@ def targets(
         sixteen_bit=sixteen_bit,
     )
     plan, scores = x.plan, x.scores
-    target = TargetScores(x.target_rows, scores, plan)
-    col, _ = balance(target, x.row, options.epsilon, options.iterations, ranks)
+    target = TargetScores(x.rows.target.read, scores, plan)
+    col, _ = balance(target, x.rows.potential, options.epsilon, options.iterations, ranks)
     P = col.mantissa.new_empty(layout.L, layout.B, layout.N)
-    unit = x.target_rows.view(-1, layout.B, layout.D)[: layout.L]
-    row_exponent = x.row.exponent.view(-1, layout.B)
+    unit = target.unit.view(-1, layout.B, layout.D)[: layout.L]
+    row_exponent = x.rows.potential.exponent.view(-1, layout.B)
     kept = target.kept.view(-1, layout.B, layout.N) if target.kept is not None else None
     for first in range(0, layout.B, plan.match_images):
         last = min(first + plan.match_images, layout.B)

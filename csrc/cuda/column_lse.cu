@@ -34,9 +34,9 @@ __device__ __forceinline__ void add_rows(Column (&column)[kOctet], const float (
   }
 }
 
-// Mask the positives of row i, and write its scores as fixed point, whose values are then x.
-__device__ __forceinline__ void finish_row(float (&x)[kOctet], const Chunks& a, const int (&image)[kOctet], int64_t i,
-                                           int64_t j, float steps_per_unit) {
+// Add the bias, mask the positives of row i, and write its scores as fixed point, whose values are then x.
+__device__ __forceinline__ void finish_row(float (&x)[kOctet], const Chunks& a, const float (&bias)[kOctet],
+                                           const int (&image)[kOctet], int64_t i, int64_t j, float steps_per_unit) {
   const ColumnLse& p = a.p;
   const auto row = static_cast<uint32_t>(i), first = static_cast<uint32_t>(p.positives.first);
   const auto period = static_cast<uint32_t>(p.positives.period), B = static_cast<uint32_t>(p.positives.B);
@@ -44,7 +44,7 @@ __device__ __forceinline__ void finish_row(float (&x)[kOctet], const Chunks& a, 
   int16_t fixed[kOctet];
 #pragma unroll
   for (int k = 0; k < kOctet; ++k) {
-    fixed[k] = image[k] == own ? kMaskedFixed : to_fixed(x[k], steps_per_unit);
+    fixed[k] = image[k] == own ? kMaskedFixed : to_fixed(x[k] + bias[k], steps_per_unit);
     x[k] = value_of(fixed[k]);
   }
   store_octet(p.fixed + i * p.fixed_stride + j, fixed, p.n - j, a.fixed_aligned);
@@ -60,9 +60,13 @@ __global__ void __launch_bounds__(kThreads) column_lse_kernel(const Chunks a) {
   const float scale = number(p.scale);
   const float steps_per_unit = kEpilogue ? 1.0f / number(p.step) : 0.0f;
   int image[kOctet];
+  float bias[kOctet];
   if (kEpilogue)
 #pragma unroll
-    for (int k = 0; k < kOctet; ++k) image[k] = own_image(j + k, p.positives.own_columns, p.positives.T, p.positives.B);
+    for (int k = 0; k < kOctet; ++k) {
+      image[k] = own_image(j + k, p.positives.own_columns, p.positives.T, p.positives.B);
+      bias[k] = p.bias && j + k < p.n ? p.bias[j + k] : 0.0f;
+    }
 
   Column column[kOctet];
   for (int64_t i = first; i < last; i += kRows) {
@@ -78,7 +82,7 @@ __global__ void __launch_bounds__(kThreads) column_lse_kernel(const Chunks a) {
     if (kEpilogue)
 #pragma unroll
       for (int r = 0; r < kRows; ++r)
-        if (i + r < last) finish_row(x[r], a, image, i + r, j, steps_per_unit);
+        if (i + r < last) finish_row(x[r], a, bias, image, i + r, j, steps_per_unit);
     if (p.shift) add_rows(column, x, scale, exponent, mantissa);
   }
   if (!p.shift) return;

@@ -61,8 +61,8 @@ struct Positives {
 };
 
 // bam::ColumnLse in chunks of `rows` rows, each into partial[0] and [1] (chunks, n), which are then merged. As the
-// epilogue of a product (fixed not null) the scores are float32, positives are masked, and int16 scores are written,
-// whose values are the ones summed. shift null: no sums.
+// epilogue of a product (fixed not null) the scores are float32, bias (n) is added where it is not null, positives are
+// masked, and int16 scores are written, whose values are the ones summed. shift null: no sums.
 struct ColumnLse {
   Scores scores;
   int64_t m, n;
@@ -73,6 +73,7 @@ struct ColumnLse {
   bool accumulate;
   float* partial;
   int64_t rows;
+  const float* bias;
   int16_t* fixed;
   int64_t fixed_stride;
   Scalar step;
@@ -171,19 +172,34 @@ struct PlanSubtract {
 // Unit rows times 64 sit in the middle of fp16's range: the smallest entry that matters stays normal.
 constexpr float kUnitScale = 64.0f;
 
-// read_i = x_i / max(|x_i|, 1e-12) - centre in float32, or 64 times that in fp16; norm_i = |x_i|.
+// read_i = u_i = x_i / max(|x_i|, 1e-12) in float32, norm_i = |x_i|. With a centre read_i = 64 (u_i - centre) in fp16,
+// bias_i = 64^2 <u_i - centre, centre>, and the row potential is 2^(scale * <u_i, centre>).
 struct Normalize {
   Rows x;
   int64_t m, d;
-  const float* centre;  // null: 0
-  void* read;           // (m, d) float32 or fp16
-  FloatType read_type;
+  const float* centre;
+  void* read;  // (m, d)
   double* norm;
+  float* bias;
+  double scale;
+  Potential row;
 };
 
-// The row potential 2^(scale * <read_i, centre>).
+// The product of rows and keys, bias added, that is one step of fixed point: kFixedSteps of them hold every one. With
+// a = max_j |k'_j| and b = max_i |z'_i| both |s| <= a and |s| <= a b + max_j |bias_j| hold; unit rows have
+// |u_i - centre|^2 = 1 - |centre|^2 - 2 bias_i / 64^2.
+struct ProductStep {
+  const float* centre;    // (d)
+  const float* key_bias;  // (n)
+  const float* row_bias;  // (m)
+  int64_t d, n, m;
+  float* step;
+};
+constexpr double kFixedSteps = 32000.0;
+
+// The row potential 2^(scale * <read_i, centre>) of float32 rows.
 struct CentrePotential {
-  Rows read;
+  const float* read;  // (m, d)
   int64_t m, d;
   const float* centre;
   double scale;
@@ -235,6 +251,7 @@ struct Kernels {
   void (*plan_products)(const PlanProducts&, const Where&);
   void (*plan_subtract)(const PlanSubtract&, const Where&);
   void (*normalize)(const Normalize&, const Where&);
+  void (*product_step)(const ProductStep&, const Where&);
   void (*centre_potential)(const CentrePotential&, const Where&);
   void (*project)(const Project&, const Where&);
   void (*symmetrize)(const Symmetrize&, const Where&);

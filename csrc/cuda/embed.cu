@@ -1,5 +1,5 @@
-// Embedding rows: the L2 normalisation, its gradient, and the row potential of scores against centred keys. One block a
-// row; sums in double: rows of any finite magnitude. The second read of a row comes from the cache.
+// Embedding rows: the L2 normalisation, its gradient, and what scores against centred keys lack. One block a row; sums
+// in double: rows of any finite magnitude. The second read of a row comes from the cache.
 #include "launch.cuh"
 #include "tile.cuh"
 
@@ -8,17 +8,32 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr double kNormFloor = 1e-12;
+constexpr double kLeastSquare = 1e-14;  // of a difference of unit rows, above a double's rounding of 1
 
-// The sum over the block, in a fixed order, the same in every thread.
-__device__ double block_sum(double x) {
+struct Add {
+  __device__ double operator()(double a, double b) const { return a + b; }
+};
+struct Least {
+  __device__ double operator()(double a, double b) const { return fmin(a, b); }
+};
+
+// Over the block, in a fixed order, the same in every thread.
+template <class Combine>
+__device__ double over_block(double x, Combine combine) {
   double* parts = static_cast<double*>(shared_memory());
+  sync_block();  // what was there has been read
   parts[threadIdx.x] = x;
   for (int half = kThreads / 2; half > 0; half /= 2) {
     sync_block();
-    if (threadIdx.x < static_cast<unsigned>(half)) parts[threadIdx.x] += parts[threadIdx.x + half];
+    if (threadIdx.x < static_cast<unsigned>(half))
+      parts[threadIdx.x] = combine(parts[threadIdx.x], parts[threadIdx.x + half]);
   }
   sync_block();
   return parts[0];
+}
+
+__device__ double block_sum(double x) {
+  return over_block(x, Add());
 }
 
 // 1 / max(norm, floor); NaN where the norm is NaN.
@@ -37,6 +52,13 @@ struct Row {
   int64_t stride;
 };
 
+// 2^power of row i: mantissa in [1, 2].
+__device__ __forceinline__ void store_power(const Potential& row, int64_t i, double power) {
+  const double whole = floor(power);
+  row.exponent[i] = static_cast<float>(whole);
+  row.mantissa[i] = exp2f(static_cast<float>(power - whole));
+}
+
 template <class T>
 __global__ void __launch_bounds__(kThreads) normalize_kernel(const Normalize p) {
   const Row<T> x(p.x, blockIdx.x);
@@ -44,25 +66,61 @@ __global__ void __launch_bounds__(kThreads) normalize_kernel(const Normalize p) 
   for (int64_t k = threadIdx.x; k < p.d; k += kThreads) squares += x[k] * x[k];
   const double norm = sqrt(block_sum(squares)), inverse = inverse_norm(norm);
   if (threadIdx.x == 0) p.norm[blockIdx.x] = norm;
-  for (int64_t k = threadIdx.x; k < p.d; k += kThreads) {
-    const double unit = x[k] * inverse - (p.centre ? p.centre[k] : 0.0f);
-    const int64_t at = blockIdx.x * p.d + k;
-    if (p.read_type == FloatType::kFloat32) static_cast<float*>(p.read)[at] = static_cast<float>(unit);
-    else static_cast<__half*>(p.read)[at] = __float2half_rn(static_cast<float>(unit * kUnitScale));
+  const int64_t first = blockIdx.x * p.d;
+  if (!p.centre) {
+    for (int64_t k = threadIdx.x; k < p.d; k += kThreads)
+      static_cast<float*>(p.read)[first + k] = static_cast<float>(x[k] * inverse);
+    return;
   }
+  double along = 0.0, beyond = 0.0;
+  for (int64_t k = threadIdx.x; k < p.d; k += kThreads) {
+    const double unit = x[k] * inverse, centre = p.centre[k], centred = unit - centre;
+    along += unit * centre;
+    beyond += centred * centre;
+    static_cast<__half*>(p.read)[first + k] = __float2half_rn(static_cast<float>(centred * kUnitScale));
+  }
+  along = block_sum(along);
+  beyond = block_sum(beyond);
+  if (threadIdx.x != 0) return;
+  p.bias[blockIdx.x] = static_cast<float>(beyond * (kUnitScale * kUnitScale));
+  store_power(p.row, blockIdx.x, along * p.scale);
 }
 
-// Mantissa in [1, 2].
-template <class T>
 __global__ void __launch_bounds__(kThreads) centre_potential_kernel(const CentrePotential p) {
-  const Row<T> read(p.read, blockIdx.x);
+  const float* read = p.read + blockIdx.x * p.d;
   double dot = 0.0;
-  for (int64_t k = threadIdx.x; k < p.d; k += kThreads) dot += read[k] * p.centre[k];
+  for (int64_t k = threadIdx.x; k < p.d; k += kThreads) dot += static_cast<double>(read[k]) * p.centre[k];
   dot = block_sum(dot);
+  if (threadIdx.x == 0) store_power(p.row, blockIdx.x, dot * p.scale);
+}
+
+// The least and the largest of n floats over the block.
+__device__ void block_extremes(const float* x, int64_t n, double& least, double& most) {
+  least = INFINITY;
+  most = -INFINITY;
+  for (int64_t k = threadIdx.x; k < n; k += kThreads) {
+    least = fmin(least, static_cast<double>(x[k]));
+    most = fmax(most, static_cast<double>(x[k]));
+  }
+  least = over_block(least, Least());
+  most = -over_block(-most, Least());
+}
+
+// One block. Where all keys are the centre every product is 0, of whatever steps. A centre that is not a number gives
+// no step.
+__global__ void __launch_bounds__(kThreads) product_step_kernel(const ProductStep p) {
+  constexpr double kSquare = static_cast<double>(kUnitScale) * kUnitScale;
+  double squares = 0.0;
+  for (int64_t k = threadIdx.x; k < p.d; k += kThreads) squares += static_cast<double>(p.centre[k]) * p.centre[k];
+  const double left = 1.0 - block_sum(squares);
+  double least_of_keys, most_of_keys, least_of_rows, most_of_rows;
+  block_extremes(p.key_bias, p.n, least_of_keys, most_of_keys);
+  block_extremes(p.row_bias, p.m, least_of_rows, most_of_rows);
   if (threadIdx.x != 0) return;
-  const double power = dot * p.scale, whole = floor(power);
-  p.row.exponent[blockIdx.x] = static_cast<float>(whole);
-  p.row.mantissa[blockIdx.x] = exp2f(static_cast<float>(power - whole));
+  const double a = left == left ? sqrt(fmax(left - 2.0 / kSquare * least_of_keys, kLeastSquare)) : left;
+  const double b = sqrt(fmax(left - 2.0 / kSquare * least_of_rows, kLeastSquare));
+  const double bias = fmax(-least_of_keys, most_of_keys) / kSquare;
+  *p.step = static_cast<float>(fmin(a * b + bias, a) * (kSquare / kFixedSteps));
 }
 
 template <class T>
@@ -77,16 +135,19 @@ __global__ void __launch_bounds__(kThreads) project_kernel(const Project p) {
     d[k] = static_cast<float>((d[k] - along * (x[k] * inverse)) * (inverse * p.factor));
 }
 
+Shape rows_shape(int64_t m) {
+  return {dim3(static_cast<unsigned>(m)), kThreads, kThreads * static_cast<int64_t>(sizeof(double))};
+}
+
 // One block for each of m rows of a type.
 template <class Params>
 void launch_rows(const char* name, void (*float32)(Params), void (*float16)(Params), void (*bfloat16)(Params),
                  FloatType type, int64_t m, const Where& where, const Params& params) {
-  const Shape shape = {dim3(static_cast<unsigned>(m)), kThreads, kThreads * static_cast<int64_t>(sizeof(double))};
   launch(name,
          type == FloatType::kFloat32   ? float32
          : type == FloatType::kFloat16 ? float16
                                        : bfloat16,
-         shape, where, params);
+         rows_shape(m), where, params);
 }
 
 }  // namespace
@@ -96,9 +157,12 @@ void normalize(const Normalize& p, const Where& where) {
               p.x.type, p.m, where, p);
 }
 
+void product_step(const ProductStep& p, const Where& where) {
+  launch("product_step_kernel", product_step_kernel, rows_shape(1), where, p);
+}
+
 void centre_potential(const CentrePotential& p, const Where& where) {
-  launch_rows("centre_potential_kernel", centre_potential_kernel<float>, centre_potential_kernel<__half>,
-              centre_potential_kernel<__nv_bfloat16>, p.read.type, p.m, where, p);
+  launch("centre_potential_kernel", centre_potential_kernel, rows_shape(p.m), where, p);
 }
 
 void project(const Project& p, const Where& where) {

@@ -11,6 +11,7 @@ void match(const Match&, const Where&);
 void plan_products(const PlanProducts&, const Where&);
 void plan_subtract(const PlanSubtract&, const Where&);
 void normalize(const Normalize&, const Where&);
+void product_step(const ProductStep&, const Where&);
 void centre_potential(const CentrePotential&, const Where&);
 void project(const Project&, const Where&);
 void symmetrize(const Symmetrize&, const Where&);
@@ -18,8 +19,8 @@ void mask_positives(const MaskPositives&, const Where&);
 void reciprocal_potential(const ReciprocalPotential&, const Where&);
 void divide_potential(const DividePotential&, const Where&);
 
-const Kernels kernels = {
-    column_lse, sinkhorn_pass,    row_step, sinkhorn_on_chip, match,          plan_products,        plan_subtract,
-    normalize,  centre_potential, project,  symmetrize,       mask_positives, reciprocal_potential, divide_potential};
+const Kernels kernels = {column_lse,    sinkhorn_pass, row_step,       sinkhorn_on_chip,     match,
+                         plan_products, plan_subtract, normalize,      product_step,         centre_potential,
+                         project,       symmetrize,    mask_positives, reciprocal_potential, divide_potential};
 
 }  // namespace bam::cuda

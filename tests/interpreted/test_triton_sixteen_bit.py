@@ -13,7 +13,7 @@ from triton_device import DEVICE, pytestmark  # noqa: F401
 from bam_kernels import bam_loss, bam_targets, reference
 from bam_kernels.backends import triton as backend
 from bam_kernels.backends.triton import tiles
-from bam_kernels.engine import flash, slab
+from bam_kernels.engine import flash, rows, slab
 from bam_kernels.options import Options
 from bam_kernels.ranks import ONE_RANK
 from bam_kernels.simulated import SimulatedRanks
@@ -66,17 +66,16 @@ def yardstick(student, teacher, **given):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("cosine", [0.0, 0.9, 0.99, 0.999])
+@pytest.mark.parametrize(("cosine", "share"), [(0.0, 0.8), (0.9, 0.1), (0.99, 0.01), (0.999, 0.001)])
 @pytest.mark.parametrize("R", [0, 2])
-def test_below_the_error_of_pytorch_in_16_bit(engine, cosine, R):
-    """Where rows have much in common, rounding after the centre is taken off is what keeps what they differ in."""
+def test_below_the_error_of_pytorch_in_16_bit(engine, cosine, share, R):
+    """Rounding after the centre is taken off keeps what rows differ in, however much they have in common."""
     student = features(4, 14, 40, cosine=cosine, seed=1)
     teacher = features(R, 14, 40, cosine=cosine, seed=1) if R else None
     _, grad, P = truth(student, teacher)
     _, dz, targets = evaluated(engine, student, teacher)
     plain_dz, plain_P = yardstick(student, teacher)
-    share = 0.8 if cosine == 0 else 0.2
-    assert relative(dz, grad) <= share * relative(plain_dz, grad)
+    assert relative(dz, grad) <= min(share * relative(plain_dz, grad), 8e-4)
     assert relative(targets, P) <= share * relative(plain_P, P)
     assert_close(targets.sum(1), torch.ones(len(P)), 2e-5)
 
@@ -127,8 +126,7 @@ def test_golden(name):
         torch.set_float32_matmul_precision("highest")
     assert_close(loss.cpu(), problem.loss, 2e-3 * problem.loss.abs().item())
     assert 1e-7 < relative(P.cpu(), problem.target) <= 2e-3  # products were rounded
-    bound = 5e-3 if "collapsed" not in name else 0.05
-    assert relative(grad.cpu(), problem.grad) <= bound
+    assert relative(grad.cpu(), problem.grad) <= 2e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -166,7 +164,7 @@ def test_repeatable_to_the_bit(engine, monkeypatch):
 @pytest.mark.parametrize("where", ["student", "teacher"])
 def test_what_is_not_finite_gives_a_loss_that_is_not(engine, where, monkeypatch):
     """As on a GPU, where nothing waits to look at the input."""
-    monkeypatch.setattr(slab, "check_finite", lambda *_: None)
+    monkeypatch.setattr(rows, "check_finite", lambda *_: None)
     student, teacher = features(2, 5, 16), features(2, 5, 16, seed=1)
     (student if where == "student" else teacher)[1, 3, 2] = math.inf
     loss, _, _ = evaluated(engine, student, teacher)

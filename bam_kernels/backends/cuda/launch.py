@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..interface import Positives, Potential
+from ..interface import DeviceScalar, Positives, Potential
 from .device import Device
 
-Number = float | Tensor
+Number = float | DeviceScalar
 FLOAT_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 NO_SCORES = (0, False, 0, 0)
 NO_POTENTIAL = (0, 0)
@@ -37,9 +37,9 @@ def rows_of(x: Tensor) -> tuple[int, int, tuple[int, int, int, int]]:
 
 def number(x: Number, factor: float = 1.0) -> tuple[float, int]:
     """factor * x as a factor and the address of a device scalar."""
-    if isinstance(x, Tensor):
-        assert x.numel() == 1 and x.dtype == torch.float32
-        return factor, x.data_ptr()
+    if isinstance(x, DeviceScalar):
+        assert x.tensor.numel() == 1 and x.tensor.dtype == torch.float32
+        return factor * x.factor, x.tensor.data_ptr()
     return factor * float(x), 0
 
 

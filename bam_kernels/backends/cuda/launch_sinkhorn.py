@@ -17,16 +17,25 @@ class SinkhornKernels(Launcher):
         self, s: Tensor, scale: Number, row: Potential, shift: Tensor, sums: Tensor, accumulate: bool
     ) -> None:
         """Per column Σ_i 2^(scale*s_ij) row_i = sums_j * 2^shift_j, added to what is there if `accumulate`."""
-        self._column_lse(s, scale, row, shift, sums, accumulate, None, 1.0, None)
+        self._column_lse(s, scale, row, shift, sums, accumulate, None, None, 1.0, None)
 
-    def quantize(self, s: Tensor, step: Number, out: Tensor, positives: Positives | None = None) -> Tensor:
-        """rint(scores/step) clamped to +-32767 into `out` (m, N) int16; masked scores, and positives, as -32768."""
-        self._column_lse(s, 1.0, None, None, None, False, out, step, positives)
+    def quantize(
+        self,
+        s: Tensor,
+        step: Number,
+        out: Tensor,
+        positives: Positives | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """rint((scores + bias)/step) clamped to +-32767 into `out` (m, N) int16; bias (N,) or None: 0; masked scores,
+        and positives, as -32768."""
+        self._column_lse(s, 1.0, None, None, None, False, bias, out, step, positives)
         return out
 
     def finish_scores(
         self,
         s: Tensor,
+        bias: Tensor | None,
         step: Number,
         out: Tensor,
         positives: Positives | None,
@@ -38,7 +47,7 @@ class SinkhornKernels(Launcher):
         accumulate: bool,
     ) -> None:
         """A product's epilogue in one read of s (m, N) float32: `quantize` to out (m, N) int16, and its column_lse."""
-        self._column_lse(s, scale, row, shift, sums, accumulate, out, step, positives)
+        self._column_lse(s, scale, row, shift, sums, accumulate, bias, out, step, positives)
 
     def _column_lse(
         self,
@@ -48,6 +57,7 @@ class SinkhornKernels(Launcher):
         shift: Tensor | None,
         sums: Tensor | None,
         accumulate: bool,
+        bias: Tensor | None,
         out: Tensor | None,
         step: Number,
         positives: Positives | None,
@@ -68,6 +78,7 @@ class SinkhornKernels(Launcher):
             accumulate,
             partial.data_ptr(),
             rows,
+            address(bias),
             address(out),
             out.stride(0) if out is not None else 0,
             number(step),

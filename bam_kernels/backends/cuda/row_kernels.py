@@ -9,8 +9,8 @@ Results do not differ from run to run on devices of one kind.
 import torch
 from torch import Tensor
 
-from ..interface import HALF_UNIT, LOG2_E, Positives, Potential, UnitRows
-from .launch import FLOAT_TYPES, Number, address, number, pair, positives_of, rounded, rows_of, scores_of
+from ..interface import LOG2_E, DeviceScalar, Positives, Potential, UnitRows
+from .launch import FLOAT_TYPES, NO_POTENTIAL, Number, address, number, pair, positives_of, rounded, rows_of, scores_of
 from .launch_match import MatchKernels
 from .launch_sinkhorn import SinkhornKernels
 
@@ -24,29 +24,51 @@ class CudaKernels(SinkhornKernels, MatchKernels):
 
     def normalize(self, x: Tensor) -> UnitRows:
         """x (m, D) or (V, B, D) of any float type and strides -> unit rows (m, D) float32, norms; view-major."""
-        return self._unit_rows(x, None, torch.float32)
+        rows = _empty_rows(x, torch.float32)
+        self._read_rows(rows, None, None, 0.0)
+        return rows
 
-    def half_rows(self, x: Tensor, centre: Tensor | None = None) -> UnitRows:
-        """As `normalize`, but the unit rows, less `centre` (D,) where it is given, are fp16 times HALF_UNIT."""
-        return self._unit_rows(x, centre, torch.float16)
+    def half_rows(self, x: Tensor, centre: Tensor, epsilon: float) -> tuple[UnitRows, Potential]:
+        """As `normalize`, but the unit rows, less `centre` (D,), are fp16 times HALF_UNIT, with their bias; and the row
+        potential exp(<unit_i, centre>/eps) that scores against centred keys start from."""
+        _check_vector(centre)
+        rows, m = _empty_rows(x, torch.float16), x.shape[:-1].numel()
+        rows, row = rows._replace(bias=torch.empty(m, device=x.device)), Potential(*torch.empty(2, m, device=x.device))
+        self._read_rows(rows, centre, row, rounded(LOG2_E / epsilon))
+        return rows, row
 
-    def _unit_rows(self, x: Tensor, centre: Tensor | None, dtype: torch.dtype) -> UnitRows:
-        m, d = x.shape[:-1].numel(), x.shape[-1]
-        assert centre is None or (centre.is_contiguous() and centre.dtype == torch.float32)
-        read = torch.empty(m, d, dtype=dtype, device=x.device)
-        norm = torch.empty(m, dtype=torch.float64, device=x.device)
+    def _read_rows(self, rows: UnitRows, centre: Tensor | None, row: Potential | None, scale: float) -> None:
+        m, d = rows.read.shape
         self._kernels.normalize(
-            rows_of(x), m, d, address(centre), read.data_ptr(), FLOAT_TYPES[dtype], norm.data_ptr(), self._where(x)
+            rows_of(rows.x),
+            m,
+            d,
+            address(centre),
+            rows.read.data_ptr(),
+            rows.norm.data_ptr(),
+            address(rows.bias),
+            scale,
+            pair(row) if row is not None else NO_POTENTIAL,
+            self._where(rows.x),
         )
-        return UnitRows(read, norm, x)
+
+    def product_step(self, centre: Tensor, key_bias: Tensor, row_bias: Tensor) -> DeviceScalar:
+        """The product of half rows, bias added, that is one step of fixed point; biases of all keys and of rows."""
+        step, given = torch.empty(1, device=centre.device), []
+        for x in (centre, key_bias, row_bias):
+            _check_vector(x)
+            given += [x.data_ptr(), len(x)]
+        self._kernels.product_step(*given, step.data_ptr(), self._where(centre))
+        return DeviceScalar(step)
 
     def centre_potential(self, read: Tensor, centre: Tensor, epsilon: float) -> Potential:
-        """The row potential exp(<unit_i, centre>/eps) that scores against centred keys start from."""
+        """The row potential exp(<unit_i, centre>/eps) that scores against centred keys start from; float32 rows."""
         m, d = read.shape
-        assert centre.is_contiguous() and centre.dtype == torch.float32
+        assert read.is_contiguous() and read.dtype == torch.float32
+        _check_vector(centre)
         row = Potential(*torch.empty(2, m, device=read.device))
-        scale = rounded(LOG2_E / epsilon / (HALF_UNIT if read.dtype == torch.float16 else 1.0))
-        self._kernels.centre_potential(rows_of(read), m, d, centre.data_ptr(), scale, pair(row), self._where(read))
+        scale = rounded(LOG2_E / epsilon)
+        self._kernels.centre_potential(read.data_ptr(), m, d, centre.data_ptr(), scale, pair(row), self._where(read))
         return row
 
     def project_(self, d: Tensor, rows: UnitRows, factor: float = 1.0) -> Tensor:
@@ -110,3 +132,13 @@ class CudaKernels(SinkhornKernels, MatchKernels):
             x.stride(0),
             self._where(s),
         )
+
+
+def _empty_rows(x: Tensor, dtype: torch.dtype) -> UnitRows:
+    m, d = x.shape[:-1].numel(), x.shape[-1]
+    read = torch.empty(m, d, dtype=dtype, device=x.device)
+    return UnitRows(read, torch.empty(m, dtype=torch.float64, device=x.device), x)
+
+
+def _check_vector(x: Tensor) -> None:
+    assert x.is_contiguous() and x.dtype == torch.float32

@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ...layout import Layout
-from ..interface import Positives, Potential
+from ..interface import DeviceScalar, Positives, Potential
 from .flash_kernels import FlashKernels
 from .launch import Launch
 from .row_kernels import TritonKernels
@@ -145,7 +145,7 @@ def _call_row_kernels(kernels: TritonKernels, n: int, L: int, V: int, dtype: tor
     row, col = Potential(_empty(m), _empty(m)), Potential(_empty(n), _empty(n))
     kernels.sinkhorn_pass(s, 1.0, row, col, _empty(n), False)
     images = s.view(V, B, n)
-    step = _empty(1) if dtype == torch.int16 else 1.0
+    step = DeviceScalar(_empty(1)) if dtype == torch.int16 else 1.0
     for top_k in (0, 128):
         kernels.match(
             images[:L],
@@ -163,8 +163,8 @@ def _call_row_kernels(kernels: TritonKernels, n: int, L: int, V: int, dtype: tor
     if dtype == torch.int16:
         made = _empty(m, n)
         positives, sums = Positives(layout, 0, m), _empty(n)
-        kernels.finish_scores(made, step, s, positives, 1.0, row, sums, sums, accumulate=False)
-        kernels.quantize(made, step, s, positives)
+        kernels.finish_scores(made, sums, step, s, positives, 1.0, row, sums, sums, accumulate=False)
+        kernels.quantize(made, step, s, positives, sums)
     kernels.plan_products(s, 1.0, row, col, _empty(n), _empty(m))
     kernels.plan_subtract_(_empty(m, n), s, 1.0, row, col, _empty(m), _empty(n))
 
@@ -174,8 +174,11 @@ def _call_preparation(kernels: TritonKernels) -> None:
     kernels.mask_positives_(_empty(layout.M, layout.N), Positives(layout, 0, layout.M))
     x = _empty(2048, 4096, dtype=torch.bfloat16)
     centre = _empty(4096)
-    for rows in (kernels.normalize(x), kernels.half_rows(x.view(8, 256, 4096), centre)):
-        kernels.centre_potential(rows.read, centre, 0.05)
+    unit = kernels.normalize(x)
+    kernels.centre_potential(unit.read, centre, 0.05)
+    half, _ = kernels.half_rows(x.view(8, 256, 4096), centre, 0.05)
+    kernels.product_step(centre, _empty(8192), _empty(2048))
+    for rows in (unit, half):
         kernels.project_(_empty(2048, 4096), rows)
     for dtype in (torch.float32, torch.float16):
         kernels.symmetrize_(_empty(2048, 2048, dtype=dtype))
@@ -187,7 +190,8 @@ def _call_flash_kernels(record: Launch, n: int, D: int, dtype: torch.dtype) -> N
     V, B = 2, 1024
     layout = Layout(B=B, V=V, L=2, T=2, D=D, W=max(n // (2 * B), 1))
     x, k = _empty(layout.M, D, dtype=dtype), _empty(layout.N, D, dtype=dtype)
-    kernels = FlashKernels(k, layout, masked=True, unit=64.0, precision="tf32", run=record)
+    bias = _empty(layout.N) if dtype == torch.float16 else None
+    kernels = FlashKernels(k, bias, layout, masked=True, unit=64.0, precision="tf32", run=record)
     row, col = Potential(_empty(layout.M), _empty(layout.M)), Potential(_empty(n), _empty(n))
     kernels.column_lse(x, 1.0, row, _empty(n), _empty(n), False)
     kernels.sinkhorn_pass(x, 1.0, row, col, _empty(n), False)

@@ -1,4 +1,4 @@
-"""Embedding rows: the L2 normalisation, its gradient, and the row potential of scores against centred keys.
+"""Embedding rows: the L2 normalisation, its gradient, and what scores against centred keys lack.
 
 One program per row of D features, in blocks of BLOCK columns; the second read of a row comes from the cache. Rows x are
 (m, D) of any float type and strides, or (V, B, D), of which row v*B + i is x[v, i].
@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 NORM_FLOOR = tl.constexpr(1e-12)
+LEAST_SQUARE = tl.constexpr(1e-14)  # of a difference of unit rows, above float64's rounding of 1
 
 
 @triton.jit
@@ -15,13 +16,37 @@ def _row(x, i, B, stride_view, stride_row):
     return x + (i // B) * stride_view + (i % B) * stride_row
 
 
+@triton.jit
+def _store_power(exponent, mantissa, i, x):
+    """2^x of a float64 x as integer exponent and mantissa in [1, 2]."""
+    whole = tl.floor(x)
+    tl.store(exponent + i, whole.to(tl.float32))
+    tl.store(mantissa + i, tl.exp2((x - whole).to(tl.float32)))
+
+
 @triton.jit(do_not_specialize=["B"])
 def unit_rows_kernel(
-    x, centre, read, norm, B, D, stride_view, stride_row, stride_feature, UNIT: tl.constexpr, BLOCK: tl.constexpr
+    x,
+    centre,
+    read,
+    norm,
+    bias,
+    exponent,
+    mantissa,
+    scale,
+    B,
+    D,
+    stride_view,
+    stride_row,
+    stride_feature,
+    UNIT: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """read_i = UNIT * (x_i / max(|x_i|, 1e-12) - centre), norm_i = |x_i|, sums in float64: rows of any magnitude.
+    """read_i = UNIT * (u_i - centre) of u_i = x_i / max(|x_i|, 1e-12), norm_i = |x_i|, sums in float64: rows of any
+    magnitude. With a centre, bias_i = UNIT^2 <u_i - centre, centre> and the potential 2^(scale * <u_i, centre>) too.
 
-    Shapes: x rows of D, centre (D,) float32 or None: 0 -> read (m, D) float32 or fp16 contiguous, norm (m,) float64.
+    Shapes: x rows of D, centre (D,) float32 or None: 0 -> read (m, D) float32 or fp16 contiguous, norm (m,) float64,
+    bias (m,) float32, exponent (m,), mantissa (m,) in [1, 2].
     A zero row has unit 0 and norm 0; a row that is not finite has a norm that is not finite.
     """
     i = tl.program_id(0).to(tl.int64)
@@ -35,19 +60,65 @@ def unit_rows_kernel(
     tl.store(norm + i, length)
     inverse = 1.0 / tl.where(length > NORM_FLOOR, length, NORM_FLOOR)
     inverse = tl.where(length == length, inverse, length)
+    along = tl.zeros([BLOCK], tl.float64)
+    beyond = tl.zeros([BLOCK], tl.float64)
     for first in range(0, D, BLOCK):
         mask = first + offs < D
         unit = tl.load(row + (first + offs) * stride_feature, mask=mask, other=0.0).to(tl.float64) * inverse
         if centre is not None:
-            unit -= tl.load(centre + first + offs, mask=mask, other=0.0)
+            c = tl.load(centre + first + offs, mask=mask, other=0.0).to(tl.float64)
+            along += unit * c
+            unit -= c
+            beyond += unit * c
         tl.store(read + i * D + first + offs, (unit * UNIT).to(read.dtype.element_ty), mask=mask)
+    if centre is not None:
+        tl.store(bias + i, (tl.sum(beyond, axis=0) * (UNIT * UNIT)).to(tl.float32))
+        _store_power(exponent, mantissa, i, tl.sum(along, axis=0) * tl.full([], scale, tl.float32).to(tl.float64))
+
+
+@triton.jit
+def _extremes(x, n, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    least = tl.full([BLOCK], float("inf"), tl.float32)
+    most = tl.full([BLOCK], float("-inf"), tl.float32)
+    for first in range(0, n, BLOCK):
+        mask = first + offs < n
+        least = tl.minimum(least, tl.load(x + first + offs, mask=mask, other=float("inf")))
+        most = tl.maximum(most, tl.load(x + first + offs, mask=mask, other=float("-inf")))
+    return tl.min(least, axis=0).to(tl.float64), tl.max(most, axis=0).to(tl.float64)
+
+
+@triton.jit(do_not_specialize=["m", "n"])
+def product_step_kernel(
+    centre, key_bias, row_bias, step, D, n, m, UNIT: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The product of centred rows that is one step of fixed point: STEPS of them hold every product plus bias.
+
+    With a = max_j |k'_j| and b = max_i |z'_i| both |s| <= a and |s| <= a b + max_j |bias_j| hold; unit rows have
+    |u_i - centre|^2 = 1 - |centre|^2 - 2 bias_i / UNIT^2.
+    Shapes: centre (D,), key_bias (n,), row_bias (m,) float32 -> step (1,) float32. One program.
+    """
+    offs = tl.arange(0, BLOCK)
+    squares = tl.zeros([BLOCK], tl.float64)
+    for first in range(0, D, BLOCK):
+        c = tl.load(centre + first + offs, mask=first + offs < D, other=0.0).to(tl.float64)
+        squares += c * c
+    left = 1.0 - tl.sum(squares, axis=0)
+    least_of_keys, most_of_keys = _extremes(key_bias, n, BLOCK)
+    least_of_rows, _most = _extremes(row_bias, m, BLOCK)
+    # Where all keys are the centre every product is 0, of whatever steps. A centre that is not a number gives no step.
+    a = tl.maximum(left - 2.0 / (UNIT * UNIT) * least_of_keys, LEAST_SQUARE)
+    a = tl.sqrt(tl.where(left == left, a, left))
+    b = tl.sqrt(tl.maximum(left - 2.0 / (UNIT * UNIT) * least_of_rows, LEAST_SQUARE))
+    bias = tl.maximum(-least_of_keys, most_of_keys) / (UNIT * UNIT)
+    tl.store(step, (tl.minimum(a * b + bias, a) * (UNIT * UNIT / STEPS)).to(tl.float32))
 
 
 @triton.jit
 def centre_potential_kernel(read, centre, exponent, mantissa, D, stride_read, scale, BLOCK: tl.constexpr):
-    """exponent_i, mantissa_i of 2^(scale * <read_i, centre>), the product in float64; scale = log2(e)/eps / UNIT.
+    """exponent_i, mantissa_i of 2^(scale * <read_i, centre>), the product in float64; scale = log2(e)/eps.
 
-    Shapes: read (m, D) float32 or fp16, centre (D,) float32 -> exponent (m,), mantissa (m,) in [1, 2].
+    Shapes: read (m, D) float32, centre (D,) float32 -> exponent (m,), mantissa (m,) in [1, 2].
     """
     i = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, BLOCK)
@@ -56,10 +127,7 @@ def centre_potential_kernel(read, centre, exponent, mantissa, D, stride_read, sc
         mask = first + offs < D
         a = tl.load(read + i * stride_read + first + offs, mask=mask, other=0.0).to(tl.float64)
         dots += a * tl.load(centre + first + offs, mask=mask, other=0.0).to(tl.float64)
-    x = tl.sum(dots, axis=0) * tl.full([], scale, tl.float32).to(tl.float64)
-    whole = tl.floor(x)
-    tl.store(exponent + i, whole.to(tl.float32))
-    tl.store(mantissa + i, tl.exp2((x - whole).to(tl.float32)))
+    _store_power(exponent, mantissa, i, tl.sum(dots, axis=0) * tl.full([], scale, tl.float32).to(tl.float64))
 
 
 @triton.jit(do_not_specialize=["B"])

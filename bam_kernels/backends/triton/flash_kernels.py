@@ -23,15 +23,17 @@ def _plain(scale: Number) -> float:
 
 
 class FlashKernels(SinkhornKernels):
-    """Sinkhorn steps, targets, loss and gradients of rows x (m, D) in place of their scores x kᵀ / unit^2.
+    """Sinkhorn steps, targets, loss and gradients of rows x (m, D) in place of their scores (x kᵀ + bias) / unit^2.
 
-    keys (N, D) in gathered order; rows and keys are float32 or fp16, times `unit`. masked: positives are left out.
+    keys (N, D) in gathered order, bias (N,) or None: 0; rows and keys are float32 or fp16, times `unit`. Below x_i·k_j
+    has its bias. masked: positives are left out.
     precision: "ieee" or "tf32", of float32 products. Rows start at image 0, view-major.
     """
 
     def __init__(
         self,
         keys: Tensor,
+        bias: Tensor | None,
         layout: Layout,
         *,
         masked: bool,
@@ -41,7 +43,7 @@ class FlashKernels(SinkhornKernels):
     ) -> None:
         super().__init__(run)
         assert keys.shape == (layout.N, layout.D) and keys.stride(1) == 1
-        self.keys, self.layout, self.unit = keys, layout, unit
+        self.keys, self.bias, self.layout, self.unit = keys, bias, layout, unit
         self.masked, self.precision = masked, precision
 
     def column_lse(
@@ -87,6 +89,7 @@ class FlashKernels(SinkhornKernels):
             (tiles, chunks),
             own,
             other,
+            self.bias,
             *(potential if potential is not None else (None, None)),
             *partial,
             _plain(scale),
@@ -126,6 +129,7 @@ class FlashKernels(SinkhornKernels):
             (tiles, chunks),
             self.keys,
             x,
+            self.bias,
             col.exponent,
             *row,
             partial,
@@ -150,6 +154,7 @@ class FlashKernels(SinkhornKernels):
             (-(-m // tile.block_m), -(-n // tile.block_n)),
             y,
             self.keys,
+            self.bias,
             *row,
             *col,
             out,
@@ -191,6 +196,7 @@ class FlashKernels(SinkhornKernels):
             z,
             y,
             self.keys,
+            self.bias,
             *row,
             *source,
             *col,
@@ -249,6 +255,7 @@ class FlashKernels(SinkhornKernels):
             z,
             w,
             self.keys,
+            self.bias,
             *row,
             *source,
             *col,

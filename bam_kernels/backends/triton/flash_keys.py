@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .flash_match import GRADIENT_FACTOR, plan
-from .flash_tiles import dot, features, load_potential, scores
+from .flash_tiles import dot, features, key_bias, load_potential, scores
 from .match import terms_of
 from .row import fma
 from .scores import key_image
@@ -15,6 +15,7 @@ def flash_dk_kernel(
     z,
     w,
     k,
+    bias,
     target_exponent,
     target_mantissa,
     source_exponent,
@@ -48,9 +49,9 @@ def flash_dk_kernel(
     """Per chunk of images Σ_i G_ij w_i and Σ_i G_ij, for BLOCK_M keys j and BLOCK_OUT features.
 
     G is that of flash_match_kernel. Shapes: z (V*B, D), whose first L*B rows are the targets' too; w (V*B, D): the rows
-    to be summed, which are z, or z without a common part (rounded after that, they keep what near-collapsed rows differ
-    by; Σ_i G_ij times that part is what is left to add); k (n, D), potentials as in flash_match_kernel -> dk
-    (chunks, n, D) times gradient_scale * B tau, partial (chunks, n) times B tau.
+    to be summed, which are z, or z without a common part (Σ_i G_ij times that part is what is left to add); k (n, D),
+    bias and potentials as in flash_match_kernel -> dk (chunks, n, D) times gradient_scale * B tau, partial (chunks, n)
+    times B tau.
     Numerics: Pbar_v is Σ_t P_t less P_v for v < L, exact to float32's rounding of the sum.
     Cost: L + V score products of an image's views (again for every BLOCK_OUT features), V products with w.
     """
@@ -64,6 +65,7 @@ def flash_dk_kernel(
     k_first = features(k, offs_j, mask_j, 0, stride_k, D, BLOCK_D)
     col_e, col_m = load_potential(col_exponent, col_mantissa, offs_j, mask_j)
     key_e, _one = load_potential(None, None, offs_j, mask_j)
+    bias_j = key_bias(bias, offs_j, mask_j)
     acc = tl.zeros([BLOCK_M, BLOCK_OUT], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     for first in range(chunk * chunk_images, tl.minimum((chunk + 1) * chunk_images, B), BLOCK_N):
@@ -93,6 +95,7 @@ def flash_dk_kernel(
                 BLOCK_D,
                 PRECISION,
             )
+            s += bias_j[:, None]
             # Views that give no target have no target potential: their P is 0.
             is_target = mask_i & (rows < L * B)
             row_e, row_m = load_potential(target_exponent, target_mantissa, rows, is_target)

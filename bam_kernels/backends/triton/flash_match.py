@@ -8,7 +8,7 @@ little. Potentials of target rows, source rows and keys are finished before: no 
 import triton
 import triton.language as tl
 
-from .flash_tiles import dot, features, load_potential, scores
+from .flash_tiles import dot, features, key_bias, load_potential, scores
 from .match import terms_of
 from .row import fma
 from .scores import key_image
@@ -33,6 +33,7 @@ def flash_match_kernel(
     z,
     y,
     k,
+    bias,
     target_exponent,
     target_mantissa,
     source_exponent,
@@ -65,10 +66,10 @@ def flash_match_kernel(
 ):
     """One program per BLOCK_M images of one source view, chunk of keys and BLOCK_OUT features of dz.
 
-    Shapes: z (V*B, D), y (>= L*B, D): the targets' rows, which may be z; k (n, D); target potential (>= L*B,) and
-    source potential (V*B,), both of finished rows; col potential (n,) -> per chunk sums (chunks, 3, V*B) float32:
-    <Pbar_i, s_i> and <A_i, s_i> of every source row, and Σ_j P_tj log2(P_tj) of the target rows that this source view
-    is the first to meet; dz (chunks, V*B, D) float32 or None, times gradient_scale * B tau.
+    Shapes: z (V*B, D), y (>= L*B, D): the targets' rows, which may be z; k (n, D), bias of its scores (n,) or None: 0;
+    target potential (>= L*B,) and source potential (V*B,), both of finished rows; col potential (n,) -> per chunk sums
+    (chunks, 3, V*B) float32: <Pbar_i, s_i> and <A_i, s_i> of every source row, and Σ_j P_tj log2(P_tj) of the target
+    rows that this source view is the first to meet; dz (chunks, V*B, D) float32 or None, times gradient_scale * B tau.
     The targets' scores are made beside the source's.
     Cost: a score product for the row and each of its targets (again for every BLOCK_OUT features), one product with k;
     an exponential for each score.
@@ -94,6 +95,7 @@ def flash_match_kernel(
         image_n = key_image(offs_n, B, T, own_columns)
         k_first = features(k, offs_n, mask_n, 0, stride_k, D, BLOCK_D)
         col_e, col_m = load_potential(col_exponent, col_mantissa, offs_n, mask_n)
+        bias_n = key_bias(bias, offs_n, mask_n)
         pbar = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for term in range(terms):
             t = term + tl.where((term >= v) & (V > 1), 1, 0)
@@ -117,6 +119,7 @@ def flash_match_kernel(
                 BLOCK_D,
                 PRECISION,
             )
+            s += bias_n[None, :]
             row_e, row_m = load_potential(target_exponent, target_mantissa, target, mask_i)
             p, log2_p = plan(s, target_scale, row_e, row_m, col_e, col_m)
             pbar += p
@@ -140,6 +143,7 @@ def flash_match_kernel(
             BLOCK_D,
             PRECISION,
         )
+        s += bias_n[None, :]
         key_e, _one = load_potential(None, None, offs_n, mask_n)
         e = tl.exp2(fma(s, source_scale, source_e[:, None] + key_e[None, :]))
         matched += tl.sum(pbar * s, axis=1)
@@ -165,6 +169,7 @@ def flash_match_kernel(
 def flash_targets_kernel(
     y,
     k,
+    bias,
     target_exponent,
     target_mantissa,
     col_exponent,
@@ -185,9 +190,10 @@ def flash_targets_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """P_ij = 2^(scale * y_i·k_j) row_i col_j, 0 for positives; one program per tile.
+    """P_ij = 2^(scale * (y_i·k_j + bias_j)) row_i col_j, 0 for positives; one program per tile.
 
-    Shapes: y (m, D), row potential (m,), k (n, D), col potential (n,) -> targets (m, n) float32 contiguous.
+    Shapes: y (m, D), row potential (m,), k (n, D), bias (n,) or None: 0, col potential (n,) -> targets (m, n) float32
+    contiguous.
     """
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -213,6 +219,7 @@ def flash_targets_kernel(
         BLOCK_D,
         PRECISION,
     )
+    s += key_bias(bias, offs_n, mask_n)[None, :]
     row_e, row_m = load_potential(target_exponent, target_mantissa, offs_m, mask_m)
     col_e, col_m = load_potential(col_exponent, col_mantissa, offs_n, mask_n)
     p, _log2_p = plan(s, tl.full([], scale, tl.float32), row_e, row_m, col_e, col_m)

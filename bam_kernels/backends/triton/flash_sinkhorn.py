@@ -8,7 +8,7 @@ are added in order by a second kernel.
 import triton
 import triton.language as tl
 
-from .flash_tiles import features, load_potential, scores
+from .flash_tiles import features, key_bias, load_potential, scores
 from .row import MASKED, NO_SHIFT, fma
 from .scores import key_image
 
@@ -25,6 +25,7 @@ def _images(offs_m, offs_n, B, T, own_columns, X_ARE_KEYS: tl.constexpr):
 def flash_lse_kernel(
     x,
     w,
+    bias,
     w_exponent,
     w_mantissa,
     shift,
@@ -46,9 +47,10 @@ def flash_lse_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Per chunk Σ_j 2^(scale * x_i·w_j) w_potential_j = sums_i * 2^shift_i, over the w_j of other images than x_i.
+    """Per chunk Σ_j 2^(scale * s_ij) w_potential_j = sums_i * 2^shift_i, over the w_j of other images than x_i.
 
-    Shapes: x (m, D), w (n, D), its potential (n,) or None: 1 -> shift, sums (chunks, m).
+    s_ij = x_i·w_j + the bias of whichever is the key.
+    Shapes: x (m, D), w (n, D), bias (keys,) or None: 0, potential of w (n,) or None: 1 -> shift, sums (chunks, m).
     With keys for x this is the column step, with rows for x the row step, and without potential the source's lse.
     Numerics: shift is an integer at or above the largest term's logarithm; a row without terms has sum 0.
     Cost: 2*m*n*D flop, m*n exponentials.
@@ -58,6 +60,8 @@ def flash_lse_kernel(
     mask_m = offs_m < m
     scale = tl.full([], scale, tl.float32)
     x_first = features(x, offs_m, mask_m, 0, stride_x, D, BLOCK_D)
+    if X_ARE_KEYS:
+        bias_m = key_bias(bias, offs_m, mask_m)
     most = tl.full([BLOCK_M], NO_SHIFT, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     for first in range(chunk * chunk_rows, tl.minimum((chunk + 1) * chunk_rows, n), BLOCK_N):
@@ -83,6 +87,10 @@ def flash_lse_kernel(
             BLOCK_D,
             PRECISION,
         )
+        if X_ARE_KEYS:
+            s += bias_m[:, None]
+        else:
+            s += key_bias(bias, offs_n, mask_n)[None, :]
         exponent, mantissa = load_potential(w_exponent, w_mantissa, offs_n, mask_n)
         fresh = tl.maximum(most, tl.ceil(tl.max(fma(s, scale, exponent[None, :]), axis=1)))
         e = tl.exp2(fma(s, scale, exponent[None, :] - fresh[:, None])) * mantissa[None, :]
@@ -97,6 +105,7 @@ def flash_lse_kernel(
 def flash_column_sums_kernel(
     k,
     x,
+    bias,
     col_exponent,
     row_exponent,
     row_mantissa,
@@ -117,10 +126,12 @@ def flash_column_sums_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Per chunk of rows and key Σ_i P_ij, P_ij = 2^(scale * x_i·k_j) row_i col_j, without the factor col.mantissa_j.
+    """Per chunk of rows and key Σ_i P_ij, P_ij = 2^(scale * s_ij) row_i col_j, without the factor col.mantissa_j.
 
-    Shapes: k (m, D), col potential (m,), x (n, D), row potential (n,) -> partial (chunks, m); the sum over chunks puts
-    the factor in. Rows of P sum to one, so every term is at most 1 and no shift is needed at any eps.
+    s_ij = x_i·k_j + bias_j.
+    Shapes: k (m, D), bias (m,) or None: 0, col potential (m,), x (n, D), row potential (n,) -> partial (chunks, m); the
+    sum over chunks puts the factor in. Rows of P sum to one, so every term is at most 1 and no shift is needed at any
+    eps.
     Cost: 2*m*n*D flop, m*n exponentials.
     """
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -129,6 +140,7 @@ def flash_column_sums_kernel(
     scale = tl.full([], scale, tl.float32)
     k_first = features(k, offs_m, mask_m, 0, stride_k, D, BLOCK_D)
     col_e = tl.load(col_exponent + offs_m, mask=mask_m, other=MASKED)
+    bias_m = key_bias(bias, offs_m, mask_m)
     c = tl.zeros([BLOCK_M], tl.float32)
     for first in range(chunk * chunk_rows, tl.minimum((chunk + 1) * chunk_rows, n), BLOCK_N):
         offs_n = first + tl.arange(0, BLOCK_N)
@@ -153,6 +165,7 @@ def flash_column_sums_kernel(
             BLOCK_D,
             PRECISION,
         )
+        s += bias_m[:, None]
         exponent, mantissa = load_potential(row_exponent, row_mantissa, offs_n, mask_n)
         e = tl.exp2(fma(s, scale, exponent[None, :] + col_e[:, None])) * mantissa[None, :]
         c += tl.sum(e, axis=1)

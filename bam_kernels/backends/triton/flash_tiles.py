@@ -1,7 +1,8 @@
 """Tiles of scores that exist in registers alone: what all flash kernels share.
 
-Rows x (m, D) and keys k (N, D) are float32, or 16-bit unit rows times a power of two, contiguous in D. The score in a
-tile is the plain product of what was loaded; scales carry the factor that is left. Its positives are masked by index
+Rows x (m, D) and keys k (N, D) are float32, or 16-bit unit rows less a centre times a power of two, contiguous in D.
+The score in a tile is the plain product of what was loaded, plus a bias of the key; scales carry the factor that is
+left. Its positives are masked by index
 before anything is taken from it. D is known at compile time: the first BLOCK_D features of the rows that stay are
 loaded once; where those are not all, all are loaded again for every tile.
 """
@@ -60,6 +61,15 @@ def scores(
     if MASK_POSITIVES:
         s = tl.where(image_a[:, None] == image_b[None, :], MASKED, s)
     return s
+
+
+@triton.jit
+def key_bias(bias, offs, mask):
+    """What scores of the keys `offs` get beside their product: bias (N,), or None: 0."""
+    if bias is None:
+        return tl.zeros(offs.shape, tl.float32)
+    else:
+        return tl.load(bias + offs, mask=mask, other=0.0)
 
 
 @triton.jit

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..interface import Positives
+from ..interface import DeviceScalar, Positives
 
-Number = float | Tensor
+Number = float | DeviceScalar
 Launch = Callable[..., None]
 
 
@@ -24,9 +24,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 
 def number(x: Number) -> tuple[float, Tensor | None]:
     """A factor and a device scalar, whose product is x."""
-    if isinstance(x, Tensor):
-        assert x.numel() == 1 and x.dtype == torch.float32
-        return 1.0, x
+    if isinstance(x, DeviceScalar):
+        assert x.tensor.numel() == 1 and x.tensor.dtype == torch.float32
+        return x.factor, x.tensor
     return float(x), None
 
 

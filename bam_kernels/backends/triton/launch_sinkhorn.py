@@ -16,11 +16,12 @@ class SinkhornKernels(Launcher):
         self, s: Tensor, scale: Number, row: Potential, shift: Tensor, sums: Tensor, accumulate: bool
     ) -> None:
         """Per column Σ_i 2^(scale*s_ij) row_i = sums_j * 2^shift_j, added to what is there if `accumulate`."""
-        self._column_lse(s, scale, row, shift, sums, accumulate, None, 1.0, None)
+        self._column_lse(s, scale, row, shift, sums, accumulate, None, None, 1.0, None)
 
     def finish_scores(
         self,
         s: Tensor,
+        bias: Tensor | None,
         step: Number,
         out: Tensor,
         positives: Positives | None,
@@ -33,7 +34,7 @@ class SinkhornKernels(Launcher):
     ) -> None:
         """A product's epilogue in one read of s (m, N) float32: `quantize` to out (m, N) int16, and its column_lse."""
         assert s.dtype == torch.float32 and out.dtype == torch.int16 and out.stride(1) == 1
-        self._column_lse(s, scale, row, shift, sums, accumulate, out, step, positives)
+        self._column_lse(s, scale, row, shift, sums, accumulate, bias, out, step, positives)
 
     def _column_lse(
         self,
@@ -43,6 +44,7 @@ class SinkhornKernels(Launcher):
         shift: Tensor,
         sums: Tensor,
         accumulate: bool,
+        bias: Tensor | None,
         out: Tensor | None,
         step: Number,
         positives: Positives | None,
@@ -58,6 +60,7 @@ class SinkhornKernels(Launcher):
             *row,
             *partial,
             *number(scale),
+            bias,
             out,
             *number(step),
             m,

@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..interface import HALF_UNIT, LOG2_E, Positives, Potential, UnitRows
+from ..interface import FIXED_STEPS, HALF_UNIT, LOG2_E, DeviceScalar, Positives, Potential, UnitRows
 from . import embed, plan, scores
 from .launch import Number, check_scores, image_index, number
 from .launch_match import MatchKernels
@@ -26,33 +26,68 @@ class TritonKernels(SinkhornKernels, MatchKernels):
 
     def normalize(self, x: Tensor) -> UnitRows:
         """x (m, D) or (V, B, D) of any float type and strides -> unit rows (m, D) float32, norms; view-major."""
-        return self._unit_rows(x, None, torch.float32, 1.0)
+        rows = self._empty_rows(x, torch.float32)
+        self._read_rows(rows, None, None, 0.0, 1.0)
+        return rows
 
-    def half_rows(self, x: Tensor, centre: Tensor | None = None) -> UnitRows:
-        """As `normalize`, but the unit rows, less `centre` (D,) where it is given, are fp16 times HALF_UNIT."""
-        return self._unit_rows(x, centre, torch.float16, HALF_UNIT)
+    def half_rows(self, x: Tensor, centre: Tensor, epsilon: float) -> tuple[UnitRows, Potential]:
+        """As `normalize`, but the unit rows, less `centre` (D,), are fp16 times HALF_UNIT, with their bias; and the row
+        potential exp(<unit_i, centre>/eps) that scores against centred keys start from."""
+        rows, m = self._empty_rows(x, torch.float16), x.shape[:-1].numel()
+        row = Potential(*torch.empty(2, m, device=x.device))
+        rows = rows._replace(bias=torch.empty(m, device=x.device))
+        self._read_rows(rows, centre, row, LOG2_E / epsilon, HALF_UNIT)
+        return rows, row
 
-    def _unit_rows(self, x: Tensor, centre: Tensor | None, dtype: torch.dtype, unit: float) -> UnitRows:
+    def _empty_rows(self, x: Tensor, dtype: torch.dtype) -> UnitRows:
         m, d = x.shape[:-1].numel(), x.shape[-1]
         read = torch.empty(m, d, dtype=dtype, device=x.device)
-        norm = torch.empty(m, dtype=torch.float64, device=x.device)
-        block = block_of(d)
+        return UnitRows(read, torch.empty(m, dtype=torch.float64, device=x.device), x)
+
+    def _read_rows(
+        self, rows: UnitRows, centre: Tensor | None, row: Potential | None, scale: float, unit: float
+    ) -> None:
+        block = block_of(rows.x.shape[-1])
         self._run(
             embed.unit_rows_kernel,
-            (m,),
-            x,
+            (len(rows.read),),
+            rows.x,
             centre,
-            read,
-            norm,
-            *_rows_of(x),
+            rows.read,
+            rows.norm,
+            rows.bias,
+            *(row if row is not None else (None, None)),
+            scale,
+            *_rows_of(rows.x),
             UNIT=unit,
             BLOCK=block,
             num_warps=warps(block, 8),
         )
-        return UnitRows(read, norm, x)
+
+    def product_step(self, centre: Tensor, key_bias: Tensor, row_bias: Tensor) -> DeviceScalar:
+        """The product of half rows, bias added, that is one step of fixed point; biases of all keys and of rows."""
+        step = torch.empty(1, device=centre.device)
+        d, n, m = len(centre), len(key_bias), len(row_bias)
+        block = block_of(max(d, n, m), 4096)
+        self._run(
+            embed.product_step_kernel,
+            (1,),
+            centre,
+            key_bias,
+            row_bias,
+            step,
+            d,
+            n,
+            m,
+            UNIT=HALF_UNIT,
+            STEPS=FIXED_STEPS,
+            BLOCK=block,
+            num_warps=warps(block, 16),
+        )
+        return DeviceScalar(step)
 
     def centre_potential(self, read: Tensor, centre: Tensor, epsilon: float) -> Potential:
-        """The row potential exp(<unit_i, centre>/eps) that scores against centred keys start from."""
+        """The row potential exp(<unit_i, centre>/eps) that scores against centred keys start from; float32 rows."""
         m, d = read.shape
         assert read.stride(1) == 1 and centre.is_contiguous()
         row = Potential(*torch.empty(2, m, device=read.device))
@@ -65,7 +100,7 @@ class TritonKernels(SinkhornKernels, MatchKernels):
             *row,
             d,
             read.stride(0),
-            LOG2_E / epsilon / (HALF_UNIT if read.dtype == torch.float16 else 1.0),
+            LOG2_E / epsilon,
             BLOCK=block,
             num_warps=warps(block, 8),
         )
@@ -114,8 +149,16 @@ class TritonKernels(SinkhornKernels, MatchKernels):
         )
         return s
 
-    def quantize(self, s: Tensor, step: Number, out: Tensor, positives: Positives | None = None) -> Tensor:
-        """rint(scores/step) clamped to +-32767 into `out` (m, N) int16; masked scores, and positives, as -32768."""
+    def quantize(
+        self,
+        s: Tensor,
+        step: Number,
+        out: Tensor,
+        positives: Positives | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """rint((scores + bias)/step) clamped to +-32767 into `out` (m, N) int16; bias (N,) or None: 0; masked scores,
+        and positives, as -32768."""
         assert s.stride(1) == 1 and out.stride(1) == 1
         m, n = s.shape
         block = block_of(n, 2048)
@@ -123,6 +166,7 @@ class TritonKernels(SinkhornKernels, MatchKernels):
             scores.quantize_kernel,
             (m, -(-n // block)),
             s,
+            bias,
             out,
             *number(step),
             n,

@@ -6,7 +6,7 @@ Row i of a slab shows image (first + i % period) % B of this rank: `period` rows
 import triton
 import triton.language as tl
 
-from .row import MASKED, MASKED_FIXED
+from .row import MASKED, MASKED_FIXED, scale_of
 
 
 @triton.jit
@@ -41,6 +41,7 @@ def to_fixed(s, steps_per_unit):
 @triton.jit(do_not_specialize=["first", "period", "B", "T", "own_columns"])
 def quantize_kernel(
     scores,
+    bias,
     out,
     step,
     step_pointer,
@@ -55,16 +56,17 @@ def quantize_kernel(
     MASK_POSITIVES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out_ij = rint(scores_ij / step) clamped to +-32767; masked scores, and positives, as -32768.
+    """out_ij = rint((scores_ij + bias_j) / step) clamped to +-32767; masked scores, and positives, as -32768.
 
-    Shapes: scores (m, n) float32 -> out (m, n) int16. `step` is an argument, or a device scalar.
+    Shapes: scores (m, n) float32, bias (n,) or None: 0 -> out (m, n) int16. `step` is an argument, times a device
+    scalar where there is one.
     """
     i = tl.program_id(0).to(tl.int64)
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < n
-    if step_pointer is not None:
-        step = tl.load(step_pointer)
     s = tl.load(scores + i * stride + offs, mask=mask, other=0.0)
+    if bias is not None:
+        s += tl.load(bias + offs, mask=mask, other=0.0)
     if MASK_POSITIVES:
         s = tl.where(key_image(offs, B, T, own_columns) == (first + i % period) % B, MASKED, s)
-    tl.store(out + i * stride_out + offs, to_fixed(s, 1.0 / step).to(tl.int16), mask=mask)
+    tl.store(out + i * stride_out + offs, to_fixed(s, 1.0 / scale_of(step, step_pointer)).to(tl.int16), mask=mask)

@@ -31,6 +31,7 @@ def column_lse_kernel(
     sums,
     scale,
     scale_pointer,
+    bias,
     fixed,
     step,
     step_pointer,
@@ -52,13 +53,16 @@ def column_lse_kernel(
 
     Shapes: s (m, n) float32 or int16, row potential (m,) -> shift, sums (chunks, n); a chunk is `rows` rows.
     Numerics: shift is an integer at or above the largest term's logarithm (base 2); an empty column has sum 0.
-    As the epilogue of a product s is float32, its positives are masked by index (see scores.py), and with `fixed`
-    (m, n) int16 it is written there as rint(s/step); those values are then summed, and `scale` is theirs.
+    As the epilogue of a product s is float32, `bias` (n,) is added if there is one, positives are masked by index (see
+    scores.py), and with `fixed` (m, n) int16 it is written there as rint(s/step); those values are then summed, and
+    `scale` is theirs.
     """
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     chunk = tl.program_id(1)
     mask_n = offs_n < n
     scale = scale_of(scale, scale_pointer)
+    if bias is not None:
+        bias_n = tl.load(bias + offs_n, mask=mask_n, other=0.0)
     most = tl.full([BLOCK_N], NO_SHIFT, tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
     for first in range(0, rows, BLOCK_M):
@@ -66,12 +70,13 @@ def column_lse_kernel(
         mask_m = offs_m < m
         mask = mask_m[:, None] & mask_n[None, :]
         x = load_scores(s + offs_m.to(tl.int64)[:, None] * stride + offs_n[None, :], mask)
+        if bias is not None:
+            x += bias_n[None, :]
         if MASK_POSITIVES:
             image = (first_image + offs_m % period) % B
             x = tl.where(key_image(offs_n, B, T, own_columns)[None, :] == image[:, None], MASKED, x)
         if fixed is not None:
-            size = step if step_pointer is None else tl.load(step_pointer)
-            q = to_fixed(x, 1.0 / size)
+            q = to_fixed(x, 1.0 / scale_of(step, step_pointer))
             tl.store(fixed + offs_m.to(tl.int64)[:, None] * stride_fixed + offs_n[None, :], q.to(tl.int16), mask=mask)
             x = tl.where(x <= MASKED, MASKED, q)
         exponent = tl.load(row_exponent + offs_m, mask=mask_m, other=0.0)[:, None]

@@ -1,0 +1,154 @@
+"""Embedding rows as products read them, and the keys among them. Letters are those of layout.py; k' = k - centre.
+
+In float32 rows are unit rows, and their scores z·k'. In 16 bit rows are centred too before they are rounded, and
+z·k' = z'·k' + centre·k': a product of small numbers, whose rounding falls with the square of what rows differ by, and a
+bias of the key, which is taken before anything is rounded. Nothing is lost near collapse.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends.interface import HALF_UNIT, Potential, UnitRows, first_views
+from ..layout import Layout
+from ..options import Options, check_finite
+from ..ranges import each
+from ..ranks import Ranks
+
+BIAS_COLUMNS = 2  # a float32 in fp16 columns
+
+
+def sent_columns(D: int, sixteen_bit: bool) -> int:
+    """Columns of a key on its way: in 16 bit its bias is behind it, where a float32 may begin."""
+    return D + D % 2 + BIAS_COLUMNS if sixteen_bit else D
+
+
+class Keys:
+    """The centred keys k - centre of all ranks, in gathered order; float32, or fp16 times `unit` with their `bias`.
+
+    Any vector will do for the centre, since it adds a constant to every row of scores. Float32 keys are sent as they
+    are and centred where they arrive, on the mean of that rank's own, known before any other has come: it is within the
+    sampling error of the mean of all. fp16 keys are rounded, so they are centred before, on a mean that ranks share.
+    regather: they are not held, but gathered again whenever they are read.
+    """
+
+    def __init__(self, own: UnitRows, centre: Tensor, ranks: Ranks, regather: bool = False) -> None:
+        self.centre, self.ranks = centre, ranks
+        self.sixteen_bit = own.bias is not None
+        self.unit = HALF_UNIT if self.sixteen_bit else 1.0
+        n, D = own.read.shape
+        self.bias: Tensor | None = None
+        self._held: Tensor | None = None
+        self._complete = ranks.W == 1 and self.sixteen_bit
+        if self._complete:
+            self._held, self.bias = own.read, own.bias
+            return
+        if self.sixteen_bit:
+            self.bias = own.norm.new_empty(ranks.W * n, dtype=torch.float32)
+        if not regather or ranks.W == 1:
+            self._held = own.read.new_empty(ranks.W * n, D)
+        self._own = own.read if own.bias is None else _packed(own.read, own.bias)
+
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """(first column, centred keys): rank by rank as they arrive, this rank's first; once all are here, in one."""
+        if self._held is not None and self._complete:
+            yield 0, self._held
+            return
+        for first, block in each("gather", iter(self.ranks.gather(self._own, self._as_sent))):
+            part = slice(first, first + len(block))
+            if self._held is None:
+                yield first, block - self.centre
+            elif self.bias is not None:
+                self.bias[part] = _bias_of(block)
+                yield first, self._held[part].copy_(block[:, : self._held.shape[1]])
+            else:
+                yield first, torch.sub(block, self.centre, out=self._held[part])
+        self._complete = True
+
+    def _as_sent(self, unit: Tensor) -> Tensor:
+        """What a rank with these unit rows would send."""
+        if not self.sixteen_bit:
+            return unit.to(self._own.dtype)
+        centre = self.centre.double()
+        centred = unit.double() - centre
+        return _packed((centred * HALF_UNIT).half(), (centred @ centre * HALF_UNIT**2).float())
+
+    @property
+    def whole(self) -> Tensor:
+        """(N, D), once all have arrived; `bias` is complete then."""
+        assert self._held is not None
+        if not self._complete:
+            for _ in self.blocks():
+                pass
+        return self._held
+
+
+def _packed(read: Tensor, bias: Tensor) -> Tensor:
+    """fp16 keys and their float32 bias in one message."""
+    n, D = read.shape
+    sent = read.new_zeros(n, sent_columns(D, True))
+    sent[:, :D] = read
+    sent[:, -BIAS_COLUMNS:].view(torch.float32).copy_(bias[:, None])
+    return sent
+
+
+def _bias_of(sent: Tensor) -> Tensor:
+    return sent[:, -BIAS_COLUMNS:].view(torch.float32)[:, 0]
+
+
+@dataclass
+class Rows:
+    """z; the Sinkhorn problem's rows, which may be z, and the potential exp(<target_i, centre>/eps) they start from."""
+
+    z: UnitRows
+    target: UnitRows
+    potential: Potential
+    keys: Keys
+    own_keys: bool
+
+
+def checked_rows(
+    name: str, student: Tensor, teacher: Tensor | None, kernels: Any, sixteen_bit: bool
+) -> tuple[UnitRows, UnitRows | None] | None:
+    """Float32 unit rows of student and teacher; none yet in 16 bit, which ranks must centre alike.
+
+    Raises: ValueError on non-finite rows.
+    """
+    z = None if sixteen_bit else kernels.normalize(student)
+    check_finite(name, "student", student if z is None else z.norm)
+    if teacher is None:
+        return None if z is None else (z, None)
+    y = None if sixteen_bit else kernels.normalize(teacher)
+    check_finite(name, "teacher", teacher if y is None else y.norm)
+    return None if z is None else (z, y)
+
+
+def rows_and_keys(
+    student: Tensor,
+    teacher: Tensor | None,
+    read: tuple[UnitRows, UnitRows | None] | None,
+    layout: Layout,
+    options: Options,
+    ranks: Ranks,
+    kernels: Any,
+) -> Rows:
+    """read: what `checked_rows` has returned."""
+    own_keys = teacher is None
+    shared = own_keys or options.target_rows == "student"
+    if read is not None:
+        z, y = read
+        own = (z if y is None else y).views(layout.T, layout.B)
+        centre = own.read.mean(0)
+        target = z if y is None or shared else y
+        potential = kernels.centre_potential(target.read, centre, options.epsilon)
+    else:
+        first = first_views(student if teacher is None else teacher, layout.T, layout.B)
+        centre = ranks.sum(kernels.normalize(first).read.mean(0)) / ranks.W
+        z, potential = kernels.half_rows(student, centre, options.epsilon)
+        y, of_teacher = kernels.half_rows(teacher, centre, options.epsilon) if teacher is not None else (z, potential)
+        target, potential = (z, potential) if shared else (y, of_teacher)
+        own = y.views(layout.T, layout.B)
+    return Rows(z, target, potential, Keys(own, centre, ranks, options.regather), own_keys)
