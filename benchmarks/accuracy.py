@@ -16,7 +16,8 @@ from typing import Any
 import torch
 import tyro
 from common import Row, aligned, checked, error_text, problem_fields, write
-from competitors import WHOLE, Choice, RowName, whole_competitors
+from competitor import WHOLE, Choice, RowName
+from competitors import whole_competitors
 from hardware import Machine
 from problem import Problem, layout_of, truth_of_embeddings
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import nvtx
 import torch
-from competitors import OURS, Choice, Competitor, Isa, RowName
+from competitor import OURS, Choice, Competitor, Isa, RowName
 from hardware import Machine
 from problem import Problem, Truth, layout_of, parse_shape, relative_error
 

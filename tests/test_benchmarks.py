@@ -19,7 +19,7 @@ sys.path.append(str(BENCHMARKS))
 
 import plot  # noqa: E402
 from common import BenchmarkOptions, Report, checked, threshold_of  # noqa: E402
-from competitors import WHOLE, Competitor, Rotation  # noqa: E402
+from competitor import WHOLE, Competitor, Rotation  # noqa: E402
 from hardware import Machine  # noqa: E402
 from problem import Problem, Truth, Work, features, layout_of, parse_shape, truth_of_sinkhorn  # noqa: E402
 

@@ -1,0 +1,110 @@
+"""A competitor, which of them are asked for, and the buffers that they read in turn."""
+
+import math
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from problem import Problem, Truth, Work
+from torch import Tensor
+
+from bam_kernels.backends import cpu, cuda, triton
+from bam_kernels.backends.interface import RowKernels
+
+RowName = Literal[
+    "cpu",
+    "cpu-int16",
+    "triton",
+    "triton-int16",
+    "triton-flash",
+    "triton-flash-int16",
+    "cuda",
+    "cuda-int16",
+    "eager",
+    "compile",
+    "gemms",
+    "authors",
+]
+GIVEN_SCORES: tuple[RowName, ...] = ("cpu", "cpu-int16", "triton", "triton-int16", "cuda", "cuda-int16")
+WHOLE: tuple[RowName, ...] = (
+    "cpu",
+    "triton",
+    "triton-int16",
+    "triton-flash",
+    "triton-flash-int16",
+    "cuda",
+    "cuda-int16",
+)
+OURS: tuple[RowName, ...] = tuple(dict.fromkeys(GIVEN_SCORES + WHOLE))
+Isa = Literal["auto", "avx512", "avx2", "plain"]
+
+
+@dataclass
+class Competitor:
+    """run(*fresh()) is timed, fresh() is not; outputs() is what is compared with the truth, None: nothing to compare.
+
+    kind is the name that options and ratios use, name the one printed; held_bytes are outputs given to `run`.
+    """
+
+    kind: RowName
+    name: str
+    fresh: Callable[[], tuple[Any, ...]]
+    run: Callable[..., Any]
+    outputs: Callable[[], Truth] | None
+    work: Work
+    precision: str = "float32"
+    held_bytes: int = 0
+    note: str = ""
+
+    @property
+    def ours(self) -> bool:
+        return self.kind in OURS
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which competitors to make."""
+
+    rows: tuple[RowName, ...]
+    isa: tuple[Isa, ...]
+    authors: Path | None
+    cold_bytes: int  # written between two uses of a buffer: more than a GPU's L2 holds
+
+    def ours(self, problem: Problem, all_rows: tuple[RowName, ...]) -> list[tuple[RowName, RowKernels]]:
+        """Of `all_rows` those that are chosen and can run on the problem's device; the CPU's for each instruction set.
+
+        int16 is the scores' type: in the whole loss rows, keys and gradient are fp16 with it.
+        """
+        device = problem.student.device
+        chosen = [row for row in all_rows if row in self.rows]
+        found: list[tuple[RowName, RowKernels]] = []
+        if device.type == "cpu" and cpu.unavailable() is None:
+            found += [(row, cpu.kernels(isa)) for isa in self.isa for row in chosen if row.startswith("cpu")]
+        if triton.unavailable(device) is None:
+            found += [(row, triton.kernels()) for row in chosen if row.startswith("triton")]
+        if cuda.unavailable(device) is None:
+            found += [(row, cuda.kernels()) for row in chosen if row.startswith("cuda")]
+        return found
+
+
+class Rotation:
+    """Fresh copies of the same tensors in buffers used in turn, so that what a GPU run reads has left the cache."""
+
+    def __init__(self, given: tuple[Tensor | None, ...], cold_bytes: int, requires_grad: bool = False) -> None:
+        self.given = given
+        self.requires_grad = requires_grad
+        size = sum(x.nbytes for x in given if x is not None)
+        self.buffers = deque(self._copy() for _ in range(1 + math.ceil(cold_bytes / size)))
+
+    def _copy(self) -> tuple[Tensor | None, ...]:
+        return tuple(x.clone() if x is not None else None for x in self.given)
+
+    def __call__(self) -> tuple[Tensor | None, ...]:
+        for buffer, x in zip(self.buffers[0], self.given, strict=True):
+            if buffer is not None and x is not None:
+                buffer.copy_(x)
+        self.buffers.rotate(-1)
+        first, *rest = self.buffers[0]
+        return (first.detach().requires_grad_(), *rest) if self.requires_grad and first is not None else (first, *rest)
