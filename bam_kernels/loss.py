@@ -14,6 +14,7 @@ from . import reference
 from .agreement import told
 from .backends import choose, row_kernels
 from .engine import flash, slab
+from .engine.call import Call
 from .engine.cost import Problem, choose_engine, rates
 from .layout import Layout
 from .once import differentiable_once
@@ -154,8 +155,10 @@ def bam_targets(student: Tensor, teacher: Tensor | None = None, **options: Any) 
     with product_precision(student.device, resolved.precision):
         sixteen_bit = is_sixteen_bit(backend, resolved, student.dtype)
         engine, resolved = _engine(backend, resolved, layout, student, sixteen_bit, needs_grad=False)
-        arguments = (student, teacher, layout, resolved, ranks, row_kernels(backend))
-        return engine.targets("bam_targets", *arguments, sixteen_bit=sixteen_bit)
+        kernels = row_kernels(backend)
+        return engine.targets(
+            Call("bam_targets", student, teacher, layout, resolved, ranks, kernels, sixteen_bit=sixteen_bit)
+        )
 
 
 def _engine(
@@ -208,8 +211,10 @@ def _loss_impl(
     sixteen_bit = is_sixteen_bit(backend, options, student.dtype)
     with product_precision(student.device, precision):
         module, options = _engine(backend, options, layout, student, sixteen_bit, needs_grad=needs_grad)
-        arguments = (student, teacher, layout, options, ranks, row_kernels(backend))
-        result = module.evaluate("bam_loss", *arguments, needs_grad=needs_grad, sixteen_bit=sixteen_bit)
+        kernels = row_kernels(backend)
+        result = module.evaluate(
+            Call("bam_loss", student, teacher, layout, options, ranks, kernels, needs_grad, sixteen_bit)
+        )
     dz = result.dz if result.dz is not None else student.new_empty(0, dtype=torch.float32)
     return result.loss.float(), result.stats.float(), dz
 

@@ -12,6 +12,7 @@ from bam_kernels import bam_loss, bam_targets
 from bam_kernels.backends import cpu
 from bam_kernels.backends.interface import FIXED_STEPS, LOG2_E, Positives, Potential, RowKernels
 from bam_kernels.engine import flash, slab
+from bam_kernels.engine.call import Call
 from bam_kernels.ranks import ONE_RANK
 
 
@@ -123,10 +124,11 @@ def whole_ours(problem: Problem, kind: RowName, kernels: RowKernels, fresh: Rota
     def public(z: Tensor, y: Tensor | None) -> Tensor:
         return torch.autograd.grad(bam_loss(z, y, backend=kernels.backend, **named), z)[0]
 
+    def call(z: Tensor, y: Tensor | None, needs_grad: bool) -> Call:
+        return Call("benchmark", z.detach(), y, layout, options, ONE_RANK, kernels, needs_grad, sixteen_bit)
+
     def inside(z: Tensor, y: Tensor | None) -> Tensor:
-        result = engine.evaluate(
-            "benchmark", z.detach(), y, layout, options, ONE_RANK, kernels, needs_grad=True, sixteen_bit=sixteen_bit
-        )
+        result = engine.evaluate(call(z, y, needs_grad=True))
         assert result.dz is not None
         return result.dz
 
@@ -138,8 +140,7 @@ def whole_ours(problem: Problem, kind: RowName, kernels: RowKernels, fresh: Rota
         if is_public:
             P = bam_targets(z.detach(), y, backend=kernels.backend, **named)
         else:
-            given = ("benchmark", z.detach(), y, layout, options, ONE_RANK, kernels)
-            P = engine.targets(*given, sixteen_bit=sixteen_bit)
+            P = engine.targets(call(z, y, needs_grad=False))
         return Truth(P, run(z, y))
 
     work = whole_work(layout, options.iterations, 2 if sixteen_bit else 4)

@@ -424,9 +424,9 @@ def test_gradient_is_not_computed_for_nothing(R):
 def test_gradient_is_computed_only_for_a_student_that_wants_it(monkeypatch):
     wanted = []
 
-    def evaluate(*args, needs_grad, **named):
-        wanted.append(needs_grad)
-        return original(*args, needs_grad=needs_grad, **named)
+    def evaluate(call):
+        wanted.append(call.needs_grad)
+        return original(call)
 
     original = slab.evaluate
     monkeypatch.setattr(slab, "evaluate", evaluate)

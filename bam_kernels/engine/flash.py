@@ -13,9 +13,7 @@ from torch import Tensor
 from ..agreement import agreed
 from ..backends import triton
 from ..backends.interface import Potential
-from ..layout import Layout
-from ..options import Options
-from ..ranks import Ranks
+from .call import Call
 from .plan import FLASH_FEATURES
 from .rows import Rows, checked_rows, rows_and_keys
 from .slab import balance
@@ -41,7 +39,8 @@ class _Slab:
         self.kernels.column_lse(self.rows, scale * self.step, row, shift, sums, accumulate=False)
 
 
-def _check(name: str, layout: Layout, options: Options) -> None:
+def _check(call: Call) -> None:
+    name, layout, options = call.name, call.layout, call.options
     if options.top_k:
         raise ValueError(f'{name}: engine="flash" keeps all columns, got top_k={options.top_k}; use engine="slab"')
     if layout.D > FLASH_FEATURES:
@@ -52,103 +51,65 @@ def _check(name: str, layout: Layout, options: Options) -> None:
         raise ValueError(f'{name}: engine="flash" holds the keys, got regather=True; use engine="slab"')
 
 
-def _embed(
-    name: str,
-    student: Tensor,
-    teacher: Tensor | None,
-    layout: Layout,
-    options: Options,
-    ranks: Ranks,
-    kernels: Any,
-    *,
-    needs_grad: bool,
-    sixteen_bit: bool,
-) -> "tuple[Rows, FlashKernels]":
+def _embed(call: Call) -> "tuple[Rows, FlashKernels]":
     """Raises: ValueError on non-finite rows, on what this engine cannot do, and where ranks differ."""
-    with agreed(ranks, name, options.header(layout, student, teacher, kernels.backend, needs_grad), student.device):
-        _check(name, layout, options)
-        read = checked_rows(name, student, teacher, kernels, sixteen_bit)
-    x = rows_and_keys(student, teacher, read, layout, options, ranks, kernels)
+    with agreed(call.ranks, call.name, call.header, call.student.device):
+        _check(call)
+        read = checked_rows(call)
+    x = rows_and_keys(call, read)
     flash = triton.flash()(
         x.keys.whole,
         x.keys.bias,
-        layout,
-        masked=options.mask_positives,
+        call.layout,
+        masked=call.options.mask_positives,
         unit=x.keys.unit,
         precision="ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
     )
     return x, flash
 
 
-def _targets(
-    x: Rows, flash: "FlashKernels", options: Options, layout: Layout, ranks: Ranks
-) -> tuple[Potential, Potential, Tensor]:
-    """Finished potentials of the L*B target rows and of the columns, and the column sums before the last step."""
-    rows, kept = x.target.read, layout.L * layout.B
-    col, column_sums = balance(_Slab(rows, flash), x.potential, options.epsilon, options.iterations, ranks)
+def _targets(call: Call, x: Rows, flash: "FlashKernels") -> tuple[Potential, Potential, Tensor]:
+    """Finished potentials of the L*B target rows and of the columns; the column sums before the last column step."""
+    rows, options, kept = x.target.read, call.options, call.layout.L * call.layout.B
+    col, column_sums = balance(_Slab(rows, flash), x.potential, options.epsilon, options.iterations, call.ranks)
     row = x.potential.rows(0, kept)
     flash.row_step(rows[:kept], flash.score_scale(options.epsilon), col, row)
     return row, col, column_sums
 
 
-def evaluate(
-    name: str,
-    student: Tensor,
-    teacher: Tensor | None,
-    layout: Layout,
-    options: Options,
-    ranks: Ranks,
-    kernels: Any,
-    *,
-    needs_grad: bool,
-    sixteen_bit: bool = False,
-) -> Evaluated:
+def evaluate(call: Call) -> Evaluated:
     """The loss of this rank, its statistics and, if wanted, dz: the gradient of the sum of all ranks' losses.
 
-    sixteen_bit: products of fp16 rows; else of float32 ones, as torch.get_float32_matmul_precision() says.
     Cost in score products of all rows, T = 2: 2 per iteration, one for the source's sums, 1 + L in the match (dz
     included) and, without a teacher, about 1 + L/V for dk.
     """
-    x, flash = _embed(
-        name, student, teacher, layout, options, ranks, kernels, needs_grad=needs_grad, sixteen_bit=sixteen_bit
-    )
-    row, col, column_sums = _targets(x, flash, options, layout, ranks)
+    x, flash = _embed(call)
+    layout, options, kernels = call.layout, call.options, call.kernels
+    row, col, column_sums = _targets(call, x, flash)
     z = x.z.read
     source = Potential(*row.mantissa.new_empty(2, layout.M))
     flash.row_step(z, flash.score_scale(options.temperature), None, source)
     scales = {"epsilon": options.epsilon, "temperature": options.temperature}
-    matched, dz = flash.match(z, x.target.read, row, source, col, needs_grad=needs_grad, **scales)
+    matched, dz = flash.match(z, x.target.read, row, source, col, needs_grad=call.needs_grad, **scales)
     if dz is not None:
         if x.own_keys:
             n = layout.T * layout.B
             # What rows have in common is added in float32: near collapse it is most of them.
-            centred = z if sixteen_bit else z - x.keys.centre
+            centred = z if call.sixteen_bit else z - x.keys.centre
             dk, sums = flash.key_gradient(z, centred, row, source, col, **scales)
             blocks = dk.addr_(sums, x.keys.centre).split(n)
-            dz[:n] += ranks.scatter(lambda rank: blocks[rank])
+            dz[:n] += call.ranks.scatter(lambda rank: blocks[rank])
         dz = kernels.project_(dz, x.z)
     total = Sums()
     total.add(matched)
     return total.evaluated(layout, options.mask_positives, column_sums, dz)
 
 
-def targets(
-    name: str,
-    student: Tensor,
-    teacher: Tensor | None,
-    layout: Layout,
-    options: Options,
-    ranks: Ranks,
-    kernels: Any,
-    *,
-    sixteen_bit: bool = False,
-) -> Tensor:
+def targets(call: Call) -> Tensor:
     """P (L*B, N) float32, public column order."""
-    x, flash = _embed(
-        name, student, teacher, layout, options, ranks, kernels, needs_grad=False, sixteen_bit=sixteen_bit
-    )
-    row, col, _ = _targets(x, flash, options, layout, ranks)
-    rows = x.target.read[: layout.L * layout.B]
-    P = col.mantissa.new_empty(len(rows), layout.N)
-    flash.targets(rows, flash.score_scale(options.epsilon), row, col, P)
-    return layout.to_public(P)
+    x, flash = _embed(call)
+    row, col, _ = _targets(call, x, flash)
+    rows = x.target.read[: call.layout.L * call.layout.B]
+    P = col.mantissa.new_empty(len(rows), call.layout.N)
+    flash.targets(rows, flash.score_scale(call.options.epsilon), row, col, P)
+    return call.layout.to_public(P)

@@ -7,16 +7,15 @@ bias of the key, which is taken before anything is rounded. Nothing is lost near
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..backends.interface import HALF_UNIT, Potential, UnitRows, first_views
-from ..layout import Layout
-from ..options import Options, check_finite
+from ..options import check_finite
 from ..ranges import each
 from ..ranks import Ranks
+from .call import Call
 
 BIAS_COLUMNS = 2  # a float32 in fp16 columns
 
@@ -110,45 +109,35 @@ class Rows:
     own_keys: bool
 
 
-def checked_rows(
-    name: str, student: Tensor, teacher: Tensor | None, kernels: Any, sixteen_bit: bool
-) -> tuple[UnitRows, UnitRows | None] | None:
+def checked_rows(call: Call) -> tuple[UnitRows, UnitRows | None] | None:
     """Float32 unit rows of student and teacher; none yet in 16 bit, which ranks must centre alike.
 
     Raises: ValueError on non-finite rows.
     """
-    z = None if sixteen_bit else kernels.normalize(student)
-    check_finite(name, "student", student if z is None else z.norm)
-    if teacher is None:
+    z = None if call.sixteen_bit else call.kernels.normalize(call.student)
+    check_finite(call.name, "student", call.student if z is None else z.norm)
+    if call.teacher is None:
         return None if z is None else (z, None)
-    y = None if sixteen_bit else kernels.normalize(teacher)
-    check_finite(name, "teacher", teacher if y is None else y.norm)
+    y = None if call.sixteen_bit else call.kernels.normalize(call.teacher)
+    check_finite(call.name, "teacher", call.teacher if y is None else y.norm)
     return None if z is None else (z, y)
 
 
-def rows_and_keys(
-    student: Tensor,
-    teacher: Tensor | None,
-    read: tuple[UnitRows, UnitRows | None] | None,
-    layout: Layout,
-    options: Options,
-    ranks: Ranks,
-    kernels: Any,
-) -> Rows:
+def rows_and_keys(call: Call, read: tuple[UnitRows, UnitRows | None] | None) -> Rows:
     """read: what `checked_rows` has returned."""
-    own_keys = teacher is None
-    shared = own_keys or options.target_rows == "student"
+    layout, kernels, epsilon = call.layout, call.kernels, call.options.epsilon
     if read is not None:
-        z, y = read
-        own = (z if y is None else y).views(layout.T, layout.B)
-        centre = own.read.mean(0)
-        target = z if y is None or shared else y
-        potential = kernels.centre_potential(target.read, centre, options.epsilon)
-    else:
-        first = first_views(student if teacher is None else teacher, layout.T, layout.B)
-        centre = ranks.sum(kernels.normalize(first).read.mean(0)) / ranks.W
-        z, potential = kernels.half_rows(student, centre, options.epsilon)
-        y, of_teacher = kernels.half_rows(teacher, centre, options.epsilon) if teacher is not None else (z, potential)
-        target, potential = (z, potential) if shared else (y, of_teacher)
+        z, y = read[0], read[1] if read[1] is not None else read[0]
         own = y.views(layout.T, layout.B)
-    return Rows(z, target, potential, Keys(own, centre, ranks, options.regather), own_keys)
+        centre = own.read.mean(0)
+        target = z if call.shared else y
+        potential = kernels.centre_potential(target.read, centre, epsilon)
+    else:
+        first = first_views(call.student if call.teacher is None else call.teacher, layout.T, layout.B)
+        centre = call.ranks.sum(kernels.normalize(first).read.mean(0)) / layout.W
+        z, potential = kernels.half_rows(call.student, centre, epsilon)
+        y, of_y = kernels.half_rows(call.teacher, centre, epsilon) if call.teacher is not None else (z, potential)
+        target, potential = (z, potential) if call.shared else (y, of_y)
+        own = y.views(layout.T, layout.B)
+    keys = Keys(own, centre, call.ranks, call.options.regather)
+    return Rows(z, target, potential, keys, own_keys=call.teacher is None)

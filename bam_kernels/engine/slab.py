@@ -19,6 +19,7 @@ from ..layout import Layout
 from ..options import Options
 from ..ranges import named
 from ..ranks import ONE_RANK, Ranks
+from .call import Call
 from .gradient import Gradient
 from .plan import SlabPlan, plan_slabs
 from .rows import Rows, checked_rows, rows_and_keys
@@ -38,39 +39,27 @@ class Embedded:
     scores: Scores
 
 
-def embed(
-    name: str,
-    student: Tensor,
-    teacher: Tensor | None,
-    layout: Layout,
-    options: Options,
-    ranks: Ranks,
-    kernels: RowKernels,
-    *,
-    needs_grad: bool,
-    wants_source: bool,
-    sixteen_bit: bool,
-) -> Embedded:
+def embed(call: Call, *, wants_source: bool) -> Embedded:
     """Raises: ValueError on non-finite rows or too small a budget on any rank, and where ranks differ."""
-    shared = teacher is None or options.target_rows == "student"
-    with agreed(ranks, name, options.header(layout, student, teacher, kernels.backend, needs_grad), student.device):
+    layout, options = call.layout, call.options
+    with agreed(call.ranks, call.name, call.header, call.student.device):
         plan = plan_slabs(
-            name,
-            rows=layout.M if shared else layout.R * layout.B,
+            call.name,
+            rows=layout.M if call.shared else layout.R * layout.B,
             images=layout.B,
             columns=layout.N,
             target_views=layout.L,
             source_views=layout.V,
-            shared=shared or not wants_source,
-            sixteen_bit=sixteen_bit,
+            shared=call.shared or not wants_source,
+            sixteen_bit=call.sixteen_bit,
             ranks=layout.W,
             regather=options.regather,
             budget=options.memory_budget,
-            device=student.device,
+            device=call.student.device,
         )
-        read = checked_rows(name, student, teacher, kernels, sixteen_bit)
-    rows = rows_and_keys(student, teacher, read, layout, options, ranks, kernels)
-    return Embedded(rows, plan, Scores.of(rows, layout, options.mask_positives, plan, kernels))
+        read = checked_rows(call)
+    rows = rows_and_keys(call, read)
+    return Embedded(rows, plan, Scores.of(rows, layout, options.mask_positives, plan, call.kernels))
 
 
 @named("Sinkhorn")
@@ -136,35 +125,10 @@ def _sum_over_ranks(
     return common + exponent, mantissa.float()
 
 
-def evaluate(
-    name: str,
-    student: Tensor,
-    teacher: Tensor | None,
-    layout: Layout,
-    options: Options,
-    ranks: Ranks,
-    kernels: RowKernels,
-    *,
-    needs_grad: bool,
-    sixteen_bit: bool = False,
-) -> Evaluated:
-    """The loss of this rank, its statistics and, if wanted, dz: the gradient of the sum of all ranks' losses.
-
-    sixteen_bit: products of fp16 rows, int16 scores, their gradient in fp16; for SixteenBitKernels.
-    """
-    x = embed(
-        name,
-        student,
-        teacher,
-        layout,
-        options,
-        ranks,
-        kernels,
-        needs_grad=needs_grad,
-        wants_source=True,
-        sixteen_bit=sixteen_bit,
-    )
-    z, shared, plan, scores = x.rows.z.read, x.rows.target is x.rows.z, x.plan, x.scores
+def evaluate(call: Call) -> Evaluated:
+    """The loss of this rank, its statistics and, if wanted, dz: the gradient of the sum of all ranks' losses."""
+    x, layout, options = embed(call, wants_source=True), call.layout, call.options
+    z, plan, scores = x.rows.z.read, x.plan, x.scores
     target = TargetScores(x.rows.target.read, scores, plan)
     source = SourceScores(z, scores, plan, options.iterations) if plan.source_cached else None
     if source is not None and options.regather:
@@ -173,61 +137,51 @@ def evaluate(
         source.mark_made()
     meanwhile = source.next_portion if source is not None else None
     row = x.rows.potential
-    col, column_sums = balance(target, row, options.epsilon, options.iterations, ranks, meanwhile=meanwhile)
+    col, column_sums = balance(target, row, options.epsilon, options.iterations, call.ranks, meanwhile=meanwhile)
 
-    gradient = Gradient(x.rows, layout, ranks, kernels) if needs_grad else None
+    gradient = Gradient(x.rows, layout, call.ranks, call.kernels) if call.needs_grad else None
     sums = Sums()
     made = source.finish() if source is not None else None
-    for first, matched, G in _match_slabs(target, made, x, layout, options, plan, shared, col, needs_grad):
+    for first, matched, G in _match_slabs(call, x, target, made, col):
         sums.add(matched)
         if gradient is not None:
             gradient.add(G, first)
-    if sixteen_bit:  # int16 has no NaN: a row that is not finite shows in its norm
+    if call.sixteen_bit:  # int16 has no NaN: a row that is not finite shows in its norm
         sums.spoil_unless_finite(x.rows.z.norm)
     dz = gradient.finish(options.temperature) if gradient is not None else None
     return sums.evaluated(layout, options.mask_positives, column_sums, dz)
 
 
-def _match_slabs(
-    target: TargetScores,
-    made: Tensor | None,
-    x: Embedded,
-    layout: Layout,
-    options: Options,
-    plan: SlabPlan,
-    shared: bool,
-    col: Potential,
-    needs_grad: bool,
-):
+def _match_slabs(call: Call, x: Embedded, target: TargetScores, made: Tensor | None, col: Potential):
     """(first image, sums, G (V, b, N) or None) slab by slab; G lives until the next slab.
 
     made (M, N): source scores that are there already.
     """
-    scores, kernels = target.scores, target.scores.kernels
+    layout, options, scores = call.layout, call.options, x.scores
     z = x.rows.z.read.view(layout.V, layout.B, layout.D)
     row_exponent = x.rows.potential.exponent.view(-1, layout.B)
     kept = target.kept.view(-1, layout.B, layout.N) if target.kept is not None else None
     given = made.view(layout.V, layout.B, layout.N) if made is not None else None
-    factor = GRADIENT_FACTOR * layout.B * options.temperature if x.rows.keys.sixteen_bit else 1.0
-    for first in range(0, layout.B, plan.match_images):
-        last = min(first + plan.match_images, layout.B)
+    factor = GRADIENT_FACTOR * layout.B * options.temperature if call.sixteen_bit else 1.0
+    for first in range(0, layout.B, x.plan.match_images):
+        last = min(first + x.plan.match_images, layout.B)
         source_rows = 0
         if given is not None:
             source = given[:, first:last]
-        elif shared and kept is not None:
+        elif call.shared and kept is not None:
             source = kept[:, first:last]
         else:
             source_rows = layout.V * (last - first)
             source = _made_images(scores, z[:, first:last], first, 0)
         if kept is not None:
             target_scores = kept[: layout.L, first:last]
-        elif shared:
+        elif call.shared:
             target_scores = source[: layout.L]
         else:
             y = x.rows.target.read.view(-1, layout.B, layout.D)[: layout.L, first:last]
             target_scores = _made_images(scores, y, first, source_rows)
-        G = source.view(torch.float16) if x.rows.keys.sixteen_bit else source
-        matched = named("match")(kernels.match)(
+        G = source.view(torch.float16) if call.sixteen_bit else source
+        matched = named("match")(call.kernels.match)(
             target_scores,
             source,
             layout,
@@ -237,10 +191,10 @@ def _match_slabs(
             temperature=options.temperature,
             step=scores.step,
             top_k=options.top_k,
-            gradient=G if needs_grad else None,
+            gradient=G if call.needs_grad else None,
             gradient_factor=factor,
         )
-        yield first, matched, G if needs_grad else None
+        yield first, matched, G if call.needs_grad else None
 
 
 def _made_images(scores: Scores, unit: Tensor, first: int, after: int) -> Tensor:
@@ -250,33 +204,12 @@ def _made_images(scores: Scores, unit: Tensor, first: int, after: int) -> Tensor
     return scores.make(unit.reshape(views * b, D), first, into, period=b).view(views, b, -1)
 
 
-def targets(
-    name: str,
-    student: Tensor,
-    teacher: Tensor | None,
-    layout: Layout,
-    options: Options,
-    ranks: Ranks,
-    kernels: RowKernels,
-    *,
-    sixteen_bit: bool = False,
-) -> Tensor:
+def targets(call: Call) -> Tensor:
     """P (L*B, N) float32, public column order."""
-    x = embed(
-        name,
-        student,
-        teacher,
-        layout,
-        options,
-        ranks,
-        kernels,
-        needs_grad=False,
-        wants_source=False,
-        sixteen_bit=sixteen_bit,
-    )
+    x, layout, options = embed(call, wants_source=False), call.layout, call.options
     plan, scores = x.plan, x.scores
     target = TargetScores(x.rows.target.read, scores, plan)
-    col, _ = balance(target, x.rows.potential, options.epsilon, options.iterations, ranks)
+    col, _ = balance(target, x.rows.potential, options.epsilon, options.iterations, call.ranks)
     P = col.mantissa.new_empty(layout.L, layout.B, layout.N)
     unit = target.unit.view(-1, layout.B, layout.D)[: layout.L]
     row_exponent = x.rows.potential.exponent.view(-1, layout.B)
@@ -287,7 +220,7 @@ def targets(
             target_scores = kept[: layout.L, first:last]
         else:
             target_scores = _made_images(scores, unit[:, first:last], first, 0)
-        named("match")(kernels.match)(
+        named("match")(call.kernels.match)(
             target_scores,
             None,
             layout,

@@ -11,6 +11,7 @@ from bam_kernels import reference
 from bam_kernels.backends import triton as backend
 from bam_kernels.backends.triton import tiles
 from bam_kernels.engine import flash
+from bam_kernels.engine.call import Call
 from bam_kernels.options import Options
 from bam_kernels.ranks import ONE_RANK
 from bam_kernels.simulated import SimulatedRanks
@@ -33,9 +34,9 @@ def evaluated(student, teacher, given: Options, *, needs_grad=True, ranks=ONE_RA
     layout = given.layout("bam_loss", student, teacher)
     student = student.to(DEVICE)
     teacher = teacher.to(DEVICE) if teacher is not None else None
-    arguments = ("bam_loss", student, teacher, layout, given, ranks, kernels)
-    found = flash.evaluate(*arguments, needs_grad=needs_grad)
-    P = flash.targets(*arguments)
+    call = Call("bam_loss", student, teacher, layout, given, ranks, kernels, needs_grad)
+    found = flash.evaluate(call)
+    P = flash.targets(call)
     dz = found.dz.cpu().view(student.shape) if found.dz is not None else None
     return found.loss.cpu(), dz, P.cpu(), found.stats.cpu()
 

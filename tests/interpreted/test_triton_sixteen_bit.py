@@ -14,6 +14,7 @@ from bam_kernels import bam_loss, bam_targets, reference
 from bam_kernels.backends import triton as backend
 from bam_kernels.backends.triton import tiles
 from bam_kernels.engine import flash, rows, slab
+from bam_kernels.engine.call import Call
 from bam_kernels.options import Options
 from bam_kernels.ranks import ONE_RANK
 from bam_kernels.simulated import SimulatedRanks
@@ -32,9 +33,9 @@ def evaluated(engine, student, teacher, ranks=ONE_RANK, **given):
     options = Options(group=ranks, **given)
     layout = options.layout("bam_loss", student, teacher)
     on_device = student.to(DEVICE), teacher.to(DEVICE) if teacher is not None else None
-    arguments = ("bam_loss", *on_device, layout, options, ranks, kernels)
-    found = ENGINES[engine].evaluate(*arguments, needs_grad=True, sixteen_bit=True)
-    P = ENGINES[engine].targets(*arguments, sixteen_bit=True)
+    call = Call("bam_loss", *on_device, layout, options, ranks, kernels, needs_grad=True, sixteen_bit=True)
+    found = ENGINES[engine].evaluate(call)
+    P = ENGINES[engine].targets(call)
     return found.loss.cpu(), found.dz.cpu().view(student.shape), P.cpu()
 
 
