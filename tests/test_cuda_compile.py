@@ -106,18 +106,17 @@ def test_every_kernel_is_there_and_the_hot_ones_stay_in_registers(architecture):
 
 
 @cache
-def instructions(architecture: str) -> dict[str, str]:
-    """The machine code of each kernel, its forms together."""
-    found: dict[str, str] = {}
-    for part in dump("-sass", "-arch", f"sm_{architecture}").split("Function : ")[1:]:
-        name = kernel_of(part.partition("\n")[0])
-        found[name] = found.get(name, "") + part
-    return found
+def machine_code(architecture: str) -> list[tuple[str, str]]:
+    """(kernel, its machine code), form by form."""
+    parts = dump("-sass", "-arch", f"sm_{architecture}").split("Function : ")[1:]
+    return [(kernel_of(part.partition("\n")[0]), part) for part in parts]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_instructions_are_those_that_were_meant(architecture):
-    code = instructions(architecture)
+    code: dict[str, str] = {}
+    for name, form in machine_code(architecture):
+        code[name] = code.get(name, "") + form
     # Scores in 16 bytes at a time: to registers where a thread walks down rows, else past them to shared memory.
     for name in ("column_lse", "column_products", "row_step", "row_products", "match_long"):
         assert re.search(r"LDG\.E\.128", code[name]), name
@@ -132,3 +131,16 @@ def test_the_instructions_are_those_that_were_meant(architecture):
     if int(re.match(r"\d+", architecture).group()) >= 90:
         for name in ("sinkhorn_pass", "match", "sinkhorn_on_chip"):  # barriers of a cluster
             assert "UCGABAR" in code[name], name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_kernel_touches_global_memory_before_it_has_followed_the_one_before(architecture):
+    """The invariant of csrc/cuda/launch.cuh, in the order of the machine code: the wait, then what touches memory."""
+    follows = int(re.match(r"\d+", architecture).group()) >= 90
+    for name, form in machine_code(architecture):
+        before, wait, after = form.partition("ACQBULK")
+        if not follows:
+            assert not wait, name
+            continue
+        assert wait and "PREEXIT" in after, name
+        assert not re.search(r"\b(LD|ST|LDG|STG|LDGSTS|UBLKCP|ATOM|ATOMG|RED|REDG|EXIT)\b[. ]", before), name

@@ -66,11 +66,24 @@ class Potential(NamedTuple):
 
 @dataclass(frozen=True)
 class Matched:
-    """Sums over the images of one slab, natural logarithms, float64 scalars."""
+    """What images add to the loss, the target's and the source's entropy: (3, images), or (3, 1) of all together.
 
-    loss: Tensor
-    target_entropy: Tensor
-    source_entropy: Tensor
+    Natural logarithms, of any float type; the properties are sums over the images, float64 scalars.
+    """
+
+    images: Tensor
+
+    @property
+    def loss(self) -> Tensor:
+        return self.images[0].sum(dtype=torch.float64)
+
+    @property
+    def target_entropy(self) -> Tensor:
+        return self.images[1].sum(dtype=torch.float64)
+
+    @property
+    def source_entropy(self) -> Tensor:
+        return self.images[2].sum(dtype=torch.float64)
 
 
 class RowKernels(Protocol):
@@ -89,7 +102,15 @@ class RowKernels(Protocol):
     def reciprocal_potential(self, shift: Tensor, sums: Tensor) -> Potential: ...
     def divide_potential_(self, col: Potential, c: Tensor) -> None: ...
     def sinkhorn_pass(
-        self, scores: Tensor, scale: Any, row: Potential, col: Potential, c: Tensor, /, accumulate: bool
+        self,
+        scores: Tensor,
+        scale: Any,
+        row: Potential,
+        col: Potential,
+        c: Tensor,
+        /,
+        accumulate: bool,
+        divide: bool = False,
     ) -> None: ...
     def match(
         self,

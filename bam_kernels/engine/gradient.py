@@ -27,7 +27,6 @@ class Gradient:
     def __init__(self, z: UnitRows, keys: Keys, layout: Layout, own_keys: bool, ranks: Ranks, kernels: Any) -> None:
         self.rows, self.keys, self.layout = z, keys, layout
         self.own_keys, self.ranks, self.kernels = own_keys, ranks, kernels
-        self.centre = keys.centre * keys.unit
         self.d = torch.empty_like(z.read, dtype=torch.float32)
         self.dk: Tensor | None = None  # (N, D) of this rank's rows
         self.dk_own: Tensor | None = None  # (T*B, D) of all ranks' rows
@@ -57,7 +56,7 @@ class Gradient:
         """out (columns of G, D) <- Gᵀ z, or out + Gᵀ z."""
         multiply(G.T, z, out, add=add)
         if self.keys.sixteen_bit:
-            out.addr_(G.sum(0, dtype=torch.float32), self.centre)
+            out.addr_(G.sum(0, dtype=torch.float32), self.keys.centre, alpha=self.keys.unit)
         return out
 
     def _add_whole(self, G: Tensor) -> None:
@@ -85,7 +84,7 @@ class Gradient:
         H = G[:N]
         sums = self.kernels.symmetrize_(H)
         d = multiply(H, keys, self.d[:N])
-        d.addr_(sums, self.centre)
+        d.addr_(sums, self.keys.centre, alpha=self.keys.unit)
         if len(G) > N:
             self._contract_keys(G[N:], self.z[N:], d, add=True)
 

@@ -39,6 +39,7 @@ struct Row {
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) normalize_kernel(const Normalize p) {
+  follow_earlier_kernels();
   const Row<T> x(p.x, blockIdx.x);
   double squares = 0.0;
   for (int64_t k = threadIdx.x; k < p.d; k += kThreads) squares += x[k] * x[k];
@@ -55,6 +56,7 @@ __global__ void __launch_bounds__(kThreads) normalize_kernel(const Normalize p) 
 // Mantissa in [1, 2].
 template <class T>
 __global__ void __launch_bounds__(kThreads) centre_potential_kernel(const CentrePotential p) {
+  follow_earlier_kernels();
   const Row<T> read(p.read, blockIdx.x);
   double dot = 0.0;
   for (int64_t k = threadIdx.x; k < p.d; k += kThreads) dot += read[k] * p.centre[k];
@@ -67,6 +69,7 @@ __global__ void __launch_bounds__(kThreads) centre_potential_kernel(const Centre
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) project_kernel(const Project p) {
+  follow_earlier_kernels();
   const Row<T> x(p.x, blockIdx.x);
   float* d = p.d + blockIdx.x * p.d_features;
   const double norm = p.norm[blockIdx.x], inverse = norm < kNormFloor ? 0.0 : 1.0 / norm;

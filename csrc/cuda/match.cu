@@ -29,6 +29,7 @@ class Image {
   }
 
   __device__ void run() {
+    follow_earlier_kernels();
 #pragma unroll 1
     for (int row = 0; row < kStages - 1; ++row) fetch(row);
     find_targets();

@@ -24,6 +24,7 @@ __global__ void __launch_bounds__(kMostThreads) sinkhorn_pass_kernel(const Pass 
   const int64_t first = (kCluster ? cluster_rank() : 0) * share;
   const int64_t begin = chunk * p.rows, end = begin + p.rows < p.m ? begin + p.rows : p.m;
   const Score* s = static_cast<const Score*>(p.scores.data);
+  follow_earlier_kernels();
   const float scale = number(p.scale);
 
   const auto fetch = [&](int64_t i, int stage) {
@@ -74,17 +75,21 @@ void launch_pass(const char* name, const SinkhornPass& p, const Where& where) {
 void sinkhorn_pass(const SinkhornPass& p, const Where& where) {
   if (p.scores.type == ScoreType::kInt16) launch_pass<int16_t>("sinkhorn_pass_kernel<int16>", p, where);
   else launch_pass<float>("sinkhorn_pass_kernel<float32>", p, where);
-  add_chunks({p.partial, blocks_for(p.m, p.rows), p.n, p.col.mantissa, p.c, p.accumulate}, where);
+  const Potential untouched = {nullptr, nullptr};
+  add_chunks({p.partial, blocks_for(p.m, p.rows), p.n, p.col.mantissa, p.c, p.accumulate, p.divide ? p.col : untouched},
+             where);
 }
 
 #ifdef __CUDACC__
-cudaError_t largest_cluster(int shared_bytes, int* size) {
+cudaError_t find_forms(int shared_bytes, bool* is_hopper_code, int* cluster) {
   auto* kernel = sinkhorn_pass_kernel<float, true>;
-  *size = 1;
+  *is_hopper_code = false;
+  *cluster = 1;
   cudaFuncAttributes found;
   cudaError_t status = cudaFuncGetAttributes(&found, kernel);
-  // Code for an older architecture, compiled again for this device, knows no clusters.
+  // Code for an older architecture, compiled again for this device, knows no clusters and waits for no kernel.
   if (status != cudaSuccess || found.ptxVersion < 90) return status;
+  *is_hopper_code = true;
   status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (status != cudaSuccess) return status;
   status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
@@ -93,7 +98,7 @@ cudaError_t largest_cluster(int shared_bytes, int* size) {
   config.gridDim = dim3(kMostCluster);
   config.blockDim = dim3(kMostThreads);
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-  return cudaOccupancyMaxPotentialClusterSize(size, kernel, &config);
+  return cudaOccupancyMaxPotentialClusterSize(cluster, kernel, &config);
 }
 #endif
 

@@ -64,8 +64,9 @@ class Launcher:
     def _device(self, x: Tensor) -> Device:
         return self._found_device(x.device.index or 0)
 
-    def _where(self, x: Tensor) -> tuple[int, int]:
-        """Device and stream."""
+    def _where(self, x: Tensor) -> tuple[int, int, bool]:
+        """Device, stream, and whether launches there may overlap."""
+        programmatic = self._device(x).programmatic
         if x.device.type != "cuda":
-            return 0, 0
-        return x.device.index or 0, torch.cuda.current_stream(x.device).cuda_stream
+            return 0, 0, programmatic
+        return x.device.index or 0, torch.cuda.current_stream(x.device).cuda_stream, programmatic

@@ -9,6 +9,7 @@ Results do not differ from run to run on devices of one kind.
 import torch
 from torch import Tensor
 
+from ...layout import Layout
 from ..interface import HALF_UNIT, LOG2_E, Positives, Potential, UnitRows
 from .launch import FLOAT_TYPES, Number, address, number, pair, positives_of, rounded, rows_of, scores_of
 from .launch_match import MatchKernels
@@ -72,6 +73,27 @@ class CudaKernels(SinkhornKernels, MatchKernels):
         assert s.stride(1) == 1 and s.dtype == torch.float32
         self._kernels.mask_positives(s.data_ptr(), len(s), s.stride(0), positives_of(positives), self._where(s))
         return s
+
+    def loss_and_stats(
+        self, images: Tensor, column_sums: Tensor, norm: Tensor | None, layout: Layout, uniform_loss: float
+    ) -> tuple[Tensor, Tensor]:
+        """As engine/sums.py says, in one launch; float32, rounded at the end."""
+        assert images.is_contiguous() and images.dtype == column_sums.dtype == torch.float32
+        loss, stats = torch.empty((), device=images.device), torch.empty(6, device=images.device)
+        self._kernels.loss_and_stats(
+            images.data_ptr(),
+            images.shape[1],
+            column_sums.data_ptr(),
+            len(column_sums),
+            address(norm),
+            len(norm) if norm is not None else 0,
+            (layout.B, layout.L, layout.V),
+            uniform_loss,
+            loss.data_ptr(),
+            stats.data_ptr(),
+            self._where(images),
+        )
+        return loss, stats
 
     def plan_products(
         self, s: Tensor, scale: Number, row: Potential, col: Potential, v: Tensor | None, u: Tensor | None
