@@ -11,6 +11,7 @@ import torch
 from cuda_device import DEVICE, empty, kernels, kernels_on, one, pytestmark  # noqa: F401
 from row_problems import MASKED, assert_close, log2, made_scores, masked, representable
 
+from bam_kernels.backends.cuda import launch_sinkhorn
 from bam_kernels.backends.interface import HALF_UNIT, LOG2_E, Positives, Potential
 from bam_kernels.layout import Layout
 
@@ -312,25 +313,30 @@ def test_centre_potential_at_the_least_epsilon(whole):
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="the emulator runs threads in either order")
-def test_no_result_depends_on_the_order_of_threads(kernels):  # noqa: F811
-    s, col = made_scores(11, 1031), one(1031)
+def test_no_result_depends_on_the_order_of_threads(kernels, monkeypatch):  # noqa: F811
+    # One cut octet, and rows that are aligned all the same; in two chunks, so that every stage of rows is used again.
+    n = 1028
+    monkeypatch.setattr(launch_sinkhorn, "pass_rows", lambda m, team, device: 14)
+    s, col = made_scores(23, n), one(n)
     outcomes = []
     for backwards in (False, True):
         emulated.run_threads_backwards(backwards)
         try:
-            row, shift, sums, c = one(11), empty(1031), empty(1031), empty(1031)
+            row, shift, sums, c = one(23), empty(n), empty(n), empty(n)
             kernels.column_lse(s, 20.0, row, shift, sums, accumulate=False)
             kernels.sinkhorn_pass(s, 20.0, row, col, c, accumulate=False)
-            square = s[:, :11].contiguous()
+            square = s[:, :23].contiguous()
             outcomes.append([shift, sums, *row, c, kernels.symmetrize_(square), square, *kernels.normalize(s)[:2]])
-            if kernels.fits_on_chip(11, 90, torch.float32, DEVICE):
-                small = kernels.sinkhorn(s[:, :90].contiguous(), 20.0, one(11), 3)
+            if kernels.fits_on_chip(23, 92, torch.float32, DEVICE):
+                small = kernels.sinkhorn(s[:, :92].contiguous(), 20.0, one(23), 3)
                 outcomes[-1] += [*small[0], small[1]]
-            grid = kernels_on(cluster=1).sinkhorn(s[:, :90].contiguous(), 20.0, one(11), 3)
+            grid = kernels_on(cluster=1).sinkhorn(s[:, :92].contiguous(), 20.0, one(23), 3)
             outcomes[-1] += [*grid[0], grid[1]]
         finally:
             emulated.run_threads_backwards(False)
     assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
+    expected = torch.softmax(s.double() * 20 / LOG2_E, 1).sum(0)
+    assert_close(outcomes[0][4], expected, 5e-6)
 
 
 def test_a_launch_that_fails_names_the_kernel_and_its_configuration(monkeypatch):

@@ -41,7 +41,8 @@ class Sums:
         images = self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts, 1)
         uniform_loss = math.log(layout.N - layout.T if masked else layout.N)
         together = getattr(self.kernels, "loss_and_stats", loss_and_stats)
-        return Evaluated(*together(images, column_sums, self.norm, layout, uniform_loss), dz)
+        loss, stats = together(images, column_sums, self.norm, layout, uniform_loss)
+        return Evaluated(loss, stats, dz)
 
 
 def loss_and_stats(

@@ -93,18 +93,27 @@ __device__ __forceinline__ void arrive(Arrival* a) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(a)) : "memory");
 #endif
 }
-// Waits for the end of a phase; phases are even and odd in turn, the first is even. What came in it is seen.
+// Waits for the end of a phase; phases are even and odd in turn, the first is even. What came in it is seen: by bulk
+// copies of this block or, kCluster, from other blocks.
+template <bool kCluster>
 __device__ __forceinline__ void wait_for_arrival(Arrival* a, unsigned odd) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "{\n"
-      ".reg .pred here;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 here, [%0], %1;\n"
-      "@!here bra again;\n"
-      "}" ::"r"(shared_address(a)),
-      "r"(odd)
-      : "memory");
+  unsigned here = 0;
+  while (!here) {
+    if (kCluster)
+      asm volatile(
+          "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.b32 %0, 1, 0, p; "
+          "}"
+          : "=r"(here)
+          : "r"(shared_address(a)), "r"(odd)
+          : "memory");
+    else
+      asm volatile(
+          "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2; selp.b32 %0, 1, 0, p; }"
+          : "=r"(here)
+          : "r"(shared_address(a)), "r"(odd)
+          : "memory");
+  }
 #endif
 }
 // Bytes from global memory to this block's shared memory; addresses and bytes are multiples of 16.
@@ -214,7 +223,8 @@ inline void expect_bytes(Arrival* a, unsigned bytes) {
 inline void arrive(Arrival* a) {
   emulator::arrive(a);
 }
-inline void wait_for_arrival(Arrival* a, unsigned odd) {
+template <bool kCluster>
+void wait_for_arrival(Arrival* a, unsigned odd) {
   emulator::wait_for_arrival(a, odd != 0);
 }
 inline void copy_bulk(void* to, const void* from, unsigned bytes, Arrival* a) {

@@ -76,7 +76,7 @@ class RowTeam {
       for (int v = 0; v < kValues; ++v) four[v] = x[v];
       send_16_bytes(four, of_blocks + cluster_rank() * 4, arrival, threadIdx.x);
     }
-    wait_for_arrival(arrival, odd_);
+    wait_for_arrival<true>(arrival, odd_);
   }
   template <int kValues, class Combine>
   static __device__ __forceinline__ void gather(float (&x)[kValues], const float* parts, int count, Combine combine) {

@@ -18,13 +18,14 @@ class SmallProblem {
     end_ = begin_ + p.rows < p.m ? begin_ + p.rows : p.m;
     shift_ = p.partial;
     sum_ = p.partial + gridDim.x * p.n;
+    const Arriving arriving(static_cast<float*>(shared_memory()), 1, 0, p.n);
     follow_earlier_kernels();
     scale_ = number(p.scale);
     const Score* s = static_cast<const Score*>(p.scores.data);
-    for (int64_t i = begin_; i < begin_ + p.rows; ++i)  // rows past the last are masked
-      fetch_row(rows_ + (i - begin_) * share_, s + i * p.scores.row_stride, 0, i < end_ ? p.n : 0, aligned);
-    commit_copies();
-    wait_for_copies<0>();
+    for (int64_t i = begin_; i < end_; ++i)
+      arriving.fetch(rows_ + (i - begin_) * share_, s + i * p.scores.row_stride, aligned, 0);
+    arriving.send_off(0);
+    arriving.wait<0>(0, 0);
   }
 
   __device__ void run() {

@@ -126,7 +126,9 @@ void check_it_follows() {
 void entry() {
   (*body)();
   check_it_follows();
-  if (!current->groups.empty() || !current->open.empty()) fail("a thread ended with copies under way");
+  bool under_way = !current->open.empty();
+  for (const auto& group : current->groups) under_way |= !group.empty();
+  if (under_way) fail("a thread ended with copies under way");
   current->ended = true;
   _longjmp(scheduler, 1);
 }
@@ -345,8 +347,8 @@ void copy_bulk(void* to, const void* from, unsigned bytes, void* arrival) {
     fail("a copy that is not aligned");
   check_it_follows();
   Arrival& a = arrival_of(*current->block, arrival);
-  if (reversed) a.under_way.push_back({to, from, bytes});
-  else bring(a, {to, from, bytes});
+  if (reversed) bring(a, {to, from, bytes});
+  else a.under_way.push_back({to, from, bytes});
   end_phase_if_complete(a);
 }
 void send_16_bytes(const float (&x)[4], float* to, void* arrival, unsigned rank) {
