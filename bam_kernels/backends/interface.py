@@ -1,8 +1,8 @@
 """What the engines ask of a backend: row kernels on slabs of scores, their potentials and their sums.
 
 Scores are (m, N) or (views, images, N), float32 or int16 fixed point, with contiguous columns; a masked entry is the
-backend's masked score. `scale` and `step` are numbers, or scalars on the device. The CPU's docstrings (cpu.py) say what
-each method computes.
+backend's masked score. `scale` and `step` are a Number: a float or, on GPUs, a scalar on the device. The CPU's
+docstrings (cpu.py) say what each method computes.
 """
 
 import math
@@ -19,6 +19,35 @@ FIXED_STEPS = 32000.0
 HALF_UNIT = 64.0  # fp16 rows are unit rows times this: their small entries are normal numbers
 # a A - Pbar is within [-1, 1]; times this, and stored in fp16, its small entries are normal numbers.
 GRADIENT_FACTOR = 16384.0
+
+
+@dataclass(frozen=True)
+class DeviceNumber:
+    """factor times a float32 scalar on the device: kernels multiply the two, so that no launch does."""
+
+    factor: float
+    scalar: Tensor
+
+    def __mul__(self, x: float) -> "DeviceNumber":
+        return DeviceNumber(self.factor * x, self.scalar)
+
+    __rmul__ = __mul__
+
+
+# A scale or step of scores.
+Number = float | Tensor | DeviceNumber
+
+
+def number(x: Number) -> tuple[float, Tensor | None]:
+    """The two factors of x; None: 1."""
+    if isinstance(x, DeviceNumber):
+        factor, scalar = x.factor, x.scalar
+    elif isinstance(x, Tensor):
+        factor, scalar = 1.0, x
+    else:
+        return float(x), None
+    assert scalar.numel() == 1 and scalar.dtype == torch.float32
+    return factor, scalar
 
 
 class UnitRows(NamedTuple):

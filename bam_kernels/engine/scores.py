@@ -13,6 +13,7 @@ from torch import Tensor
 from ..backends.interface import (
     FIXED_STEPS,
     HALF_UNIT,
+    DeviceNumber,
     Positives,
     Potential,
     RowKernels,
@@ -53,7 +54,7 @@ class Keys:
         """rows: this rank's keys, as their products with other keys read them."""
         if not sixteen_bit:
             return cls(rows.read, rows.read.mean(0), ranks, regather)
-        centre = ranks.sum(rows.read.mean(0, dtype=torch.float32) / HALF_UNIT) / ranks.W
+        centre = ranks.sum(rows.read.mean(0, dtype=torch.float32)) / (HALF_UNIT * ranks.W)
         return cls(kernels.half_rows(rows.x, centre).read, centre, ranks)
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
@@ -96,16 +97,16 @@ class Scores:
         self._buffer = keys.own.new_empty(plan.slab_rows, layout.N, dtype=self.dtype)
 
     @cached_property
-    def product_step(self) -> Tensor:
+    def product_step(self) -> DeviceNumber:
         """The product of fp16 rows that is one step of int16: |z·k| <= max_j |k_j| for unit z. Waits for all keys."""
         largest = torch.linalg.vector_norm(self.keys.whole, dim=1, dtype=torch.float32).max()
         # Where all keys are the centre every product is 0, of whatever steps.
-        return largest.clamp_min(1e-20) * (HALF_UNIT / FIXED_STEPS)
+        return DeviceNumber(HALF_UNIT / FIXED_STEPS, largest.clamp_min(1e-20))
 
     @cached_property
     def step(self) -> Any:
-        """The score that is one step of what is read: a number, or a scalar on the device."""
-        return self.product_step / HALF_UNIT**2 if self.keys.sixteen_bit else 1.0
+        """The score that is one step of what is read, a Number."""
+        return self.product_step * HALF_UNIT**-2 if self.keys.sixteen_bit else 1.0
 
     def buffer(self, rows: int, after: int = 0) -> Tensor:
         """`rows` rows of the buffer, past the first `after`."""

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..interface import Positives, Potential
+from .. import interface
+from ..interface import Number, Positives, Potential
 from .device import Device
 
-Number = float | Tensor
 FLOAT_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 NO_SCORES = (0, False, 0, 0)
 NO_POTENTIAL = (0, 0)
@@ -37,10 +37,8 @@ def rows_of(x: Tensor) -> tuple[int, int, tuple[int, int, int, int]]:
 
 def number(x: Number, factor: float = 1.0) -> tuple[float, int]:
     """factor * x as a factor and the address of a device scalar."""
-    if isinstance(x, Tensor):
-        assert x.numel() == 1 and x.dtype == torch.float32
-        return factor, x.data_ptr()
-    return factor * float(x), 0
+    of_x, scalar = interface.number(x)
+    return factor * of_x, address(scalar)
 
 
 def rounded(scale: float) -> float:

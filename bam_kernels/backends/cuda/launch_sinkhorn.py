@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..interface import Positives, Potential
-from .launch import NO_POTENTIAL, Launcher, Number, address, number, pair, positives_of, scores_of
+from ..interface import Number, Positives, Potential
+from .launch import NO_POTENTIAL, Launcher, address, number, pair, positives_of, scores_of
 from .shapes import column_rows, on_chip, pass_rows, pass_team
 
 

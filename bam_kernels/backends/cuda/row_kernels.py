@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ...layout import Layout
-from ..interface import HALF_UNIT, LOG2_E, Positives, Potential, UnitRows
-from .launch import FLOAT_TYPES, Number, address, number, pair, positives_of, rounded, rows_of, scores_of
+from ..interface import HALF_UNIT, LOG2_E, Number, Positives, Potential, UnitRows
+from .launch import FLOAT_TYPES, address, number, pair, positives_of, rounded, rows_of, scores_of
 from .launch_match import MatchKernels
 from .launch_sinkhorn import SinkhornKernels
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ...layout import Layout
-from ..interface import LOG2_E, Matched, Potential
+from ..interface import LOG2_E, Matched, Number, Potential
 from . import flash_keys, flash_match, flash_sinkhorn, sinkhorn
-from .launch import Launch, Number, launch
+from .launch import Launch, launch
 from .launch_sinkhorn import SinkhornKernels
 from .tiles import FlashTile, block_of, flash_tile, split
 

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..interface import Positives
 
-Number = float | Tensor
 Launch = Callable[..., None]
 
 
@@ -20,14 +19,6 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     device = next(arg.device for arg in args if isinstance(arg, Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[grid](*args, enable_fp_fusion=True, **options)
-
-
-def number(x: Number) -> tuple[float, Tensor | None]:
-    """A factor and a device scalar, whose product is x."""
-    if isinstance(x, Tensor):
-        assert x.numel() == 1 and x.dtype == torch.float32
-        return 1.0, x
-    return float(x), None
 
 
 def image_index(positives: Positives | None) -> tuple[int, int, int, int, int]:

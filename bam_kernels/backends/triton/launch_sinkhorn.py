@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from ..interface import Positives, Potential
+from ..interface import Number, Positives, Potential, number
 from . import plan, sinkhorn
-from .launch import Launcher, Number, check_scores, image_index, number
+from .launch import Launcher, check_scores, image_index
 from .tiles import LONGEST_ROW, block_of, column_tile, row_tile
 
 

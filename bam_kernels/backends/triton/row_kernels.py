@@ -11,9 +11,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..interface import HALF_UNIT, LOG2_E, Positives, Potential, UnitRows
+from ..interface import HALF_UNIT, LOG2_E, Number, Positives, Potential, UnitRows, number
 from . import embed, plan, scores
-from .launch import Number, check_scores, image_index, number
+from .launch import check_scores, image_index
 from .launch_match import MatchKernels
 from .launch_sinkhorn import SinkhornKernels
 from .tiles import block_of, warps
