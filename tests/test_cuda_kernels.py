@@ -13,6 +13,7 @@ from row_problems import MASKED, assert_close, log2, made_scores, masked, repres
 
 from bam_kernels.backends.cuda import launch_sinkhorn
 from bam_kernels.backends.interface import HALF_UNIT, LOG2_E, Positives, Potential
+from bam_kernels.engine.sums import loss_and_stats
 from bam_kernels.layout import Layout
 
 EPSILONS = [representable(0.05), representable(1e-3)]
@@ -135,7 +136,10 @@ def test_sinkhorn_pass(kernels, dtype, epsilon):  # noqa: F811
         expected = torch.exp2(x + f[:, None]).sum(0)
         assert_close(c.cpu(), expected, 5e-6, 1e-9)
         before = log2(col).cpu()
+        at_once = Potential(*(part.clone() for part in col))
+        kernels.sinkhorn_pass(s, LOG2_E / epsilon * step, one(m), at_once, c, accumulate=False, divide=True)
         kernels.divide_potential_(col, c)
+        assert all(torch.equal(a, b) for a, b in zip(at_once, col, strict=True))
         assert (col.exponent == col.exponent.round()).all()
         left = expected > 0
         close = 2e-7 * before.abs().max().item() + 1e-6
@@ -310,6 +314,25 @@ def test_centre_potential_at_the_least_epsilon(whole):
     row = whole.centre_potential(unit, centre, epsilon)
     assert (row.exponent == row.exponent.round()).all()
     assert_close(log2(row), unit.double() @ centre.double() / epsilon * LOG2_E, 0, 1e-6)
+
+
+# One of everything; more than a turn of the block.
+@pytest.mark.parametrize("count", [1, 700])
+@pytest.mark.parametrize("spoilt", ["nothing", "a norm", "column sums"])
+def test_loss_and_stats(whole, count, spoilt):
+    layout = Layout(B=count, V=3, L=2, T=2, D=1)
+    images, c, norm = torch.rand(3, count), 1 + torch.rand(2 * count), torch.rand(3 * count).double()
+    if spoilt == "a norm":
+        norm[-1] = math.inf
+    if spoilt == "column sums":  # after a single iteration
+        c.fill_(math.nan)
+    given = images.to(DEVICE), c.to(DEVICE), norm.to(DEVICE), layout, 7.5
+    loss, stats = whole.loss_and_stats(*given)
+    expected_loss, expected = loss_and_stats(images.double(), c.double(), norm, layout, 7.5)
+    assert expected.isnan().sum() == {"nothing": 0, "a norm": 4, "column sums": 1}[spoilt]
+    assert torch.equal(stats.cpu().isnan(), expected.isnan()) and torch.equal(loss.cpu().isnan(), expected_loss.isnan())
+    assert_close(loss.cpu().nan_to_num(), expected_loss.nan_to_num(), 1e-6)
+    assert_close(stats.cpu().nan_to_num(), expected.nan_to_num(), 1e-6, 1e-7)
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="the emulator runs threads in either order")
