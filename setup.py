@@ -32,6 +32,7 @@ CUDA_FILES = (
     "plan",
     "embed",
     "scores",
+    "stats",
     "table",
     "device",
 )

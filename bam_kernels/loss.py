@@ -231,6 +231,7 @@ def _loss_fake(student: Tensor, teacher: Tensor | None, dimensions: list[int], *
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     student, (_, stats, dz) = inputs[0], output
+    ctx.set_materialize_grads(False)  # no zeros for stats and dz
     ctx.mark_non_differentiable(stats, dz)
     ctx.save_for_backward(dz)
     ctx.shape, ctx.dtype = student.shape, student.dtype

@@ -20,7 +20,7 @@ using ScalarPair = std::pair<float, Address>;                        // factor, 
 using RowsTuple = std::tuple<Address, int, std::array<int64_t, 4>>;  // address, float type, rows of a view, strides
 using PositivesTuple = std::tuple<bool, int64_t, int64_t, int64_t, int64_t, int64_t>;
 using TeamPair = std::pair<int, int>;                              // threads, cluster
-using WherePair = std::pair<int, Address>;                         // device, stream
+using WhereTuple = std::tuple<int, Address, bool>;                 // device, stream, programmatic launches
 using GradientTuple = std::tuple<Address, int, int64_t, int64_t>;  // address, float type, view stride, row stride
 
 Potential potential(const Pair& p) {
@@ -41,15 +41,15 @@ Team team(const TeamPair& t) {
 }
 
 template <class Params>
-void call(void (*kernel)(const Params&, const Where&), const Params& params, const WherePair& where) {
+void call(void (*kernel)(const Params&, const Where&), const Params& params, const WhereTuple& where) {
   py::gil_scoped_release release;
-  kernel(params, {where.first, as<void>(where.second)});
+  kernel(params, {std::get<0>(where), as<void>(std::get<1>(where)), std::get<2>(where)});
 }
 
 void bind_scores(py::class_<Kernels>& c) {
   c.def("column_lse", [](const Kernels& k, py::tuple s, int64_t m, int64_t n, ScalarPair scale, Pair row, Address shift,
                          Address sum, bool accumulate, Address partial, int64_t chunk_rows, Address bias, Address fixed,
-                         int64_t fixed_stride, ScalarPair step, PositivesTuple of, WherePair where) {
+                         int64_t fixed_stride, ScalarPair step, PositivesTuple of, WhereTuple where) {
     call(k.column_lse,
          {scores(s), m, n, scalar(scale), potential(row), as<float>(shift), as<float>(sum), accumulate,
           as<float>(partial), chunk_rows, as<const float>(bias), as<int16_t>(fixed), fixed_stride, scalar(step),
@@ -57,7 +57,7 @@ void bind_scores(py::class_<Kernels>& c) {
          where);
   });
   c.def("mask_positives",
-        [](const Kernels& k, Address s, int64_t m, int64_t row_stride, PositivesTuple of, WherePair where) {
+        [](const Kernels& k, Address s, int64_t m, int64_t row_stride, PositivesTuple of, WhereTuple where) {
           call(k.mask_positives, {as<float>(s), m, row_stride, positives(of)}, where);
         });
 }
@@ -65,28 +65,29 @@ void bind_scores(py::class_<Kernels>& c) {
 void bind_sinkhorn(py::class_<Kernels>& c) {
   c.def("sinkhorn_pass",
         [](const Kernels& k, py::tuple s, int64_t m, int64_t n, ScalarPair scale, Pair row, Pair col, Address sums,
-           bool accumulate, Address partial, int64_t chunk_rows, TeamPair of, WherePair where) {
+           bool accumulate, bool divide, Address partial, int64_t chunk_rows, TeamPair of, WhereTuple where) {
           call(k.sinkhorn_pass,
-               {scores(s), m, n, scalar(scale), potential(row), potential(col), as<float>(sums), accumulate,
+               {scores(s), m, n, scalar(scale), potential(row), potential(col), as<float>(sums), accumulate, divide,
                 as<float>(partial), chunk_rows, team(of)},
                where);
         });
-  c.def("row_step",
-        [](const Kernels& k, py::tuple s, int64_t m, int64_t n, ScalarPair scale, Pair row, Pair col, WherePair where) {
-          call(k.row_step, {scores(s), m, n, scalar(scale), potential(row), potential(col)}, where);
-        });
+  c.def("row_step", [](const Kernels& k, py::tuple s, int64_t m, int64_t n, ScalarPair scale, Pair row, Pair col,
+                       WhereTuple where) {
+    call(k.row_step, {scores(s), m, n, scalar(scale), potential(row), potential(col)}, where);
+  });
   c.def("sinkhorn_on_chip",
         [](const Kernels& k, py::tuple s, int64_t m, int64_t n, ScalarPair scale, Pair row, Pair col, Address sums,
-           Address partial, int64_t block_rows, TeamPair of, int iterations, WherePair where) {
+           Address partial, int64_t block_rows, TeamPair of, int iterations, WhereTuple where) {
           call(k.sinkhorn_on_chip,
                {scores(s), m, n, scalar(scale), potential(row), potential(col), as<float>(sums), as<float>(partial),
                 block_rows, team(of), iterations},
                where);
         });
-  c.def("reciprocal_potential", [](const Kernels& k, Address shift, Address sum, Pair col, int64_t n, WherePair where) {
-    call(k.reciprocal_potential, {as<const float>(shift), as<const float>(sum), potential(col), n}, where);
-  });
-  c.def("divide_potential", [](const Kernels& k, Pair col, Address sums, int64_t n, WherePair where) {
+  c.def("reciprocal_potential",
+        [](const Kernels& k, Address shift, Address sum, Pair col, int64_t n, WhereTuple where) {
+          call(k.reciprocal_potential, {as<const float>(shift), as<const float>(sum), potential(col), n}, where);
+        });
+  c.def("divide_potential", [](const Kernels& k, Pair col, Address sums, int64_t n, WhereTuple where) {
     call(k.divide_potential, {potential(col), as<const float>(sums), n}, where);
   });
 }
@@ -96,7 +97,7 @@ void bind_match(py::class_<Kernels>& c) {
                     std::array<ScalarPair, 3> scales, float gradient_scale, float pair_weight, Address row_exponent,
                     int64_t row_view_stride, Pair col, Address sums, int64_t sums_stride, Address targets,
                     int64_t targets_view_stride, Pair row_out, GradientTuple gradient, TeamPair of, Address means,
-                    WherePair where) {
+                    WhereTuple where) {
     const auto [L, V, b, n, W, T, B, top_k] = dimensions;
     const auto [address, type, view_stride, row_stride] = gradient;
     call(k.match,
@@ -136,21 +137,21 @@ void bind_match(py::class_<Kernels>& c) {
 void bind_plan(py::class_<Kernels>& c) {
   c.def("plan_products",
         [](const Kernels& k, py::tuple s, int64_t m, int64_t n, ScalarPair scale, Pair row, Pair col, Address v,
-           Address u, Address y, Address w, bool accumulate, Address partial, int64_t chunk_rows, WherePair where) {
+           Address u, Address y, Address w, bool accumulate, Address partial, int64_t chunk_rows, WhereTuple where) {
           call(k.plan_products,
                {scores(s), m, n, scalar(scale), potential(row), potential(col), as<const float>(v), as<const float>(u),
                 as<float>(y), as<float>(w), accumulate, as<float>(partial), chunk_rows},
                where);
         });
   c.def("plan_subtract", [](const Kernels& k, py::tuple s, int64_t m, int64_t n, ScalarPair scale, Pair row, Pair col,
-                            Address u, Address v, Address x, int64_t x_stride, WherePair where) {
+                            Address u, Address v, Address x, int64_t x_stride, WhereTuple where) {
     call(k.plan_subtract,
          {scores(s), m, n, scalar(scale), potential(row), potential(col), as<const float>(u), as<const float>(v),
           as<float>(x), x_stride},
          where);
   });
   c.def("symmetrize", [](const Kernels& k, Address G, int type, int64_t m, int64_t stride, Address row_sums,
-                         Address partial, WherePair where) {
+                         Address partial, WhereTuple where) {
     call(k.symmetrize, {as<void>(G), static_cast<FloatType>(type), m, stride, as<float>(row_sums), as<float>(partial)},
          where);
   });
@@ -158,26 +159,38 @@ void bind_plan(py::class_<Kernels>& c) {
 
 void bind_embeddings(py::class_<Kernels>& c) {
   c.def("normalize", [](const Kernels& k, RowsTuple x, int64_t m, int64_t d, Address centre, Address read, Address norm,
-                        Address bias, double scale, Pair row, WherePair where) {
+                        Address bias, double scale, Pair row, WhereTuple where) {
     call(k.normalize,
          {rows(x), m, d, as<const float>(centre), as<void>(read), as<double>(norm), as<float>(bias), scale,
           potential(row)},
          where);
   });
   c.def("product_step", [](const Kernels& k, Address centre, int64_t d, Address key_bias, int64_t n, Address row_bias,
-                           int64_t m, Address step, WherePair where) {
+                           int64_t m, Address step, WhereTuple where) {
     call(k.product_step,
          {as<const float>(centre), as<const float>(key_bias), as<const float>(row_bias), d, n, m, as<float>(step)},
          where);
   });
   c.def("centre_potential", [](const Kernels& k, Address read, int64_t m, int64_t d, Address centre, double scale,
-                               Pair row, WherePair where) {
+                               Pair row, WhereTuple where) {
     call(k.centre_potential, {as<const float>(read), m, d, as<const float>(centre), scale, potential(row)}, where);
   });
   c.def("project", [](const Kernels& k, Address d, RowsTuple x, Address norm, float factor, int64_t m, int64_t features,
-                      WherePair where) {
+                      WhereTuple where) {
     call(k.project, {as<float>(d), rows(x), as<const double>(norm), factor, m, features}, where);
   });
+}
+
+void bind_stats(py::class_<Kernels>& c) {
+  c.def("loss_and_stats",
+        [](const Kernels& k, Address images, int64_t count, Address sums, int64_t n, Address norm, int64_t m,
+           std::array<int64_t, 3> dimensions, double uniform_loss, Address loss, Address stats, WhereTuple where) {
+          const auto [B, L, V] = dimensions;
+          call(k.loss_and_stats,
+               {as<const float>(images), count, as<const float>(sums), n, as<const double>(norm), m, B, L, V,
+                uniform_loss, as<float>(loss), as<float>(stats)},
+               where);
+        });
 }
 
 #ifdef BAM_WITH_CUDA
@@ -192,6 +205,7 @@ py::dict device(int index) {
   found["shared_bytes"] = d.shared_bytes;
   found["cluster"] = d.cluster;
   found["cooperative"] = d.cooperative;
+  found["programmatic"] = d.programmatic;
   found["fault"] = d.fault;
   return found;
 }
@@ -206,6 +220,7 @@ void bind_cuda(py::module_& m) {
   bind_match(table);
   bind_plan(table);
   bind_embeddings(table);
+  bind_stats(table);
   m.def(
       "cuda_kernels_at", [](Address address) { return as<const Kernels>(address); }, py::return_value_policy::reference,
       "Kernels of another build by the address of their table: for tests.");

@@ -33,8 +33,14 @@ def kernels_on(**limits: object) -> CudaKernels:
     return CudaKernels(_C.cuda_kernels(), lambda index: replace(cuda.found_device(index), **limits))
 
 
-# A row in one block; over a cluster of blocks of one warp, which is 512 columns each; too long for the chip.
-FORMS = {"block": {}, "cluster": {}, "long": {"shared_bytes": 0}}
+# A row in one block; over a cluster of blocks of one warp, which is 512 columns each; in one block of a device before
+# Hopper, without bulk copies (under the emulator); too long for the chip.
+FORMS = {
+    "block": {},
+    "cluster": {},
+    "before Hopper": {"cluster": 1, "programmatic": False},
+    "long": {"shared_bytes": 0},
+}
 
 
 @pytest.fixture(params=FORMS)

@@ -19,7 +19,9 @@ from bam_kernels.layout import Layout
 built = pytest.mark.skipif(_C is None or not _C.with_cuda, reason="built without CUDA")
 needs_compiler = pytest.mark.skipif(_C is None or not shutil.which("g++"), reason="needs the extension and g++")
 H100 = replace(emulated.HOPPER, multiprocessors=132)
-A100 = replace(emulated.HOPPER, capability=(8, 0), multiprocessors=108, shared_bytes=163 << 10, cluster=1)
+A100 = replace(
+    emulated.HOPPER, capability=(8, 0), multiprocessors=108, shared_bytes=163 << 10, cluster=1, programmatic=False
+)
 
 
 @built
@@ -44,9 +46,9 @@ def test_a_device_that_cannot_run_the_kernels_is_named_with_the_reason():
     assert cuda._fault(old) == "Tesla T4 is sm_75, these kernels need sm_80 or newer"
     assert "no kernel image" in cuda._fault(replace(emulated.HOPPER, fault="no kernel image is available"))
     assert cuda._fault(emulated.HOPPER) is None
-    assert H100.forms() == "rows over clusters of 16, one-launch Sinkhorn"
+    assert H100.forms() == "rows over clusters of 16, one-launch Sinkhorn, overlapping launches"
     assert replace(A100, cooperative=False).forms() == (
-        "no clusters: long rows read twice, no cooperative launch: one launch a pass"
+        "no clusters: long rows read twice, no cooperative launch: one launch a pass, launches one after another"
     )
 
 
@@ -137,6 +139,7 @@ class TestFunctionsOnTheHost:
         (1, "threads wait for ever: .* at a barrier of the block .* at a barrier of the cluster"),
         (2, "a block that may not have begun"),
         (3, "a write past the end of shared memory"),
+        (4, "did not follow the kernels before"),
     ],
 )
 def test_the_emulator_reports_what_a_kernel_may_not_do(kind, fault):

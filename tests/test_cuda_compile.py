@@ -106,29 +106,45 @@ def test_every_kernel_is_there_and_the_hot_ones_stay_in_registers(architecture):
 
 
 @cache
-def instructions(architecture: str) -> dict[str, str]:
-    """The machine code of each kernel, its forms together."""
-    found: dict[str, str] = {}
-    for part in dump("-sass", "-arch", f"sm_{architecture}").split("Function : ")[1:]:
-        name = kernel_of(part.partition("\n")[0])
-        found[name] = found.get(name, "") + part
-    return found
+def machine_code(architecture: str) -> list[tuple[str, str]]:
+    """(kernel, its machine code), form by form."""
+    parts = dump("-sass", "-arch", f"sm_{architecture}").split("Function : ")[1:]
+    return [(kernel_of(part.partition("\n")[0]), part) for part in parts]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_instructions_are_those_that_were_meant(architecture):
-    code = instructions(architecture)
-    # Scores in 16 bytes at a time: to registers where a thread walks down rows, else past them to shared memory.
+    code: dict[str, str] = {}
+    for name, form in machine_code(architecture):
+        code[name] = code.get(name, "") + form
+    # Scores in 16 bytes at a time: to registers where a thread walks down rows, else past them to shared memory, on
+    # Hopper and newer in bulk.
+    hopper = int(re.match(r"\d+", architecture).group()) >= 90
     for name in ("column_lse", "column_products", "row_step", "row_products", "match_long"):
         assert re.search(r"LDG\.E\.128", code[name]), name
     for name in ("sinkhorn_pass", "sinkhorn_on_chip", "match"):
-        assert re.search(r"LDGSTS\.E\.BYPASS\.128", code[name]), name
+        assert re.search("UBLKCP" if hopper else r"LDGSTS\.E\.BYPASS\.128", code[name]), name
         assert "LDS.128" in code[name], name
     for name in ("column_lse", "match"):  # int16 scores; their gradient
         assert re.search(r"STG\.E\.128", code[name]), name
     for name in ("column_lse", "sinkhorn_pass", "sinkhorn_on_chip", "match"):
         assert "MUFU.EX2" in code[name], name
         assert "LDL" not in code[name] and "STL" not in code[name], name
-    if int(re.match(r"\d+", architecture).group()) >= 90:
-        for name in ("sinkhorn_pass", "match", "sinkhorn_on_chip"):  # barriers of a cluster
-            assert "UCGABAR" in code[name], name
+    if hopper:
+        for name in ("sinkhorn_pass", "match"):  # sums over a cluster, without a fence of the whole device in the loop
+            assert "STAS.128" in code[name] and "SYNCS.PHASECHK" in code[name], name
+            assert code[name].count("MEMBAR.ALL.GPU") <= code[name].count("UCGABAR_WAIT") == 2, name
+        assert "UCGABAR" in code["sinkhorn_on_chip"]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_kernel_touches_global_memory_before_it_has_followed_the_one_before(architecture):
+    """The invariant of csrc/cuda/launch.cuh, in the order of the machine code: the wait, then what touches memory."""
+    follows = int(re.match(r"\d+", architecture).group()) >= 90
+    for name, form in machine_code(architecture):
+        before, wait, after = form.partition("ACQBULK")
+        if not follows:
+            assert not wait, name
+            continue
+        assert wait and "PREEXIT" in after, name
+        assert not re.search(r"\b(LD|ST|LDG|STG|LDGSTS|UBLKCP|ATOM|ATOMG|RED|REDG|EXIT)\b[. ]", before), name

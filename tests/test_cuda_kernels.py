@@ -11,7 +11,9 @@ import torch
 from cuda_device import DEVICE, empty, kernels, kernels_on, one, pytestmark  # noqa: F401
 from row_problems import MASKED, assert_close, log2, made_scores, masked, representable
 
-from bam_kernels.backends.interface import HALF_UNIT, LOG2_E, DeviceScalar, Positives, Potential
+from bam_kernels.backends.cuda import launch_sinkhorn
+from bam_kernels.backends.interface import HALF_UNIT, LOG2_E, DeviceNumber, Positives, Potential
+from bam_kernels.engine.sums import loss_and_stats
 from bam_kernels.layout import Layout
 
 EPSILONS = [representable(0.05), representable(1e-3)]
@@ -88,7 +90,7 @@ def test_the_epilogue_masks_and_quantizes_and_sums(whole, first_row, B):
     positives = Positives(layout, first_row, layout.M)
     by_hand = whole.mask_positives_(made.clone(), positives)
     assert torch.equal(by_hand.cpu() == MASKED, mask)
-    step, bias = DeviceScalar(torch.tensor([STEP / 2], device=DEVICE), 2.0), made_scores(1, layout.N, 1)[0].to(DEVICE)
+    step, bias = DeviceNumber(2.0, torch.tensor([STEP / 2], device=DEVICE)), made_scores(1, layout.N, 1)[0].to(DEVICE)
     fixed = whole.quantize(by_hand, step, empty(7, layout.N, dtype=torch.int16), bias=bias)
     assert torch.equal(fixed.cpu() == -32768, mask)
     expected = (exact + bias.cpu().double()).clamp(STEP - 1, 1 - STEP)
@@ -135,7 +137,10 @@ def test_sinkhorn_pass(kernels, dtype, epsilon):  # noqa: F811
         expected = torch.exp2(x + f[:, None]).sum(0)
         assert_close(c.cpu(), expected, 5e-6, 1e-9)
         before = log2(col).cpu()
+        at_once = Potential(*(part.clone() for part in col))
+        kernels.sinkhorn_pass(s, LOG2_E / epsilon * step, one(m), at_once, c, accumulate=False, divide=True)
         kernels.divide_potential_(col, c)
+        assert all(torch.equal(a, b) for a, b in zip(at_once, col, strict=True))
         assert (col.exponent == col.exponent.round()).all()
         left = expected > 0
         close = 2e-7 * before.abs().max().item() + 1e-6
@@ -312,7 +317,7 @@ def test_products_fit_the_fixed_point(whole, spreads):
     k, z = (whole.half_rows(x, centre, 0.05)[0] for x in (keys, others))
     step = whole.product_step(centre, k.bias, z.bias)
     assert step.factor == 1
-    bound = step.tensor.double().item() * 32000 / HALF_UNIT**2
+    bound = step.scalar.double().item() * 32000 / HALF_UNIT**2
     scores = torch.nn.functional.normalize(others.double(), dim=1) @ (unit - centre).T
     size_k, size_z = ((x.read.double() / HALF_UNIT).norm(dim=1).max().item() for x in (k, z))
     bias = k.bias.abs().max().item() / HALF_UNIT**2
@@ -329,26 +334,50 @@ def test_centre_potential_at_the_least_epsilon(whole):
     assert_close(log2(row), unit.double() @ centre.double() / epsilon * LOG2_E, 0, 1e-6)
 
 
+# One of everything; more than a turn of the block.
+@pytest.mark.parametrize("count", [1, 700])
+@pytest.mark.parametrize("spoilt", ["nothing", "a norm", "column sums"])
+def test_loss_and_stats(whole, count, spoilt):
+    layout = Layout(B=count, V=3, L=2, T=2, D=1)
+    images, c, norm = torch.rand(3, count), 1 + torch.rand(2 * count), torch.rand(3 * count).double()
+    if spoilt == "a norm":
+        norm[-1] = math.inf
+    if spoilt == "column sums":  # after a single iteration
+        c.fill_(math.nan)
+    given = images.to(DEVICE), c.to(DEVICE), norm.to(DEVICE), layout, 7.5
+    loss, stats = whole.loss_and_stats(*given)
+    expected_loss, expected = loss_and_stats(images.double(), c.double(), norm, layout, 7.5)
+    assert expected.isnan().sum() == {"nothing": 0, "a norm": 4, "column sums": 1}[spoilt]
+    assert torch.equal(stats.cpu().isnan(), expected.isnan()) and torch.equal(loss.cpu().isnan(), expected_loss.isnan())
+    assert_close(loss.cpu().nan_to_num(), expected_loss.nan_to_num(), 1e-6)
+    assert_close(stats.cpu().nan_to_num(), expected.nan_to_num(), 1e-6, 1e-7)
+
+
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="the emulator runs threads in either order")
-def test_no_result_depends_on_the_order_of_threads(kernels):  # noqa: F811
-    s, col = made_scores(11, 1031), one(1031)
+def test_no_result_depends_on_the_order_of_threads(kernels, monkeypatch):  # noqa: F811
+    # One cut octet, and rows that are aligned all the same; in two chunks, so that every stage of rows is used again.
+    n = 1028
+    monkeypatch.setattr(launch_sinkhorn, "pass_rows", lambda m, team, device: 14)
+    s, col = made_scores(23, n), one(n)
     outcomes = []
     for backwards in (False, True):
         emulated.run_threads_backwards(backwards)
         try:
-            row, shift, sums, c = one(11), empty(1031), empty(1031), empty(1031)
+            row, shift, sums, c = one(23), empty(n), empty(n), empty(n)
             kernels.column_lse(s, 20.0, row, shift, sums, accumulate=False)
             kernels.sinkhorn_pass(s, 20.0, row, col, c, accumulate=False)
-            square = s[:, :11].contiguous()
+            square = s[:, :23].contiguous()
             outcomes.append([shift, sums, *row, c, kernels.symmetrize_(square), square, *kernels.normalize(s)[:2]])
-            if kernels.fits_on_chip(11, 90, torch.float32, DEVICE):
-                small = kernels.sinkhorn(s[:, :90].contiguous(), 20.0, one(11), 3)
+            if kernels.fits_on_chip(23, 92, torch.float32, DEVICE):
+                small = kernels.sinkhorn(s[:, :92].contiguous(), 20.0, one(23), 3)
                 outcomes[-1] += [*small[0], small[1]]
-            grid = kernels_on(cluster=1).sinkhorn(s[:, :90].contiguous(), 20.0, one(11), 3)
+            grid = kernels_on(cluster=1).sinkhorn(s[:, :92].contiguous(), 20.0, one(23), 3)
             outcomes[-1] += [*grid[0], grid[1]]
         finally:
             emulated.run_threads_backwards(False)
     assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
+    expected = torch.softmax(s.double() * 20 / LOG2_E, 1).sum(0)
+    assert_close(outcomes[0][4], expected, 5e-6)
 
 
 def test_a_launch_that_fails_names_the_kernel_and_its_configuration(monkeypatch):

@@ -3,6 +3,7 @@
 Where there is no GPU the library is given the emulated kernels and CPU tensors.
 """
 
+import emulated
 import pytest
 import torch
 from cuda_device import DEVICE, kernels_on, pytestmark  # noqa: F401
@@ -10,6 +11,11 @@ from problems import FLOAT32, GOLDEN_FILES, assert_close, features, load, loss_a
 
 from bam_kernels import bam_loss, bam_targets, reference, sinkhorn_attention
 from bam_kernels.backends import cuda
+from bam_kernels.backends.extension import _C
+from bam_kernels.engine import slab
+from bam_kernels.engine.call import Call
+from bam_kernels.options import Options
+from bam_kernels.ranks import ONE_RANK
 from bam_kernels.simulated import SimulatedRanks
 
 EXACT = {"backend": "cuda", "precision": "exact"}
@@ -87,17 +93,88 @@ def test_attention(output):
         assert (actual - truth).norm() <= 2e-5 * truth.norm()
 
 
-def test_which_kernels_ran(in_use, monkeypatch):
-    """A small problem of one rank takes one launch for its iterations where the device has that."""
-    called = []
+def recorded(kernels, called: list[str]) -> None:
+    """Lists what is asked of the kernels' table from now on."""
 
     class Recorder:
         def __getattr__(self, name):
             called.append(name)
             return getattr(table, name)
 
-    table, in_use._kernels = in_use._kernels, Recorder()
+    table, kernels._kernels = kernels._kernels, Recorder()
+
+
+def test_which_kernels_ran(in_use):
+    """A small problem of one rank takes one launch for its iterations where the device has that."""
+    called = []
+    recorded(in_use, called)
     loss_and_grad(bam_loss, features(2, 9, 8).to(DEVICE), None, iterations=4, **EXACT)
     at_once = in_use.fits_on_chip(18, 18, torch.float32, DEVICE)
     assert called.count("sinkhorn_on_chip") == int(at_once)
     assert called.count("sinkhorn_pass") == (0 if at_once else 3)
+
+
+# Operators of torch that only look at tensors, or allocate them.
+NO_LAUNCH = {
+    "empty",
+    "empty_like",
+    "new_empty",
+    "view",
+    "alias",
+    "slice",
+    "select",
+    "unbind",
+    "t",
+    "permute",
+    "transpose",
+}
+NO_LAUNCH |= {"detach", "lift_fresh", "_local_scalar_dense"}  # a number's way into a tensor on the CPU and out of it
+EMBEDDING = ["normalize", "mean", "normalize"]
+# Ours, and with torch's; sums of blocks that a second kernel adds up count twice.
+KERNELS = {("one launch", 0): 10, ("one launch", 2): 10, ("a launch a pass", 0): 15, ("a launch a pass", 2): 15}
+LAUNCHES = {("one launch", 0): 14, ("one launch", 2): 15, ("a launch a pass", 0): 19, ("a launch a pass", 2): 20}
+SINKHORN = {
+    "one launch": ["column_lse", "sinkhorn_on_chip"],
+    "a launch a pass": ["column_lse", "reciprocal_potential", "sinkhorn_pass", "sinkhorn_pass"],
+}
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="the emulator counts launches")
+@pytest.mark.parametrize("R", [0, 2])
+def test_the_launches_of_a_small_step(in_use, request, R, monkeypatch, matmul_precision):
+    """Everything that one rank's 16-bit step launches, kernels and torch's operators in order: the cost of 512 x 512.
+
+    What a CPU does besides is left out: its look for rows that are not finite, and its products in float32.
+    """
+    torch.set_float32_matmul_precision("high")
+    form = request.node.callspec.params["in_use"]
+    launched: list[str] = []
+
+    class Operators(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, arguments=(), options=None):
+            name, result = operator.overloadpacket.__name__, operator(*arguments, **(options or {}))
+            of_no_rows = isinstance(result, torch.Tensor) and result.numel() == 0
+            casts_for_cpu = name == "_to_copy" and arguments[0].dtype == torch.float16
+            if name not in NO_LAUNCH and not of_no_rows and not casts_for_cpu:
+                launched.append(name)
+            return result
+
+    def given(*tensors):
+        return [features(views, 8, 16, seed=views).to(DEVICE) if views else None for views in tensors]
+
+    monkeypatch.setattr("bam_kernels.engine.rows.check_finite", lambda *_: None)
+    student, teacher = given(2, R)
+    options = Options(epsilon=0.05, temperature=0.1)
+    layout = options.layout("bam_loss", student, teacher)
+    recorded(in_use, launched)
+    before = emulated.library().emulator_launches()
+    with torch.no_grad(), Operators():
+        slab.evaluate(Call("bam_loss", student, teacher, layout, options, ONE_RANK, in_use, True, sixteen_bit=True))
+    embedding = [*EMBEDDING, "normalize", "cat"] if R else EMBEDDING
+    target = ["mm", "product_step", *SINKHORN[form]]
+    source = ["mm", "column_lse"] if R else []
+    gradient = ["mm", "project"] if R else ["symmetrize", "mm", "addr_", "project"]
+    assert launched == [*embedding, *target, *source, "match", *gradient, "loss_and_stats"]
+    own = [name for name in launched if name in dir(_C.CudaKernels)]
+    assert emulated.library().emulator_launches() - before == KERNELS[form, R]
+    assert len(launched) - len(own) + KERNELS[form, R] == LAUNCHES[form, R]

@@ -207,12 +207,13 @@ def test_nan_is_not_lost(kernels):  # noqa: F811
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="the emulator runs threads in either order")
 def test_no_result_depends_on_the_order_of_threads(kernels):  # noqa: F811
-    layout = Layout(B=2, V=3, L=2, T=2, D=1, W=131)
+    # Source rows enough for every stage on chip to be used again by one of them.
+    layout = Layout(B=2, V=5, L=2, T=2, D=1, W=131)
     scores, outcomes = made_scores(layout.M, layout.N), []
     for backwards in (False, True):
         emulated.run_threads_backwards(backwards)
         try:
-            s, targets = scores.clone().view(3, 2, -1), empty(2, 2, layout.N)
+            s, targets = scores.clone().view(5, 2, -1), empty(2, 2, layout.N)
             guess = torch.zeros(2, 2)
             options = {"epsilon": 0.05, "temperature": TAU, "top_k": 9}
             matched = kernels.match(s[:2], s, layout, one(layout.N), guess, **options, targets=targets, gradient=s)

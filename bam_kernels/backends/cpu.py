@@ -137,9 +137,19 @@ class CpuKernels:
         _C.divide_potential(_address(col), c.data_ptr(), len(c))
 
     def sinkhorn_pass(
-        self, scores: Tensor, scale: float, row: Potential, col: Potential, c: Tensor, accumulate: bool
+        self,
+        scores: Tensor,
+        scale: float,
+        row: Potential,
+        col: Potential,
+        c: Tensor,
+        accumulate: bool,
+        divide: bool = False,
     ) -> None:
-        """row_i = 1 / Σ_j 2^(scale*s_ij) col_j, then c_j += Σ_i 2^(scale*s_ij) row_i col_j, in one read."""
+        """row_i = 1 / Σ_j 2^(scale*s_ij) col_j, then c_j += Σ_i 2^(scale*s_ij) row_i col_j, in one read.
+
+        divide: these are the last rows, and col <- col / c.
+        """
         m, n = scores.shape
         self._kernels.sinkhorn_pass(
             _scores(scores),
@@ -152,6 +162,8 @@ class CpuKernels:
             accumulate,
             _threads(m * n),
         )
+        if divide:
+            self.divide_potential_(col, c)
 
     def match(
         self,
@@ -216,7 +228,7 @@ class CpuKernels:
             ),
             _threads((L + V) * b * n),
         )
-        return Matched(*per_image.sum(1))
+        return Matched(per_image)
 
     def plan_products(
         self, scores: Tensor, scale: float, row: Potential, col: Potential, v: Tensor | None, u: Tensor | None

@@ -1,8 +1,8 @@
 """What the engines ask of a backend: row kernels on slabs of scores, their potentials and their sums.
 
 Scores are (m, N) or (views, images, N), float32 or int16 fixed point, with contiguous columns; a masked entry is the
-backend's masked score. `scale` and `step` are numbers, on GPUs also a DeviceScalar. The CPU's docstrings (cpu.py) say
-what each method computes.
+backend's masked score. `scale` and `step` are a Number: a float or, on GPUs, a scalar on the device. The CPU's
+docstrings (cpu.py) say what each method computes.
 """
 
 import math
@@ -19,6 +19,31 @@ FIXED_STEPS = 32000.0
 HALF_UNIT = 64.0  # fp16 rows are unit rows times this: their small entries are normal numbers
 # a A - Pbar is within [-1, 1]; times this, and stored in fp16, its small entries are normal numbers.
 GRADIENT_FACTOR = 16384.0
+
+
+@dataclass(frozen=True)
+class DeviceNumber:
+    """factor times a float32 scalar on the device: kernels multiply the two, so that no launch does."""
+
+    factor: float
+    scalar: Tensor
+
+    def __mul__(self, x: float) -> "DeviceNumber":
+        return DeviceNumber(self.factor * x, self.scalar)
+
+    __rmul__ = __mul__
+
+
+# A scale or step of scores.
+Number = float | DeviceNumber
+
+
+def number(x: Number) -> tuple[float, Tensor | None]:
+    """The two factors of x; None: 1."""
+    if not isinstance(x, DeviceNumber):
+        return float(x), None
+    assert x.scalar.numel() == 1 and x.scalar.dtype == torch.float32
+    return x.factor, x.scalar
 
 
 class UnitRows(NamedTuple):
@@ -44,19 +69,6 @@ class UnitRows(NamedTuple):
 def first_views(x: Tensor, count: int, B: int) -> Tensor:
     """The first `count` views of x (V*B, D) or (V, B, D)."""
     return x[: count if x.dim() == 3 else count * B]
-
-
-@dataclass(frozen=True)
-class DeviceScalar:
-    """factor * tensor, float32 of one element: a number that is on the device; times a number without a launch."""
-
-    tensor: Tensor
-    factor: float = 1.0
-
-    def __mul__(self, factor: float) -> "DeviceScalar":
-        return DeviceScalar(self.tensor, self.factor * factor)
-
-    __rmul__ = __mul__
 
 
 class Positives(NamedTuple):
@@ -87,11 +99,24 @@ class Potential(NamedTuple):
 
 @dataclass(frozen=True)
 class Matched:
-    """Sums over the images of one slab, natural logarithms, float64 scalars."""
+    """What images add to the loss, the target's and the source's entropy: (3, images), or (3, 1) of all together.
 
-    loss: Tensor
-    target_entropy: Tensor
-    source_entropy: Tensor
+    Natural logarithms, of any float type; the properties are sums over the images, float64 scalars.
+    """
+
+    images: Tensor
+
+    @property
+    def loss(self) -> Tensor:
+        return self.images[0].sum(dtype=torch.float64)
+
+    @property
+    def target_entropy(self) -> Tensor:
+        return self.images[1].sum(dtype=torch.float64)
+
+    @property
+    def source_entropy(self) -> Tensor:
+        return self.images[2].sum(dtype=torch.float64)
 
 
 class RowKernels(Protocol):
@@ -110,7 +135,15 @@ class RowKernels(Protocol):
     def reciprocal_potential(self, shift: Tensor, sums: Tensor) -> Potential: ...
     def divide_potential_(self, col: Potential, c: Tensor) -> None: ...
     def sinkhorn_pass(
-        self, scores: Tensor, scale: Any, row: Potential, col: Potential, c: Tensor, /, accumulate: bool
+        self,
+        scores: Tensor,
+        scale: Any,
+        row: Potential,
+        col: Potential,
+        c: Tensor,
+        /,
+        accumulate: bool,
+        divide: bool = False,
     ) -> None: ...
     def match(
         self,
@@ -149,7 +182,7 @@ class SixteenBitKernels(RowKernels, Protocol):
     """Those of a GPU's backend: products of fp16 rows, int16 scores, the gradient of the scores in place in fp16."""
 
     def half_rows(self, x: Tensor, centre: Tensor, epsilon: float) -> tuple[UnitRows, Potential]: ...
-    def product_step(self, centre: Tensor, key_bias: Tensor, row_bias: Tensor) -> DeviceScalar: ...
+    def product_step(self, centre: Tensor, key_bias: Tensor, row_bias: Tensor) -> DeviceNumber: ...
     def quantize(
         self, scores: Tensor, step: Any, out: Tensor, positives: Positives | None = None, bias: Tensor | None = None
     ) -> Tensor: ...

@@ -100,7 +100,7 @@ def evaluate(call: Call) -> Evaluated:
             blocks = dk.addr_(sums, x.keys.centre).split(n)
             dz[:n] += call.ranks.scatter(lambda rank: blocks[rank])
         dz = kernels.project_(dz, x.z)
-    total = Sums()
+    total = Sums(kernels)
     total.add(matched)
     return total.evaluated(layout, options.mask_positives, column_sums, dz)
 

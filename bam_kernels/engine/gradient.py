@@ -25,7 +25,6 @@ class Gradient:
         self.rows, self.keys, self.own_keys = rows.z, rows.keys, rows.own_keys
         self.layout, self.ranks, self.kernels = layout, ranks, kernels
         self.z = rows.z.read
-        self.centre = self.keys.centre * self.keys.unit
         self.d = torch.empty_like(self.z, dtype=torch.float32)
         self.dk: Tensor | None = None  # (N, D) of this rank's rows
         self.dk_own: Tensor | None = None  # (T*B, D) of all ranks' rows
@@ -50,7 +49,7 @@ class Gradient:
         """out (columns of G, D) <- Gᵀ z, or out + Gᵀ z."""
         multiply(G.T, z, out, add=add)
         if self.keys.sixteen_bit:
-            out.addr_(G.sum(0, dtype=torch.float32), self.centre)
+            out.addr_(G.sum(0, dtype=torch.float32), self.keys.centre, alpha=self.keys.unit)
         return out
 
     def _add_whole(self, G: Tensor) -> None:
@@ -78,7 +77,7 @@ class Gradient:
         H = G[:N]
         sums = self.kernels.symmetrize_(H)
         d = multiply(H, keys, self.d[:N])
-        d.addr_(sums, self.centre)
+        d.addr_(sums, self.keys.centre, alpha=self.keys.unit)
         if len(G) > N:
             self._contract_keys(G[N:], self.z[N:], d, add=True)
 

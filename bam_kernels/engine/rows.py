@@ -134,7 +134,9 @@ def rows_and_keys(call: Call, read: tuple[UnitRows, UnitRows | None] | None) -> 
         potential = kernels.centre_potential(target.read, centre, epsilon)
     else:
         first = first_views(call.student if call.teacher is None else call.teacher, layout.T, layout.B)
-        centre = call.ranks.sum(kernels.normalize(first).read.mean(0)) / layout.W
+        centre = kernels.normalize(first).read.mean(0)
+        if layout.W > 1:
+            centre = call.ranks.sum(centre).div_(layout.W)
         z, potential = kernels.half_rows(call.student, centre, epsilon)
         y, of_y = kernels.half_rows(call.teacher, centre, epsilon) if call.teacher is not None else (z, potential)
         target, potential = (z, potential) if call.shared else (y, of_y)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..backends.interface import HALF_UNIT, DeviceScalar, Positives, Potential, RowKernels, SixteenBitKernels
+from ..backends.interface import HALF_UNIT, DeviceNumber, Positives, Potential, RowKernels, SixteenBitKernels
 from ..layout import Layout
 from ..precision import multiply
 from ..ranges import named
@@ -48,15 +48,15 @@ class Scores:
         return cls(rows.keys, layout, masked, plan, kernels, bias)
 
     @cached_property
-    def product_step(self) -> DeviceScalar:
+    def product_step(self) -> DeviceNumber:
         """The product of fp16 rows that is one step of int16. Waits for all keys."""
         assert self.keys.whole is not None and self.keys.bias is not None and self._row_bias is not None
         return self._half_kernels.product_step(self.keys.centre, self.keys.bias, self._row_bias)
 
     @cached_property
     def step(self) -> Any:
-        """The score that is one step of what is read: a number, or a scalar on the device."""
-        return self.product_step * (1 / HALF_UNIT**2) if self.keys.sixteen_bit else 1.0
+        """The score that is one step of what is read, a Number."""
+        return self.product_step * HALF_UNIT**-2 if self.keys.sixteen_bit else 1.0
 
     def buffer(self, rows: int, after: int = 0) -> Tensor:
         """`rows` rows of the buffer, past the first `after`."""

@@ -86,13 +86,17 @@ def balance(
     target.column_step(LOG2_E / epsilon, row, shift, sums)
     scale = LOG2_E / epsilon * target.step
     col = kernels.reciprocal_potential(*_sum_over_ranks(shift, sums, epsilon if cosines else 0.0, ranks, meanwhile))
-    c = shift.new_full((n,), math.nan)
+    c = shift.new_empty(n) if iterations > 1 else shift.new_full((n,), math.nan)
     for _ in range(iterations - 1):
         for first, scores in target.sweep():
-            rows = row.rows(first, first + len(scores))
-            kernels.sinkhorn_pass(scores, scale, rows, col, c, accumulate=first > 0)
-        c = ranks.sum(c, meanwhile)
-        kernels.divide_potential_(col, c)
+            last = first + len(scores)
+            # One rank's column sums are complete after its last rows.
+            divide = ranks.W == 1 and last == len(row.exponent)
+            rows = row.rows(first, last)
+            kernels.sinkhorn_pass(scores, scale, rows, col, c, accumulate=first > 0, divide=divide)
+        if ranks.W > 1:
+            c = ranks.sum(c, meanwhile)
+            kernels.divide_potential_(col, c)
     return col, c
 
 
@@ -140,7 +144,7 @@ def evaluate(call: Call) -> Evaluated:
     col, column_sums = balance(target, row, options.epsilon, options.iterations, call.ranks, meanwhile=meanwhile)
 
     gradient = Gradient(x.rows, layout, call.ranks, call.kernels) if call.needs_grad else None
-    sums = Sums()
+    sums = Sums(call.kernels)
     made = source.finish() if source is not None else None
     for first, matched, G in _match_slabs(call, x, target, made, col):
         sums.add(matched)
@@ -264,7 +268,7 @@ def from_scores(
     row = Potential.one(len(rows), scores.device)
     col, column_sums = balance(target, row, options.epsilon, options.iterations, ONE_RANK)
     shape = (-1, layout.B, layout.N)
-    sums = Sums()
+    sums = Sums(kernels)
     sums.add(
         named("match")(kernels.match)(
             rows.view(shape)[: layout.L],

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,9 @@ from ..layout import Layout
 
 @dataclass
 class Evaluated:
-    """loss: float64 scalar of this rank; stats: (6,) float64 in the order of BAMStats; dz: (M, D) float32 or None."""
+    """loss: scalar of this rank; stats: (6,) in the order of BAMStats; both float64, or float32 where a kernel has
+    summed in float64 and rounded at the end. dz: (M, D) float32 or None.
+    """
 
     loss: Tensor
     stats: Tensor
@@ -20,31 +23,49 @@ class Evaluated:
 
 
 class Sums:
-    """Adds up the kernels' sums over match slabs and turns them into means over images, without leaving the device."""
+    """Collects what images add, match slab by slab, and turns it into means over images, without leaving the device."""
 
-    def __init__(self) -> None:
+    def __init__(self, kernels: Any) -> None:
+        self.kernels = kernels
         self.parts: list[Tensor] = []
+        self.norm: Tensor | None = None
 
     def add(self, matched: Matched) -> None:
-        self.parts.append(torch.stack([matched.loss, matched.target_entropy, matched.source_entropy]))
+        self.parts.append(matched.images)
 
-    def spoil_unless_finite(self, x: Tensor) -> None:
-        """All sums are NaN from now on if x holds what is not finite."""
-        self.parts[-1] = self.parts[-1] + 0.0 * x.sum()
+    def spoil_unless_finite(self, norm: Tensor) -> None:
+        """The loss will be NaN if a norm of rows (m,) float64 is not finite."""
+        self.norm = norm
 
     def evaluated(self, layout: Layout, masked: bool, column_sums: Tensor, dz: Tensor | None) -> Evaluated:
-        total = self.parts[0] if len(self.parts) == 1 else torch.stack(self.parts).sum(0)
-        loss = total[0] / layout.B
-        target_entropy = total[1] / (layout.L * layout.B)
-        least, most = column_sums.aminmax()
-        mean = column_sums.mean(dtype=torch.float64)
-        uniform_loss = loss.new_full((), math.log(layout.N - layout.T if masked else layout.N))
-        stats = [
-            target_entropy,
-            total[2] / layout.M,
-            loss - target_entropy,
-            torch.maximum(most / mean - 1, 1 - least / mean),
-            uniform_loss,
-            uniform_loss - loss,
-        ]
-        return Evaluated(loss, torch.stack(stats), dz)
+        images = self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts, 1)
+        uniform_loss = math.log(layout.N - layout.T if masked else layout.N)
+        together = getattr(self.kernels, "loss_and_stats", loss_and_stats)
+        loss, stats = together(images, column_sums, self.norm, layout, uniform_loss)
+        return Evaluated(loss, stats, dz)
+
+
+def loss_and_stats(
+    images: Tensor, column_sums: Tensor, norm: Tensor | None, layout: Layout, uniform_loss: float
+) -> tuple[Tensor, Tensor]:
+    """The loss and (6,) statistics, float64, from Matched.images of all images and the sums of the last column step.
+
+    norm: see Sums.spoil_unless_finite.
+    """
+    total = images.sum(1, dtype=torch.float64)
+    if norm is not None:
+        total = total + 0.0 * norm.sum()
+    loss = total[0] / layout.B
+    target_entropy = total[1] / (layout.L * layout.B)
+    least, most = column_sums.aminmax()
+    mean = column_sums.mean(dtype=torch.float64)
+    uniform = loss.new_full((), uniform_loss)
+    stats = [
+        target_entropy,
+        total[2] / layout.M,
+        loss - target_entropy,
+        torch.maximum(most / mean - 1, 1 - least / mean),
+        uniform,
+        uniform - loss,
+    ]
+    return loss, torch.stack(stats)

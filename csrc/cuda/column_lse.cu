@@ -52,6 +52,7 @@ __device__ __forceinline__ void finish_row(float (&x)[kOctet], const Chunks& a, 
 
 template <class Score, bool kEpilogue>
 __global__ void __launch_bounds__(kThreads) column_lse_kernel(const Chunks a) {
+  follow_earlier_kernels();
   const ColumnLse& p = a.p;
   const int64_t j = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kOctet;
   if (j >= p.n) return;
@@ -109,6 +110,7 @@ __device__ __forceinline__ int64_t merged_column() {
 }
 
 __global__ void __launch_bounds__(kMergeThreads) merge_lse_kernel(const Merge p) {
+  follow_earlier_kernels();
   const int64_t j = merged_column();
   const Column fresh =
       merge_partials(p.partial, p.partial + p.chunks * p.n, p.chunks, p.n, j, static_cast<Column*>(shared_memory()));
@@ -121,11 +123,14 @@ __global__ void __launch_bounds__(kMergeThreads) merge_lse_kernel(const Merge p)
 }
 
 __global__ void __launch_bounds__(kMergeThreads) add_chunks_kernel(const AddChunks p) {
+  follow_earlier_kernels();
   const int64_t j = merged_column();
   float total = add_partials(p.partial, p.chunks, p.n, j, static_cast<float*>(shared_memory()));
   if (threadIdx.x >= kWarp || j >= p.n) return;
   if (p.factor) total *= p.factor[j];
-  p.out[j] = p.accumulate ? p.out[j] + total : total;
+  if (p.accumulate) total += p.out[j];
+  p.out[j] = total;
+  if (p.col.exponent) divide_column(p.col, j, total);
 }
 
 Shape merge_shape(int64_t n, size_t of_thread) {

@@ -19,6 +19,7 @@ struct Device {
   int64_t shared_bytes;  // of a block, at most
   int cluster;           // blocks of the largest cluster that these kernels can use here; 1: none
   bool cooperative;      // whether a grid can wait for all of its blocks
+  bool programmatic;     // whether a kernel's blocks can come on chip while the one before it ends
   std::string fault;     // why none of these kernels can run here; empty: they can
 };
 
@@ -30,6 +31,7 @@ Device describe(int index);
 struct Where {
   int device;
   void* stream;
+  bool programmatic;  // Device::programmatic
 };
 
 // A factor, times a number on the device where there is one.
@@ -52,7 +54,9 @@ constexpr int kOctet = 8, kOctets = 2, kOwned = kOctet * kOctets;
 constexpr int kMostThreads = 512, kMostCluster = 16;
 constexpr int kPassRows = 2;  // rows of a Sinkhorn pass that share a reduction
 constexpr int kStages = 3;    // groups of rows that are on chip or on their way
-constexpr int kScratchBytes = (2 * kMostThreads / 32 + 2 * kMostCluster) * 4 * 4;  // of one reduction
+// Of the reductions of a row: two sets of what warps and blocks have, and of arrivals; then arrivals of the stages.
+constexpr int kPartsBytes = (2 * kMostThreads / 32 + 2 * kMostCluster) * 4 * 4;
+constexpr int kArrivals = 2 + kStages, kScratchBytes = kPartsBytes + (kArrivals + 1) / 2 * 16;
 
 // Which columns are positives: row i is of image (first + i % period) % B.
 struct Positives {
@@ -86,14 +90,14 @@ struct Team {
 };
 
 // bam::SinkhornPass in one read of rows that fit on chip, in chunks of `rows` rows, a multiple of kPassRows, each into
-// partial (chunks, n), which is then added up.
+// partial (chunks, n), which is then added up; with `divide`, then col <- col / c.
 struct SinkhornPass {
   Scores scores;
   int64_t m, n;
   Scalar scale;
   Potential row, col;
   float* c;
-  bool accumulate;
+  bool accumulate, divide;
   float* partial;
   int64_t rows;
   Team team;
@@ -242,6 +246,20 @@ struct DividePotential {
   int64_t n;
 };
 
+// The loss and its statistics in the order of BAMStats, from what images, columns and rows have.
+struct LossAndStats {
+  const float* images;  // (3, images) of one slab or several: their loss, target entropy and source entropy
+  int64_t count;        // of them
+  const float* c;       // (n) the column sums before the last column step
+  int64_t n;
+  const double* norm;  // (m) of rows, or null: one that is not finite spoils all
+  int64_t m;
+  int64_t B, L, V;
+  double uniform_loss;
+  float* loss;   // (1)
+  float* stats;  // (6)
+};
+
 struct Kernels {
   void (*column_lse)(const ColumnLse&, const Where&);
   void (*sinkhorn_pass)(const SinkhornPass&, const Where&);
@@ -258,6 +276,7 @@ struct Kernels {
   void (*mask_positives)(const MaskPositives&, const Where&);
   void (*reciprocal_potential)(const ReciprocalPotential&, const Where&);
   void (*divide_potential)(const DividePotential&, const Where&);
+  void (*loss_and_stats)(const LossAndStats&, const Where&);
 };
 
 extern const Kernels kernels;

@@ -6,8 +6,9 @@
 
 namespace bam::cuda {
 
-// Of the current device, for blocks with this much shared memory; 1: no clusters. An error where no code runs here.
-cudaError_t largest_cluster(int shared_bytes, int* size);
+// Of the current device, whether it runs code for sm_90 or newer, and if so the largest cluster of blocks with this
+// much shared memory; 1: no clusters. An error where no code runs here.
+cudaError_t find_forms(int shared_bytes, bool* is_hopper_code, int* cluster);
 
 namespace {
 
@@ -42,9 +43,10 @@ Device describe(int index) {
               static_cast<int64_t>(prop.sharedMemPerBlockOptin),
               1,
               attribute(cudaDevAttrCooperativeLaunch, index) != 0,
+              false,
               ""};
   DeviceGuard guard(index);
-  const cudaError_t status = largest_cluster(static_cast<int>(d.shared_bytes), &d.cluster);
+  const cudaError_t status = find_forms(static_cast<int>(d.shared_bytes), &d.programmatic, &d.cluster);
   d.cluster = std::min(d.cluster, kMostCluster);
   if (status != cudaSuccess) {
     cudaGetLastError();

@@ -61,6 +61,7 @@ __device__ __forceinline__ void store_power(const Potential& row, int64_t i, dou
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) normalize_kernel(const Normalize p) {
+  follow_earlier_kernels();
   const Row<T> x(p.x, blockIdx.x);
   double squares = 0.0;
   for (int64_t k = threadIdx.x; k < p.d; k += kThreads) squares += x[k] * x[k];
@@ -87,6 +88,7 @@ __global__ void __launch_bounds__(kThreads) normalize_kernel(const Normalize p) 
 }
 
 __global__ void __launch_bounds__(kThreads) centre_potential_kernel(const CentrePotential p) {
+  follow_earlier_kernels();
   const float* read = p.read + blockIdx.x * p.d;
   double dot = 0.0;
   for (int64_t k = threadIdx.x; k < p.d; k += kThreads) dot += static_cast<double>(read[k]) * p.centre[k];
@@ -109,6 +111,7 @@ __device__ void block_extremes(const float* x, int64_t n, double& least, double&
 // One block. Where all keys are the centre every product is 0, of whatever steps. A centre that is not a number gives
 // no step.
 __global__ void __launch_bounds__(kThreads) product_step_kernel(const ProductStep p) {
+  follow_earlier_kernels();
   constexpr double kSquare = static_cast<double>(kUnitScale) * kUnitScale;
   double squares = 0.0;
   for (int64_t k = threadIdx.x; k < p.d; k += kThreads) squares += static_cast<double>(p.centre[k]) * p.centre[k];
@@ -125,6 +128,7 @@ __global__ void __launch_bounds__(kThreads) product_step_kernel(const ProductSte
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) project_kernel(const Project p) {
+  follow_earlier_kernels();
   const Row<T> x(p.x, blockIdx.x);
   float* d = p.d + blockIdx.x * p.d_features;
   const double norm = p.norm[blockIdx.x], inverse = norm < kNormFloor ? 0.0 : 1.0 / norm;

@@ -15,6 +15,8 @@ namespace bam::cuda {
 
 constexpr int kWarp = 32;
 
+using Arrival = uint64_t;
+
 #ifdef __CUDACC__
 
 // 2^x to two units in the last place; what would be below 2^-126 is 0.
@@ -37,10 +39,22 @@ __device__ __forceinline__ void* shared_memory() {
   return bam_shared;
 }
 
+// The first thing that a kernel does with memory that others use: see launch.cuh. What was written before, by whatever
+// ran earlier in the stream, is seen after it; only then may the next kernel's blocks come on chip.
+__device__ __forceinline__ void follow_earlier_kernels() {
+#if __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+  cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+
+__device__ __forceinline__ unsigned shared_address(const void* shared) {
+  return static_cast<unsigned>(__cvta_generic_to_shared(shared));
+}
+
 // 16 bytes to shared memory, both addresses aligned to 16; they are there for this thread after `wait_for_copies`.
 __device__ __forceinline__ void copy_later(void* to, const void* from) {
-  const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
 }
 __device__ __forceinline__ void commit_copies() {
   asm volatile("cp.async.commit_group;" ::: "memory");
@@ -49,6 +63,81 @@ __device__ __forceinline__ void commit_copies() {
 template <int kLeft>
 __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+}
+
+// Whether code for sm_90 or newer runs: bulk copies and arrivals below.
+__device__ __forceinline__ constexpr bool has_arrivals() {
+#if __CUDA_ARCH__ >= 900
+  return true;
+#else
+  return false;
+#endif
+}
+
+// A barrier in shared memory of one phase after another: a phase ends when one thread has arrived, and when the bytes
+// that were said to come in it have come. One thread begins it; others may use it after a barrier of theirs.
+__device__ __forceinline__ void begin_arrival(Arrival* a) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(a)) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void expect_bytes(Arrival* a, unsigned bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(shared_address(a)), "r"(bytes)
+               : "memory");
+#endif
+}
+__device__ __forceinline__ void arrive(Arrival* a) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(a)) : "memory");
+#endif
+}
+// Waits for the end of a phase; phases are even and odd in turn, the first is even. What came in it is seen: by bulk
+// copies of this block or, kCluster, from other blocks.
+template <bool kCluster>
+__device__ __forceinline__ void wait_for_arrival(Arrival* a, unsigned odd) {
+#if __CUDA_ARCH__ >= 900
+  unsigned here = 0;
+  while (!here) {
+    if (kCluster)
+      asm volatile(
+          "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.b32 %0, 1, 0, p; "
+          "}"
+          : "=r"(here)
+          : "r"(shared_address(a)), "r"(odd)
+          : "memory");
+    else
+      asm volatile(
+          "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2; selp.b32 %0, 1, 0, p; }"
+          : "=r"(here)
+          : "r"(shared_address(a)), "r"(odd)
+          : "memory");
+  }
+#endif
+}
+// Bytes from global memory to this block's shared memory; addresses and bytes are multiples of 16.
+__device__ __forceinline__ void copy_bulk(void* to, const void* from, unsigned bytes, Arrival* a) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(to)),
+               "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(a))
+               : "memory");
+#endif
+}
+// 16 bytes to where `to` is in block `rank` of the cluster, and to the phase of the arrival that is there where `a` is.
+__device__ __forceinline__ void send_16_bytes(const float (&x)[4], float* to, Arrival* a, unsigned rank) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n"
+      ".reg .b32 there, arrival;\n"
+      "mapa.shared::cluster.u32 there, %4, %6;\n"
+      "mapa.shared::cluster.u32 arrival, %5, %6;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [there], {%0, %1, %2, %3}, [arrival];\n"
+      "}" ::"f"(x[0]),
+      "f"(x[1]), "f"(x[2]), "f"(x[3]), "r"(shared_address(to)), "r"(shared_address(a)), "r"(rank)
+      : "memory");
+#endif
 }
 
 // 16 bytes to global memory in one store, which the compiler splits in some of its own.
@@ -92,16 +181,6 @@ __device__ __forceinline__ void sync_cluster() {
   __syncthreads();
 #endif
 }
-// The address in block `rank` of the cluster of what lies at `mine` in this one.
-template <class T>
-__device__ __forceinline__ T* in_block(T* mine, unsigned rank) {
-#if __CUDA_ARCH__ >= 900
-  return static_cast<T*>(__cluster_map_shared_rank(mine, rank));
-#else
-  return mine;
-#endif
-}
-
 // All blocks of a cooperative launch.
 __device__ __forceinline__ void sync_grid() {
   cooperative_groups::this_grid().sync();
@@ -119,6 +198,9 @@ inline float log2_fast(float x) {
 inline void* shared_memory() {
   return emulator::shared_memory();
 }
+inline void follow_earlier_kernels() {
+  emulator::follow_earlier_kernels();
+}
 inline void copy_later(void* to, const void* from) {
   emulator::copy_16_bytes_later(to, from);
 }
@@ -128,6 +210,28 @@ inline void commit_copies() {
 template <int kLeft>
 void wait_for_copies() {
   emulator::wait_for_copies(kLeft);
+}
+inline bool has_arrivals() {
+  return emulator::has_arrivals();
+}
+inline void begin_arrival(Arrival* a) {
+  emulator::begin_arrival(a);
+}
+inline void expect_bytes(Arrival* a, unsigned bytes) {
+  emulator::expect_bytes(a, bytes);
+}
+inline void arrive(Arrival* a) {
+  emulator::arrive(a);
+}
+template <bool kCluster>
+void wait_for_arrival(Arrival* a, unsigned odd) {
+  emulator::wait_for_arrival(a, odd != 0);
+}
+inline void copy_bulk(void* to, const void* from, unsigned bytes, Arrival* a) {
+  emulator::copy_bulk(to, from, bytes, a);
+}
+inline void send_16_bytes(const float (&x)[4], float* to, Arrival* a, unsigned rank) {
+  emulator::send_16_bytes(x, to, a, rank);
 }
 inline void store_16_bytes(void* to, const int4& x) {
   *static_cast<int4*>(to) = x;
@@ -153,10 +257,6 @@ inline unsigned cluster_size() {
 }
 inline void sync_cluster() {
   emulator::sync_cluster();
-}
-template <class T>
-T* in_block(T* mine, unsigned rank) {
-  return static_cast<T*>(emulator::in_block(mine, rank));
 }
 inline void sync_grid() {
   emulator::sync_grid();

@@ -1,4 +1,14 @@
 // Launching a kernel: the current device, the configuration, and an error that names both.
+//
+// Where the device can, kernels are launched programmatically: the blocks of the next one come on chip while the last
+// blocks of this one run. That is safe because of one invariant: **every thread of every kernel calls
+// follow_earlier_kernels() before it first reads or writes global memory**; before that it touches its parameters and
+// shared memory alone. The call returns when the kernel before has ended and what it wrote can be seen. That kernel did
+// the same before it ended, so by induction all that came earlier in the stream has ended too, and memory that
+// was read by any of it may be written. What others launch in between (a library's product, a fill) waits for all of
+// its predecessors without this. A kernel lets its successor in only after it was let in itself: no more than two are
+// on chip at once, and all blocks of the first have begun, so that none can wait for room that the second has taken.
+// A cooperative grid is launched in the plain way, and lets its successor in.
 #pragma once
 
 #include "check.cuh"
@@ -26,7 +36,7 @@ inline std::string described(const char* name, const Shape& shape) {
 }
 
 template <class Params>
-cudaError_t start(void (*kernel)(Params), const Shape& shape, void* stream, const Params& params) {
+cudaError_t start(void (*kernel)(Params), const Shape& shape, const Where& where, const Params& params) {
   if (shape.shared_bytes > kUnaskedSharedBytes) {
     const cudaError_t status =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes));
@@ -36,12 +46,12 @@ cudaError_t start(void (*kernel)(Params), const Shape& shape, void* stream, cons
     const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     if (status != cudaSuccess) return status;
   }
-  cudaLaunchAttribute attributes[2];
+  cudaLaunchAttribute attributes[3];
   cudaLaunchConfig_t config = {};
   config.gridDim = shape.blocks;
   config.blockDim = dim3(static_cast<unsigned>(shape.threads));
   config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
-  config.stream = static_cast<cudaStream_t>(stream);
+  config.stream = static_cast<cudaStream_t>(where.stream);
   config.attrs = attributes;
   if (shape.cluster > 1) {
     attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
@@ -53,6 +63,10 @@ cudaError_t start(void (*kernel)(Params), const Shape& shape, void* stream, cons
     attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
     attributes[config.numAttrs].val.cooperative = 1;
     ++config.numAttrs;
+  } else if (where.programmatic) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs].val.programmaticStreamSerializationAllowed = 1;
+    ++config.numAttrs;
   }
   return cudaLaunchKernelEx(&config, kernel, params);
 }
@@ -61,7 +75,7 @@ template <class Params>
 void launch(const char* name, void (*kernel)(Params), const Shape& shape, const Where& where, const Params& params) {
   if (shape.blocks.x == 0 || shape.blocks.y == 0) return;
   DeviceGuard guard(where.device);
-  const cudaError_t status = start(kernel, shape, where.stream, params);
+  const cudaError_t status = start(kernel, shape, where, params);
   if (status != cudaSuccess) fail(status, described(name, shape));
 }
 

@@ -1,9 +1,9 @@
 // Per image: the targets P of its L rows, and the loss, entropies and gradient of its V source rows against them, every
 // score read and exponentiated once.
 //
-// A block, or a cluster, holds an image. A thread owns 16 columns of every row: it copies their scores on chip a few
-// rows ahead, keeps their targets in shared memory that only it reads, and writes their gradient, so that the gradient
-// may take the place of the scores; the barriers are those of the row sums.
+// A block, or a cluster, holds an image. A thread owns 16 columns of every row: their scores come on chip a few rows
+// ahead; it keeps their targets in shared memory that only it reads, and writes their gradient when the row is on chip,
+// so that the gradient may take the place of the scores. The barriers are those of the row sums.
 #include "launch.cuh"
 #include "match.cuh"
 #include "pass.cuh"
@@ -19,18 +19,23 @@ template <class Score, bool kCluster>
 class Image {
  public:
   __device__ Image(const MatchArguments& a, int64_t i)
-      : a_(a), p_(a.p), i_(i), team_(static_cast<float*>(shared_memory())) {
-    share_ = static_cast<int>(blockDim.x) * kOwned;
-    L_ = static_cast<int>(p_.L);
-    first_ = static_cast<int64_t>(kCluster ? cluster_rank() : 0) * share_;
+      : a_(a),
+        p_(a.p),
+        i_(i),
+        share_(static_cast<int>(blockDim.x) * kOwned),
+        L_(static_cast<int>(a.p.L)),
+        first_(static_cast<int64_t>(kCluster ? cluster_rank() : 0) * share_),
+        team_(static_cast<float*>(shared_memory())),
+        arriving_(static_cast<float*>(shared_memory()), kStages, first_, a.p.n) {
     targets_ = reinterpret_cast<float*>(static_cast<char*>(shared_memory()) + kScratchBytes);
     ring_ = reinterpret_cast<Score*>(targets_ + p_.L * share_);
     reports_ = threadIdx.x == 0 && (!kCluster || cluster_rank() == 0);
   }
 
   __device__ void run() {
+    follow_earlier_kernels();
 #pragma unroll 1
-    for (int row = 0; row < kStages - 1; ++row) fetch(row);
+    for (unsigned u = 0; u < kStages - 1; ++u) fetch(u);
     find_targets();
     if (p_.top_k) keep_largest();
     if (reports_) p_.sums[p_.sums_stride + i_] = entropy_;
@@ -39,25 +44,24 @@ class Image {
       for (int t = 0; t < L_; ++t) write_target(t);
     }
     if (p_.V) match_sources();
-    wait_for_copies<0>();
   }
 
  private:
   // Row u of the image: its target rows, then its source rows.
-  __device__ void fetch(int u) {
+  __device__ void fetch(unsigned u) const {
     if (u < p_.L + p_.V) {
       const bool is_target = u < p_.L;
-      fetch_row(slot(u), is_target ? target_row(u) : source_row(u - p_.L), first_, p_.n,
-                is_target ? a_.target_aligned : a_.source_aligned);
+      arriving_.fetch(ring_ + stage_of(u) * share_, is_target ? target_row(u) : source_row(u - p_.L),
+                      is_target ? a_.target_aligned : a_.source_aligned, stage_of(u));
     }
-    commit_copies();
+    arriving_.send_off(stage_of(u));
   }
-  __device__ const Score* next_row(int u) {
-    fetch(u + kStages - 1);
-    wait_for_copies<kStages - 1>();
-    return slot(u);
+  __device__ const Score* await_row(unsigned u) const {
+    arriving_.template wait<kStages - 2>(stage_of(u), odd_use(u));
+    return ring_ + stage_of(u) * share_;
   }
-  __device__ Score* slot(int u) { return ring_ + u % kStages * share_; }
+  // Once sums of row u have met: then no thread reads the row before it any more.
+  __device__ void fetch_after(unsigned u) const { fetch(u + kStages - 1); }
   __device__ const Score* target_row(int64_t t) const {
     return static_cast<const Score*>(p_.target.data) + t * p_.target.view_stride + i_ * p_.target.row_stride;
   }
@@ -119,13 +123,14 @@ class Image {
 #pragma unroll 1
     for (int t = 0; t < L_; ++t) {
       float exponent = p_.row_exponent[t * p_.row_view_stride + i_], x[kOwned], p[kOwned], sums[2];
-      read_own(x, next_row(t), true);
+      read_own(x, await_row(t), true);
 #pragma unroll 1
       for (bool again = false;; again = true) {
         if (again) exponent = target_exponent(x, everything);
         target_terms(x, everything, exponent, p, sums);
         if (again || !is_poor(sums[0])) break;
       }
+      fetch_after(t);
       if (t == 0 && p_.row_out.exponent && reports_) {
         const Power found = reciprocal(exponent, sums[0]);
         p_.row_out.exponent[i_] = found.exponent;
@@ -252,7 +257,7 @@ class Image {
     float matched[1] = {0.0f};
 #pragma unroll 1
     for (int v = 0; v < p_.V; ++v) {
-      const Score* row = next_row(L_ + v);
+      const Score* row = await_row(L_ + v);
       float e[kOwned], sums[2];
 #pragma unroll 1
       for (bool again = false;; again = true) {
@@ -260,6 +265,7 @@ class Image {
         source_terms(row, scale, of_rows.exponent, e, sums);
         if (again || !is_poor(sums[0])) break;
       }
+      fetch_after(L_ + v);
       const float a = row_sum_of_targets(v, p_);
       of_rows.add(a, sums[0], sums[1] * scale + sums[0] * of_rows.exponent);
       finish_source(v, row, e, a / sums[0], matched[0]);
@@ -272,9 +278,11 @@ class Image {
 
   const MatchArguments& a_;
   const Match& p_;
-  int64_t i_, first_;
+  int64_t i_;
   int share_, L_;
+  int64_t first_;
   RowTeam<kCluster> team_;
+  Arriving arriving_;
   float* targets_;  // (L, share)
   Score* ring_;     // (kStages, share)
   bool reports_;

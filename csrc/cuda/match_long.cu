@@ -240,6 +240,7 @@ class LongImage {
 
 template <class Score>
 __global__ void __launch_bounds__(kThreads, 1) match_long_kernel(const MatchArguments a) {
+  follow_earlier_kernels();
   LongImage<Score>(a, blockIdx.x).run();
 }
 

@@ -2,15 +2,11 @@
 // share.
 #pragma once
 
+#include "arriving.cuh"
 #include "reduce.cuh"
 #include "tile.cuh"
 
 namespace bam::cuda {
-
-// The first column of octet q of this thread, in a row that begins at `first`; and the octet's place in shared memory.
-__device__ __forceinline__ int octet_place(int q) {
-  return (q * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)) * kOctet;
-}
 
 // The column potential of a thread's columns; mantissa 0 past the last column.
 struct OwnColumns {
@@ -28,14 +24,6 @@ struct OwnColumns {
     }
   }
 };
-
-// A thread's columns of one row, from memory to its place on chip.
-template <class Score>
-__device__ __forceinline__ void fetch_row(Score* to, const Score* row, int64_t first, int64_t n, bool aligned) {
-#pragma unroll
-  for (int q = 0; q < kOctets; ++q)
-    fetch_octet(to + octet_place(q), row + first + octet_place(q), n - first - octet_place(q), aligned);
-}
 
 // e_rj = 2^(scale*s_rj + col.exponent_j + exponent_r); total_r = sum_j e_rj * col.mantissa_j of this thread's columns.
 template <class Score>
@@ -75,9 +63,9 @@ __device__ __forceinline__ void largest_terms(const Score* rows, int64_t share, 
   }
 }
 
-// c_j += sum_r e_rj / total_r, and the potentials of rows i .. i + count - 1. `exponent` is a guess of theirs: a poor
-// one costs time, never accuracy. The column sums lack the factor col.mantissa_j. A row with no key left gets an
-// infinite potential and adds nothing.
+// c_j += sum_r e_rj / total_r, and the potentials of rows i .. i + count - 1; what is on chip past them is not looked
+// at. `exponent` is a guess of theirs: a poor one costs time, never accuracy. The column sums lack the factor
+// col.mantissa_j. A row with no key left gets an infinite potential and adds nothing.
 template <class Score, bool kCluster>
 __device__ __forceinline__ void pass_rows(const Score* rows, int64_t share, int64_t i, int count, const OwnColumns& col,
                                           float scale, float (&exponent)[kPassRows], const Potential& row,

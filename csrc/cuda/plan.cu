@@ -50,6 +50,7 @@ __device__ float largest_term(const Score* s, int64_t n, bool aligned, float sca
 // One block a row; row.exponent is a guess of the result.
 template <class Score>
 __global__ void __launch_bounds__(kRowThreads) row_step_kernel(const Aligned<RowStep> a) {
+  follow_earlier_kernels();
   const RowStep& p = a.p;
   RowTeam<false> team(static_cast<float*>(shared_memory()));
   const int64_t i = blockIdx.x;
@@ -75,6 +76,7 @@ __global__ void __launch_bounds__(kRowThreads) row_step_kernel(const Aligned<Row
 // y_i = sum_j E_ij v_j, one block a row.
 template <class Score>
 __global__ void __launch_bounds__(kRowThreads) row_products_kernel(const Aligned<PlanProducts> a) {
+  follow_earlier_kernels();
   const PlanProducts& p = a.p;
   RowTeam<false> team(static_cast<float*>(shared_memory()));
   const int64_t i = blockIdx.x;
@@ -88,6 +90,7 @@ __global__ void __launch_bounds__(kRowThreads) row_products_kernel(const Aligned
 // and adds nothing.
 template <class Score>
 __global__ void __launch_bounds__(kColumnThreads) column_products_kernel(const Aligned<PlanProducts> a) {
+  follow_earlier_kernels();
   const PlanProducts& p = a.p;
   const int64_t j = (static_cast<int64_t>(blockIdx.x) * kColumnThreads + threadIdx.x) * kOctet;
   if (j >= p.n) return;
@@ -121,6 +124,7 @@ __global__ void __launch_bounds__(kColumnThreads) column_products_kernel(const A
 // x_ij -= E_ij (u_i + v_j); u, v null: 0.
 template <class Score>
 __global__ void __launch_bounds__(kRowThreads) plan_subtract_kernel(const PlanSubtract p) {
+  follow_earlier_kernels();
   const int64_t i = blockIdx.x;
   const Score* s = static_cast<const Score*>(p.scores.data) + i * p.scores.row_stride;
   float* x = p.x + i * p.x_stride;
@@ -135,6 +139,7 @@ __global__ void __launch_bounds__(kRowThreads) plan_subtract_kernel(const PlanSu
 // Tiles (I, J) and (J, I) of G <- G + transpose(G), I <= J, and partial[J, i] = sum over tile J of the result's row i.
 template <class T>
 __global__ void __launch_bounds__(kTile* kTileRows) symmetrize_kernel(const Symmetrize p) {
+  follow_earlier_kernels();
   T* G = static_cast<T*>(p.G);
   const int64_t I = blockIdx.y, J = blockIdx.x;
   if (I > J) return;

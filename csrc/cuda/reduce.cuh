@@ -16,14 +16,19 @@ struct Max {
   __device__ __forceinline__ float operator()(float a, float b) const { return fmaxf(a, b); }
 };
 
-// The threads that hold a row: those of a block, or of all blocks of a cluster. One barrier a reduction: what was
-// written for one is read before the next but one overwrites it, and nothing is written to another block's memory after
-// the last. In every thread the same value, in a fixed order.
+// The threads that hold a row: those of a block, or of all blocks of a cluster. One barrier of the block a reduction,
+// then what each block sends to all: what was written for one is read before the next but one overwrites it, and a
+// block ends only when all has come that others send it. In every thread the same value, in a fixed order.
 template <bool kCluster>
 class RowTeam {
  public:
-  __device__ explicit RowTeam(float* scratch) : scratch_(scratch), warps_(blockDim.x / kWarp) {
-    if (kCluster) sync_cluster();  // a block's shared memory is there once the block has begun
+  __device__ explicit RowTeam(float* scratch)
+      : scratch_(scratch),
+        arrivals_(reinterpret_cast<Arrival*>(reinterpret_cast<char*>(scratch) + kPartsBytes)),
+        warps_(blockDim.x / kWarp) {
+    if (!kCluster) return;
+    if (threadIdx.x < 2) begin_arrival(arrivals_ + threadIdx.x);
+    sync_cluster();  // a block's shared memory is there once the block has begun
   }
 
   // kValues <= 4 values at once.
@@ -37,9 +42,9 @@ class RowTeam {
     gather(x, of_warps, warps_, combine);
     if (kCluster) {
       float* of_blocks = scratch_ + (2 * kMostThreads / kWarp + buffer_ * kMostCluster) * 4;
-      if (threadIdx.x < cluster_size()) put(in_block(of_blocks, threadIdx.x), cluster_rank(), x);
-      sync_cluster();
+      exchange_blocks(x, of_blocks, arrivals_ + buffer_);
       gather(x, of_blocks, static_cast<int>(cluster_size()), combine);
+      odd_ ^= static_cast<unsigned>(buffer_);
     }
     buffer_ ^= 1;
   }
@@ -58,6 +63,21 @@ class RowTeam {
 #pragma unroll
     for (int v = 0; v < kValues; ++v) parts[part * 4 + v] = x[v];
   }
+  // To `of_blocks` of every block, which has all of them when its arrival says so.
+  template <int kValues>
+  __device__ __forceinline__ void exchange_blocks(const float (&x)[kValues], float* of_blocks, Arrival* arrival) const {
+    if (threadIdx.x == 0) {
+      expect_bytes(arrival, cluster_size() * 16);
+      arrive(arrival);
+    }
+    if (threadIdx.x < cluster_size()) {
+      float four[4] = {};
+#pragma unroll
+      for (int v = 0; v < kValues; ++v) four[v] = x[v];
+      send_16_bytes(four, of_blocks + cluster_rank() * 4, arrival, threadIdx.x);
+    }
+    wait_for_arrival<true>(arrival, odd_);
+  }
   template <int kValues, class Combine>
   static __device__ __forceinline__ void gather(float (&x)[kValues], const float* parts, int count, Combine combine) {
     const int lane = threadIdx.x % kWarp;
@@ -68,9 +88,18 @@ class RowTeam {
   static_assert(kMostThreads <= kWarp * kWarp && kMostCluster <= kWarp, "a lane for each part");
 
   float* scratch_;
+  Arrival* arrivals_;  // (2)
   int warps_;
   int buffer_ = 0;
+  unsigned odd_ = 0;  // the phase of the next arrival in buffer 0 and, after it, in buffer 1
 };
+
+// col_j <- col_j / c
+__device__ __forceinline__ void divide_column(const Potential& col, int64_t j, float c) {
+  const Power found = divided({col.exponent[j], col.mantissa[j]}, c);
+  col.exponent[j] = found.exponent;
+  col.mantissa[j] = found.mantissa;
+}
 
 // A column's sum as total * 2^most; most is an integer at or above the largest term's logarithm.
 struct Column {
@@ -117,14 +146,15 @@ __device__ __forceinline__ Column merge_partials(const float* shift, const float
   return all;
 }
 
-// out_j = factor_j * sum over chunks of partial[chunk, j], added to what is there if `accumulate`. partial (chunks, n);
-// factor null: 1.
+// out_j = factor_j * sum over chunks of partial[chunk, j], added to what is there if `accumulate`; then col <- col /
+// out. partial (chunks, n); factor null: 1; col null: left alone.
 struct AddChunks {
   const float* partial;
   int64_t chunks, n;
   const float* factor;
   float* out;
   bool accumulate;
+  Potential col = {nullptr, nullptr};
 };
 void add_chunks(const AddChunks&, const Where&);
 

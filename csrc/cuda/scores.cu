@@ -1,5 +1,6 @@
 // The positives' mask of float32 scores, and the steps of column potentials.
 #include "launch.cuh"
+#include "reduce.cuh"
 #include "tile.cuh"
 
 namespace bam::cuda {
@@ -13,6 +14,7 @@ __device__ __forceinline__ int64_t thread_index() {
 
 // Thread (i, t) masks key view t of row i's image.
 __global__ void __launch_bounds__(kThreads) mask_positives_kernel(const MaskPositives p) {
+  follow_earlier_kernels();
   const Positives& of = p.positives;
   const int64_t i = thread_index() / of.T, t = thread_index() % of.T;
   if (i >= p.m) return;
@@ -22,6 +24,7 @@ __global__ void __launch_bounds__(kThreads) mask_positives_kernel(const MaskPosi
 
 // 1 / (sum * 2^shift); 1 for an empty column, which has no entry to scale.
 __global__ void __launch_bounds__(kThreads) reciprocal_potential_kernel(const ReciprocalPotential p) {
+  follow_earlier_kernels();
   const int64_t j = thread_index();
   if (j >= p.n) return;
   const Power found = column_potential(p.shift[j], p.sum[j]);
@@ -30,11 +33,10 @@ __global__ void __launch_bounds__(kThreads) reciprocal_potential_kernel(const Re
 }
 
 __global__ void __launch_bounds__(kThreads) divide_potential_kernel(const DividePotential p) {
+  follow_earlier_kernels();
   const int64_t j = thread_index();
   if (j >= p.n) return;
-  const Power found = divided({p.col.exponent[j], p.col.mantissa[j]}, p.c[j]);
-  p.col.exponent[j] = found.exponent;
-  p.col.mantissa[j] = found.mantissa;
+  divide_column(p.col, j, p.c[j]);
 }
 
 }  // namespace

@@ -10,8 +10,7 @@ namespace {
 template <class Score, bool kCluster>
 class SmallProblem {
  public:
-  __device__ SmallProblem(const SinkhornOnChip& p, bool aligned)
-      : p_(p), team_(static_cast<float*>(shared_memory())), scale_(number(p.scale)) {
+  __device__ SmallProblem(const SinkhornOnChip& p, bool aligned) : p_(p), team_(static_cast<float*>(shared_memory())) {
     parts_ = reinterpret_cast<Column*>(static_cast<char*>(shared_memory()) + kScratchBytes);
     rows_ = reinterpret_cast<Score*>(parts_ + blockDim.x);
     share_ = static_cast<int64_t>(blockDim.x) * kOwned;
@@ -19,11 +18,14 @@ class SmallProblem {
     end_ = begin_ + p.rows < p.m ? begin_ + p.rows : p.m;
     shift_ = p.partial;
     sum_ = p.partial + gridDim.x * p.n;
+    const Arriving arriving(static_cast<float*>(shared_memory()), 1, 0, p.n);
+    follow_earlier_kernels();
+    scale_ = number(p.scale);
     const Score* s = static_cast<const Score*>(p.scores.data);
-    for (int64_t i = begin_; i < begin_ + p.rows; ++i)  // rows past the last are masked
-      fetch_row(rows_ + (i - begin_) * share_, s + i * p.scores.row_stride, 0, i < end_ ? p.n : 0, aligned);
-    commit_copies();
-    wait_for_copies<0>();
+    for (int64_t i = begin_; i < end_; ++i)
+      arriving.fetch(rows_ + (i - begin_) * share_, s + i * p.scores.row_stride, aligned, 0);
+    arriving.send_off(0);
+    arriving.wait<0>(0, 0);
   }
 
   __device__ void run() {
@@ -100,7 +102,10 @@ class SmallProblem {
 
   __device__ void set_first(int64_t j) {
     const Column all = merge_partials(shift_, sum_, gridDim.x, p_.n, j, parts_);
-    if (threadIdx.x < kWarp && j < p_.n) set(j, column_potential(all.most, all.total));
+    if (threadIdx.x >= kWarp || j >= p_.n) return;
+    const Power found = column_potential(all.most, all.total);
+    p_.col.exponent[j] = found.exponent;
+    p_.col.mantissa[j] = found.mantissa;
   }
 
   __device__ void update(int64_t j) {
@@ -108,12 +113,7 @@ class SmallProblem {
     if (threadIdx.x >= kWarp || j >= p_.n) return;
     c *= p_.col.mantissa[j];
     p_.c[j] = c;
-    set(j, divided({p_.col.exponent[j], p_.col.mantissa[j]}, c));
-  }
-
-  __device__ void set(int64_t j, Power potential) {
-    p_.col.exponent[j] = potential.exponent;
-    p_.col.mantissa[j] = potential.mantissa;
+    divide_column(p_.col, j, c);
   }
 
   const SinkhornOnChip& p_;

@@ -18,9 +18,11 @@ void symmetrize(const Symmetrize&, const Where&);
 void mask_positives(const MaskPositives&, const Where&);
 void reciprocal_potential(const ReciprocalPotential&, const Where&);
 void divide_potential(const DividePotential&, const Where&);
+void loss_and_stats(const LossAndStats&, const Where&);
 
-const Kernels kernels = {column_lse,    sinkhorn_pass, row_step,       sinkhorn_on_chip,     match,
-                         plan_products, plan_subtract, normalize,      product_step,         centre_potential,
-                         project,       symmetrize,    mask_positives, reciprocal_potential, divide_potential};
+const Kernels kernels = {column_lse,     sinkhorn_pass,        row_step,         sinkhorn_on_chip,
+                         match,          plan_products,        plan_subtract,    normalize,
+                         product_step,   centre_potential,     project,          symmetrize,
+                         mask_positives, reciprocal_potential, divide_potential, loss_and_stats};
 
 }  // namespace bam::cuda

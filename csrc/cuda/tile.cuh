@@ -114,17 +114,4 @@ __device__ __forceinline__ void store_floats(T* to, const float (&x)[kOctet], in
   store_octet(to, out, left, aligned);
 }
 
-// An octet of scores on its way to its place in shared memory; only this thread reads it there.
-template <class Score>
-__device__ __forceinline__ void fetch_octet(Score* to, const Score* from, int64_t left, bool aligned) {
-  if (aligned && left >= kOctet) {
-#pragma unroll
-    for (int c = 0; c < Chunk<Score>::kPerOctet; ++c)
-      copy_later(to + c * Chunk<Score>::kCount, from + c * Chunk<Score>::kCount);
-    return;
-  }
-#pragma unroll 1
-  for (int k = 0; k < kOctet; ++k) to[k] = k < left ? from[k] : masked_score<Score>();
-}
-
 }  // namespace bam::cuda

@@ -2,7 +2,8 @@
 // cluster, and all blocks of a cooperative grid, are alive together. See emulator.cpp.
 //
 // Stricter than a device where it can be: shared memory begins as NaN, a thread that ends while others of its block
-// wait is an error, and a wait that nobody ends is an error that says how many threads wait where.
+// wait is an error, and a wait that nobody ends is an error that says how many threads wait where. So is a thread of a
+// programmatic launch that ends, or copies from global memory, before it has followed the kernels before.
 #pragma once
 
 #include <cstddef>
@@ -28,14 +29,24 @@ struct alignas(16) int4 {
 namespace emulator {
 
 void* shared_memory();
+void follow_earlier_kernels();
 void sync_block();
 // Exchanges 4 bytes with lane `lane ^ mask` of the warp.
 uint32_t exchange(uint32_t mine, int mask);
 unsigned cluster_rank();
 unsigned cluster_size();
 void sync_cluster();
-// The address in block `rank` of the cluster of what lies at `mine` in this one.
-void* in_block(void* mine, unsigned rank);
+// A barrier of transactions, `mbarrier`; on the CPU it is kept beside the shared memory that it lies in. A programmatic
+// launch is one of code for sm_90, which has these. Bulk copies come when they are waited for or, with threads
+// backwards, so that the one that asks is the last to reach a barrier and the first to leave it, at once.
+bool has_arrivals();
+void begin_arrival(void* arrival);
+void expect_bytes(void* arrival, unsigned bytes);
+void arrive(void* arrival);
+void wait_for_arrival(void* arrival, bool odd);
+void copy_bulk(void* to, const void* from, unsigned bytes, void* arrival);
+// To the places in block `rank` of the cluster where `to` and `arrival` are in this one.
+void send_16_bytes(const float (&x)[4], float* to, void* arrival, unsigned rank);
 void sync_grid();
 void copy_16_bytes_later(void* to, const void* from);
 void commit_copies();
@@ -45,7 +56,7 @@ struct Launch {
   dim3 grid, block;
   size_t shared_bytes;
   unsigned cluster;
-  bool cooperative;
+  bool cooperative, programmatic;
 };
 // cudaError_t of the launch. Throws a std::runtime_error where a kernel does what it may not, or waits for ever.
 int run(const Launch& launch, const std::function<void()>& kernel);
@@ -102,11 +113,13 @@ struct cudaLaunchConfig_t {
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments... arguments) {
-  emulator::Launch launch = {config->gridDim, config->blockDim, config->dynamicSmemBytes, 1, false};
+  emulator::Launch launch = {config->gridDim, config->blockDim, config->dynamicSmemBytes, 1, false, false};
   for (unsigned i = 0; i < config->numAttrs; ++i) {
     const cudaLaunchAttribute& attribute = config->attrs[i];
     if (attribute.id == cudaLaunchAttributeClusterDimension) launch.cluster = attribute.val.clusterDim.x;
     if (attribute.id == cudaLaunchAttributeCooperative) launch.cooperative = attribute.val.cooperative != 0;
+    if (attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization)
+      launch.programmatic = attribute.val.programmaticStreamSerializationAllowed != 0;
   }
   return static_cast<cudaError_t>(emulator::run(launch, [=] { kernel(arguments...); }));
 }

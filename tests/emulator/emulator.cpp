@@ -5,6 +5,7 @@
 
 #include <csetjmp>
 #include <deque>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
@@ -38,6 +39,19 @@ struct Cluster {
   std::vector<struct Block*> blocks;
 };
 
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+
+struct Arrival {
+  bool arrived = false;
+  int64_t bytes = 0;  // that were said to come and have not, or less than 0: that came before it was said
+  uint64_t phase = 0;
+  std::vector<Copy> under_way;
+};
+
 struct Block {
   dim3 index;
   std::vector<unsigned char> shared;
@@ -47,19 +61,15 @@ struct Block {
   Cluster* cluster = nullptr;
   unsigned rank = 0, running = 0;
   bool started = false;
+  std::map<ptrdiff_t, Arrival> arrivals;  // by where they are in shared memory
   unsigned char* memory() { return shared.data() + (64 - reinterpret_cast<uintptr_t>(shared.data()) % 64) % 64; }
-};
-
-struct Copy {
-  void* to;
-  const void* from;
 };
 
 struct Fiber {
   dim3 thread;
   Block* block = nullptr;
   unsigned lane = 0, warp = 0, phase = 0;
-  bool started = false, ended = false;
+  bool started = false, ended = false, follows = false;
   const uint64_t* waits_for = nullptr;
   uint64_t generation = 0;
   const char* where = "";
@@ -79,6 +89,8 @@ std::vector<void*> stacks;
 Fiber* current = nullptr;
 jmp_buf scheduler;
 const std::function<void()>* body = nullptr;
+bool programmatic = false;
+int launches = 0;
 Barrier grid_barrier;
 
 std::string fault;
@@ -107,9 +119,16 @@ void wait(Barrier& barrier, const char* where) {
   current->waits_for = nullptr;
 }
 
+void check_it_follows() {
+  if (programmatic && !current->follows) fail("a thread of a programmatic launch did not follow the kernels before");
+}
+
 void entry() {
   (*body)();
-  if (!current->groups.empty() || !current->open.empty()) fail("a thread ended with copies under way");
+  check_it_follows();
+  bool under_way = !current->open.empty();
+  for (const auto& group : current->groups) under_way |= !group.empty();
+  if (under_way) fail("a thread ended with copies under way");
   current->ended = true;
   _longjmp(scheduler, 1);
 }
@@ -140,10 +159,11 @@ bool can_run(const Fiber& fiber) {
 
 [[noreturn]] void fail_waiting(const std::vector<Fiber>& fibers) {
   std::string reason = "threads wait for ever:";
-  for (const char* where : {"block", "warp", "cluster", "grid"}) {
+  for (const char* where : {"block", "warp", "cluster", "grid", "arrival"}) {
     unsigned waiting = 0;
     for (const Fiber& fiber : fibers) waiting += !fiber.ended && fiber.where == std::string(where);
-    if (waiting) reason += " " + std::to_string(waiting) + " at a barrier of the " + where;
+    const char* at = where == std::string("arrival") ? " for an " : " at a barrier of the ";
+    if (waiting) reason += " " + std::to_string(waiting) + at + where;
   }
   fail(reason);
 }
@@ -239,15 +259,21 @@ void run_together(const Launch& launch, unsigned first, unsigned count) {
     stacks.push_back(stack);
   }
   schedule(fibers, threads);
-  for (auto& block : blocks)
+  for (auto& block : blocks) {
     for (size_t k = 0; k < kGuard; ++k)
       if (block->memory()[block->shared_bytes + k] != kGuardByte) fail("a write past the end of shared memory");
+    for (const auto& [place, a] : block->arrivals)
+      if (a.bytes || !a.under_way.empty()) fail("a block ended with copies under way");
+  }
 }
 
 }  // namespace
 
 void* shared_memory() {
   return current->block->memory();
+}
+void follow_earlier_kernels() {
+  current->follows = true;
 }
 static void check_all_are_here(const Block& block) {
   if (block.running < block.barrier.expected) fail("a thread ended while others of its block wait for it");
@@ -272,13 +298,68 @@ unsigned cluster_size() {
 void sync_cluster() {
   wait(current->block->cluster->barrier, "cluster");
 }
-void* in_block(void* mine, unsigned rank) {
+
+static Arrival& arrival_of(Block& block, void* mine) {
+  const ptrdiff_t place = static_cast<unsigned char*>(mine) - current->block->memory();
+  const auto found = block.arrivals.find(place);
+  if (found == block.arrivals.end()) fail("an arrival that has not begun");
+  return found->second;
+}
+static void end_phase_if_complete(Arrival& a) {
+  if (!a.arrived || a.bytes || !a.under_way.empty()) return;
+  a.arrived = false;
+  ++a.phase;
+}
+bool has_arrivals() {
+  return programmatic;
+}
+void begin_arrival(void* arrival) {
+  if (reinterpret_cast<uintptr_t>(arrival) % 8) fail("an arrival that is not aligned");
+  current->block->arrivals[static_cast<unsigned char*>(arrival) - current->block->memory()] = {};
+}
+void expect_bytes(void* arrival, unsigned bytes) {
+  arrival_of(*current->block, arrival).bytes += bytes;
+}
+void arrive(void* arrival) {
+  Arrival& a = arrival_of(*current->block, arrival);
+  if (a.arrived) fail("a second thread arrives in one phase");
+  a.arrived = true;
+  end_phase_if_complete(a);
+}
+static void bring(Arrival& a, const Copy& copy) {
+  memcpy(copy.to, copy.from, copy.bytes);
+  a.bytes -= static_cast<int64_t>(copy.bytes);
+}
+void wait_for_arrival(void* arrival, bool odd) {
+  Arrival& a = arrival_of(*current->block, arrival);
+  for (const Copy& copy : a.under_way) bring(a, copy);
+  a.under_way.clear();
+  end_phase_if_complete(a);
+  if ((a.phase % 2 == 1) != odd) return;
+  current->waits_for = &a.phase;
+  current->generation = a.phase;
+  current->where = "arrival";
+  yield();
+  current->waits_for = nullptr;
+}
+void copy_bulk(void* to, const void* from, unsigned bytes, void* arrival) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16)
+    fail("a copy that is not aligned");
+  check_it_follows();
+  Arrival& a = arrival_of(*current->block, arrival);
+  if (reversed) bring(a, {to, from, bytes});
+  else a.under_way.push_back({to, from, bytes});
+  end_phase_if_complete(a);
+}
+void send_16_bytes(const float (&x)[4], float* to, void* arrival, unsigned rank) {
   Block* block = current->block;
   if (rank >= block->cluster->blocks.size()) fail("an address in a block that the cluster has not");
   Block* other = block->cluster->blocks[rank];
   if (!other->started) fail("an address in a block that may not have begun");
   if (other->running == 0) fail("an address in a block that has ended");
-  return other->memory() + (static_cast<unsigned char*>(mine) - block->memory());
+  Arrival& a = arrival_of(*other, arrival);
+  bring(a, {other->memory() + (reinterpret_cast<unsigned char*>(to) - block->memory()), x, 16});
+  end_phase_if_complete(a);
 }
 void sync_grid() {
   wait(grid_barrier, "grid");
@@ -286,7 +367,8 @@ void sync_grid() {
 void copy_16_bytes_later(void* to, const void* from) {
   if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16)
     fail("a copy that is not aligned");
-  current->open.push_back({to, from});
+  check_it_follows();
+  current->open.push_back({to, from, 16});
 }
 void commit_copies() {
   current->groups.push_back(std::move(current->open));
@@ -294,13 +376,14 @@ void commit_copies() {
 }
 void wait_for_copies(int groups_left) {
   while (static_cast<int>(current->groups.size()) > groups_left) {
-    for (const Copy& copy : current->groups.front()) memcpy(copy.to, copy.from, 16);
+    for (const Copy& copy : current->groups.front()) memcpy(copy.to, copy.from, copy.bytes);
     current->groups.pop_front();
   }
 }
 
 int run(const Launch& launch, const std::function<void()>& kernel) {
   const std::lock_guard<std::mutex> lock(one_launch);
+  ++launches;
   const unsigned threads = launch.block.x * launch.block.y * launch.block.z;
   const unsigned blocks = launch.grid.x * launch.grid.y * launch.grid.z;
   if (!threads || threads > 1024 || !blocks || launch.grid.y > 65535 || launch.grid.z > 65535 || !launch.cluster ||
@@ -310,6 +393,7 @@ int run(const Launch& launch, const std::function<void()>& kernel) {
   if (launch.cooperative && static_cast<int>(blocks) > device.multiprocessors)
     return cudaErrorCooperativeLaunchTooLarge;
   body = &kernel;
+  programmatic = launch.programmatic;
   fault.clear();
   blockDim = launch.block;
   gridDim = launch.grid;
@@ -336,4 +420,7 @@ cudaError_t cudaSetDevice(int device) {
 
 extern "C" __attribute__((visibility("default"))) void emulator_set(int reversed) {
   emulator::reversed = reversed != 0;
+}
+extern "C" __attribute__((visibility("default"))) int emulator_launches() {
+  return emulator::launches;
 }

@@ -8,7 +8,7 @@ from row_problems import MASKED, assert_close, log2, made_scores, masked, repres
 from triton_device import DEVICE, pytestmark  # noqa: F401
 
 from bam_kernels.backends import triton as backend
-from bam_kernels.backends.interface import HALF_UNIT, LOG2_E, DeviceScalar, Positives, Potential
+from bam_kernels.backends.interface import HALF_UNIT, LOG2_E, DeviceNumber, Positives, Potential
 from bam_kernels.backends.triton import launch_sinkhorn, tiles
 from bam_kernels.layout import Layout
 
@@ -165,7 +165,7 @@ def test_the_epilogue_masks_and_quantizes_and_sums(first_row):
     positives = Positives(layout, first_row, layout.M)
     by_hand = kernels.mask_positives_(made.clone(), positives)
     assert torch.equal(by_hand.cpu() == MASKED, mask)
-    step, bias = DeviceScalar(torch.tensor([STEP / 2], device=DEVICE), 2.0), made_scores(1, layout.N, 1)[0].to(DEVICE)
+    step, bias = DeviceNumber(2.0, torch.tensor([STEP / 2], device=DEVICE)), made_scores(1, layout.N, 1)[0].to(DEVICE)
     fixed = kernels.quantize(by_hand, step, empty(7, layout.N, dtype=torch.int16), bias=bias)
     assert torch.equal(fixed.cpu() == -32768, mask)
     expected = (whole + bias.cpu().double()).clamp(STEP - 1, 1 - STEP)
@@ -290,7 +290,7 @@ def test_products_fit_the_fixed_point(spreads):
     k, z = (kernels.half_rows(x, centre, 0.05)[0] for x in (keys, others))
     step = kernels.product_step(centre, k.bias, z.bias)
     assert step.factor == 1
-    bound = step.tensor.double().item() * 32000 / HALF_UNIT**2
+    bound = step.scalar.double().item() * 32000 / HALF_UNIT**2
     scores = torch.nn.functional.normalize(others.double(), dim=1) @ (unit - centre).T
     size_k, size_z = ((x.read.double() / HALF_UNIT).norm(dim=1).max().item() for x in (k, z))
     bias = k.bias.abs().max().item() / HALF_UNIT**2

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..interface import DeviceScalar, Positives, Potential
+from .. import interface
+from ..interface import Number, Positives, Potential
 from .device import Device
 
-Number = float | DeviceScalar
 FLOAT_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 NO_SCORES = (0, False, 0, 0)
 NO_POTENTIAL = (0, 0)
@@ -37,10 +37,8 @@ def rows_of(x: Tensor) -> tuple[int, int, tuple[int, int, int, int]]:
 
 def number(x: Number, factor: float = 1.0) -> tuple[float, int]:
     """factor * x as a factor and the address of a device scalar."""
-    if isinstance(x, DeviceScalar):
-        assert x.tensor.numel() == 1 and x.tensor.dtype == torch.float32
-        return factor * x.factor, x.tensor.data_ptr()
-    return factor * float(x), 0
+    of_x, scalar = interface.number(x)
+    return factor * of_x, address(scalar)
 
 
 def rounded(scale: float) -> float:
@@ -64,8 +62,9 @@ class Launcher:
     def _device(self, x: Tensor) -> Device:
         return self._found_device(x.device.index or 0)
 
-    def _where(self, x: Tensor) -> tuple[int, int]:
-        """Device and stream."""
+    def _where(self, x: Tensor) -> tuple[int, int, bool]:
+        """Device, stream, and whether launches there may overlap."""
+        programmatic = self._device(x).programmatic
         if x.device.type != "cuda":
-            return 0, 0
-        return x.device.index or 0, torch.cuda.current_stream(x.device).cuda_stream
+            return 0, 0, programmatic
+        return x.device.index or 0, torch.cuda.current_stream(x.device).cuda_stream, programmatic

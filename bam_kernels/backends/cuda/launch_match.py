@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from ...layout import Layout
-from ..interface import LOG2_E, Matched, Potential
-from .launch import FLOAT_TYPES, NO_POTENTIAL, NO_SCORES, Launcher, Number, address, number, pair, scores_of
+from ..interface import LOG2_E, Matched, Number, Potential
+from .launch import FLOAT_TYPES, NO_POTENTIAL, NO_SCORES, Launcher, address, number, pair, scores_of
 from .shapes import IMAGES_AT_ONCE, LONG, match_team
 
 
@@ -72,4 +72,4 @@ class MatchKernels(Launcher):
                 address(means),
                 self._where(target),
             )
-        return Matched(*per_image.sum(1, dtype=torch.float64))
+        return Matched(per_image)

@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..interface import Positives, Potential
-from .launch import NO_POTENTIAL, Launcher, Number, address, number, pair, positives_of, scores_of
+from ..interface import Number, Positives, Potential
+from .launch import NO_POTENTIAL, Launcher, address, number, pair, positives_of, scores_of
 from .shapes import column_rows, on_chip, pass_rows, pass_team
 
 
@@ -97,11 +97,19 @@ class SinkhornKernels(Launcher):
         self._kernels.divide_potential(pair(col), c.data_ptr(), len(c), self._where(c))
 
     def sinkhorn_pass(
-        self, s: Tensor, scale: Number, row: Potential, col: Potential, c: Tensor, accumulate: bool
+        self,
+        s: Tensor,
+        scale: Number,
+        row: Potential,
+        col: Potential,
+        c: Tensor,
+        accumulate: bool,
+        divide: bool = False,
     ) -> None:
         """row_i = 1 / Σ_j 2^(scale*s_ij) col_j, then c_j += Σ_i 2^(scale*s_ij) row_i col_j.
 
-        One read of the scores where a row fits in a block or a cluster, else two.
+        divide: these are the last rows, and col <- col / c by the kernel that adds up the sums of blocks. One read of
+        the scores where a row fits in a block or a cluster, else two.
         """
         m, n = s.shape
         device, where = self._device(s), self._where(s)
@@ -109,6 +117,8 @@ class SinkhornKernels(Launcher):
         if team is None:
             self._kernels.row_step(scores_of(s), m, n, number(scale), pair(row), pair(col), where)
             self._column_products(s, scale, row, col, None, c, accumulate)
+            if divide:
+                self.divide_potential_(col, c)
             return
         rows = pass_rows(m, team, device)
         partial = torch.empty(-(-m // rows), n, device=s.device)
@@ -121,6 +131,7 @@ class SinkhornKernels(Launcher):
             pair(col),
             c.data_ptr(),
             accumulate,
+            divide,
             partial.data_ptr(),
             rows,
             team,

@@ -9,8 +9,9 @@ Results do not differ from run to run on devices of one kind.
 import torch
 from torch import Tensor
 
-from ..interface import LOG2_E, DeviceScalar, Positives, Potential, UnitRows
-from .launch import FLOAT_TYPES, NO_POTENTIAL, Number, address, number, pair, positives_of, rounded, rows_of, scores_of
+from ...layout import Layout
+from ..interface import LOG2_E, DeviceNumber, Number, Positives, Potential, UnitRows
+from .launch import FLOAT_TYPES, NO_POTENTIAL, address, number, pair, positives_of, rounded, rows_of, scores_of
 from .launch_match import MatchKernels
 from .launch_sinkhorn import SinkhornKernels
 
@@ -52,14 +53,14 @@ class CudaKernels(SinkhornKernels, MatchKernels):
             self._where(rows.x),
         )
 
-    def product_step(self, centre: Tensor, key_bias: Tensor, row_bias: Tensor) -> DeviceScalar:
+    def product_step(self, centre: Tensor, key_bias: Tensor, row_bias: Tensor) -> DeviceNumber:
         """The product of half rows, bias added, that is one step of fixed point; biases of all keys and of rows."""
         step, given = torch.empty(1, device=centre.device), []
         for x in (centre, key_bias, row_bias):
             _check_vector(x)
             given += [x.data_ptr(), len(x)]
         self._kernels.product_step(*given, step.data_ptr(), self._where(centre))
-        return DeviceScalar(step)
+        return DeviceNumber(1.0, step)
 
     def centre_potential(self, read: Tensor, centre: Tensor, epsilon: float) -> Potential:
         """The row potential exp(<unit_i, centre>/eps) that scores against centred keys start from; float32 rows."""
@@ -94,6 +95,27 @@ class CudaKernels(SinkhornKernels, MatchKernels):
         assert s.stride(1) == 1 and s.dtype == torch.float32
         self._kernels.mask_positives(s.data_ptr(), len(s), s.stride(0), positives_of(positives), self._where(s))
         return s
+
+    def loss_and_stats(
+        self, images: Tensor, column_sums: Tensor, norm: Tensor | None, layout: Layout, uniform_loss: float
+    ) -> tuple[Tensor, Tensor]:
+        """As engine/sums.py says, in one launch; float32, rounded at the end."""
+        assert images.is_contiguous() and images.dtype == column_sums.dtype == torch.float32
+        loss, stats = torch.empty((), device=images.device), torch.empty(6, device=images.device)
+        self._kernels.loss_and_stats(
+            images.data_ptr(),
+            images.shape[1],
+            column_sums.data_ptr(),
+            len(column_sums),
+            address(norm),
+            len(norm) if norm is not None else 0,
+            (layout.B, layout.L, layout.V),
+            uniform_loss,
+            loss.data_ptr(),
+            stats.data_ptr(),
+            self._where(images),
+        )
+        return loss, stats
 
     def plan_products(
         self, s: Tensor, scale: Number, row: Potential, col: Potential, v: Tensor | None, u: Tensor | None

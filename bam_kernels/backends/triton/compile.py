@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ...layout import Layout
-from ..interface import DeviceScalar, Positives, Potential
+from ..interface import DeviceNumber, Positives, Potential
 from .flash_kernels import FlashKernels
 from .launch import Launch
 from .row_kernels import TritonKernels
@@ -145,7 +145,7 @@ def _call_row_kernels(kernels: TritonKernels, n: int, L: int, V: int, dtype: tor
     row, col = Potential(_empty(m), _empty(m)), Potential(_empty(n), _empty(n))
     kernels.sinkhorn_pass(s, 1.0, row, col, _empty(n), False)
     images = s.view(V, B, n)
-    step = DeviceScalar(_empty(1)) if dtype == torch.int16 else 1.0
+    step = DeviceNumber(1.0, _empty(1)) if dtype == torch.int16 else 1.0
     for top_k in (0, 128):
         kernels.match(
             images[:L],

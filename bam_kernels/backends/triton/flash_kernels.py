@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ...layout import Layout
-from ..interface import LOG2_E, Matched, Potential
+from ..interface import LOG2_E, Matched, Number, Potential
 from . import flash_keys, flash_match, flash_sinkhorn, sinkhorn
-from .launch import Launch, Number, launch
+from .launch import Launch, launch
 from .launch_sinkhorn import SinkhornKernels
 from .tiles import FlashTile, block_of, flash_tile, split
 
@@ -54,12 +54,24 @@ class FlashKernels(SinkhornKernels):
         self._lse(self.keys, x, row, scale, shift, sums, keys_are_own=True)
 
     def sinkhorn_pass(
-        self, x: Tensor, scale: Number, row: Potential, col: Potential, c: Tensor, accumulate: bool
+        self,
+        x: Tensor,
+        scale: Number,
+        row: Potential,
+        col: Potential,
+        c: Tensor,
+        accumulate: bool,
+        divide: bool = False,
     ) -> None:
-        """row_i = 1 / Σ_j 2^(scale * x_i·k_j) col_j, then c_j = Σ_i 2^(scale * x_i·k_j) row_i col_j: two products."""
+        """row_i = 1 / Σ_j 2^(scale * x_i·k_j) col_j, then c_j = Σ_i 2^(scale * x_i·k_j) row_i col_j: two products.
+
+        divide: then col <- col / c.
+        """
         assert not accumulate
         self.row_step(x, scale, col, row)
         self.column_sums(x, scale, row, col, c)
+        if divide:
+            self.divide_potential_(col, c)
 
     def row_step(self, x: Tensor, scale: Number, col: Potential | None, row: Potential) -> None:
         """row_i = 1 / Σ_j 2^(scale * x_i·k_j) col_j; `col` None: 1."""
@@ -225,7 +237,7 @@ class FlashKernels(SinkhornKernels):
         # Σ_v a_v lse_v: a view that gives a target is matched to one target less.
         weighted = L * total - lse[: L * B].sum() if V > 1 else total
         loss = self.layout.pair_weight * weighted - matched * over_tau
-        return Matched(loss, -informed / LOG2_E, total - attended * over_tau)
+        return Matched(torch.stack([loss, -informed / LOG2_E, total - attended * over_tau])[:, None])
 
     def key_gradient(
         self,

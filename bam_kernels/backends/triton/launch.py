@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..interface import DeviceScalar, Positives
+from ..interface import Positives
 
-Number = float | DeviceScalar
 Launch = Callable[..., None]
 
 
@@ -20,14 +19,6 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     device = next(arg.device for arg in args if isinstance(arg, Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[grid](*args, enable_fp_fusion=True, **options)
-
-
-def number(x: Number) -> tuple[float, Tensor | None]:
-    """A factor and a device scalar, whose product is x."""
-    if isinstance(x, DeviceScalar):
-        assert x.tensor.numel() == 1 and x.tensor.dtype == torch.float32
-        return x.factor, x.tensor
-    return float(x), None
 
 
 def image_index(positives: Positives | None) -> tuple[int, int, int, int, int]:

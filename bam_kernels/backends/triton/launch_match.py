@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ...layout import Layout
-from ..interface import LOG2_E, Matched, Potential
+from ..interface import LOG2_E, Matched, Number, Potential, number
 from . import match, match_long
-from .launch import Launcher, Number, check_scores, number
+from .launch import Launcher, check_scores
 from .tiles import IMAGES_AT_ONCE, image_tile, long_image_tile
 
 
@@ -98,4 +98,4 @@ class MatchKernels(Launcher):
                 BLOCK_N=tile.block_n,
                 num_warps=tile.num_warps,
             )
-        return Matched(*per_image.sum(1, dtype=torch.float64))
+        return Matched(per_image)

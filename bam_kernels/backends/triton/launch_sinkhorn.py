@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from ..interface import Positives, Potential
+from ..interface import Number, Positives, Potential, number
 from . import plan, sinkhorn
-from .launch import Launcher, Number, check_scores, image_index, number
+from .launch import Launcher, check_scores, image_index
 from .tiles import LONGEST_ROW, block_of, column_tile, row_tile
 
 
@@ -119,12 +119,25 @@ class SinkhornKernels(Launcher):
         self._run(sinkhorn.divide_potential_kernel, (-(-n // 256),), *col, c, n, BLOCK=256, num_warps=4)
 
     def sinkhorn_pass(
-        self, s: Tensor, scale: Number, row: Potential, col: Potential, c: Tensor, accumulate: bool
+        self,
+        s: Tensor,
+        scale: Number,
+        row: Potential,
+        col: Potential,
+        c: Tensor,
+        accumulate: bool,
+        divide: bool = False,
     ) -> None:
         """row_i = 1 / Σ_j 2^(scale*s_ij) col_j, then c_j += Σ_i 2^(scale*s_ij) row_i col_j.
 
-        One read of the scores where a row fits on chip (16384 columns), else two.
+        divide: these are the last rows, and col <- col / c. One read of the scores where a row fits on chip (16384
+        columns), else two.
         """
+        self._pass(s, scale, row, col, c, accumulate)
+        if divide:
+            self.divide_potential_(col, c)
+
+    def _pass(self, s: Tensor, scale: Number, row: Potential, col: Potential, c: Tensor, accumulate: bool) -> None:
         check_scores(s)
         m, n = s.shape
         if n > LONGEST_ROW:

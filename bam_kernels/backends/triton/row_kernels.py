@@ -11,9 +11,19 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..interface import FIXED_STEPS, HALF_UNIT, LOG2_E, DeviceScalar, Positives, Potential, UnitRows
+from ..interface import (
+    FIXED_STEPS,
+    HALF_UNIT,
+    LOG2_E,
+    DeviceNumber,
+    Number,
+    Positives,
+    Potential,
+    UnitRows,
+    number,
+)
 from . import embed, plan, scores
-from .launch import Number, check_scores, image_index, number
+from .launch import check_scores, image_index
 from .launch_match import MatchKernels
 from .launch_sinkhorn import SinkhornKernels
 from .tiles import block_of, warps
@@ -64,7 +74,7 @@ class TritonKernels(SinkhornKernels, MatchKernels):
             num_warps=warps(block, 8),
         )
 
-    def product_step(self, centre: Tensor, key_bias: Tensor, row_bias: Tensor) -> DeviceScalar:
+    def product_step(self, centre: Tensor, key_bias: Tensor, row_bias: Tensor) -> DeviceNumber:
         """The product of half rows, bias added, that is one step of fixed point; biases of all keys and of rows."""
         step = torch.empty(1, device=centre.device)
         d, n, m = len(centre), len(key_bias), len(row_bias)
@@ -84,7 +94,7 @@ class TritonKernels(SinkhornKernels, MatchKernels):
             BLOCK=block,
             num_warps=warps(block, 16),
         )
-        return DeviceScalar(step)
+        return DeviceNumber(1.0, step)
 
     def centre_potential(self, read: Tensor, centre: Tensor, epsilon: float) -> Potential:
         """The row potential exp(<unit_i, centre>/eps) that scores against centred keys start from; float32 rows."""

@@ -1,0 +1,90 @@
+// Rows of scores on their way to shared memory, some ahead of their use.
+//
+// On sm_90 and newer one thread asks for what a block has of a row in one bulk copy, and all threads of the block wait
+// for its arrival. Before, each thread copies the octets that it owns, 16 bytes at a time. In either case an octet that
+// is cut by the end of the row, or lies past it, and those of rows that are not aligned are stored by their owner, who
+// alone reads them: without a barrier of the block.
+#pragma once
+
+#include "tile.cuh"
+
+namespace bam::cuda {
+
+// The place of octet q of this thread among a block's columns.
+__device__ __forceinline__ int octet_place(int q) {
+  return (q * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)) * kOctet;
+}
+
+// Columns `first` .. of rows of n, in `stages` groups of rows. A stage may be fetched again when all threads of the
+// block have read it, which a barrier since must say.
+class Arriving {
+ public:
+  __device__ __forceinline__ Arriving(float* scratch, int stages, int64_t first, int64_t n)
+      : arrivals_(reinterpret_cast<Arrival*>(reinterpret_cast<char*>(scratch) + kPartsBytes) + 2), first_(first) {
+    const int64_t share = static_cast<int64_t>(blockDim.x) * kOwned, left = n - first;
+    here_ = static_cast<int>(left < share ? left : share);
+    if (!has_arrivals()) return;
+    if (static_cast<int>(threadIdx.x) < stages) begin_arrival(arrivals_ + threadIdx.x);
+    sync_block();
+  }
+
+  // This block's columns of a row, masked from the n-th on, to its place on chip.
+  template <class Score>
+  __device__ __forceinline__ void fetch(Score* to, const Score* row, bool aligned, int stage) const {
+    row += first_;
+    if (has_arrivals() && aligned && threadIdx.x == 0 && here_ >= kOctet) {
+      const unsigned bytes = static_cast<unsigned>(here_ / kOctet * kOctet * sizeof(Score));
+      expect_bytes(arrivals_ + stage, bytes);
+      copy_bulk(to, row, bytes, arrivals_ + stage);
+    }
+#pragma unroll
+    for (int q = 0; q < kOctets; ++q) {
+      const int place = octet_place(q);
+      if (aligned && here_ - place >= kOctet) {
+        if (!has_arrivals()) copy_octet_later(to + place, row + place);
+      } else {
+        store_cut_octet(to + place, row + place, here_ - place);
+      }
+    }
+  }
+
+  // What was fetched since the last stage was sent off is this one's.
+  __device__ __forceinline__ void send_off(int stage) const {
+    if (!has_arrivals()) commit_copies();
+    else if (threadIdx.x == 0) arrive(arrivals_ + stage);
+  }
+
+  // Until the stage has come, for the first, second, third time as `odd` is 0, 1, 0; kLater stages were sent off since.
+  template <int kLater>
+  __device__ __forceinline__ void wait(int stage, unsigned odd) const {
+    if (has_arrivals()) wait_for_arrival<false>(arrivals_ + stage, odd);
+    else wait_for_copies<kLater>();
+  }
+
+ private:
+  template <class Score>
+  static __device__ __forceinline__ void copy_octet_later(Score* to, const Score* from) {
+#pragma unroll
+    for (int c = 0; c < Chunk<Score>::kPerOctet; ++c)
+      copy_later(to + c * Chunk<Score>::kCount, from + c * Chunk<Score>::kCount);
+  }
+  template <class Score>
+  static __device__ __forceinline__ void store_cut_octet(Score* to, const Score* from, int left) {
+#pragma unroll 1
+    for (int k = 0; k < kOctet; ++k) to[k] = k < left ? from[k] : masked_score<Score>();
+  }
+
+  Arrival* arrivals_;  // one a stage
+  int64_t first_;
+  int here_;  // how many columns of a row this block has; not positive past its end
+};
+
+// Where the k-th group of rows is, of kStages that take turns, and how often modulo 2 the stage was used before.
+__device__ __forceinline__ int stage_of(unsigned k) {
+  return static_cast<int>(k % kStages);
+}
+__device__ __forceinline__ unsigned odd_use(unsigned k) {
+  return k / kStages & 1;
+}
+
+}  // namespace bam::cuda
