@@ -37,8 +37,8 @@ unsigned cluster_rank();
 unsigned cluster_size();
 void sync_cluster();
 // A barrier of transactions, `mbarrier`; on the CPU it is kept beside the shared memory that it lies in. A programmatic
-// launch is one of code for sm_90, which has these. Bulk copies come when they are waited for or, with threads backwards,
-// so that the one that asks is the last to reach a barrier and the first to leave it, at once.
+// launch is one of code for sm_90, which has these. Bulk copies come when they are waited for or, with threads
+// backwards, so that the one that asks is the last to reach a barrier and the first to leave it, at once.
 bool has_arrivals();
 void begin_arrival(void* arrival);
 void expect_bytes(void* arrival, unsigned bytes);
