@@ -112,8 +112,8 @@ __device__ __forceinline__ int64_t merged_column() {
 __global__ void __launch_bounds__(kMergeThreads) merge_lse_kernel(const Merge p) {
   follow_earlier_kernels();
   const int64_t j = merged_column();
-  const Column fresh =
-      merge_partials(p.partial, p.partial + p.chunks * p.n, p.chunks, p.n, j, static_cast<Column*>(shared_memory()));
+  const Column fresh = merge_partials(p.partial, p.partial + p.chunks * p.n, p.chunks, p.n, j, kWarp,
+                                      static_cast<Column*>(shared_memory()));
   if (threadIdx.x >= kWarp || j >= p.n) return;
   Column before;
   if (p.accumulate) before = {p.shift[j], p.sum[j]};
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kMergeThreads) merge_lse_kernel(const Merge p)
 __global__ void __launch_bounds__(kMergeThreads) add_chunks_kernel(const AddChunks p) {
   follow_earlier_kernels();
   const int64_t j = merged_column();
-  float total = add_partials(p.partial, p.chunks, p.n, j, static_cast<float*>(shared_memory()));
+  float total = add_partials(p.partial, p.chunks, p.n, j, kWarp, static_cast<float*>(shared_memory()));
   if (threadIdx.x >= kWarp || j >= p.n) return;
   if (p.factor) total *= p.factor[j];
   if (p.accumulate) total += p.out[j];

@@ -106,39 +106,43 @@ struct Column {
   float most = kNoShift, total = 0.0f;
 };
 
-// Partials (chunks, n) of a column for each lane, shared out over the warps of the block and put together in order: the
-// first warp gets the result. `parts` holds one of a kind for each thread. j >= n: nothing is read.
+// Partials (chunks, n) of the column j of each of `width` neighbours, which divides the block's threads: chunks are
+// shared out over threads with the same column and put together in order, and the first `width` threads get the result.
+// `parts` holds one of a kind for each thread. j >= n: nothing is read.
 __device__ __forceinline__ float add_partials(const float* partial, int64_t chunks, int64_t n, int64_t j,
-                                              float* parts) {
-  const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp;
+                                              unsigned width, float* parts) {
+  const unsigned slices = blockDim.x / width, slice = threadIdx.x / width;
   float mine = 0.0f;
   if (j < n)
-    for (int64_t c = warp; c < chunks; c += warps) mine += partial[c * n + j];
+#pragma unroll 8
+    for (int64_t c = slice; c < chunks; c += slices) mine += partial[c * n + j];
   parts[threadIdx.x] = mine;
   sync_block();
   float total = 0.0f;
-  if (warp == 0)
-    for (int q = 0; q < warps; ++q) total += parts[q * kWarp + threadIdx.x];
+  if (slice == 0)
+    for (unsigned q = 0; q < slices; ++q) total += parts[q * width + threadIdx.x];
   sync_block();
   return total;
 }
 
 __device__ __forceinline__ Column merge_partials(const float* shift, const float* sum, int64_t chunks, int64_t n,
-                                                 int64_t j, Column* parts) {
-  const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp;
+                                                 int64_t j, unsigned width, Column* parts) {
+  const unsigned slices = blockDim.x / width, slice = threadIdx.x / width;
   Column mine;
   if (j < n) {
-    for (int64_t c = warp; c < chunks; c += warps) mine.most = fmaxf(mine.most, shift[c * n + j]);
-    for (int64_t c = warp; c < chunks; c += warps)
+#pragma unroll 8
+    for (int64_t c = slice; c < chunks; c += slices) mine.most = fmaxf(mine.most, shift[c * n + j]);
+#pragma unroll 8
+    for (int64_t c = slice; c < chunks; c += slices)
       mine.total += sum[c * n + j] * exp2_fast(shift[c * n + j] - mine.most);
   }
   parts[threadIdx.x] = mine;
   sync_block();
   Column all;
-  if (warp == 0) {
-    for (int q = 0; q < warps; ++q) all.most = fmaxf(all.most, parts[q * kWarp + threadIdx.x].most);
-    for (int q = 0; q < warps; ++q) {
-      const Column& other = parts[q * kWarp + threadIdx.x];
+  if (slice == 0) {
+    for (unsigned q = 0; q < slices; ++q) all.most = fmaxf(all.most, parts[q * width + threadIdx.x].most);
+    for (unsigned q = 0; q < slices; ++q) {
+      const Column& other = parts[q * width + threadIdx.x];
       all.total += other.total * exp2_fast(other.most - all.most);
     }
   }

@@ -18,6 +18,7 @@ class SmallProblem {
     end_ = begin_ + p.rows < p.m ? begin_ + p.rows : p.m;
     shift_ = p.partial;
     sum_ = p.partial + gridDim.x * p.n;
+    while (width_ < kWarp && width_ * gridDim.x < p.n) width_ *= 2;
     const Arriving arriving(static_cast<float*>(shared_memory()), 1, 0, p.n);
     follow_earlier_kernels();
     scale_ = number(p.scale);
@@ -93,24 +94,24 @@ class SmallProblem {
     store_own(sum_ + blockIdx.x * p_.n, c, 0, p_.n, false);
   }
 
-  // Groups of 32 columns are shared out over the blocks; each(column) by all threads of a block.
+  // Groups of `width_` columns are shared out over the blocks; each(column) by all threads of a block.
   template <class Each>
   __device__ void for_column_groups(Each each) const {
-    for (int64_t first = blockIdx.x * kWarp; first < p_.n; first += gridDim.x * kWarp)
-      each(first + threadIdx.x % kWarp);
+    for (int64_t first = blockIdx.x * width_; first < p_.n; first += gridDim.x * width_)
+      each(first + threadIdx.x % width_);
   }
 
   __device__ void set_first(int64_t j) {
-    const Column all = merge_partials(shift_, sum_, gridDim.x, p_.n, j, parts_);
-    if (threadIdx.x >= kWarp || j >= p_.n) return;
+    const Column all = merge_partials(shift_, sum_, gridDim.x, p_.n, j, width_, parts_);
+    if (threadIdx.x >= width_ || j >= p_.n) return;
     const Power found = column_potential(all.most, all.total);
     p_.col.exponent[j] = found.exponent;
     p_.col.mantissa[j] = found.mantissa;
   }
 
   __device__ void update(int64_t j) {
-    float c = add_partials(sum_, gridDim.x, p_.n, j, reinterpret_cast<float*>(parts_));
-    if (threadIdx.x >= kWarp || j >= p_.n) return;
+    float c = add_partials(sum_, gridDim.x, p_.n, j, width_, reinterpret_cast<float*>(parts_));
+    if (threadIdx.x >= width_ || j >= p_.n) return;
     c *= p_.col.mantissa[j];
     p_.c[j] = c;
     divide_column(p_.col, j, c);
@@ -123,6 +124,9 @@ class SmallProblem {
   Score* rows_;    // (rows, share)
   int64_t share_, begin_, end_;
   float *shift_, *sum_;  // (blocks, n)
+  // Columns that threads update side by side: few enough that all blocks take part and share out the partials over
+  // many threads, whose reads one after another are what an update takes.
+  unsigned width_ = 4;
 };
 
 struct OnChip {
