@@ -89,7 +89,7 @@ def from_scores_competitors(
 
 
 def whole_competitors(problem: Problem, choice: Choice) -> list[Competitor]:
-    """From embeddings to the loss and its gradient, one process."""
+    """From embeddings to the loss and its gradient, of one process or one rank's share."""
     layout, options = problem.layout, problem.options
     named = loss_options(problem)
     work = whole_work(layout, options.iterations)
@@ -100,7 +100,7 @@ def whole_competitors(problem: Problem, choice: Choice) -> list[Competitor]:
         """`reference.bam_loss` from the reference's own parts, without its checks, so that it is one graph."""
         rows = reference.normalize(z)[0]
         targets = rows if y is None else reference.normalize(y)[0]
-        keys = targets[: layout.N]
+        keys = problem.all_keys(targets[: layout.T * layout.B])
         source = rows @ keys.T
         return reference.loss_from_scores(source, source if y is None else targets @ keys.T, layout, options)[0]
 
@@ -110,7 +110,15 @@ def whole_competitors(problem: Problem, choice: Choice) -> list[Competitor]:
     made += products(problem, choice)
     if "authors" in choice.rows and choice.authors is not None:
         authors = Authors(choice.authors, problem)
-        made.append(authors_competitor(authors, authors.whole, fresh, work, "its gather is the identity"))
+        made.append(
+            authors_competitor(
+                authors,
+                authors.whole,
+                fresh,
+                work,
+                "its gather is the identity" if layout.W == 1 else "the other ranks' keys given",
+            )
+        )
     return made
 
 

@@ -2,19 +2,19 @@
 
     python benchmarks/loss.py --authors CHECKOUT --json benchmarks/results/cpu_loss.json
 
-"whole" is one process, so it has N = key_views*B keys whatever N the shape says. Rows that fail the check against
-float64 are printed as failing and not timed.
+More keys than key_views*B make it one rank's share of several: the other ranks' keys are given and reductions local,
+for every competitor. Rows that fail the check against float64 are printed as failing and not timed.
 """
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import tyro
 from common import BenchmarkOptions, Report
 from competitors import from_scores_competitors, whole_competitors
 from hardware import Machine
-from problem import Problem, parse_shape, truth_of_embeddings, truth_of_scores
+from problem import Problem, truth_of_embeddings, truth_of_scores
 
 
 @dataclass
@@ -40,13 +40,6 @@ def whole(options: LossOptions, problem: Problem, report: Report) -> None:
     report.table("whole", problem, competitors, truth_of_embeddings(problem))
 
 
-def one_process(options: LossOptions) -> LossOptions:
-    """The same options with N = key_views*B in every shape, each shape once."""
-    sizes = [parse_shape(text) for text in options.shapes]
-    shapes = [f"{M}x{M // options.views * options.key_views}x{D}" for M, _, D in sizes]
-    return replace(options, shapes=tuple(dict.fromkeys(shapes)))
-
-
 def main(options: LossOptions) -> int:
     machine = Machine.found(options.device, options.threads)
     report = Report("loss", machine, options)
@@ -56,12 +49,10 @@ def main(options: LossOptions) -> int:
         "temperature": options.temperature,
         "top_k": options.top_k,
     }
-    if "from-scores" in options.parts:
-        for problem in options.problems(machine, **given):
-            from_scores(options, problem, report)
-    if "whole" in options.parts:
-        for problem in one_process(options).problems(machine, **given):
-            whole(options, problem, report)
+    for part, table in (("from-scores", from_scores), ("whole", whole)):
+        if part in options.parts:
+            for problem in options.problems(machine, **given):
+                table(options, problem, report)
     return report.finish()
 
 

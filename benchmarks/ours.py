@@ -119,13 +119,14 @@ def whole_ours(problem: Problem, kind: RowName, kernels: RowKernels, fresh: Rota
     """
     layout, options, sixteen_bit = problem.layout, problem.options, kind.endswith("int16")
     engine: Any = flash if "flash" in kind else slab
+    ranks = problem.ranks
     named = loss_options(problem) | ({"engine": "flash"} if engine is flash else {})
 
     def public(z: Tensor, y: Tensor | None) -> Tensor:
         return torch.autograd.grad(bam_loss(z, y, backend=kernels.backend, **named), z)[0]
 
     def call(z: Tensor, y: Tensor | None, needs_grad: bool) -> Call:
-        return Call("benchmark", z.detach(), y, layout, options, ONE_RANK, kernels, needs_grad, sixteen_bit)
+        return Call("benchmark", z.detach(), y, layout, options, ranks, kernels, needs_grad, sixteen_bit)
 
     def inside(z: Tensor, y: Tensor | None) -> Tensor:
         result = engine.evaluate(call(z, y, needs_grad=True))

@@ -12,6 +12,8 @@ from torch import Tensor
 from bam_kernels import reference
 from bam_kernels.layout import Layout
 from bam_kernels.options import Options
+from bam_kernels.ranks import ONE_RANK, OneRank
+from bam_kernels.simulated import SimulatedRanks
 
 IMAGES_PER_CLUSTER = 16
 
@@ -57,7 +59,10 @@ def layout_of(M: int, N: int, D: int, *, V: int, L: int, T: int, teacher: bool) 
 
 @dataclass(frozen=True)
 class Problem:
-    """student (M, D) and teacher (R*B, D) or None: rank 0's embeddings; keys (N, D): unit rows of all ranks."""
+    """student (M, D) and teacher (R*B, D) or None: rank 0's embeddings; keys (N, D): unit rows of all ranks.
+
+    Of W > 1 ranks the others are simulated: their keys are given, reductions stay local.
+    """
 
     layout: Layout
     options: Options
@@ -77,6 +82,17 @@ class Problem:
         own = None if teacher is None else teacher[:, :B].reshape(layout.R * B, D).to(device)
         unit = reference.normalize(keys.to(device))[0]
         return Problem(layout, options, student[:, :B].reshape(layout.M, D).to(device), own, unit)
+
+    @property
+    def ranks(self) -> OneRank | SimulatedRanks:
+        layout = self.layout
+        return ONE_RANK if layout.W == 1 else SimulatedRanks(layout.W, 0, layout.to_gathered(self.keys.T).T)
+
+    def all_keys(self, own: Tensor) -> Tensor:
+        """keys (N, D) with those of this rank, its own (T*B, D) unit rows, in the graph of `own`."""
+        layout, D = self.layout, self.layout.D
+        others = self.keys.view(layout.T, layout.W, layout.B, D)[:, 1:].to(own.dtype)
+        return torch.cat((own.view(layout.T, 1, layout.B, D), others), 1).reshape(layout.N, D)
 
     def scores(self) -> tuple[Tensor, Tensor | None]:
         """Source scores (M, N) and a teacher's target scores (R*B, N), float32."""
@@ -134,6 +150,7 @@ def loss_options(problem: Problem) -> dict[str, object]:
         "epsilon": o.epsilon,
         "iterations": o.iterations,
         "top_k": o.top_k,
+        "group": problem.ranks,
     }
 
 
@@ -172,13 +189,14 @@ def loss_work(layout: Layout, iterations: int, score_bytes: int = 4) -> Work:
 
 
 def whole_work(layout: Layout, iterations: int, score_bytes: int = 4) -> Work:
-    """From scores, and the products: scores 2MND (a teacher's too), dz 2MND, dk 2MND.
+    """From scores, and the products: scores 2MND (a teacher's too), dz 2MND, without a teacher dk 2MND.
 
     Where the keys are the first N rows, dz and dk of those rows are one product with G + Gᵀ.
     """
     scores = loss_work(layout, iterations, score_bytes)
     M, N, D = layout.M, layout.N, layout.D
-    products = 2 * M * N + 2 * layout.R * layout.B * N if layout.R else 2 * M * N + (M - N) * N
+    third = layout.R * layout.B if layout.R else M - N if layout.W == 1 else M
+    products = (2 * M + third) * N
     return Work(scores.bytes, scores.exps, 2 * products * D)
 
 

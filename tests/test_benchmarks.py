@@ -76,7 +76,7 @@ def test_loss_rows_are_complete_and_drawn(tmp_path: Path) -> None:
     }
     for row in rows:
         check_times(row)
-        assert row["N"] == (72 if row["part"] == "from-scores" else 36)
+        assert row["N"] == 72 and row["W"] == 2
         assert (row["error_gradient"] is None) == (row["kind"] == "gemms")
         assert row["x_eager"] > 0 and row["x_compile"] is None
     with table.open() as lines:
