@@ -24,8 +24,10 @@ RowName = Literal[
     "cuda-int16",
     "eager",
     "compile",
+    "compile-autocast",
     "gemms",
     "authors",
+    "authors-autocast",
 ]
 GIVEN_SCORES: tuple[RowName, ...] = ("cpu", "cpu-int16", "triton", "triton-int16", "cuda", "cuda-int16")
 WHOLE: tuple[RowName, ...] = (
@@ -46,6 +48,7 @@ class Competitor:
     """run(*fresh()) is timed, fresh() is not; outputs() is what is compared with the truth, None: nothing to compare.
 
     kind is the name that options and ratios use, name the one printed; held_bytes are outputs given to `run`.
+    precision: float32; int16, scores of fixed point and all else in fp16; autocast, as torch's rounds.
     """
 
     kind: RowName

@@ -5,10 +5,12 @@ Letters are those of bam_kernels/layout.py. Each of the first three functions gi
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import torch
 from authors import Authors
-from competitor import GIVEN_SCORES, WHOLE, Choice, Competitor, Rotation, RowName
+from competitor import GIVEN_SCORES, WHOLE, Choice, Competitor, Rotation
 from ours import GivenScores, our_competitor, whole_ours
 from problem import Problem, Truth, Work, loss_options, loss_work, products_work, sinkhorn_work, whole_work
 from torch import Tensor
@@ -57,7 +59,10 @@ def sinkhorn_competitors(problem: Problem, scores: Tensor, choice: Choice) -> li
 def from_scores_competitors(
     problem: Problem, source: Tensor, target: Tensor | None, choice: Choice
 ) -> list[Competitor]:
-    """From given scores to the loss and G = dloss/ds; the products alone beside them for scale."""
+    """From given scores to the loss and G = dloss/ds; the products alone beside them for scale.
+
+    Given scores are float32: autocast has nothing to do here.
+    """
     layout, options = problem.layout, problem.options
     work = loss_work(layout, options.iterations)
     made = []
@@ -79,12 +84,13 @@ def from_scores_competitors(
     def targets() -> Tensor:
         return reference.log_targets(source if target is None else target, layout, options)[0].exp()
 
+    choice = replace(choice, rows=tuple(row for row in choice.rows if not row.endswith("autocast")))
     fresh = Rotation((source, target), choice.cold_bytes, requires_grad=True)
     made += torch_competitors(loss, targets, fresh, work, choice)
     made += products(problem, choice)
-    if "authors" in choice.rows and choice.authors is not None:
-        authors = Authors(choice.authors, problem)
-        made.append(authors_competitor(authors, authors.from_scores, fresh, work, "its compute_loss, from scores"))
+    if choice.authors is not None:
+        authors, note = Authors(choice.authors, problem), "its compute_loss, from scores"
+        made += authors_competitors(authors, authors.from_scores, fresh, work, note, choice)
     return made
 
 
@@ -108,18 +114,27 @@ def whole_competitors(problem: Problem, choice: Choice) -> list[Competitor]:
         loss, lambda: reference.bam_targets(problem.student, problem.teacher, **named), fresh, work, choice
     )
     made += products(problem, choice)
-    if "authors" in choice.rows and choice.authors is not None:
+    if choice.authors is not None:
         authors = Authors(choice.authors, problem)
-        made.append(
-            authors_competitor(
-                authors,
-                authors.whole,
-                fresh,
-                work,
-                "its gather is the identity" if layout.W == 1 else "the other ranks' keys given",
-            )
-        )
+        note = "its gather is the identity" if layout.W == 1 else "the other ranks' keys given"
+        made += authors_competitors(authors, authors.whole, fresh, work, note, choice)
     return made
+
+
+# What a gradient scaler multiplies by, so that 16-bit gradients keep their small entries.
+GRADIENT_SCALE = 2.0**16
+
+
+def under_autocast(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The gradient of loss(x, ...) by x, as a training loop in mixed precision has it."""
+
+    def run(x: Tensor, *rest: Tensor | None) -> Tensor:
+        dtype = torch.float16 if x.device.type == "cuda" else torch.bfloat16
+        with torch.autocast(x.device.type, dtype):
+            scaled = loss(x, *rest).float() * GRADIENT_SCALE
+        return torch.autograd.grad(scaled, x)[0] / GRADIENT_SCALE
+
+    return run
 
 
 def torch_competitors(
@@ -127,31 +142,51 @@ def torch_competitors(
 ) -> list[Competitor]:
     """The reference, eager and compiled, forward and backward. loss(x, ...) is differentiated with respect to x."""
 
-    def made(kind: RowName, name: str, function: Callable[..., Tensor], P: Callable[[], Tensor | None]) -> Competitor:
-        def run(x: Tensor, *rest: Tensor | None) -> Tensor:
-            return torch.autograd.grad(function(x, *rest), x)[0]
-
-        return Competitor(kind, name, fresh, run, lambda: Truth(P(), run(*fresh())), work)
+    def gradient(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda x, *rest: torch.autograd.grad(function(x, *rest), x)[0]
 
     rows = []
     if "eager" in choice.rows:
-        rows.append(made("eager", "eager reference", loss, targets))
+        run = gradient(loss)
+        rows.append(Competitor("eager", "eager reference", fresh, run, lambda: Truth(targets(), run(*fresh())), work))
+    # P exists inside the compiled graph only; its error shows in the gradient.
     if "compile" in choice.rows:
-        compiled = torch.compile(loss, fullgraph=True, dynamic=False)
-        # P exists inside the compiled graph only; its error shows in the gradient.
-        rows.append(made("compile", "torch.compile", compiled, lambda: None))
+        compiled = gradient(torch.compile(loss, fullgraph=True, dynamic=False))
+        outputs = partial(gradient_alone, compiled, fresh)
+        rows.append(Competitor("compile", "torch.compile", fresh, compiled, outputs, work))
+    if "compile-autocast" in choice.rows:
+        mixed = under_autocast(torch.compile(loss, fullgraph=True, dynamic=False))
+        outputs = partial(gradient_alone, mixed, fresh)
+        name = "torch.compile, autocast"
+        rows.append(Competitor("compile-autocast", name, fresh, mixed, outputs, work, precision="autocast"))
     return rows
 
 
-def authors_competitor(
-    authors: Authors, run: Callable[..., Tensor], fresh: Rotation, work: Work, note: str
-) -> Competitor:
-    def outputs() -> Truth:
-        with authors.recorded() as made:
-            gradient = run(*fresh())
-        return Truth(made[0], gradient)
+def gradient_alone(run: Callable[..., Tensor], fresh: Rotation) -> Truth:
+    return Truth(None, run(*fresh()))
 
-    return Competitor("authors", f"authors {authors.version}", fresh, run, outputs, work, note=note)
+
+def authors_competitors(
+    authors: Authors, loss: Callable[..., Tensor], fresh: Rotation, work: Work, note: str, choice: Choice
+) -> list[Competitor]:
+    """The published loss, and under autocast. loss(x, ...) is differentiated with respect to x."""
+
+    def outputs(run: Callable[..., Tensor]) -> Truth:
+        with authors.recorded() as made:
+            found = run(*fresh())
+        return Truth(made[0].float(), found)
+
+    def plain(x: Tensor, *rest: Tensor | None) -> Tensor:
+        return torch.autograd.grad(loss(x, *rest), x)[0]
+
+    name, rows = f"authors {authors.version}", []
+    if "authors" in choice.rows:
+        rows.append(Competitor("authors", name, fresh, plain, partial(outputs, plain), work, note=note))
+    if "authors-autocast" in choice.rows:
+        mixed, name = under_autocast(loss), name + ", autocast"
+        made = partial(outputs, mixed)
+        rows.append(Competitor("authors-autocast", name, fresh, mixed, made, work, precision="autocast", note=note))
+    return rows
 
 
 def products(problem: Problem, choice: Choice) -> list[Competitor]:

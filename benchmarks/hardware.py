@@ -33,6 +33,7 @@ class Machine:
     threads: int
     commit: str
     gemm_gflops: float = 0.0
+    half_gemm_gflops: float = 0.0
     copy_gbs: float = 0.0
     _copy_at: dict[int, float] = field(default_factory=dict)
 
@@ -56,11 +57,18 @@ class Machine:
     def measure(self) -> None:
         """Raise the ceilings to the best seen so far: measured before each table, as noise can only lower them."""
         cuda = self.device.type == "cuda"
-        self.gemm_gflops = max(self.gemm_gflops, self._gemm_gflops(8192 if cuda else 2048))
+        size = 8192 if cuda else 2048
+        self.gemm_gflops = max(self.gemm_gflops, self._gemm_gflops(size, torch.float32))
+        self.half_gemm_gflops = max(self.half_gemm_gflops, self._gemm_gflops(size, self.half))
         self.copy_gbs = max(self.copy_gbs, self.copy_gbs_at(8 << 30 if cuda else 256 << 20))
 
-    def _gemm_gflops(self, n: int) -> float:
-        a, b = torch.randn(2, n, n, device=self.device)
+    @property
+    def half(self) -> torch.dtype:
+        """The 16-bit type that products are fast in, and that autocast takes."""
+        return torch.float16 if self.device.type == "cuda" else torch.bfloat16
+
+    def _gemm_gflops(self, n: int, dtype: torch.dtype) -> float:
+        a, b = torch.randn(2, n, n, device=self.device).to(dtype)
         out = torch.empty_like(a)
         return 2 * n**3 / self._fastest_ms(lambda: torch.mm(a, b, out=out)) / 1e6
 
@@ -131,6 +139,7 @@ class Machine:
             "threads": self.threads,
             "copy_gbs": round(self.copy_gbs, 1),
             "gemm_gflops": round(self.gemm_gflops, 1),
+            "half_gemm_gflops": round(self.half_gemm_gflops, 1),
             "python": platform.python_version(),
             "torch": torch.__version__,
             "cuda": torch.version.cuda if self.device.type == "cuda" else None,

@@ -231,7 +231,7 @@ def test_plan_operator(kernels, n):
 @pytest.mark.parametrize("magnitude", [1e-30, 1.0, 1e30])
 def test_normalize_any_magnitude(kernels, magnitude):
     x = torch.randn(9, 21) * magnitude
-    unit, norm, _ = kernels.normalize(x)
+    unit, norm, *_ = kernels.normalize(x)
     expected = x.double().norm(dim=1)
     assert_close(norm, expected, 1e-12)
     assert_close(unit, x.double() / expected.clamp_min(1e-12)[:, None], 1e-6, 1e-30)
@@ -249,7 +249,7 @@ def test_normalize_zero_row_and_its_gradient(kernels):
 @pytest.mark.parametrize("d", [1, 7, 8, 9, 64, 129])
 def test_project(kernels, d):
     x = torch.randn(6, d)
-    unit, norm, _ = rows = kernels.normalize(x)
+    unit, norm, *_ = rows = kernels.normalize(x)
     gradient = torch.randn(6, d)
     ud, gd = unit.double(), gradient.double()
     expected = (gd - ud * (ud * gd).sum(1, keepdim=True)) / norm[:, None]
