@@ -97,6 +97,8 @@ class Model:
     each image's own (then the run does not depend on ranks and micro-batches); `none`. Models of timm keep theirs."""
     width: int = 32
     """Channels of the first stage of `convnet`; doubled at each stage, up to 8 times."""
+    sync_batch_norm: bool = False
+    """Batch norms, also those of timm's models, by the statistics of one micro-batch of every rank. GPUs only."""
     stem: Literal["own", "small"] = "own"
     """`small`: in ResNets a 3x3 convolution of stride 1 and no max-pool at the beginning, for images of 32 pixels."""
     heads: int = 0

@@ -124,6 +124,19 @@ def test_options_that_do_not_fit_the_backbone(change, message):
         model.Network(config.Model(**change), 3, 32)
 
 
+def test_sync_batch_norm():
+    """Of GPUs alone. Every norm is one, those that timm joins with an activation keep it, weights keep their names."""
+    network = model.Network(config.Model(name="test_efficientnet"), 3, 32).eval()
+    images, names = torch.rand(4, 3, 32, 32), list(network.state_dict())
+    before = network(images)
+    network = model.synchronised(network)
+    norms = [part for part in network.modules() if isinstance(part, torch.nn.modules.batchnorm._BatchNorm)]
+    assert norms and all(isinstance(norm, torch.nn.SyncBatchNorm) for norm in norms)
+    assert list(network.state_dict()) == names and torch.equal(network(images), before)
+    with pytest.raises(UserError, match=r"--model.sync_batch_norm True: .* between GPUs, not on cpu"):
+        pretrain("--model.sync-batch-norm=True")
+
+
 def test_checkpointing_and_memory_format_change_nothing():
     images = torch.rand(4, 3, 64, 64)
     gradients = []

@@ -91,10 +91,10 @@ def test_nothing_waits_for_the_device_between_log_lines(monkeypatch):
     for name in ("item", "tolist", "__float__", "__bool__", "cpu", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, forbidden)
     for _ in range(3):
-        lines.add(torch.tensor(2.0), stats)
+        lines.add(0.1, torch.tensor(2.0), stats)
     monkeypatch.undo()
     state.step = 3
-    lines.line(0.1)
+    lines.line()
     lines.close()
     (row,) = state.history.rows
     assert row["loss"] == 2 and row["column_residual"] == 1 and row["step"] == 3 and row["images_per_s"] > 0
