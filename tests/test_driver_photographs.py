@@ -295,8 +295,9 @@ def test_a_folder_with_its_own_validation_set():
     assert files.name(10).startswith("pets/val/cats") and files.labels[files.test].tolist() == [0, 0, 0, 1, 1, 1]
 
 
-def test_shards_hold_the_images_of_the_files():
-    write_classes(Path("pets"), 4)
+def write_shards(count: int) -> None:
+    """A shard for each of two classes of so many images, which are in pets/ too."""
+    write_classes(Path("pets"), count)
     Path("shards").mkdir()
     for number, label in enumerate(("cats", "dogs")):
         with tarfile.open(f"shards/{number}.tar", "w") as tar:
@@ -305,6 +306,10 @@ def test_shards_hold_the_images_of_the_files():
                 text = tarfile.TarInfo(f"{label}/{path.stem}.cls")
                 text.size = 1
                 tar.addfile(text, io.BytesIO(str(number).encode()))
+
+
+def test_shards_hold_the_images_of_the_files():
+    write_shards(4)
     files, shards = sources.Files(Path("pets"), 0.25), sources.Shards(Path("shards"), 0.25)
     assert torch.equal(files.labels, shards.labels) and torch.equal(files.test, shards.test)
     assert [shards.read(i).tobytes() for i in range(8)] == [files.read(i).tobytes() for i in range(8)]
@@ -314,11 +319,50 @@ def test_shards_hold_the_images_of_the_files():
         for change in ({}, {"source": "webdataset", "root": Path("shards")})
     )
     assert all(map(torch.equal, of_files, of_shards))
+    cut = Path("shards/1.tar").read_bytes()
+    Path("shards/1.tar").write_bytes(cut[: len(cut) // 2])
+    with pytest.raises(UserError, match=r"shards/1.tar: not a readable shard.*unexpected end of data"):
+        sources.Shards(Path("shards"), 0.25)
+    Path("shards/1.tar").unlink()
     Path("shards/2.tar").write_bytes(b"no shard" * 200)
     with pytest.raises(UserError, match=r"shards/2.tar: not a readable shard"):
         sources.Shards(Path("shards"), 0.25)
     with pytest.raises(UserError, match=r"pets: no images in its 0 .tar shards"):
         sources.Shards(Path("pets"), 0.25)
+
+
+def test_a_run_on_shards_is_that_of_the_files(capsys):
+    """Shared between ranks, resumed, and with a member that is no picture in one of them."""
+    write_shards(9)
+    shard = bytearray(Path("shards/0.tar").read_bytes())
+    place = sources.Shards(Path("shards"), 0.0).places[3]
+    shard[place[1] : place[1] + 40] = bytes(40)
+    Path("shards/0.tar").write_bytes(shard)
+    Path("pets/cats/03.png").write_bytes(b"not a picture")
+
+    def run(source: str, root: str, *more: str) -> Path:
+        options = [f"--data.source={source}", f"--data.root={root}", "--recipe=images", "--data.max-unreadable=0.2"]
+        options += ["--data.size=16", "--data.batch-size=8", "--data.workers=1", "--run.eval-every=0"]
+        return train.pretrain(
+            command.parse([*options, "--model.name=convnet", "--model.width=4", "--optim.epochs=2", *more])
+        )
+
+    files = content(run("folder", "pets"))
+    capsys.readouterr()
+    broken = run("webdataset", "shards", "--run.stop-after=1")
+    assert capsys.readouterr().err.count("note: shards/0.tar:cats/03.png: not a readable image (no format") == 1
+    train.pretrain(command.parse([f"--run.resume={broken}"]))
+    resumed = content(broken)
+    assert resumed["step"] == files["step"] > 0
+    assert all(torch.equal(value, resumed["network"][name]) for name, value in files["network"].items())
+
+    options = dataclasses.replace(
+        PHOTOGRAPHS, source="webdataset", root=Path("shards"), held_out=0.0, batch_size=2, max_unreadable=0.2
+    )
+    whole = [step[0][0] for step in make(dataclasses.replace(options, batch_size=4)).views(0)]
+    ranks = [[step[0][0] for step in make(options, world=World(rank, 2)).views(0)] for rank in range(2)]
+    for together, *parts in zip(whole, *ranks, strict=True):
+        assert torch.equal(torch.cat([part.unflatten(0, (2, -1)) for part in parts], dim=1).flatten(0, 1), together)
 
 
 def test_cifar10_keeps_its_test_set(monkeypatch):
