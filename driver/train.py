@@ -102,8 +102,10 @@ class Training:
         """From the step at which the run is to the epoch's end, then evaluation and checkpoint where they are due."""
         state, log, run = self.state, self.log, self.options.run
         if state.step % self.steps == 0 and contrast.due(self.options.boxes, state.epoch):
+            log.line()
             with self.arithmetic.context():
                 contrast.refresh(self.images, self.network, self.options.boxes.threshold, self.world)
+            log.restart_clock()
         for micro_batches in log.waiting(self.images.views(state.epoch, state.step % self.steps)):
             self.step(micro_batches)
             if state.step % run.log_every == 0:
