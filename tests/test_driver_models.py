@@ -219,6 +219,16 @@ def test_optimisers_train_and_resume(name):
     assert rows(straight, "train")[-1]["loss"] > 0
 
 
+def test_lamb_does_not_clip_by_itself():
+    """timm's would clip the gradient's norm to 1: a huge gradient after a small one is then as small."""
+    network = torch.nn.Linear(3, 2, bias=False)
+    optimizer = optim.make_optimizer(network, config.Optim(name="lamb"))
+    network.weight.grad = torch.full((2, 3), 1e3)
+    optimizer.step()
+    (state,) = optimizer.state.values()
+    assert torch.allclose(state["exp_avg"], torch.full((2, 3), 100.0))
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_autocast(dtype):
     options = ["--optim.epochs=2", "--optim.clip-norm=1", "--model.teacher-momentum=0.9"]
