@@ -11,7 +11,7 @@ pytest.importorskip("torchvision")
 pytest.importorskip("kornia")
 pytest.importorskip("timm")
 
-from photographs import write_classes, write_images
+from photographs import write_classes
 from test_driver import content, elsewhere, rows  # noqa: F401
 from torchvision.transforms.v2 import functional
 
