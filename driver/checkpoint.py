@@ -69,8 +69,9 @@ def save(state: State, config: dict[str, Any], directory: Path, keep_last: int =
         os.replace(temporary, path)
         _sync(directory)
     except (OSError, RuntimeError) as error:
+        free_mb = shutil.disk_usage(directory).free / 1e6  # torch's own error does not tell a full disk
         kept = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was written yet"
-        raise UserError(f"{path}: not written ({error}); {kept}") from error
+        raise UserError(f"{path}: not written ({error}; {free_mb:.0f} MB are free there); {kept}") from error
     finally:
         temporary.unlink(missing_ok=True)
     if keep_last > 1:

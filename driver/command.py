@@ -43,7 +43,7 @@ def read(path: Path, what: str) -> dict[str, Any]:
     try:
         plain = yaml.safe_load(path.read_text()) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{what} ({path}: {error})") from error
+        raise UserError(f"{what} ({path}: {getattr(error, 'strerror', error)})") from error
     if not isinstance(plain, dict):
         raise UserError(f"{what} ({path}: not a mapping of parts to options)")
     for part, options in plain.items():

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import docstring_parser
 import tyro
 import yaml
 
@@ -18,11 +19,22 @@ class UserError(Exception):
     """Something the user can put right: shown as one message, without a traceback."""
 
 
+def helpful(cls: type) -> type:
+    """The text under each field as one paragraph of help: tyro by itself keeps the line breaks of indented text."""
+    types = dict(cls.__annotations__)
+    for option in docstring_parser.parse_from_object(cls).params:
+        text = tyro.conf.arg(help=" ".join((option.description or "").split()))
+        types[option.arg_name] = Annotated[types[option.arg_name], text]
+    cls.__annotations__ = types
+    return cls
+
+
 def missing(what: str, package: str, error: ImportError, extra: str = "driver") -> str:
     """What to type where an optional package is not installed."""
     return f'{what} needs {package}, which is not installed ({error}). Type:\n\n    pip install -e ".[{extra}]"\n'
 
 
+@helpful
 @dataclass(frozen=True)
 class Data:
     """Images, views and augmentation."""
@@ -70,6 +82,7 @@ class Data:
     """Processes that decode and augment. 0: the main process. Not used by images that are on the device."""
 
 
+@helpful
 @dataclass(frozen=True)
 class Boxes:
     """ContrastiveCrop (Peng et al., CVPR 2022): crops around what the network attends to."""
@@ -84,6 +97,7 @@ class Boxes:
     """Centres are drawn in the box from Beta(alpha, alpha): below 1 they avoid the middle, 1 is uniform."""
 
 
+@helpful
 @dataclass(frozen=True)
 class Model:
     """Backbone, projection head and teacher."""
@@ -97,6 +111,8 @@ class Model:
     each image's own (then the run does not depend on ranks and micro-batches); `none`. Models of timm keep theirs."""
     width: int = 32
     """Channels of the first stage of `convnet`; doubled at each stage, up to 8 times."""
+    sync_batch_norm: bool = False
+    """Batch norms, also those of timm's models, by the statistics of one micro-batch of every rank. GPUs only."""
     stem: Literal["own", "small"] = "own"
     """`small`: in ResNets a 3x3 convolution of stride 1 and no max-pool at the beginning, for images of 32 pixels."""
     heads: int = 0
@@ -129,6 +145,7 @@ class Model:
     """Convolutions with channels as the last dimension in memory."""
 
 
+@helpful
 @dataclass(frozen=True)
 class Loss:
     """BAM's own options; `bam_kernels.bam_loss` explains them."""
@@ -147,6 +164,7 @@ class Loss:
     """What computes the loss. A named one that cannot run here is an error."""
 
 
+@helpful
 @dataclass(frozen=True)
 class Optim:
     """The optimiser and its schedules, all by step."""
@@ -173,6 +191,7 @@ class Optim:
     """Largest norm of the whole gradient. 0: no clipping."""
 
 
+@helpful
 @dataclass(frozen=True)
 class Run:
     """Where and how often things are written."""
@@ -194,7 +213,7 @@ class Run:
     seed: int = 0
     """Seed of weights, order and augmentation. The held-out images are the same for every seed."""
     log_every: int = 20
-    """Steps between log lines; only there does the host wait for the device."""
+    """Steps between log lines; only there does the host wait for the device, and do several ranks heed a signal."""
     eval_every: int = 10
     """Epochs between evaluations of the frozen features. 0: before and after only."""
     save_every: int = 10
@@ -213,6 +232,7 @@ class Run:
     """Also send the curves to this project of Weights & Biases, with the key of `wandb login` or WANDB_API_KEY."""
 
 
+@helpful
 @dataclass(frozen=True)
 class Config:
     """Pretrain a vision backbone without labels, by Balanced self-Attention Matching.

@@ -13,9 +13,8 @@ from kornia.enhance import (
     adjust_contrast_with_mean_subtraction,
     adjust_hue,
     adjust_saturation_with_gray_subtraction,
-    solarize,
 )
-from kornia.filters import gaussian_blur2d
+from kornia.filters import filter2d_separable, get_gaussian_kernel1d
 from torch import Tensor
 
 from .crops import DRAWS, rectangles
@@ -36,11 +35,12 @@ def augment(
     out = torch.where(_these(grey < kind.grey_p), rgb_to_grayscale(out), out)
     if kind.blur_p > 0:
         low, high = kind.sigma
-        kernel = blur_kernel(high, size)
-        blurred = gaussian_blur2d(out, (kernel, kernel), (low + (high - low) * sigma)[:, None].expand(-1, 2))
+        # Not gaussian_blur2d, which reads sigma on the host to check it.
+        kernel = get_gaussian_kernel1d(blur_kernel(high, size), (low + (high - low) * sigma)[:, None])
+        blurred = filter2d_separable(out, kernel, kernel, "reflect")
         out = torch.where(_these(blur < kind.blur_p), blurred, out)
     if kind.solarize_p > 0:
-        out = torch.where(_these(sun < kind.solarize_p), solarize(out, 0.5), out)
+        out = torch.where(_these(sun < kind.solarize_p) & (out >= 0.5), 1 - out, out)
     return out.clamp(0, 1)
 
 

@@ -48,8 +48,10 @@ class Held:
         self.boxes = boxes.to(self.device)
 
     def views(self, epoch: int, first: int = 0) -> Iterator[list[Crops]]:
-        order = epoch_order(self.training, virtual_batch(self.data, self.world), self.seed, epoch, self.world)
-        for step in order[first:].to(self.device):
+        order = epoch_order(self.training, virtual_batch(self.data, self.world), self.seed, epoch, self.world)[first:]
+        if self.device.type == "cuda":
+            order = order.contiguous().pin_memory()  # so that the copy need not wait for the device
+        for step in order.to(self.device, non_blocking=True):
             yield [self._crops(places, epoch) for places in step.split(self.data.batch_size)]
 
     def _crops(self, places: Tensor, epoch: int) -> Crops:

@@ -11,13 +11,14 @@ from typing import Literal, Protocol
 import torch
 from torch import Generator, Tensor
 
-from .config import Config, Data, UserError, missing
+from .config import Config, Data, UserError, helpful, missing
 from .keyed import seed_of
 from .world import World
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 
 
+@helpful
 @dataclass(frozen=True)
 class Labels:
     """Which labelled images, and how they are read."""

@@ -33,6 +33,7 @@ class Log:
         self.state, self.directory, self.steps, self.G, self.world = state, directory, steps, G, world
         self.warmup = warmup
         self.pending: list[Tensor] = []
+        self.lr = 0.0
         total = steps * epochs
         self.bar = tqdm(
             total=total,
@@ -55,12 +56,13 @@ class Log:
                 return
             yield batch
 
-    def add(self, loss: Tensor, stats: BAMStats) -> None:
+    def add(self, lr: float, loss: Tensor, stats: BAMStats) -> None:
         """Note one step's numbers without waiting for them."""
+        self.lr = lr
         self.pending.append(torch.stack([loss.detach(), *(getattr(stats, name) for name in CURVES[1:])]))
 
-    def line(self, lr: float) -> None:
-        """Wait for the device; note the mean over ranks and over the steps since the last line.
+    def line(self) -> None:
+        """Wait for the device; note the mean over ranks and over the steps since the last line, if there are any.
 
         Raises: UserError on a bad loss, on every rank.
         """
@@ -74,11 +76,11 @@ class Log:
         mean = dict(zip(CURVES, (sum(column) / len(rows) for column in zip(*rows, strict=True)), strict=True))
         seconds = time.perf_counter() - self.since
         rate, waited = self.G * len(rows) / seconds, self.waited_s / seconds
-        self.note("train", lr=lr, images_per_s=rate, data_wait=waited, **mean)
+        self.note("train", lr=self.lr, images_per_s=rate, data_wait=waited, **mean)
         self.warn_of_collapse()
         self.bar.set_postfix_str(
-            f"loss {mean['loss']:.3f}, gap to collapse {mean['collapse_gap']:.3f}, lr {lr:.1e}, {rate:.0f} images/s, "
-            f"{waited:.0%} waiting for data",
+            f"loss {mean['loss']:.3f}, gap to collapse {mean['collapse_gap']:.3f}, lr {self.lr:.1e}, "
+            f"{rate:.0f} images/s, {waited:.0%} waiting for data",
             refresh=False,
         )
         self.bar.update(len(rows))

@@ -72,6 +72,15 @@ def make_head(width: int, model: Model) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
+def synchronised(network: Network) -> Network:
+    """Its batch norms by the statistics of all ranks; weights keep their names."""
+    try:  # timm has layers that join norm and activation, and knows how to keep the latter
+        from timm.layers import convert_sync_batchnorm
+    except ImportError:
+        convert_sync_batchnorm = nn.SyncBatchNorm.convert_sync_batchnorm
+    return convert_sync_batchnorm(network)
+
+
 @torch.no_grad()
 def feature_width(backbone: nn.Module, channels: int, size: int, name: str) -> int:
     """Features per image, by asking the backbone. Raises: UserError where it cannot take such images."""

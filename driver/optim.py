@@ -24,7 +24,7 @@ def make_optimizer(network: nn.Module, optim: Optim) -> torch.optim.Optimizer:
         raise UserError(missing(f"--optim.name {optim.name}", "timm", error)) from error
     if optim.name == "lars":
         return Lars(groups, lr=optim.lr, momentum=optim.momentum)
-    return Lamb(groups, lr=optim.lr)
+    return Lamb(groups, lr=optim.lr, max_grad_norm=None)  # its own clipping would be another --optim.clip-norm
 
 
 def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -78,7 +78,7 @@ def accuracies(history: History) -> str:
     if raw is None or not tests:
         return ""
     columns = ("knn", "knn_moved", "linear", "linear_moved")
-    rows = {"raw pixels": raw, "network, untrained": tests[0], f"after {tests[-1]['epoch']:.0f} epochs": tests[-1]}
+    rows = {"raw pixels": raw, "network, untrained": tests[0], f"after {words.epochs(tests[-1]['epoch'])}": tests[-1]}
     body = "".join(
         f"<tr><td>{name}</td>" + "".join(f"<td>{row[column]:.1%}</td>" for column in columns) + "</tr>"
         for name, row in rows.items()

@@ -49,6 +49,7 @@ def dashboard(history: History, path: Path) -> None:
             draw(axis, panel, history)
         for axis in figure.axes:
             axis.set_axis_on() if axis.has_data() else axis.set_axis_off()
+        figure.suptitle(path.absolute().parent.name, x=0.01, ha="left", weight="bold", fontsize=14)
         figure.savefig(path)
 
 
@@ -112,8 +113,14 @@ def entropies(axis: Axes, history: History) -> None:
 
 
 def column_residual(axis: Axes, history: History) -> None:
-    axis.semilogy(*series(history, "train", "column_residual"), color=BLUE, lw=2)
+    epochs, residual = series(history, "train", "column_residual")
+    axis.plot(epochs, residual, color=BLUE, lw=2)
     axis.set(title="Column residual before the last step", ylabel="max |c / mean(c) - 1|")
+    if 0 < 30 * np.nanmin(residual) < np.nanmax(residual):
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
+    else:
+        axis.set_ylim(bottom=0)
 
 
 def accuracy(name: str, title: str) -> Panel:
@@ -124,21 +131,24 @@ def accuracy(name: str, title: str) -> Panel:
             if key in pixels:
                 axis.axhline(pixels[key], color=color, ls=":", lw=1.2, label="raw pixels")
         axis.set(title=title, ylabel="held-out accuracy", ylim=(None, 1.01))
-        axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axis.yaxis.set_major_formatter(PercentFormatter(1.0))
         legend_below(axis)
 
     return paint
 
 
 def spread(axis: Axes, history: History) -> None:
-    axis.plot(*series(history, "evaluation", "effective_rank"), "o-", ms=3.5, color=BLUE, label="effective rank (left)")
+    axis.plot(*series(history, "evaluation", "effective_rank"), "o-", ms=3.5, color=BLUE, label="effective rank")
     axis.set(title="Spread of the features", ylabel="effective rank")
-    axis.set_ylim(bottom=0)
     right = axis.twinx()
     right.plot(
         *series(history, "evaluation", "feature_std"), "s--", ms=3.5, color=GREEN, label="standard deviation (right)"
     )
-    right.set_ylim(bottom=0)
+    right.set_ylabel("standard deviation")
+    for side in (axis, right):
+        side.update_datalim([(0, 0)])  # from 0, with the usual margin above
+        side.autoscale_view()
+        side.set_ylim(bottom=0)
     right.grid(False)
     lines = [*axis.get_lines(), *right.get_lines()]
     axis.legend(
@@ -155,7 +165,7 @@ def throughput(axis: Axes, history: History) -> None:
 def data_wait(axis: Axes, history: History) -> None:
     axis.plot(*series(history, "train", "data_wait"), color=RED, lw=1.5)
     axis.set(title="Time spent waiting for images", ylabel="share of the time", ylim=(0, 1))
-    axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0))
 
 
 def learning_rate(axis: Axes, history: History) -> None:

@@ -113,5 +113,7 @@ def recipe(name: str) -> Config:
 
 def nearest(name: str, known: list[str]) -> str:
     """What was perhaps meant, or all that there is."""
-    near = [other for other in known if name and name in other] or difflib.get_close_matches(name, known, cutoff=0.5)
+    letters = name.replace("-", "").replace("_", "")
+    near = [other for other in known if letters and letters in other.replace("-", "").replace("_", "")]
+    near = near or difflib.get_close_matches(name, known, cutoff=0.6)
     return f"perhaps {' or '.join(near)}" if near else f"there are {', '.join(known)}"

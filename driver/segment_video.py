@@ -153,9 +153,6 @@ def _resize_nearest(mask: NDArray, shape: tuple[int, int]) -> Tensor:
     return torch.from_numpy(np.array(image)).long()
 
 
-# Files
-
-
 def clip_names(options: Options) -> list[str]:
     path = options.davis / "ImageSets" / "2017" / f"{options.split}.txt"
     if not path.is_file():

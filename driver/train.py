@@ -17,7 +17,7 @@ from .evaluate import Embed, Vote, evaluate, features, pixels
 from .history import File, Sink
 from .keyed import seed_of
 from .log import Log
-from .model import Network, follow, make_teacher
+from .model import Network, follow, make_teacher, synchronised
 from .optim import Arithmetic, Schedules, make_optimizer
 from .signals import Stopped, StopSignal
 from .trackers import TensorBoard, Wandb
@@ -30,124 +30,154 @@ TEACHER_VIEWS = 2
 def pretrain(options: Config, world: World | None = None) -> Path:
     """Train as the options say and return the run's directory. Raises: UserError; Stopped after a signal."""
     world = world or World()
-    data, model, optim, run = options.data, options.model, options.optim, options.run
-    device = world.choose_device(run.device)
+    device = world.choose_device(options.run.device)
     world.start(device)
-    make_deterministic(run.deterministic)
-    torch.manual_seed(run.seed)
+    make_deterministic(options.run.deterministic)
+    torch.manual_seed(options.run.seed)
 
-    G = virtual_batch(data, world)
-    images = make_images(data, options.boxes, device, run.seed, world)
-    steps = images.training // G
-    schedules = Schedules(options, steps, G)
-    arithmetic = Arithmetic.of(run.dtype, device)
-    network, teacher = make_networks(options, images.channels, device, arithmetic.weights)
-    bam = make_loss(options.loss, schedules, device, arithmetic.weights)
-    optimizer = make_optimizer(network, optim)
-
-    state = checkpoint.State(network, teacher, optimizer, arithmetic.scaler, images, G)
-    if run.resume is not None:
-        directory = checkpoint.load(state, run.resume)
-    else:
-        directory = world.from_first("directory", lambda: fresh_directory(run.name))
-    # Resumed on other ranks, the run keeps its objective.
-    options = replace(options, data=replace(data, virtual_batch=G))
-    if world.first:
-        config.save(options, directory)
-        state.history.sinks = make_sinks(state, options, directory)
-
-    last_epoch = min(optim.epochs, run.stop_after or optim.epochs)
-    print(f"{directory}: {images.training} training images, {images.tested} held out; {steps} steps an epoch; {device}")
-    log = Log(state, directory, steps, optim.epochs, schedules.warmup, G, world)
-
-    def test(kind: str, embed: Embed) -> None:
-        log.note(kind, **evaluate(embed, images, Vote(run.neighbours), world))
-
-    def criterion(*embeddings: Tensor) -> Any:
-        try:
-            return bam(*embeddings, step=state.step)
-        except ValueError as error:
-            raise log.stopped(state.step, str(error)) from error
-
-    def teach(crops: Crops) -> Tensor:
-        return teacher(crops if model.teacher_views == "all" else crops[0][: TEACHER_VIEWS * data.batch_size])
-
-    cache = GradientCache(
-        world.parallel(network),
-        criterion,
-        teach if teacher else None,
-        arithmetic.scaler,
-        views=data.views + data.local_views,
-    )
-
-    def save() -> None:
-        log.check_weights()
-        if world.first:
-            keep = state.step % steps == 0 and due(state.epoch, run.keep_every)
-            checkpoint.save(state, config.as_plain(options), directory, run.keep_last, keep)
-
-    def stop_if_asked() -> None:
-        """Several ranks agree where they wait for each other anyway."""
-        if world.size > 1 and state.step % run.log_every and state.step % steps:
-            return
-        if world.any(signal.asked, device):
-            log.line(lr)
-            save()
-            world.end()
-            raise Stopped(directory, state.step)
-
+    training = Training(options, device, world)
     with StopSignal() as signal:
         try:
-            if state.step == 0:
-                if images.tested >= world.size:
-                    test("pixels", pixels)
-                test("evaluation", features(network.backbone))
-                log.restart_clock()
-            while state.epoch < last_epoch:
-                if state.step % steps == 0 and contrast.due(options.boxes, state.epoch):
-                    with arithmetic.context():
-                        contrast.refresh(images, network, options.boxes.threshold, world)
-                for micro_batches in log.waiting(images.views(state.epoch, state.step % steps)):
-                    torch.manual_seed(seed_of(run.seed, state.step, world.rank))
-                    lr = schedules.apply(optimizer, state.step)
-                    optimizer.zero_grad()
-                    with arithmetic.context():
-                        value, stats = cache(micro_batches)
-                    arithmetic.step(optimizer, network, optim.clip_norm)
-                    if teacher is not None:
-                        follow(teacher, network, schedules.teacher_momentum(state.step))
-                    state.step += 1
-                    log.add(value, stats)
-                    if state.step % run.log_every == 0:
-                        log.line(lr)
-                    if state.step % steps:
-                        if due(state.step, run.save_steps):
-                            log.line(lr)
-                            save()
-                            log.restart_clock()
-                        stop_if_asked()
-
-                state.epoch += 1
-                finished = state.epoch == last_epoch
-                tested = finished or due(state.epoch, run.eval_every)
-                keep = finished or due(state.epoch, run.save_every) or due(state.epoch, run.keep_every)
-                if tested or keep:
-                    log.line(lr)
-                if tested:
-                    test("evaluation", features(network.backbone))
-                if keep:
-                    save()
-                if tested or keep:
-                    log.restart_clock()
-                if not finished:
-                    stop_if_asked()
+            training.begin()
+            while training.state.epoch < training.last_epoch:
+                training.epoch(signal)
         finally:
-            log.close()
-
-        if world.first:
-            report.finish(state.history, options, directory, images, features(network.backbone))
+            training.log.close()
+        training.finish()
         world.end()
-    return directory
+    return training.directory
+
+
+class Training:
+    """What a run is made of, and its epochs."""
+
+    def __init__(self, options: Config, device: torch.device, world: World) -> None:
+        """Everything that the options name, with the state of the run that is resumed. Raises: UserError."""
+        data, optim, run = options.data, options.optim, options.run
+        self.device, self.world = device, world
+        self.G = G = virtual_batch(data, world)
+        self.images = make_images(data, options.boxes, device, run.seed, world)
+        self.steps = self.images.training // G
+        self.schedules = Schedules(options, self.steps, G)
+        self.arithmetic = Arithmetic.of(run.dtype, device)
+        self.network, self.teacher = make_networks(options, self.images.channels, device, self.arithmetic.weights)
+        self.bam = make_loss(options.loss, self.schedules, device, self.arithmetic.weights)
+        self.optimizer = make_optimizer(self.network, optim)
+
+        self.state = checkpoint.State(
+            self.network, self.teacher, self.optimizer, self.arithmetic.scaler, self.images, G
+        )
+        if run.resume is not None:
+            self.directory = checkpoint.load(self.state, run.resume)
+        else:
+            self.directory = world.from_first("directory", lambda: fresh_directory(run.name))
+        # Resumed on other ranks, the run keeps its objective.
+        self.options = replace(options, data=replace(data, virtual_batch=G))
+        if world.first:
+            config.save(self.options, self.directory)
+            self.state.history.sinks = make_sinks(self.state, self.options, self.directory)
+        self.last_epoch = min(optim.epochs, run.stop_after or optim.epochs)
+        print(
+            f"{self.directory}: {self.images.training} training images, {self.images.tested} held out; "
+            f"{self.steps} steps an epoch; {device}"
+        )
+        self.log = Log(self.state, self.directory, self.steps, optim.epochs, self.schedules.warmup, G, world)
+        self.cache = GradientCache(
+            world.parallel(self.network),
+            self.criterion,
+            self.teach if self.teacher else None,
+            self.arithmetic.scaler,
+            views=data.views + data.local_views,
+        )
+
+    def begin(self) -> None:
+        """Before the first step of a run: what raw pixels and the untrained network are worth."""
+        if self.state.step == 0:
+            if self.images.tested >= self.world.size:
+                self.test("pixels", pixels)
+            self.test("evaluation", features(self.network.backbone))
+            self.log.restart_clock()
+
+    def epoch(self, signal: StopSignal) -> None:
+        """From the step at which the run is to the epoch's end, then evaluation and checkpoint where they are due."""
+        state, log, run = self.state, self.log, self.options.run
+        if state.step % self.steps == 0 and contrast.due(self.options.boxes, state.epoch):
+            log.line()
+            with self.arithmetic.context():
+                contrast.refresh(self.images, self.network, self.options.boxes.threshold, self.world)
+            log.restart_clock()
+        for micro_batches in log.waiting(self.images.views(state.epoch, state.step % self.steps)):
+            self.step(micro_batches)
+            if state.step % run.log_every == 0:
+                log.line()
+            if state.step % self.steps:
+                if due(state.step, run.save_steps):
+                    self.save()
+                self.stop_if_asked(signal)
+
+        state.epoch += 1
+        finished = state.epoch == self.last_epoch
+        if finished or due(state.epoch, run.eval_every):
+            log.line()
+            self.test("evaluation", features(self.network.backbone))
+            log.restart_clock()
+        if finished or due(state.epoch, run.save_every) or due(state.epoch, run.keep_every):
+            self.save()
+        if not finished:
+            self.stop_if_asked(signal)
+
+    def step(self, micro_batches: list[Crops]) -> None:
+        """One optimiser step over G images; the host waits for nothing."""
+        state = self.state
+        torch.manual_seed(seed_of(self.options.run.seed, state.step, self.world.rank))
+        lr = self.schedules.apply(self.optimizer, state.step)
+        self.optimizer.zero_grad()
+        with self.arithmetic.context():
+            loss, stats = self.cache(micro_batches)
+        self.arithmetic.step(self.optimizer, self.network, self.options.optim.clip_norm)
+        if self.teacher is not None:
+            follow(self.teacher, self.network, self.schedules.teacher_momentum(state.step))
+        state.step += 1
+        self.log.add(lr, loss, stats)
+
+    def criterion(self, *embeddings: Tensor) -> Any:
+        try:
+            return self.bam(*embeddings, step=self.state.step)
+        except ValueError as error:
+            raise self.log.stopped(self.state.step, str(error)) from error
+
+    def teach(self, crops: Crops) -> Tensor:
+        assert self.teacher is not None
+        data, model = self.options.data, self.options.model
+        return self.teacher(crops if model.teacher_views == "all" else crops[0][: TEACHER_VIEWS * data.batch_size])
+
+    def test(self, kind: str, embed: Embed) -> None:
+        self.log.note(kind, **evaluate(embed, self.images, Vote(self.options.run.neighbours), self.world))
+
+    def save(self) -> None:
+        """A checkpoint of the present step, once its numbers are known to be good."""
+        state, run = self.state, self.options.run
+        self.log.line()
+        self.log.check_weights()
+        if self.world.first:
+            keep = state.step % self.steps == 0 and due(state.epoch, run.keep_every)
+            checkpoint.save(state, config.as_plain(self.options), self.directory, run.keep_last, keep)
+        self.log.restart_clock()
+
+    def stop_if_asked(self, signal: StopSignal) -> None:
+        """Several ranks agree at log lines, where they wait for each other anyway. Raises: Stopped."""
+        if self.world.size > 1 and self.state.step % self.options.run.log_every:
+            return
+        if self.world.any(signal.asked, self.device):
+            self.save()
+            self.world.end()
+            raise Stopped(self.directory, self.state.step)
+
+    def finish(self) -> None:
+        """The report, by the first rank."""
+        if self.world.first:
+            embed = features(self.network.backbone)
+            report.finish(self.state.history, self.options, self.directory, self.images, embed)
 
 
 def make_deterministic(wanted: bool) -> None:
@@ -166,6 +196,10 @@ def make_networks(
     network = Network(model, channels, data.size, data.local_size if data.local_views else None).to(device, dtype)
     if model.weights is not None and options.run.resume is None:
         load_backbone(network.backbone[1], model.weights)
+    if model.sync_batch_norm:
+        if device.type != "cuda":
+            raise UserError(f"--model.sync_batch_norm True: batch norms are synchronised between GPUs, not on {device}")
+        network = synchronised(network)
     if model.channels_last:
         network = network.to(memory_format=torch.channels_last)
     teacher = make_teacher(network) if model.teacher_momentum > 0 else None

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterable
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from .config import UserError
@@ -27,7 +27,9 @@ def read(source: Source, numbers: list[int], place: int) -> tuple[int, Image.Ima
         try:
             return index, source.read(index), reports
         except FAULTS as error:
-            reports = reports or [(index, str(error) or type(error).__name__)]
+            unknown = isinstance(error, UnidentifiedImageError)  # whose text is of a file, or of an address in memory
+            fault = "no format that is known" if unknown else str(error) or type(error).__name__
+            reports = reports or [(index, fault)]
             index = numbers[seed_of(numbers[place], attempt) % len(numbers)]
     raise UserError(
         f"{source.name(reports[0][0])}: not a readable image ({reports[0][1]}), nor are others in its place"

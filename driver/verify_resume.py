@@ -52,8 +52,8 @@ def verify(verify: Verify) -> int:
         unbroken, broken = Path(folder) / "unbroken", Path(folder) / "broken"
         run(unbroken, options, None, 0)
         total = content(unbroken)["step"]
-        # Not near the end: a run may take further steps before it is seen to have taken this one.
-        early = range(1, max(2, total * 3 // 4))
+        # In the first half: a run may take many a step before it is seen to have taken this one.
+        early = range(1, max(2, total // 2))
         at = sorted(random.Random(verify.seed).sample(early, min(verify.breaks, len(early))))
         number = getattr(signal, f"SIG{verify.signal}")
         was_broken = [run(broken, options, step, number) for step in at]
@@ -80,6 +80,10 @@ def run(folder: Path, options: list[str], stop_at: int | None, number: int) -> b
     resumes = directory is not None and (directory / FILE).is_file()
     command = [sys.executable, str(Path(__file__).with_name("pretrain.py"))]
     command += ["--run.resume", str(directory)] if resumes else options
+    if resumes and stop_at is not None:
+        # It is under way once there are steps of its own in the history, which it writes again from the checkpoint.
+        stop_at = max(stop_at, content(folder)["step"] + 1)
+        (directory / history.FILE).unlink()
     with (folder / "said").open("w+") as said:
         process = subprocess.Popen(command, cwd=folder, stdout=said, stderr=said)
         sent = False

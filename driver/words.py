@@ -41,7 +41,7 @@ def collapsed(history: History) -> bool:
 def verdict(history: History, options: Config, tested: int) -> list[str]:
     """The result, in sentences."""
     train, tests, raw = (history.last(kind) for kind in ("train", "evaluation", "pixels"))
-    done = f"{history.epoch:.0f} of {options.optim.epochs} epochs"
+    done = f"{history.epoch:.0f} of {epochs(options.optim.epochs)}"
     lines = [f"Finished: {done}." if history.epoch >= options.optim.epochs else f"Stopped after {done}."]
     if tests and raw and "knn" in tests:
         first = history.of("evaluation")[0]
@@ -53,8 +53,14 @@ def verdict(history: History, options: Config, tested: int) -> list[str]:
     if train and collapsed(history):
         lines.append("Training has collapsed: the loss ended at its ceiling or above.")
     elif train and train["collapse_gap"] is not None:
-        lines.append(f"The loss ended {train['collapse_gap']:.2f} nats below the value of collapsed features.")
+        gap = train["collapse_gap"]
+        side = "below" if gap >= 0 else "above"
+        lines.append(f"The loss ended {abs(gap):.2f} nats {side} the value of collapsed features.")
     return lines
+
+
+def epochs(count: float) -> str:
+    return "1 epoch" if round(count) == 1 else f"{count:.0f} epochs"
 
 
 def table(history: History, tested: int) -> str:
@@ -63,7 +69,7 @@ def table(history: History, tested: int) -> str:
     rows = {
         "raw pixels": history.of("pixels")[0],
         "network, untrained": tests[0],
-        f"network, after {tests[-1]['epoch']:.0f} epochs of BAM": tests[-1],
+        f"network, after {epochs(tests[-1]['epoch'])} of BAM": tests[-1],
     }
     columns = ("knn", "knn_moved", "linear", "linear_moved")
     lines = [
@@ -83,7 +89,8 @@ def next_step(history: History, options: Config, directory: Path) -> tuple[str, 
     if collapsed(history):
         return "with a sharper target", f"{same} --loss.epsilon {options.loss.epsilon / 2:g}"
     if remaining > 0:
-        return f"the other {remaining:.0f} epochs", f"{command} --run.resume {quote(str(directory))}"
+        left = "the last epoch" if round(remaining) == 1 else f"the other {epochs(remaining)}"
+        return left, f"{command} --run.resume {quote(str(directory))}"
     if options.data.source != "digits":
         return "twice as long", f"{same} --optim.epochs {2 * options.optim.epochs}"
     install = "" if find_spec("torchvision") and find_spec("timm") else 'pip install -e ".[driver]" && '

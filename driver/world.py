@@ -69,12 +69,12 @@ class World:
             raise UserError(f"--run.device {name}: {str(error).splitlines()[0]}") from error
 
     def start(self, device: torch.device) -> None:
-        """The process group: NCCL between GPUs, gloo between CPUs."""
-        if self.store is None:
-            return
+        """Take the device; with several ranks the process group too, NCCL between GPUs, gloo between CPUs."""
         nccl = device.type == "cuda"
         if nccl:
             torch.cuda.set_device(device)
+        if self.store is None:
+            return
         dist.init_process_group(
             "nccl" if nccl else "gloo",
             store=self.store,

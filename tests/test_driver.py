@@ -224,9 +224,11 @@ def test_recipes_by_name(name):
     "args, message",
     [
         (["--recipe=cifar-resnet18"], "--recipe cifar-resnet18: no such recipe; perhaps cifar10-resnet18"),
-        (["--recipe=vit-b"], "no such recipe; perhaps imagenet-vit-b"),
+        (["--recipe=vit_b"], "no such recipe; perhaps imagenet-vit-b"),
+        (["--recipe=resnet"], "no such recipe; perhaps cifar10-resnet18"),
+        (["--recipe=photographs"], "no such recipe; there are digits, images, cifar10-resnet18, "),
         (["--recipe=digits", "--config=few.yaml"], "only one of them"),
-        (["--config=nowhere.yaml"], "--config nowhere.yaml (nowhere.yaml: "),
+        (["--config=nowhere.yaml"], "--config nowhere.yaml (nowhere.yaml: No such file or directory)"),
         (["--config=part.yaml"], "optimiser is not a part; perhaps optim"),
         (["--config=option.yaml"], "optim.learning is no option"),
         (["--config=broken.yaml"], "--config broken.yaml (broken.yaml: "),
@@ -331,7 +333,7 @@ def test_unreadable_image_is_named(workers, capsys):
     Path("flat/03.png").write_bytes(b"not a picture")
     assert main([*FOLDER, "--data.root=flat", f"--data.workers={workers}"]) == 1
     shown = capsys.readouterr().err
-    assert "\nerror: flat/03.png: not a readable image" in shown
+    assert "\nerror: flat/03.png: not a readable image (no format that is known)" in shown
     assert "Traceback" not in shown
 
 

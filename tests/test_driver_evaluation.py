@@ -100,7 +100,7 @@ def test_ranks_share_the_features_and_find_the_same():
         str(ROOT),
     ]
     run = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120
+        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=900
     )
     assert run.returncode == 0, run.stderr
 

@@ -53,16 +53,41 @@ def recorded(function, results: list):
     return call
 
 
-def test_the_published_recipe():
-    """As in the paper's scripts for ViT-S/16: 16 ranks of 256 images, 2 + 6 crops."""
-    options = recipes.recipe("imagenet-vit-s")
-    schedules = optim.Schedules(options, steps=312, G=4096)
+PUBLISHED = {
+    "data": {"virtual_batch": 16 * 256, "batch_size": 256, "views": 2, "size": 224, "global_scale": (0.25, 1.0)}
+    | {"local_views": 6, "local_size": 96, "local_scale": (0.05, 0.25), "augmentation": "dino"},
+    "model": {"head_layers": 3, "head_width": 4096, "head_dim": 4096, "activation": "gelu", "norm": "none"}
+    | {"teacher_momentum": 0.995, "teacher_momentum_end": 1.0, "teacher_views": "all"},
+    "loss": {"epsilon": 0.05, "epsilon_end": None, "temperature": 0.1, "iterations": 3, "top_k": 128},
+    "optim": {"name": "adamw", "epochs": 400, "warmup_epochs": 40, "lr": 3e-4, "lr_images": 256, "lr_end": 1e-3}
+    | {"weight_decay": 0.04, "weight_decay_end": 0.4, "clip_norm": 0.3},
+}
+VITS = {"positions": "sincos", "frozen_patches": True, "heads": 12}
+BACKBONES = {
+    "imagenet-vit-s": {"name": "vit_small_patch16_224"} | VITS,
+    "imagenet-vit-b": {"name": "vit_base_patch16_224"} | VITS,
+    "imagenet-caformer-m36": {"name": "caformer_m36", "positions": "own", "frozen_patches": False, "heads": 0},
+}
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_the_published_recipes(name):
+    """What a run of the recipe saves as its options, number by number, against the paper's."""
+    plain = config.as_plain(command.parse([f"--recipe={name}", "--data.root=PATH"]))
+    for part, published in (PUBLISHED | {"model": PUBLISHED["model"] | BACKBONES[name]}).items():
+        expected = {key: list(value) if isinstance(value, tuple) else value for key, value in published.items()}
+        assert {key: plain[part][key] for key in published} == expected, part
+    assert plain["data"]["source"] == "folder" and plain["boxes"]["every"] > 0
+
+
+def test_the_published_schedules():
+    """For 4096 images per step, 312 steps an epoch."""
+    schedules = optim.Schedules(recipes.recipe("imagenet-vit-s"), steps=312, G=4096)
     epochs = [schedules.lr(epoch * 312) for epoch in (0, 40, 400)]
     assert epochs == pytest.approx([4.8e-3 / (40 * 312 + 1), 4.8e-3, 1e-3])
     assert [schedules.weight_decay(epoch * 312) for epoch in (0, 200, 400)] == pytest.approx([0.04, 0.22, 0.4])
     assert [schedules.teacher_momentum(epoch * 312) for epoch in (0, 400)] == pytest.approx([0.995, 1.0])
     assert schedules.epsilon(17) == 0.05
-    assert (options.data.local_views, options.loss.top_k, options.optim.clip_norm) == (6, 128, 0.3)
 
 
 # Backbones
@@ -124,6 +149,19 @@ def test_options_that_do_not_fit_the_backbone(change, message):
         model.Network(config.Model(**change), 3, 32)
 
 
+def test_sync_batch_norm():
+    """Of GPUs alone. Every norm is one, those that timm joins with an activation keep it, weights keep their names."""
+    network = model.Network(config.Model(name="test_efficientnet"), 3, 32).eval()
+    images, names = torch.rand(4, 3, 32, 32), list(network.state_dict())
+    before = network(images)
+    network = model.synchronised(network)
+    norms = [part for part in network.modules() if isinstance(part, torch.nn.modules.batchnorm._BatchNorm)]
+    assert norms and all(isinstance(norm, torch.nn.SyncBatchNorm) for norm in norms)
+    assert list(network.state_dict()) == names and torch.equal(network(images), before)
+    with pytest.raises(UserError, match=r"--model.sync_batch_norm True: .* between GPUs, not on cpu"):
+        pretrain("--model.sync-batch-norm=True")
+
+
 def test_checkpointing_and_memory_format_change_nothing():
     images = torch.rand(4, 3, 64, 64)
     gradients = []
@@ -179,6 +217,16 @@ def test_optimisers_train_and_resume(name):
     train.pretrain(command.parse([f"--run.resume={first}"]))
     assert all(torch.equal(value, straight["network"][key]) for key, value in content(first)["network"].items())
     assert rows(straight, "train")[-1]["loss"] > 0
+
+
+def test_lamb_does_not_clip_by_itself():
+    """timm's would clip the gradient's norm to 1: a huge gradient after a small one is then as small."""
+    network = torch.nn.Linear(3, 2, bias=False)
+    optimizer = optim.make_optimizer(network, config.Optim(name="lamb"))
+    network.weight.grad = torch.full((2, 3), 1e3)
+    optimizer.step()
+    (state,) = optimizer.state.values()
+    assert torch.allclose(state["exp_avg"], torch.full((2, 3), 100.0))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -1,9 +1,7 @@
-"""The driver's photographs: sources, views in workers and on the device, ContrastiveCrop, unreadable images."""
+"""The driver's photographs: views in workers and on the device, ContrastiveCrop."""
 
 import dataclasses
-import io
 import math
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,7 @@ pytest.importorskip("torchvision")
 pytest.importorskip("kornia")
 pytest.importorskip("timm")
 
-from photographs import write_classes, write_images
+from photographs import write_classes
 from test_driver import content, elsewhere, rows  # noqa: F401
 from torchvision.transforms.v2 import functional
 
@@ -26,12 +24,9 @@ from driver import (
     device_views,
     keyed,
     model,
-    sources,
     train,
     transforms,
 )
-from driver.config import UserError
-from driver.pretrain import main
 from driver.world import World
 
 CPU = torch.device("cpu")
@@ -282,87 +277,3 @@ def test_boxes_are_refreshed_in_a_run_and_resume_bit_exactly():
     train.pretrain(command.parse([f"--run.resume={first}"]))
     assert torch.equal(content(first)["boxes"], boxes)
     assert all(torch.equal(value, straight["network"][name]) for name, value in content(first)["network"].items())
-
-
-# Sources
-
-
-def test_a_folder_with_its_own_validation_set():
-    write_classes(Path("pets/train"), 5)
-    write_classes(Path("pets/val"), 3)
-    files = sources.Files(Path("pets"), 0.5)
-    assert (len(files.train), len(files.test)) == (10, 6)
-    assert files.name(10).startswith("pets/val/cats") and files.labels[files.test].tolist() == [0, 0, 0, 1, 1, 1]
-
-
-def test_shards_hold_the_images_of_the_files():
-    write_classes(Path("pets"), 4)
-    Path("shards").mkdir()
-    for number, label in enumerate(("cats", "dogs")):
-        with tarfile.open(f"shards/{number}.tar", "w") as tar:
-            for path in sorted(Path("pets", label).iterdir()):
-                tar.add(path, arcname=f"{label}/{path.stem}.png")
-                text = tarfile.TarInfo(f"{label}/{path.stem}.cls")
-                text.size = 1
-                tar.addfile(text, io.BytesIO(str(number).encode()))
-    files, shards = sources.Files(Path("pets"), 0.25), sources.Shards(Path("shards"), 0.25)
-    assert torch.equal(files.labels, shards.labels) and torch.equal(files.test, shards.test)
-    assert [shards.read(i).tobytes() for i in range(8)] == [files.read(i).tobytes() for i in range(8)]
-    options = dataclasses.replace(PHOTOGRAPHS, held_out=0.0)
-    of_files, of_shards = (
-        next(make(dataclasses.replace(options, **change)).views(0))[0]
-        for change in ({}, {"source": "webdataset", "root": Path("shards")})
-    )
-    assert all(map(torch.equal, of_files, of_shards))
-    Path("shards/2.tar").write_bytes(b"no shard" * 200)
-    with pytest.raises(UserError, match=r"shards/2.tar: not a readable shard"):
-        sources.Shards(Path("shards"), 0.25)
-    with pytest.raises(UserError, match=r"pets: no images in its 0 .tar shards"):
-        sources.Shards(Path("pets"), 0.25)
-
-
-def test_cifar10_keeps_its_test_set(monkeypatch):
-    class Downloaded(sources.CIFAR10):
-        def __init__(self, root, train, download):
-            self.data = torch.randint(256, (6 if train else 4, 32, 32, 3), dtype=torch.uint8).numpy()
-            self.targets = [i % 2 for i in range(len(self.data))]
-
-    monkeypatch.setattr(sources, "CIFAR10", Downloaded)
-    source = sources.make_source(config.Data(source="cifar10", root=Path("cifar")))
-    assert (source.train.tolist(), source.test.tolist()) == ([0, 1, 2, 3, 4, 5], [6, 7, 8, 9])
-    assert source.read(7).size == (32, 32) and source.read(7).tobytes() == source.pixels[1][1].tobytes()
-
-    def unreachable(*_, **__):
-        raise OSError("no route")
-
-    monkeypatch.setattr(Downloaded, "__init__", unreachable)
-    with pytest.raises(UserError, match=r"cifar: CIFAR-10 is neither there nor to be downloaded \(no route\)"):
-        sources.make_source(config.Data(source="cifar10", root=Path("cifar")))
-
-
-# Images that cannot be read
-
-
-@pytest.mark.parametrize("more", [["--data.workers=1"], ["--data.on-device=True", "--data.workers=0"]])
-def test_a_few_unreadable_images_are_named_once_and_replaced(more, capsys):
-    write_images(Path("flat"), 24)
-    Path("flat/03.png").write_bytes(b"not a picture")
-    Path("flat/05.png").write_bytes(Path("flat/06.png").read_bytes()[:300])  # cut short
-    options = ["--data.root=flat", "--data.size=16", "--data.batch-size=8", "--model.name=convnet", "--model.width=4"]
-    assert main([*options, *more, "--optim.epochs=3", "--data.max-unreadable=0.1"]) == 0
-    said = capsys.readouterr().err
-    for name in ("03", "05"):
-        assert said.count(f"note: flat/{name}.png: not a readable image") == 1
-    assert "another takes its place (2 so far)" in said
-    assert content(Path("runs/flat-001"))["step"] == 9
-
-
-def test_too_many_unreadable_images_end_the_run(capsys):
-    write_images(Path("flat"), 24)
-    for i in (3, 5, 7):
-        Path(f"flat/{i:02d}.png").write_bytes(b"not a picture")
-    options = ["--data.root=flat", "--data.size=16", "--data.batch-size=8", "--model.name=convnet", "--model.width=4"]
-    assert main([*options, "--data.workers=0", "--data.max-unreadable=0.1"]) == 1
-    said = capsys.readouterr().err
-    assert "3 unreadable, a share above --data.max-unreadable 0.1 of 24 images" in said
-    assert "Traceback" not in said

@@ -41,7 +41,7 @@ def torchrun(W: int, *options: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(W)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command += [str(ROOT / "driver" / "pretrain.py"), *options]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
 
 
 def on_ranks(W: int, *options: str) -> Path:

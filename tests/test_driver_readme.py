@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 import tyro
 from test_driver import ROOT, elsewhere, pretrain  # noqa: F401
 
-from driver import command, config, frozen, knn, linear, recipes, report, segment_video
+from driver import command, config, frozen, knn, linear, recipes, report, segment_video, signals
 
 TEXT = (ROOT / "driver" / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.M | re.S)
@@ -46,6 +47,14 @@ def test_commands_parse(line):
         assert tyro.cli(SCRIPTS[name], args=args, config=frozen.PLAIN)
     else:
         assert name == "export.py" and args == ["RUN_DIR"]
+
+
+def test_the_slurm_script_parses():
+    (text,) = [text for language, text in BLOCKS if language == "bash"]
+    assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
+    assert f"-eq {signals.STOPPED} " in text
+    (given,) = re.findall(r"what=\((--recipe .*?)\)", text)
+    assert command.parse([*given.split(), "--run.save-steps", "200"]).recipe == "imagenet-vit-s"
 
 
 def test_options_exist():

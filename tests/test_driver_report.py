@@ -91,10 +91,10 @@ def test_nothing_waits_for_the_device_between_log_lines(monkeypatch):
     for name in ("item", "tolist", "__float__", "__bool__", "cpu", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, forbidden)
     for _ in range(3):
-        lines.add(torch.tensor(2.0), stats)
+        lines.add(0.1, torch.tensor(2.0), stats)
     monkeypatch.undo()
     state.step = 3
-    lines.line(0.1)
+    lines.line()
     lines.close()
     (row,) = state.history.rows
     assert row["loss"] == 2 and row["column_residual"] == 1 and row["step"] == 3 and row["images_per_s"] > 0
@@ -140,6 +140,10 @@ def test_verdicts():
     assert "Finished: 3 of 3 epochs." in good and "2.00 nats below" in good and "classify 50.0%" in good
     bad = " ".join(words.verdict(record(0.5, *[0.0] * 5), config.Config(optim=config.Optim(epochs=9)), 450))
     assert "Stopped after 6 of 9 epochs." in bad and "collapsed" in bad
+    above = " ".join(words.verdict(record(0.5, 0.2, -0.25), options, 450))
+    assert "ended 0.25 nats above the value of collapsed features" in above and "collapsed:" not in above
+    why, _ = words.next_step(record(0.5, 1.0), options, Path("runs/x"))
+    assert why == "the last epoch" and words.epochs(1) == "1 epoch"
     why, line = words.next_step(record(0.5), options, Path("runs/x y"))
     assert why == "the other 2 epochs" and line == "python driver/pretrain.py --run.resume 'runs/x y'"
     images = config.Config(recipe="images", data=config.Data(source="folder", root=Path("a b")))
