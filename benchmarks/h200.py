@@ -1,0 +1,164 @@
+"""Everything that a GPU has to show, unattended: that the kernels are correct there, then what they take, then tiles.
+
+    python benchmarks/h200.py --out results                 # goes on where it stopped; call it until it says "all done"
+    python benchmarks/h200.py --out /tmp/toy --toy          # the same on any machine, at toy sizes
+
+Each part is a command of its own with a time limit. What it prints goes to OUT/PART.log, its rows to OUT/PART.json, and
+how it ended to OUT/parts.json, at once. A part that has passed is not run again; one that cannot run here says why.
+The call ends before `--seconds` are over. Exit status 1 where a part has failed.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+REPOSITORY = Path(__file__).parents[1]
+PYTHON = sys.executable
+
+# Every kernel of a step once, at sizes that a sanitizer's tenfold time allows: six problems.
+TINY = """
+import sys, torch
+from bam_kernels import bam_loss
+device, backends = torch.device(sys.argv[1]), sys.argv[2:]
+for backend in backends:
+    for V, R, dtype, options in (
+        (2, 0, torch.float16, {}), (4, 2, torch.float16, {"top_k": 3}), (2, 0, torch.float32, {"precision": "exact"}),
+        (3, 2, torch.float32, {"precision": "exact", "top_k": 3}), (2, 0, torch.bfloat16, {"memory_budget": 4000}),
+        (2, 2, torch.float16, {"target_rows": "student"}),
+    ):
+        student = torch.randn(V, 9, 24, device=device, dtype=dtype, requires_grad=True)
+        teacher = torch.randn(R, 9, 24, device=device, dtype=dtype) if R else None
+        bam_loss(student, teacher, backend=backend, **options).backward()
+        assert torch.isfinite(student.grad).all()
+print("ran")
+"""
+
+
+@dataclass
+class H200Options:
+    out: Path
+    """Where logs and rows go."""
+    toy: bool = False
+    """Small shapes and few repetitions: whether every part runs, not what it takes."""
+    parts: tuple[str, ...] = ()
+    """Only these; none: all."""
+    seconds: float = 530.0
+    """This call's time; a part whose limit does not fit waits for the next call."""
+    authors: Path | None = None
+    """A checkout of the authors' published code."""
+
+
+@dataclass(frozen=True)
+class Part:
+    name: str
+    limit_s: float
+    command: list[str]
+    needs: str | None = None  # why it cannot run here
+
+
+def parts(options: H200Options) -> list[Part]:
+    """In the order in which they run: what is wrong comes before what it takes."""
+    cuda = torch.cuda.is_available()
+    no_gpu = None if cuda else "torch sees no GPU here"
+    device, backends = ("cuda", ["cuda", "triton"]) if cuda else ("cpu", ["cpu"])
+    made = [
+        Part("doctor", 120, [PYTHON, "-m", "bam_kernels"]),
+        Part("tiny", 120, [PYTHON, "-c", TINY, device, *backends]),
+        Part("tests-gpu", 400, pytest("tests/test_gpu.py"), no_gpu),
+        Part("tests-cuda", 400, pytest(*tests("test_cuda*.py", but="compile")), no_gpu),
+        Part("tests-triton", 500, pytest(*tests("interpreted/test_*.py")), no_gpu),
+    ]
+    sanitizer = shutil.which("compute-sanitizer")
+    for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", PYTHON, "-c", TINY, device, "cuda"]
+        made.append(Part(tool, 300, command, no_gpu or (None if sanitizer else "compute-sanitizer is not there")))
+    for backend in ("reference", *backends):
+        command = [PYTHON, REPOSITORY / "driver" / "pretrain.py", "--optim.epochs=2", f"--loss.backend={backend}"]
+        made.append(Part(f"driver-{backend}", 200, list(map(str, command))))
+    return made + measurements(options) + tuning(options, no_gpu)
+
+
+def pytest(*files: str) -> list[str]:
+    return [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+
+
+def tests(pattern: str, but: str | None = None) -> list[str]:
+    found = sorted((REPOSITORY / "tests").glob(pattern))
+    return [str(file) for file in found if but is None or but not in file.name]
+
+
+def measurements(options: H200Options) -> list[Part]:
+    """One rank's share at M = 2048 over keys and features, with and without teacher and top-k, and a small problem."""
+    shapes = [f"2048x{N}x{D}" for N in (2048, 8192, 65536, 524288) for D in (128, 256, 1024, 4096)]
+    shapes, repetitions = (["512x512x256", *shapes], "20") if not options.toy else (["32x64x16"], "2")
+    ours = ["triton-int16", "cuda-int16", "triton-flash-int16"] if torch.cuda.is_available() else ["cpu"]
+    compared = {"512x512x256", "2048x8192x256", "2048x8192x4096", "2048x65536x1024", "32x64x16"}
+    theirs = ["compile", "compile-autocast", "gemms", *(["authors", "authors-autocast"] if options.authors else [])]
+    made = []
+    for shape in shapes:
+        rows = [*ours, *(theirs if shape in compared else [])]
+        given = ["--shapes", shape, "--repetitions", repetitions, "--rows", *rows]
+        given += ["--authors", str(options.authors.absolute())] if options.authors else []
+        made.append(Part(f"sinkhorn-{shape}", 200, script("sinkhorn", options, f"sinkhorn-{shape}", *given)))
+        for name, more in (("", []), ("-teacher", ["--teacher"]), ("-teacher-topk", ["--teacher", "--top-k", "8"])):
+            part = f"loss-{shape}{name}"
+            made.append(Part(part, 250, script("loss", options, part, "--parts", "whole", *given, *more)))
+    return made
+
+
+def script(name: str, options: H200Options, part: str, *given: str) -> list[str]:
+    rows = options.out.absolute() / f"{part}.json"
+    return [PYTHON, str(REPOSITORY / "benchmarks" / f"{name}.py"), *given, "--json", str(rows)]
+
+
+def tuning(options: H200Options, no_gpu: str | None) -> list[Part]:
+    shapes = ["2048x8192x256", "2048x8192x4096"] if not options.toy else ["64x128x32"]
+    return [Part("tune", 500, [PYTHON, "-m", "bam_kernels.tune", "--shapes", *shapes], no_gpu)]
+
+
+def ended(part: Part, out: Path) -> dict[str, object]:
+    """Run it, and say how it ended."""
+    begin = time.monotonic()
+    with (out / f"{part.name}.log").open("w") as log:
+        try:
+            code = subprocess.run(part.command, stdout=log, stderr=subprocess.STDOUT, timeout=part.limit_s, cwd=out)
+            status = "passed" if code.returncode == 0 else f"failed with {code.returncode}"
+        except subprocess.TimeoutExpired:
+            status = f"failed: longer than {part.limit_s:.0f} s"
+    return {"status": status, "seconds": round(time.monotonic() - begin, 1)}
+
+
+def main(options: H200Options) -> int:
+    options.out.mkdir(parents=True, exist_ok=True)
+    file, end = options.out / "parts.json", time.monotonic() + options.seconds
+    done = json.loads(file.read_text()) if file.exists() else {}
+    chosen = [part for part in parts(options) if not options.parts or part.name in options.parts]
+    unknown = set(options.parts) - {part.name for part in chosen}
+    if unknown:
+        raise ValueError(f"parts: {sorted(unknown)} are none of {[part.name for part in parts(options)]}")
+    for part in chosen:
+        if done.get(part.name, {}).get("status") == "passed":
+            continue
+        if part.needs is not None:
+            done[part.name] = {"status": f"not run: {part.needs}"}
+        elif time.monotonic() + part.limit_s > end:
+            print("more is left: the same command goes on", flush=True)
+            break
+        else:
+            done[part.name] = ended(part, options.out)
+        print(f"{part.name:<34} {done[part.name]['status']}", flush=True)
+        file.write_text(json.dumps(done, indent=1) + "\n")
+    else:
+        print("all done")
+    return int(any(done.get(part.name, {}).get("status", "").startswith("failed") for part in chosen))
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(H200Options, description=__doc__)))
