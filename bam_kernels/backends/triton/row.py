@@ -33,7 +33,7 @@ def fma(a, b, c):
 
 @triton.jit
 def scale_of(scale, scale_pointer):
-    """log2(e)/eps * (value of one score step): an argument, or from a device scalar."""
+    """A scale or step: an argument, times a device scalar where there is one."""
     scale = tl.full([], scale, tl.float32)
     if scale_pointer is None:
         return scale

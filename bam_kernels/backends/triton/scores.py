@@ -6,7 +6,7 @@ Row i of a slab shows image (first + i % period) % B of this rank: `period` rows
 import triton
 import triton.language as tl
 
-from .row import MASKED, MASKED_FIXED
+from .row import MASKED, MASKED_FIXED, scale_of
 
 
 @triton.jit
@@ -57,13 +57,12 @@ def quantize_kernel(
 ):
     """out_ij = rint(scores_ij / step) clamped to +-32767; masked scores, and positives, as -32768.
 
-    Shapes: scores (m, n) float32 -> out (m, n) int16. `step` is an argument, or a device scalar.
+    Shapes: scores (m, n) float32 -> out (m, n) int16. `step` is an argument, times a device scalar.
     """
     i = tl.program_id(0).to(tl.int64)
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < n
-    if step_pointer is not None:
-        step = tl.load(step_pointer)
+    step = scale_of(step, step_pointer)
     s = tl.load(scores + i * stride + offs, mask=mask, other=0.0)
     if MASK_POSITIVES:
         s = tl.where(key_image(offs, B, T, own_columns) == (first + i % period) % B, MASKED, s)

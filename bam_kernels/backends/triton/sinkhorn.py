@@ -70,7 +70,7 @@ def column_lse_kernel(
             image = (first_image + offs_m % period) % B
             x = tl.where(key_image(offs_n, B, T, own_columns)[None, :] == image[:, None], MASKED, x)
         if fixed is not None:
-            size = step if step_pointer is None else tl.load(step_pointer)
+            size = scale_of(step, step_pointer)
             q = to_fixed(x, 1.0 / size)
             tl.store(fixed + offs_m.to(tl.int64)[:, None] * stride_fixed + offs_n[None, :], q.to(tl.int16), mask=mask)
             x = tl.where(x <= MASKED, MASKED, q)
