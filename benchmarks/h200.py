@@ -40,6 +40,21 @@ for backend in backends:
 print("ran")
 """
 
+# The first run of each name, in its first steps: later rounding has grown to something that can be seen.
+CURVES = """
+import json, sys
+from pathlib import Path
+def losses(name):
+    rows = map(json.loads, Path("runs", f"{name}-001", "history.jsonl").read_text().splitlines())
+    return [row["loss"] for row in rows if row["kind"] == "train"]
+reference, *others = sys.argv[1:]
+for other in others:
+    pairs = list(zip(losses(reference), losses(other), strict=True))[:8]
+    worst = max(abs(a - b) / abs(a) for a, b in pairs)
+    print(f"{other}: {len(pairs)} steps, largest relative difference of the loss {worst:.1e}")
+    assert len(pairs) == 8 and worst <= 1e-3
+"""
+
 
 @dataclass
 class H200Options:
@@ -80,9 +95,13 @@ def parts(options: H200Options) -> list[Part]:
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", PYTHON, "-c", TINY, device, "cuda"]
         made.append(Part(tool, 300, command, no_gpu or (None if sanitizer else "compute-sanitizer is not there")))
     for backend in ("reference", *backends):
-        command = [PYTHON, REPOSITORY / "driver" / "pretrain.py", "--optim.epochs=2", f"--loss.backend={backend}"]
-        made.append(Part(f"driver-{backend}", 200, list(map(str, command))))
-    return made + measurements(options) + tuning(options, no_gpu)
+        given = ["--optim.epochs=2", "--run.log-every=1", "--model.norm=layer"]
+        given += [f"--run.name={backend}", f"--loss.backend={backend}"]
+        made.append(Part(f"driver-{backend}", 200, [PYTHON, str(REPOSITORY / "driver" / "pretrain.py"), *given]))
+    made.append(Part("driver-curves", 60, [PYTHON, "-c", CURVES, "reference", *backends]))
+    made += measurements(options) + tuning(options, no_gpu)
+    profiler = None if shutil.which("ncu") else "ncu is not there"
+    return [*made, Part("counters", 300, counters(options), no_gpu or profiler)]
 
 
 def pytest(*files: str) -> list[str]:
@@ -121,6 +140,14 @@ def script(name: str, options: H200Options, part: str, *given: str) -> list[str]
 def tuning(options: H200Options, no_gpu: str | None) -> list[Part]:
     shapes = ["2048x8192x256", "2048x8192x4096"] if not options.toy else ["64x128x32"]
     return [Part("tune", 500, [PYTHON, "-m", "bam_kernels.tune", "--shapes", *shapes], no_gpu)]
+
+
+def counters(options: H200Options) -> list[str]:
+    """Each kernel's share of the memory and arithmetic rates in a Sinkhorn problem and a loss, by Nsight Compute."""
+    command = ["ncu", "--clock-control", "none", "--section", "SpeedOfLight", "--section", "LaunchStats"]
+    command += ["-k", "regex:sinkhorn_pass|match|column_lse|add_chunks", "--launch-count", "40", "--csv"]
+    given = ["--shapes", "2048x8192x256", "--repetitions", "1", "--warmup-s", "0", "--parts", "whole", "--teacher"]
+    return [*command, *script("loss", options, "counters", *given, "--rows", "triton-int16", "cuda-int16")]
 
 
 def ended(part: Part, out: Path) -> dict[str, object]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from row_problems import MASKED, assert_close, expected_match, match_problem, representable
 
-from bam_kernels.backends.interface import Potential
+from bam_kernels.backends.interface import DeviceNumber, Number, Potential
 from bam_kernels.layout import Layout
 
 TAU = 0.1
@@ -54,7 +54,7 @@ def check_match(kernels, device, dimensions, epsilon: float, top_k: int) -> None
     assert_close(row_out.natural_log().cpu(), -torch.logsumexp(x, 1), 0, 1.5e-6)
 
 
-def check_fixed_point(kernels, device, step: float | torch.Tensor, dtype: torch.dtype, W: int) -> None:
+def check_fixed_point(kernels, device, step: Number, dtype: torch.dtype, W: int) -> None:
     """int16 scores, and G in 16 bit in their place."""
     epsilon = representable(0.05)
     layout, scores, col = match_problem(3, 2, 2, 2, W, epsilon)
@@ -73,7 +73,7 @@ def check_fixed_point(kernels, device, step: float | torch.Tensor, dtype: torch.
         torch.zeros(layout.L, layout.B, device=device),
         epsilon=epsilon,
         temperature=TAU,
-        step=step if isinstance(step, float) else step.to(device),
+        step=step,
         targets=targets,
         gradient=gradient,
         gradient_factor=factor,
@@ -101,8 +101,9 @@ class MatchTests:
     def test_match(self, kernels, device, dimensions, epsilon, top_k):
         check_match(kernels, device, dimensions, epsilon, top_k)
 
-    @pytest.mark.parametrize("step", [STEP, torch.tensor(STEP)], ids=["number", "device scalar"])
-    def test_fixed_point_with_a_16_bit_gradient_in_place(self, kernels, device, step):
+    @pytest.mark.parametrize("on_device", [False, True])
+    def test_fixed_point_with_a_16_bit_gradient_in_place(self, kernels, device, on_device):
+        step = DeviceNumber(2.0, torch.tensor(STEP / 2, device=device)) if on_device else STEP
         check_fixed_point(kernels, device, step, torch.float16, 3)
 
     def test_scores_of_a_slab_and_a_teachers_targets(self, kernels, device):

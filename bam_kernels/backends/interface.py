@@ -41,6 +41,7 @@ Number = float | DeviceNumber
 def number(x: Number) -> tuple[float, Tensor | None]:
     """The two factors of x; None: 1."""
     if not isinstance(x, DeviceNumber):
+        assert not isinstance(x, Tensor)  # to read it would wait for the device
         return float(x), None
     assert x.scalar.numel() == 1 and x.scalar.dtype == torch.float32
     return x.factor, x.scalar
