@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 from authors import Authors
-from competitor import GIVEN_SCORES, WHOLE, Choice, Competitor, Rotation
+from competitor import GIVEN_SCORES, GRAPHS, WHOLE, Choice, Competitor, Rotation
 from ours import GivenScores, our_competitor, whole_ours
 from problem import Problem, Truth, Work, loss_options, loss_work, products_work, sinkhorn_work, whole_work
 from torch import Tensor
@@ -100,7 +100,8 @@ def whole_competitors(problem: Problem, choice: Choice) -> list[Competitor]:
     named = loss_options(problem)
     work = whole_work(layout, options.iterations)
     fresh = Rotation((problem.student, problem.teacher), choice.cold_bytes, requires_grad=True)
-    made = [whole_ours(problem, kind, kernels, fresh) for kind, kernels in choice.ours(problem, WHOLE)]
+    rows = WHOLE + (GRAPHS if problem.student.device.type == "cuda" else ())
+    made = [whole_ours(problem, kind, kernels, fresh) for kind, kernels in choice.ours(problem, rows)]
 
     def loss(z: Tensor, y: Tensor | None) -> Tensor:
         """`reference.bam_loss` from the reference's own parts, without its checks, so that it is one graph."""

@@ -122,7 +122,8 @@ def measurements(options: H200Options) -> list[Part]:
     theirs = ["compile", "compile-autocast", "gemms", *(["authors", "authors-autocast"] if options.authors else [])]
     made = []
     for shape in shapes:
-        rows = [*ours, *(theirs if shape in compared else [])]
+        graphs = ["triton-int16-graph", "cuda-int16-graph"] if shape.startswith("512x") else []
+        rows = [*ours, *graphs, *(theirs if shape in compared else [])]
         given = ["--shapes", shape, "--repetitions", repetitions, "--rows", *rows]
         given += ["--authors", str(options.authors.absolute())] if options.authors else []
         made.append(Part(f"sinkhorn-{shape}", 200, script("sinkhorn", options, f"sinkhorn-{shape}", *given)))

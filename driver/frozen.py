@@ -113,7 +113,7 @@ class Frozen:
 
 
 def run_script(options: type[T], main: Callable[[T, World], Any], args: list[str] | None = None) -> int:
-    """The exit code: 0, 1 for what the user can put right; 2 (from tyro) for a wrong option."""
+    """The exit code: 0, 1 for what the user can put right, 130 for Ctrl-C; 2 (from tyro) for a wrong option."""
     world = World.from_environment()
     if not world.first:
         sys.stdout = open(os.devnull, "w")
@@ -123,6 +123,10 @@ def run_script(options: type[T], main: Callable[[T, World], Any], args: list[str
         if world.first_to_fail():
             print(f"\nerror: {str(error).rsplit('UserError: ', 1)[-1]}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        if world.first:
+            print("\ninterrupted", file=sys.stderr)
+        return 130
     except RuntimeError:
         if world.failed():  # this rank missed the one that failed, which has said why
             return 1

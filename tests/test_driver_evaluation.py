@@ -382,3 +382,11 @@ def test_script_says_errors_once():
     command = [sys.executable, str(ROOT / "driver/knn.py"), "--backbone.run", "nowhere"]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 1 and "nowhere: not the directory of a run" in run.stderr and "Traceback" not in run.stderr
+
+
+def test_an_interrupted_script_says_so(capsys):
+    def main(options: knn.Options, world: World) -> None:
+        raise KeyboardInterrupt
+
+    assert frozen.run_script(knn.Options, main, []) == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"
