@@ -20,15 +20,18 @@ class SimulatedRanks:
     For one rank's share of the work and memory on one device. The loss is not that of W ranks: columns are balanced
     over this rank's rows only.
     keys (N, D): unit keys in gathered order; this rank's own block is replaced by what it gathers.
+    keep_sent: what the others would send is made once, at the first call: for timing, which should not count their
+    work, with the same embeddings at every call.
     """
 
-    def __init__(self, W: int, rank: int, keys: Tensor) -> None:
+    def __init__(self, W: int, rank: int, keys: Tensor, *, keep_sent: bool = False) -> None:
         if len(keys) % W:
             raise ValueError(f"SimulatedRanks: keys has {len(keys)} rows, not a multiple of W={W}")
         if not 0 <= rank < W:
             raise ValueError(f"SimulatedRanks: rank={rank} must be at least 0 and below W={W}")
         self.W, self.rank, self.keys = W, rank, keys
         self.name = f"simulated-{next(_numbers)}"
+        self._sent: dict[tuple[int, torch.dtype], Tensor] | None = {} if keep_sent else None
 
     def agree(self, header: Header, device: torch.device) -> None:
         if header.fault or "D" not in header.values:
@@ -44,7 +47,14 @@ class SimulatedRanks:
         yield self.rank * n, own
         for step in range(1, self.W):
             first = (self.rank - step) % self.W * n
-            yield first, as_sent(self.keys[first : first + n])
+            unit = self.keys[first : first + n]
+            if self._sent is None:
+                yield first, as_sent(unit)
+                continue
+            kept = first, own.dtype
+            if kept not in self._sent:
+                self._sent[kept] = as_sent(unit)
+            yield first, self._sent[kept]
 
     def sum(self, x: Tensor, meanwhile: Callable[[], None] | None = None) -> Tensor:
         if meanwhile is not None:

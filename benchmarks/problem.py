@@ -86,7 +86,9 @@ class Problem:
     @property
     def ranks(self) -> OneRank | SimulatedRanks:
         layout = self.layout
-        return ONE_RANK if layout.W == 1 else SimulatedRanks(layout.W, 0, layout.to_gathered(self.keys.T).T)
+        if layout.W == 1:
+            return ONE_RANK
+        return SimulatedRanks(layout.W, 0, layout.to_gathered(self.keys.T).T.contiguous(), keep_sent=True)
 
     def all_keys(self, own: Tensor) -> Tensor:
         """keys (N, D) with those of this rank, its own (T*B, D) unit rows, in the graph of `own`."""

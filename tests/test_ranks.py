@@ -177,6 +177,24 @@ def test_one_rank_alone(R, regather):
     assert_close(results[1][1], results[0][1], 1e-5)
 
 
+def test_what_simulated_ranks_send_can_be_kept():
+    made = []
+
+    def as_sent(unit: Tensor) -> Tensor:
+        made.append(len(unit))
+        return 2 * unit
+
+    keys, own = torch.arange(12.0).view(6, 2), torch.ones(2, 2)
+    for keep_sent, calls in ((False, 4), (True, 2)):
+        group = SimulatedRanks(3, 1, keys, keep_sent=keep_sent)
+        first, second = ([(row, block.clone()) for row, block in group.gather(own, as_sent)] for _ in range(2))
+        assert [row for row, _ in first] == [row for row, _ in second] == [2, 0, 4]
+        for (row, block), (_, again) in zip(first, second, strict=True):
+            assert torch.equal(block, again) and torch.equal(block, own if row == 2 else 2 * keys[row : row + 2])
+        assert len(made) == calls
+        made.clear()
+
+
 def test_bad_simulation():
     with pytest.raises(ValueError, match=r"keys has 7 rows, not a multiple of W=2"):
         SimulatedRanks(2, 0, torch.ones(7, 3))
