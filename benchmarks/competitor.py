@@ -30,6 +30,8 @@ RowName = Literal[
     "gemms",
     "authors",
     "authors-autocast",
+    "flash-sinkhorn",
+    "flash-sinkhorn-tf32",
 ]
 GIVEN_SCORES: tuple[RowName, ...] = ("cpu", "cpu-int16", "triton", "triton-int16", "cuda", "cuda-int16")
 WHOLE: tuple[RowName, ...] = (
@@ -52,7 +54,7 @@ class Competitor:
     """run(*fresh()) is timed, fresh() is not; outputs() is what is compared with the truth, None: nothing to compare.
 
     kind is the name that options and ratios use, name the one printed; held_bytes are outputs given to `run`.
-    precision: float32; int16, scores of fixed point and all else in fp16; autocast, as torch's rounds.
+    precision: float32; tf32, its products; int16, scores of fixed point and all else in fp16; autocast, as torch's.
     """
 
     kind: RowName

@@ -119,7 +119,14 @@ def measurements(options: H200Options) -> list[Part]:
     shapes, repetitions = (["512x512x256", *shapes], "20") if not options.toy else (["32x64x16"], "2")
     ours = ["triton-int16", "cuda-int16", "triton-flash-int16"] if torch.cuda.is_available() else ["cpu"]
     compared = {"512x512x256", "2048x8192x256", "2048x8192x4096", "2048x65536x1024", "32x64x16"}
-    theirs = ["compile", "compile-autocast", "gemms", *(["authors", "authors-autocast"] if options.authors else [])]
+    theirs = [
+        "compile",
+        "flash-sinkhorn",
+        "flash-sinkhorn-tf32",
+        "compile-autocast",
+        "gemms",
+        *(["authors", "authors-autocast"] if options.authors else []),
+    ]
     made = []
     for shape in shapes:
         graphs = ["triton-int16-graph", "cuda-int16-graph"] if shape.startswith("512x") else []

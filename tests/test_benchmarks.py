@@ -59,7 +59,10 @@ def test_sinkhorn_rows_are_complete(tmp_path: Path) -> None:
     file = tmp_path / "sinkhorn.json"
     finished = run("sinkhorn.py", *TOY, "--rows", "cpu", "cpu-int16", "eager", "--json", file)
     rows = rows_of(finished, file)
-    assert {row["kind"] for row in rows} == {"eager", *OURS}
+    expected = {("sinkhorn", kind) for kind in ("eager", *OURS)} | {
+        ("potentials", kind) for kind in ("eager", *OURS & {"cpu"})
+    }
+    assert {(row["part"], row["kind"]) for row in rows} == expected
     for row in rows:
         check_times(row)
         assert row["W"] == 2 and row["error_P"] < row["threshold"] and row["error_gradient"] is None
