@@ -95,7 +95,6 @@ def flash_match_kernel(
         image_n = key_image(offs_n, B, T, own_columns)
         k_first = features(k, offs_n, mask_n, 0, stride_k, D, BLOCK_D)
         col_e, col_m = load_potential(col_exponent, col_mantissa, offs_n, mask_n)
-        bias_n = key_bias(bias, offs_n, mask_n)
         pbar = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for term in range(terms):
             t = term + tl.where((term >= v) & (V > 1), 1, 0)
@@ -119,7 +118,7 @@ def flash_match_kernel(
                 BLOCK_D,
                 PRECISION,
             )
-            s += bias_n[None, :]
+            s += key_bias(bias, offs_n, mask_n)[None, :]
             row_e, row_m = load_potential(target_exponent, target_mantissa, target, mask_i)
             p, log2_p = plan(s, target_scale, row_e, row_m, col_e, col_m)
             pbar += p
@@ -143,7 +142,7 @@ def flash_match_kernel(
             BLOCK_D,
             PRECISION,
         )
-        s += bias_n[None, :]
+        s += key_bias(bias, offs_n, mask_n)[None, :]
         key_e, _one = load_potential(None, None, offs_n, mask_n)
         e = tl.exp2(fma(s, source_scale, source_e[:, None] + key_e[None, :]))
         matched += tl.sum(pbar * s, axis=1)
