@@ -3,8 +3,6 @@
 n images (n, C, S, S) in [0, 1]; D features; ViTs have h x w patches and a class token.
 """
 
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 
 from . import backbones, command
 from .config import FILE, Config, Data, Model, UserError
+from .ending import exit_code
 from .model import Standardize
 from .weights import load_backbone
 from .world import World
@@ -114,21 +113,9 @@ class Frozen:
 
 def run_script(options: type[T], main: Callable[[T, World], Any], args: list[str] | None = None) -> int:
     """The exit code: 0, 1 for what the user can put right, 130 for Ctrl-C; 2 (from tyro) for a wrong option."""
-    world = World.from_environment()
-    if not world.first:
-        sys.stdout = open(os.devnull, "w")
-    try:
+
+    def run(world: World) -> int:
         main(world.from_first("options", lambda: tyro.cli(options, args=args, config=PLAIN)), world)
-    except UserError as error:
-        if world.first_to_fail():
-            print(f"\nerror: {str(error).rsplit('UserError: ', 1)[-1]}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        if world.first:
-            print("\ninterrupted", file=sys.stderr)
-        return 130
-    except RuntimeError:
-        if world.failed():  # this rank missed the one that failed, which has said why
-            return 1
-        raise
-    return 0
+        return 0
+
+    return exit_code(run)

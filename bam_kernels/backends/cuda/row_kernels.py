@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...layout import Layout
 from ..interface import LOG2_E, DeviceNumber, Number, Positives, Potential, UnitRows
+from ..unit_rows import UnitRowsKernels
 from .launch import FLOAT_TYPES, NO_POTENTIAL, address, number, pair, positives_of, rounded, rows_of, scores_of
 from .launch_match import MatchKernels
 from .launch_sinkhorn import SinkhornKernels
@@ -18,25 +19,10 @@ from .launch_sinkhorn import SinkhornKernels
 SYMMETRIZE_TILE = 32  # kTile in csrc/cuda/plan.cu
 
 
-class CudaKernels(SinkhornKernels, MatchKernels):
+class CudaKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
     """The row kernels."""
 
     backend = "cuda"
-
-    def normalize(self, x: Tensor) -> UnitRows:
-        """x (m, D) or (V, B, D) of any float type and strides -> unit rows (m, D) float32, norms; view-major."""
-        rows = _empty_rows(x, torch.float32)
-        self._read_rows(rows, None, None, 0.0)
-        return rows
-
-    def half_rows(self, x: Tensor, centre: Tensor, epsilon: float) -> tuple[UnitRows, Potential]:
-        """As `normalize`, but the unit rows, less `centre` (D,), are fp16 times HALF_UNIT, with their bias; and the row
-        potential exp(<unit_i, centre>/eps) that scores against centred keys start from."""
-        _check_vector(centre)
-        rows, m = _empty_rows(x, torch.float16), x.shape[:-1].numel()
-        rows, row = rows._replace(bias=torch.empty(m, device=x.device)), Potential(*torch.empty(2, m, device=x.device))
-        self._read_rows(rows, centre, row, rounded(LOG2_E / epsilon))
-        return rows, row
 
     def _read_rows(self, rows: UnitRows, centre: Tensor | None, row: Potential | None, scale: float) -> None:
         m, d = rows.read.shape
@@ -48,7 +34,7 @@ class CudaKernels(SinkhornKernels, MatchKernels):
             rows.read.data_ptr(),
             rows.norm.data_ptr(),
             address(rows.bias),
-            scale,
+            rounded(scale),
             pair(row) if row is not None else NO_POTENTIAL,
             self._where(rows.x),
         )
@@ -154,12 +140,6 @@ class CudaKernels(SinkhornKernels, MatchKernels):
             x.stride(0),
             self._where(s),
         )
-
-
-def _empty_rows(x: Tensor, dtype: torch.dtype) -> UnitRows:
-    m, d = x.shape[:-1].numel(), x.shape[-1]
-    read = torch.empty(m, d, dtype=dtype, device=x.device)
-    return UnitRows(read, torch.empty(m, dtype=torch.float64, device=x.device), x)
 
 
 def _check_vector(x: Tensor) -> None:

@@ -22,6 +22,7 @@ from ..interface import (
     UnitRows,
     number,
 )
+from ..unit_rows import UnitRowsKernels
 from . import embed, plan, scores
 from .launch import check_scores, image_index
 from .launch_match import MatchKernels
@@ -29,34 +30,12 @@ from .launch_sinkhorn import SinkhornKernels
 from .tiles import block_of, warps
 
 
-class TritonKernels(SinkhornKernels, MatchKernels):
+class TritonKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
     """The row kernels."""
 
     backend = "triton"
 
-    def normalize(self, x: Tensor) -> UnitRows:
-        """x (m, D) or (V, B, D) of any float type and strides -> unit rows (m, D) float32, norms; view-major."""
-        rows = self._empty_rows(x, torch.float32)
-        self._read_rows(rows, None, None, 0.0, 1.0)
-        return rows
-
-    def half_rows(self, x: Tensor, centre: Tensor, epsilon: float) -> tuple[UnitRows, Potential]:
-        """As `normalize`, but the unit rows, less `centre` (D,), are fp16 times HALF_UNIT, with their bias; and the row
-        potential exp(<unit_i, centre>/eps) that scores against centred keys start from."""
-        rows, m = self._empty_rows(x, torch.float16), x.shape[:-1].numel()
-        row = Potential(*torch.empty(2, m, device=x.device))
-        rows = rows._replace(bias=torch.empty(m, device=x.device))
-        self._read_rows(rows, centre, row, LOG2_E / epsilon, HALF_UNIT)
-        return rows, row
-
-    def _empty_rows(self, x: Tensor, dtype: torch.dtype) -> UnitRows:
-        m, d = x.shape[:-1].numel(), x.shape[-1]
-        read = torch.empty(m, d, dtype=dtype, device=x.device)
-        return UnitRows(read, torch.empty(m, dtype=torch.float64, device=x.device), x)
-
-    def _read_rows(
-        self, rows: UnitRows, centre: Tensor | None, row: Potential | None, scale: float, unit: float
-    ) -> None:
+    def _read_rows(self, rows: UnitRows, centre: Tensor | None, row: Potential | None, scale: float) -> None:
         block = block_of(rows.x.shape[-1])
         self._run(
             embed.unit_rows_kernel,
@@ -69,7 +48,7 @@ class TritonKernels(SinkhornKernels, MatchKernels):
             *(row if row is not None else (None, None)),
             scale,
             *_rows_of(rows.x),
-            UNIT=unit,
+            UNIT=1.0 if centre is None else HALF_UNIT,
             BLOCK=block,
             num_warps=warps(block, 8),
         )
