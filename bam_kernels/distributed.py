@@ -7,6 +7,7 @@ next is under way, and key gradients travel round it adding up: each rank talks 
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from weakref import ref
 
 import torch
 import torch.distributed as dist
@@ -21,11 +22,18 @@ class GroupRanks:
     """The ranks of one process group. Raises: RuntimeError naming the exchange that failed."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
+        self._group = ref(group)  # who destroys it may rely on its threads having ended
         self.W, self.rank, self.name = group.size(), group.rank(), f"group-{group.group_name}"
         self._left = dist.get_global_rank(group, (self.rank - 1) % self.W)
         self._right = dist.get_global_rank(group, (self.rank + 1) % self.W)
         self._agreed: set[bytes] = set()
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        group = self._group()
+        if group is None:
+            raise RuntimeError(f"bam_kernels: the process group {self.name} has been destroyed")
+        return group
 
     def agree(self, header: Header, device: torch.device) -> None:
         """On CPUs at every call; on GPUs, where reading the answer waits for the device, once for each header."""

@@ -6,7 +6,7 @@ Three kinds: no other rank (here), torch.distributed (distributed.py), and simul
 
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -72,12 +72,15 @@ class OneRank:
 
 ONE_RANK = OneRank()
 _named: WeakValueDictionary[str, Ranks] = WeakValueDictionary({"": ONE_RANK})
-_of_groups: dict[Any, Ranks] = {}  # keeps those of process groups, with what they have agreed on
+_of_groups: WeakKeyDictionary[Any, Ranks] = WeakKeyDictionary()  # with what they have agreed on, as long as the groups
 
 
 def ranks_named(name: str) -> Ranks:
-    """The ranks that `ranks_of` has returned under this name."""
-    return _named[name]
+    """The ranks that `ranks_of` has returned under this name. Raises: RuntimeError where their group has gone."""
+    ranks = _named.get(name)
+    if ranks is None:
+        raise RuntimeError(f"bam_kernels: the process group {name} has been destroyed")
+    return ranks
 
 
 def ranks_of(operation: str, group: Any) -> tuple[int, int, str]:
@@ -116,17 +119,8 @@ def _resolve(operation: str, group: Any) -> Ranks:
         return ONE_RANK
     known = _of_groups.get(group)
     if known is None:
-        for destroyed in [other for other in _of_groups if not _is_alive(other)]:
-            del _of_groups[destroyed]
         _of_groups[group] = known = GroupRanks(group)
     return known
-
-
-def _is_alive(group: Any) -> bool:
-    try:
-        return torch.distributed.get_rank(group) >= 0
-    except (ValueError, RuntimeError):
-        return False
 
 
 class _Gathered(torch.autograd.Function):

@@ -14,7 +14,9 @@ def exit_code(run: Callable[[World], int], interrupted: str = "interrupted") -> 
     if not world.first:
         sys.stdout = open(os.devnull, "w")
     try:
-        return run(world)
+        code = run(world)
+        world.end()
+        return code
     except UserError as error:
         if world.first_to_fail():
             # A loader's worker wraps its error in a traceback; the user's part is the end.

@@ -56,7 +56,6 @@ def main(options: Options, world: World) -> dict[int, float]:
     for k in options.k:
         found[k] = share_equal(knn(queries, bank, Vote(k, options.temperature), world), truth, world)
         print(f"{k:5d}-NN {100 * found[k]:6.2f}%")
-    world.end()
     return found
 
 

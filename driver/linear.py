@@ -104,7 +104,6 @@ def main(options: Options, world: World) -> dict[float, float]:
                 write(options, heads, optimizer, epoch + 1, top1, top5)
     for lr, share in accuracy.items():
         print(f"lr {lr:<8g} top-1 {100 * share:6.2f}%{'  best' if share == max(accuracy.values()) else ''}")
-    world.end()
     return accuracy
 
 

@@ -44,7 +44,6 @@ def pretrain(options: Config, world: World | None = None) -> Path:
         finally:
             training.log.close()
         training.finish()
-        world.end()
     return training.directory
 
 
@@ -170,7 +169,6 @@ class Training:
             return
         if self.world.any(signal.asked, self.device):
             self.save()
-            self.world.end()
             raise Stopped(self.directory, self.state.step)
 
     def finish(self) -> None:

@@ -1,5 +1,6 @@
 """The ranks of a run: one process alone, or those that torchrun has started, each with its own device."""
 
+import gc
 import os
 import pickle
 import sys
@@ -9,6 +10,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # its defaults would hold the group that is there when DDP imports it
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -84,8 +86,13 @@ class World:
         )
 
     def end(self) -> None:
-        """Wait for all ranks, then leave the group: gloo may abort where a rank leaves another behind."""
-        if self.store is not None:
+        """Wait for all ranks, then leave the group: gloo may abort where a rank leaves another behind.
+
+        Nothing may hold the group any more, as DDP's modules do: its threads end with it, and one that still lets go
+        of a tensor when Python ends would abort the process.
+        """
+        if dist.is_initialized():
+            gc.collect()
             dist.barrier()
             dist.destroy_process_group()
 

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+import weakref
 from collections import Counter
 from datetime import timedelta
 from pathlib import Path
@@ -183,6 +184,21 @@ def subgroup() -> dict:
     return {"loss": bam_loss(whole[:, number * B : (number + 1) * B], group=pair).item()}
 
 
+def destruction() -> dict:
+    """The group is destroyed after one step, before a backward pass that would need it."""
+    group = weakref.ref(dist.group.WORLD)
+    z = embeddings(V).requires_grad_()
+    bam_loss(z).backward()
+    loss = bam_loss(z, backend="reference")
+    dist.destroy_process_group()
+    try:
+        loss.backward()
+        message = "no error"
+    except RuntimeError as error:
+        message = str(error)
+    return {"held": group() is not None, "message": message}
+
+
 if __name__ == "__main__":
     program, folder = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
@@ -194,6 +210,6 @@ if __name__ == "__main__":
         timeout=timedelta(seconds=TIMEOUT_S),
     )
     (folder / f"{RANK}.json").write_text(json.dumps(globals()[program]()))
-    if program not in ("death", "absence"):
+    if program not in ("death", "absence", "destruction"):
         dist.barrier()
     os._exit(0)  # a group whose peers have gone may abort while it is torn down

@@ -56,7 +56,7 @@ def test_knn_equals_brute_force(neighbours, monkeypatch):
 
 
 RANKS = """
-import sys
+import sys, weakref
 sys.path.insert(0, sys.argv[1])
 import torch
 from driver import evaluate, held, config
@@ -82,7 +82,9 @@ assert one.keys() == all.keys() and len(one) == 6
 for name, value in one.items():
     assert abs(value - all[name]) <= (1e-6 if name.startswith(("e", "f")) else 3e-3), (name, value, all[name])
 assert one["knn"] == all["knn"] and one["knn_moved"] == all["knn_moved"]
+group = weakref.ref(torch.distributed.group.WORLD)
 world.end()
+assert group() is None
 """
 
 

@@ -37,10 +37,10 @@ def alone(*options: str) -> Path:
     return train.pretrain(command.parse(list(options)))
 
 
-def torchrun(W: int, *options: str) -> subprocess.CompletedProcess:
+def torchrun(W: int, *options: str, script: Path = ROOT / "driver" / "pretrain.py") -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(W)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command += [str(ROOT / "driver" / "pretrain.py"), *options]
+    command += [str(script), *options]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
 
 
@@ -108,6 +108,30 @@ def test_resumed_on_two_ranks_in_micro_batches(one_rank):
     assert run.returncode == 0, run.stderr
     alone(f"--run.resume={first}", f"--data.batch-size={STEP}")
     equal_runs(first, one_rank)
+
+
+ENDING = f"""
+import sys, weakref
+sys.path.insert(0, {str(ROOT)!r})
+from torch.distributed import group
+from driver.pretrain import main
+from driver.world import World
+def end_and_see(self):
+    held = weakref.ref(group.WORLD)
+    end(self)
+    assert held() is None
+    print("the group has gone")
+end, World.end = World.end, end_and_see
+sys.exit(main())
+"""
+
+
+def test_nothing_holds_the_group_at_the_end():
+    """Threads of gloo that are still there when Python ends may abort the process."""
+    Path("ending.py").write_text(ENDING)
+    run = torchrun(2, *RUN, "--optim.epochs=1", "--optim.warmup-epochs=0", script=Path("ending.py"))
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("the group has gone") == 1
 
 
 def test_with_a_teacher_and_three_views():
