@@ -63,14 +63,14 @@ void bind_scores(py::class_<Kernels>& c) {
 }
 
 void bind_sinkhorn(py::class_<Kernels>& c) {
-  c.def("sinkhorn_pass",
-        [](const Kernels& k, py::tuple s, int64_t m, int64_t n, ScalarPair scale, Pair row, Pair col, Address sums,
-           bool accumulate, bool divide, Address partial, int64_t chunk_rows, TeamPair of, WhereTuple where) {
-          call(k.sinkhorn_pass,
-               {scores(s), m, n, scalar(scale), potential(row), potential(col), as<float>(sums), accumulate, divide,
-                as<float>(partial), chunk_rows, team(of)},
-               where);
-        });
+  c.def("sinkhorn_pass", [](const Kernels& k, py::tuple s, int64_t m, int64_t n, ScalarPair scale, Pair row, Pair col,
+                            Address sums, bool accumulate, bool divide, Address partial, int64_t chunk_rows,
+                            TeamPair of, int group, WhereTuple where) {
+    call(k.sinkhorn_pass,
+         {scores(s), m, n, scalar(scale), potential(row), potential(col), as<float>(sums), accumulate, divide,
+          as<float>(partial), chunk_rows, team(of), group},
+         where);
+  });
   c.def("row_step", [](const Kernels& k, py::tuple s, int64_t m, int64_t n, ScalarPair scale, Pair row, Pair col,
                        WhereTuple where) {
     call(k.row_step, {scores(s), m, n, scalar(scale), potential(row), potential(col)}, where);
@@ -228,7 +228,9 @@ void bind_cuda(py::module_& m) {
   constants["owned"] = kOwned;
   constants["threads"] = kMostThreads;
   constants["cluster"] = kMostCluster;
-  constants["pass_rows"] = kPassRows;
+  constants["group_bytes"] = kGroupBytes;
+  constants["groups"] = kGroups;
+  constants["potential_bytes"] = kPotentialBytes;
   constants["stages"] = kStages;
   constants["scratch_bytes"] = kScratchBytes;
   m.attr("cuda_constants") = constants;

@@ -55,16 +55,17 @@ def test_a_device_that_cannot_run_the_kernels_is_named_with_the_reason():
 @pytest.mark.skipif(_C is None, reason="needs the extension")
 def test_shapes_of_launches():
     """What the device holds, and no more: a row in one block to 8192 columns, over 16 to 131072, else read twice."""
-    assert shapes.pass_team(8192, 2, H100) == (512, 1) and shapes.pass_team(8193, 2, H100) == (288, 2)
-    assert shapes.pass_team(131072, 4, H100) == (512, 16) and shapes.pass_team(131073, 2, H100) is None
-    assert shapes.pass_team(8192, 2, A100) == (512, 1) and shapes.pass_team(8193, 2, A100) is None
+    assert shapes.pass_shape(8192, 2, H100) == ((512, 1), 4) and shapes.pass_shape(8193, 2, H100) == ((288, 2), 4)
+    assert shapes.pass_shape(131072, 4, H100) == ((512, 16), 2) and shapes.pass_shape(131073, 2, H100) is None
+    assert shapes.pass_shape(8192, 2, A100) == ((512, 1), 2) and shapes.pass_shape(8193, 2, A100) is None
+    assert shapes.pass_shape(4096, 2, A100) == ((256, 1), 4) and shapes.pass_shape(8192, 4, A100) == ((512, 1), 1)
     assert shapes.match_team(2, 8192, 2, H100) == (512, 1) and shapes.match_team(2, 8192, 4, A100) == (512, 1)
     assert shapes.match_team(8, 8192, 2, H100) == (256, 2)  # 8 rows of targets do not fit one block
     for device in (H100, A100):
         for m, n in ((1, 1), (512, 512), (2048, 8192), (100_000, 300)):
-            team = shapes.pass_team(n, 2, device)
-            rows = shapes.pass_rows(m, team, device)
-            assert rows % shapes.PASS_ROWS == 0 and -(-m // rows) <= 2 * device.multiprocessors
+            shape = shapes.pass_shape(n, 2, device)
+            rows = shapes.pass_rows(m, shape, device)
+            assert rows % shape.group == 0 and -(-m // rows) <= 2 * device.multiprocessors
             assert shapes.column_rows(m, n, device) % shapes.COLUMN_ROWS == 0
     # The small problems; the published shape does not fit: 33.5 MB.
     assert shapes.on_chip(512, 512, 2, H100) == (4, (32, 1), 128)

@@ -8,12 +8,12 @@ import math
 import emulated
 import pytest
 import torch
-from cuda_device import DEVICE, empty, kernels, kernels_on, one, pytestmark  # noqa: F401
+from cuda_device import DEVICE, device_of, empty, kernels, kernels_on, one, pytestmark  # noqa: F401
 from embedding_tests import EmbeddingTests
 from row_problems import assert_close, made_scores, representable
 from sinkhorn_tests import SinkhornTests, on_device, scores
 
-from bam_kernels.backends.cuda import launch_sinkhorn
+from bam_kernels.backends.cuda import launch_sinkhorn, shapes
 from bam_kernels.backends.interface import LOG2_E
 from bam_kernels.engine.sums import loss_and_stats
 from bam_kernels.layout import Layout
@@ -38,6 +38,25 @@ class TestSinkhorn(SinkhornTests):
 
 class TestEmbeddings(EmbeddingTests):
     pass
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int16], ids=str)
+def test_a_chip_with_room_for_half_a_group(dtype, monkeypatch):
+    """Bit for bit what whole groups give: in the same chunks, rows are added to the columns one after another."""
+    monkeypatch.setattr(launch_sinkhorn, "pass_rows", lambda m, shape, device: 8)
+    outcomes = []
+    for made, rows in (
+        (kernels_on(cluster=1, shared_bytes=10 << 10), 4 // dtype.itemsize),
+        (kernels_on(cluster=1), None),
+    ):
+        shape = shapes.pass_shape(300, dtype.itemsize, device_of(made))
+        assert shape == ((32, 1), rows or 8 // dtype.itemsize)
+        s, step, exact = scores(made, DEVICE, 17, 300, dtype)
+        row, c = one(17), empty(300)
+        made.sinkhorn_pass(s, LOG2_E / 0.05 * step, row, one(300), c, accumulate=False)
+        outcomes.append([*row, c])
+    assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
+    assert_close(outcomes[0][2].cpu(), torch.softmax(exact / 0.05, 1).sum(0), 5e-6)
 
 
 # Few rows, in one cluster; more, over a grid of four blocks, the last of which has fewer; more columns than one warp.
@@ -68,7 +87,7 @@ def test_one_launch_does_all_iterations(shape, dtype, cluster):
 
 
 def test_what_fits_on_chip():
-    made = kernels_on(cluster=1, shared_bytes=64 << 10, multiprocessors=4)
+    made = kernels_on(cluster=1, shared_bytes=72 << 10, multiprocessors=4)
     assert made.fits_on_chip(100, 600, torch.int16, DEVICE)
     assert not made.fits_on_chip(100, 600, torch.float32, DEVICE)
     assert not made.fits_on_chip(1, 8193, torch.int16, DEVICE)
@@ -98,7 +117,7 @@ def test_loss_and_stats(whole, count, spoilt):
 def test_no_result_depends_on_the_order_of_threads(kernels, monkeypatch):  # noqa: F811
     # One cut octet, and rows that are aligned all the same; in two chunks, so that every stage of rows is used again.
     n = 1028
-    monkeypatch.setattr(launch_sinkhorn, "pass_rows", lambda m, team, device: 14)
+    monkeypatch.setattr(launch_sinkhorn, "pass_rows", lambda m, shape, device: 16)
     s, col = made_scores(23, n), one(n)
     outcomes = []
     for backwards in (False, True):

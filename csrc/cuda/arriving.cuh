@@ -15,23 +15,22 @@ __device__ __forceinline__ int octet_place(int q) {
   return (q * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)) * kOctet;
 }
 
-// Columns `first` .. of rows of n, in `stages` groups of rows. A stage may be fetched again when all threads of the
-// block have read it, which a barrier since must say.
+// A block's columns of rows that have `left` of them from its first one on, in `stages` groups of rows. A stage may be
+// fetched again when all threads of the block have read it, which a barrier since must say.
 class Arriving {
  public:
-  __device__ __forceinline__ Arriving(float* scratch, int stages, int64_t first, int64_t n)
-      : arrivals_(reinterpret_cast<Arrival*>(reinterpret_cast<char*>(scratch) + kPartsBytes) + 2), first_(first) {
-    const int64_t share = static_cast<int64_t>(blockDim.x) * kOwned, left = n - first;
+  __device__ __forceinline__ Arriving(float* scratch, int stages, int64_t left)
+      : arrivals_(reinterpret_cast<Arrival*>(reinterpret_cast<char*>(scratch) + kPartsBytes) + 2) {
+    const int64_t share = static_cast<int64_t>(blockDim.x) * kOwned;
     here_ = static_cast<int>(left < share ? left : share);
     if (!has_arrivals()) return;
     if (static_cast<int>(threadIdx.x) < stages) begin_arrival(arrivals_ + threadIdx.x);
     sync_block();
   }
 
-  // This block's columns of a row, masked from the n-th on, to its place on chip.
+  // This block's columns, which begin at `row`, to their place on chip, masked past the end of the row.
   template <class Score>
   __device__ __forceinline__ void fetch(Score* to, const Score* row, bool aligned, int stage) const {
-    row += first_;
     if (has_arrivals() && aligned && threadIdx.x == 0 && here_ >= kOctet) {
       const unsigned bytes = static_cast<unsigned>(here_ / kOctet * kOctet * sizeof(Score));
       expect_bytes(arrivals_ + stage, bytes);
@@ -75,16 +74,15 @@ class Arriving {
   }
 
   Arrival* arrivals_;  // one a stage
-  int64_t first_;
-  int here_;  // how many columns of a row this block has; not positive past its end
+  int here_;           // how many columns of a row this block has; not positive past its end
 };
 
-// Where the k-th group of rows is, of kStages that take turns, and how often modulo 2 the stage was used before.
-__device__ __forceinline__ int stage_of(unsigned k) {
-  return static_cast<int>(k % kStages);
+// Where the k-th of what comes is, of `stages` that take turns, and how often modulo 2 the stage was used before.
+__device__ __forceinline__ int stage_of(unsigned k, unsigned stages) {
+  return static_cast<int>(k % stages);
 }
-__device__ __forceinline__ unsigned odd_use(unsigned k) {
-  return k / kStages & 1;
+__device__ __forceinline__ unsigned odd_use(unsigned k, unsigned stages) {
+  return k / stages & 1;
 }
 
 }  // namespace bam::cuda

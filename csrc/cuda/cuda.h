@@ -52,8 +52,12 @@ struct Rows {
 // How a thread's columns lie: it owns kOwned, in octets that are neighbours' neighbours.
 constexpr int kOctet = 8, kOctets = 2, kOwned = kOctet * kOctets;
 constexpr int kMostThreads = 512, kMostCluster = 16;
-constexpr int kPassRows = 2;  // rows of a Sinkhorn pass that share a reduction
-constexpr int kStages = 3;    // groups of rows that are on chip or on their way
+// The rows of a Sinkhorn pass that share a reduction are a group: kGroupBytes of scores a column, or half of that where
+// the chip has no room for more. kGroups are on chip or on their way, beside the potentials of the columns.
+constexpr int kGroupBytes = 8, kGroups = 2, kPotentialBytes = 2 * sizeof(float);
+template <class Score>
+constexpr int kMostRows = kGroupBytes / static_cast<int>(sizeof(Score));
+constexpr int kStages = 3;  // rows of an image that are on chip or on their way
 // Of the reductions of a row: two sets of what warps and blocks have, and of arrivals; then arrivals of the stages.
 constexpr int kPartsBytes = (2 * kMostThreads / 32 + 2 * kMostCluster) * 4 * 4;
 constexpr int kArrivals = 2 + kStages, kScratchBytes = kPartsBytes + (kArrivals + 1) / 2 * 16;
@@ -89,7 +93,7 @@ struct Team {
   int threads, cluster;
 };
 
-// bam::SinkhornPass in one read of rows that fit on chip, in chunks of `rows` rows, a multiple of kPassRows, each into
+// bam::SinkhornPass in one read of rows that fit on chip, in chunks of `rows` rows, whole groups, each into
 // partial (chunks, n), which is then added up; with `divide`, then col <- col / c.
 struct SinkhornPass {
   Scores scores;
@@ -101,6 +105,7 @@ struct SinkhornPass {
   float* partial;
   int64_t rows;
   Team team;
+  int group;  // rows: kMostRows, or half of them
 };
 
 // The row half of it for rows of any length: row_i = 1 / sum_j 2^(scale*s_ij) * col_j.
@@ -112,8 +117,8 @@ struct RowStep {
 };
 
 // All iterations of small problems in one launch, the scores in shared memory: the first column step from `row`, then
-// iterations - 1 passes, each followed by col <- col / c. `rows` rows a block, a multiple of kPassRows; every block
-// has partial[0] and [1] (blocks, n).
+// iterations - 1 passes, each followed by col <- col / c. `rows` rows a block, whole groups; every block has
+// partial[0] and [1] (blocks, n).
 struct SinkhornOnChip {
   Scores scores;
   int64_t m, n;

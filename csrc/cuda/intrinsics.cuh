@@ -153,6 +153,9 @@ __device__ __forceinline__ int count_bits(unsigned x) {
 __device__ __forceinline__ float exchange(float x, int lane_mask) {
   return __shfl_xor_sync(0xffffffffu, x, lane_mask);
 }
+__device__ __forceinline__ float from_lane(float x, int lane) {
+  return __shfl_sync(0xffffffffu, x, lane);
+}
 __device__ __forceinline__ void sync_block() {
   __syncthreads();
 }
@@ -239,12 +242,15 @@ inline void store_16_bytes(void* to, const int4& x) {
 inline int count_bits(unsigned x) {
   return __builtin_popcount(x);
 }
-inline float exchange(float x, int lane_mask) {
+inline float from_lane(float x, int lane) {
   uint32_t bits;
   memcpy(&bits, &x, sizeof bits);
-  bits = emulator::exchange(bits, lane_mask);
+  bits = emulator::from_lane(bits, lane);
   memcpy(&x, &bits, sizeof x);
   return x;
+}
+inline float exchange(float x, int lane_mask) {
+  return from_lane(x, static_cast<int>(threadIdx.x % kWarp) ^ lane_mask);
 }
 inline void sync_block() {
   emulator::sync_block();

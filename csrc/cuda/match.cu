@@ -26,7 +26,7 @@ class Image {
         L_(static_cast<int>(a.p.L)),
         first_(static_cast<int64_t>(kCluster ? cluster_rank() : 0) * share_),
         team_(static_cast<float*>(shared_memory())),
-        arriving_(static_cast<float*>(shared_memory()), kStages, first_, a.p.n) {
+        arriving_(static_cast<float*>(shared_memory()), kStages, a.p.n - first_) {
     targets_ = reinterpret_cast<float*>(static_cast<char*>(shared_memory()) + kScratchBytes);
     ring_ = reinterpret_cast<Score*>(targets_ + p_.L * share_);
     reports_ = threadIdx.x == 0 && (!kCluster || cluster_rank() == 0);
@@ -51,14 +51,15 @@ class Image {
   __device__ void fetch(unsigned u) const {
     if (u < p_.L + p_.V) {
       const bool is_target = u < p_.L;
-      arriving_.fetch(ring_ + stage_of(u) * share_, is_target ? target_row(u) : source_row(u - p_.L),
-                      is_target ? a_.target_aligned : a_.source_aligned, stage_of(u));
+      arriving_.fetch(ring_ + stage_of(u, kStages) * share_,
+                      (is_target ? target_row(u) : source_row(u - p_.L)) + first_,
+                      is_target ? a_.target_aligned : a_.source_aligned, stage_of(u, kStages));
     }
-    arriving_.send_off(stage_of(u));
+    arriving_.send_off(stage_of(u, kStages));
   }
   __device__ const Score* await_row(unsigned u) const {
-    arriving_.template wait<kStages - 2>(stage_of(u), odd_use(u));
-    return ring_ + stage_of(u) * share_;
+    arriving_.template wait<kStages - 2>(stage_of(u, kStages), odd_use(u, kStages));
+    return ring_ + stage_of(u, kStages) * share_;
   }
   // Once sums of row u have met: then no thread reads the row before it any more.
   __device__ void fetch_after(unsigned u) const { fetch(u + kStages - 1); }

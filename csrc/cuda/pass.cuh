@@ -25,79 +25,141 @@ struct OwnColumns {
   }
 };
 
-// e_rj = 2^(scale*s_rj + col.exponent_j + exponent_r); total_r = sum_j e_rj * col.mantissa_j of this thread's columns.
-template <class Score>
-__device__ __forceinline__ void exponentials(const Score* rows, int64_t share, const OwnColumns& col, float scale,
-                                             const float (&exponent)[kPassRows], float (&e)[kPassRows][kOwned],
-                                             float (&total)[kPassRows]) {
+// kRows rows at a time: their exponentials and the sums of the columns fill a thread's registers, so the potentials of
+// its columns are in shared memory, which it alone reads.
+template <class Score, int kRows, bool kCluster>
+class Group {
+ public:
+  // potentials: 2 kOwned floats a thread
+  __device__ __forceinline__ Group(float4* potentials, RowTeam<kCluster>& team)
+      : potentials_(potentials), team_(team) {}
+
+  __device__ __forceinline__ void load(const Potential& col, int64_t first, int64_t n) {
+    OwnColumns own;
+    own.load(col, first, n);
 #pragma unroll
-  for (int r = 0; r < kPassRows; ++r) {
-    total[r] = 0.0f;
+    for (int f = 0; f < kFours; ++f) {
+      four(f) = {own.exponent[4 * f], own.exponent[4 * f + 1], own.exponent[4 * f + 2], own.exponent[4 * f + 3]};
+      four(kFours + f) = {own.mantissa[4 * f], own.mantissa[4 * f + 1], own.mantissa[4 * f + 2],
+                          own.mantissa[4 * f + 3]};
+    }
 #pragma unroll
-    for (int q = 0; q < kOctets; ++q) {
-      float x[kOctet];
-      load_scores(x, rows + r * share + octet_place(q));
+    for (int k = 0; k < kOwned; ++k) c_[k] = 0.0f;
+  }
+
+  // c_j += sum_r e_rj / total_r, and the potentials of rows i .. i + count - 1; what is on chip past them is not looked
+  // at. `exponent`, of row i + r in lane r, is a guess of theirs: a poor one costs time, never accuracy. A row with no
+  // key left gets an infinite potential and adds nothing.
+  __device__ __forceinline__ void pass(const Score* rows, int64_t i, int count, float scale, float exponent,
+                                       const Potential& row) {
+    float e[kRows][kOwned], total[kRows];
+#pragma unroll 1
+    for (bool again = false;; again = true) {
+      if (again) exponent = better_exponent(rows, scale);
+      exponentials(rows, scale, exponent, e, total);
+      team_.reduce(total, Sum());
+      bool poor = false;
 #pragma unroll
-      for (int k = 0; k < kOctet; ++k) {
-        const int own = q * kOctet + k;
-        e[r][own] = exp2_fast(fmaf(x[k], scale, col.exponent[own] + exponent[r]));
-        total[r] = fmaf(e[r][own], col.mantissa[own], total[r]);
+      for (int r = 0; r < kRows; ++r) poor |= r < count && is_poor(total[r]);
+      if (again || !poor) break;
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (r >= count) continue;
+      const float inverse = inverse_or_zero(total[r]);
+#pragma unroll
+      for (int k = 0; k < kOwned; ++k) c_[k] = fmaf(e[r][k], inverse, c_[k]);
+      if (threadIdx.x == static_cast<unsigned>(r) && (!kCluster || cluster_rank() == 0)) {
+        const Power found = reciprocal(exponent, total[r]);
+        row.exponent[i + r] = found.exponent;
+        row.mantissa[i + r] = found.mantissa;
       }
     }
   }
-}
 
-template <class Score>
-__device__ __forceinline__ void largest_terms(const Score* rows, int64_t share, const OwnColumns& col, float scale,
-                                              float (&most)[kPassRows]) {
+  // The column sums since `load`, without the factor col.mantissa_j.
+  __device__ __forceinline__ const float (&sums() const)[kOwned] { return c_; }
+
+ private:
+  static constexpr int kFours = kOwned / 4;
+
+  static __device__ __forceinline__ int share() { return static_cast<int>(blockDim.x) * kOwned; }
+
+  __device__ __forceinline__ float4& four(int f) const {
+    return potentials_[f * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)];
+  }
+
+  // Exponents of the columns of octet q.
+  __device__ __forceinline__ void exponents(float (&x)[kOctet], int q) const {
 #pragma unroll
-  for (int r = 0; r < kPassRows; ++r) {
-    most[r] = -INFINITY;
+    for (int f = 0; f < 2; ++f) {
+      const float4 part = four(2 * q + f);
+      memcpy(x + 4 * f, &part, sizeof part);
+    }
+  }
+
+  // e_rj = 2^(scale*s_rj + col.exponent_j + exponent_r); total_r = sum_j e_rj * col.mantissa_j of this thread's
+  // columns.
+  __device__ __forceinline__ void exponentials(const Score* rows, float scale, float exponent_of_lane,
+                                               float (&e)[kRows][kOwned], float (&total)[kRows]) const {
+    float exponent[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) exponent[r] = from_lane(exponent_of_lane, r);
 #pragma unroll
     for (int q = 0; q < kOctets; ++q) {
-      float x[kOctet];
-      load_scores(x, rows + r * share + octet_place(q));
+      float x[kOctet], of_columns[kOctet];
+      exponents(of_columns, q);
 #pragma unroll
-      for (int k = 0; k < kOctet; ++k) most[r] = fmaxf(most[r], fmaf(x[k], scale, col.exponent[q * kOctet + k]));
+      for (int r = 0; r < kRows; ++r) {
+        load_scores(x, rows + r * share() + octet_place(q));
+#pragma unroll
+        for (int k = 0; k < kOctet; ++k)
+          e[r][q * kOctet + k] = exp2_fast(fmaf(x[k], scale, of_columns[k] + exponent[r]));
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) total[r] = 0.0f;
+#pragma unroll
+    for (int f = 0; f < kFours; ++f) {
+      const float4 mantissa = four(kFours + f);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        total[r] = fmaf(e[r][4 * f], mantissa.x, total[r]);
+        total[r] = fmaf(e[r][4 * f + 1], mantissa.y, total[r]);
+        total[r] = fmaf(e[r][4 * f + 2], mantissa.z, total[r]);
+        total[r] = fmaf(e[r][4 * f + 3], mantissa.w, total[r]);
+      }
     }
   }
-}
 
-// c_j += sum_r e_rj / total_r, and the potentials of rows i .. i + count - 1; what is on chip past them is not looked
-// at. `exponent` is a guess of theirs: a poor one costs time, never accuracy. The column sums lack the factor
-// col.mantissa_j. A row with no key left gets an infinite potential and adds nothing.
-template <class Score, bool kCluster>
-__device__ __forceinline__ void pass_rows(const Score* rows, int64_t share, int64_t i, int count, const OwnColumns& col,
-                                          float scale, float (&exponent)[kPassRows], const Potential& row,
-                                          float (&c)[kOwned], RowTeam<kCluster>& team) {
-  float e[kPassRows][kOwned], total[kPassRows];
-  exponentials(rows, share, col, scale, exponent, e, total);
-  team.reduce(total, Sum());
-  bool poor = false;
+  // In lane r that of row r.
+  __device__ __forceinline__ float better_exponent(const Score* rows, float scale) const {
+    float most[kRows];
 #pragma unroll
-  for (int r = 0; r < kPassRows; ++r) poor |= r < count && is_poor(total[r]);
-  if (poor) {
-    float most[kPassRows];
-    largest_terms(rows, share, col, scale, most);
-    team.reduce(most, Max());
+    for (int r = 0; r < kRows; ++r) most[r] = -INFINITY;
 #pragma unroll
-    for (int r = 0; r < kPassRows; ++r) exponent[r] = exponent_of(most[r]);
-    exponentials(rows, share, col, scale, exponent, e, total);
-    team.reduce(total, Sum());
-  }
+    for (int q = 0; q < kOctets; ++q) {
+      float x[kOctet], of_columns[kOctet];
+      exponents(of_columns, q);
 #pragma unroll
-  for (int r = 0; r < kPassRows; ++r) {
-    if (r >= count) continue;
-    const float inverse = inverse_or_zero(total[r]);
+      for (int r = 0; r < kRows; ++r) {
+        load_scores(x, rows + r * share() + octet_place(q));
 #pragma unroll
-    for (int k = 0; k < kOwned; ++k) c[k] = fmaf(e[r][k], inverse, c[k]);
-    if (threadIdx.x == static_cast<unsigned>(r) && (!kCluster || cluster_rank() == 0)) {
-      const Power found = reciprocal(exponent[r], total[r]);
-      row.exponent[i + r] = found.exponent;
-      row.mantissa[i + r] = found.mantissa;
+        for (int k = 0; k < kOctet; ++k) most[r] = fmaxf(most[r], fmaf(x[k], scale, of_columns[k]));
+      }
     }
+    team_.reduce(most, Max());
+    float found = 0.0f;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+      if (threadIdx.x % kWarp == static_cast<unsigned>(r)) found = exponent_of(most[r]);
+    return found;
   }
-}
+
+  float4* potentials_;
+  RowTeam<kCluster>& team_;
+  float c_[kOwned];
+};
 
 // A thread's columns of a row of floats.
 __device__ __forceinline__ void store_own(float* row, const float (&x)[kOwned], int64_t first, int64_t n,

@@ -23,9 +23,7 @@ template <bool kCluster>
 class RowTeam {
  public:
   __device__ explicit RowTeam(float* scratch)
-      : scratch_(scratch),
-        arrivals_(reinterpret_cast<Arrival*>(reinterpret_cast<char*>(scratch) + kPartsBytes)),
-        warps_(blockDim.x / kWarp) {
+      : scratch_(scratch), arrivals_(reinterpret_cast<Arrival*>(reinterpret_cast<char*>(scratch) + kPartsBytes)) {
     if (!kCluster) return;
     if (threadIdx.x < 2) begin_arrival(arrivals_ + threadIdx.x);
     sync_cluster();  // a block's shared memory is there once the block has begun
@@ -39,7 +37,7 @@ class RowTeam {
     float* of_warps = scratch_ + buffer_ * (kMostThreads / kWarp) * 4;
     if (threadIdx.x % kWarp == 0) put(of_warps, threadIdx.x / kWarp, x);
     sync_block();
-    gather(x, of_warps, warps_, combine);
+    gather(x, of_warps, static_cast<int>(blockDim.x / kWarp), combine);
     if (kCluster) {
       float* of_blocks = scratch_ + (2 * kMostThreads / kWarp + buffer_ * kMostCluster) * 4;
       exchange_blocks(x, of_blocks, arrivals_ + buffer_);
@@ -89,7 +87,6 @@ class RowTeam {
 
   float* scratch_;
   Arrival* arrivals_;  // (2)
-  int warps_;
   int buffer_ = 0;
   unsigned odd_ = 0;  // the phase of the next arrival in buffer 0 and, after it, in buffer 1
 };

@@ -11,20 +11,11 @@ template <class Score, bool kCluster>
 class SmallProblem {
  public:
   __device__ SmallProblem(const SinkhornOnChip& p, bool aligned) : p_(p), team_(static_cast<float*>(shared_memory())) {
-    parts_ = reinterpret_cast<Column*>(static_cast<char*>(shared_memory()) + kScratchBytes);
-    rows_ = reinterpret_cast<Score*>(parts_ + blockDim.x);
-    share_ = static_cast<int64_t>(blockDim.x) * kOwned;
-    begin_ = blockIdx.x * p.rows;
-    end_ = begin_ + p.rows < p.m ? begin_ + p.rows : p.m;
-    shift_ = p.partial;
-    sum_ = p.partial + gridDim.x * p.n;
-    while (width_ < kWarp && width_ * gridDim.x < p.n) width_ *= 2;
-    const Arriving arriving(static_cast<float*>(shared_memory()), 1, 0, p.n);
+    const Arriving arriving(static_cast<float*>(shared_memory()), 1, p.n);
     follow_earlier_kernels();
-    scale_ = number(p.scale);
     const Score* s = static_cast<const Score*>(p.scores.data);
-    for (int64_t i = begin_; i < end_; ++i)
-      arriving.fetch(rows_ + (i - begin_) * share_, s + i * p.scores.row_stride, aligned, 0);
+    for (int i = 0; i < mine(); ++i)
+      arriving.fetch(scores() + i * share(), s + (begin() + i) * p.scores.row_stride, aligned, 0);
     arriving.send_off(0);
     arriving.wait<0>(0, 0);
   }
@@ -32,12 +23,12 @@ class SmallProblem {
   __device__ void run() {
     first_column_sums();
     sync_all();
-    for_column_groups([&](int64_t j) { set_first(j); });
+    for_column_groups([&](int64_t j, unsigned columns) { set_first(j, columns); });
     for (int iteration = 1; iteration < p_.iterations; ++iteration) {
       sync_all();
       pass();
       sync_all();
-      for_column_groups([&](int64_t j) { update(j); });
+      for_column_groups([&](int64_t j, unsigned columns) { update(j, columns); });
     }
   }
 
@@ -47,8 +38,38 @@ class SmallProblem {
     else sync_grid();
   }
 
+  // What lies in shared memory: (threads), the potentials of a thread's columns, (rows, share).
+  __device__ Column* parts() const {
+    return reinterpret_cast<Column*>(static_cast<char*>(shared_memory()) + kScratchBytes);
+  }
+  __device__ float4* potentials() const { return reinterpret_cast<float4*>(parts() + blockDim.x); }
+  __device__ Score* scores() const {
+    return reinterpret_cast<Score*>(potentials() + blockDim.x * (kOwned * kPotentialBytes / sizeof(float4)));
+  }
+  __device__ int share() const { return static_cast<int>(blockDim.x) * kOwned; }
+
+  // Columns that threads update side by side: few enough that all blocks take part and share out the partials over
+  // many threads, whose reads one after another are what an update takes.
+  __device__ unsigned width() const {
+    unsigned found = 4;
+    while (found < kWarp && found * gridDim.x < p_.n) found *= 2;
+    return found;
+  }
+
+  // This block has rows begin() .. begin() + mine() - 1.
+  __device__ int begin() const { return static_cast<int>(blockIdx.x * p_.rows); }
+  __device__ int mine() const {
+    const int left = static_cast<int>(p_.m) - begin(), rows = static_cast<int>(p_.rows);
+    return rows < left ? rows : left;
+  }
+
+  // (blocks, n)
+  __device__ float* shifts() const { return p_.partial; }
+  __device__ float* sums() const { return p_.partial + gridDim.x * p_.n; }
+
   // Per column of this block's rows: the largest exponent, and the sum at it.
   __device__ void first_column_sums() {
+    const float scale = number(p_.scale);
     float most[kOwned], total[kOwned];
 #pragma unroll
     for (int k = 0; k < kOwned; ++k) {
@@ -56,23 +77,23 @@ class SmallProblem {
       total[k] = 0.0f;
     }
     for_scores([&](int own, float s, float exponent, float) {
-      most[own] = fmaxf(most[own], ceilf(fmaf(s, scale_, exponent)));
+      most[own] = fmaxf(most[own], ceilf(fmaf(s, scale, exponent)));
     });
     for_scores([&](int own, float s, float exponent, float mantissa) {
-      total[own] = fmaf(exp2_fast(fmaf(s, scale_, exponent - most[own])), mantissa, total[own]);
+      total[own] = fmaf(exp2_fast(fmaf(s, scale, exponent - most[own])), mantissa, total[own]);
     });
-    store_own(shift_ + blockIdx.x * p_.n, most, 0, p_.n, false);
-    store_own(sum_ + blockIdx.x * p_.n, total, 0, p_.n, false);
+    store_own(shifts() + blockIdx.x * p_.n, most, 0, p_.n, false);
+    store_own(sums() + blockIdx.x * p_.n, total, 0, p_.n, false);
   }
 
   template <class Each>
   __device__ void for_scores(Each each) const {
-    for (int64_t i = begin_; i < end_; ++i) {
-      const float exponent = p_.row.exponent[i], mantissa = p_.row.mantissa[i];
+    for (int i = 0; i < mine(); ++i) {
+      const float exponent = p_.row.exponent[begin() + i], mantissa = p_.row.mantissa[begin() + i];
 #pragma unroll
       for (int q = 0; q < kOctets; ++q) {
         float s[kOctet];
-        load_scores(s, rows_ + (i - begin_) * share_ + octet_place(q));
+        load_scores(s, scores() + i * share() + octet_place(q));
 #pragma unroll
         for (int k = 0; k < kOctet; ++k) each(q * kOctet + k, s[k], exponent, mantissa);
       }
@@ -81,37 +102,37 @@ class SmallProblem {
 
   // One row step, and the column sums of this block's rows without the factor col.mantissa_j.
   __device__ void pass() {
-    OwnColumns col;
-    col.load(p_.col, 0, p_.n);
-    float c[kOwned] = {};
-    for (int64_t i = begin_; i < end_; i += kPassRows) {
-      float exponent[kPassRows];
-#pragma unroll
-      for (int r = 0; r < kPassRows; ++r) exponent[r] = i + r < end_ ? p_.row.exponent[i + r] : 0.0f;
-      const int count = end_ - i < kPassRows ? static_cast<int>(end_ - i) : kPassRows;
-      pass_rows(rows_ + (i - begin_) * share_, share_, i, count, col, scale_, exponent, p_.row, c, team_);
+    constexpr int kRows = kMostRows<Score>;
+    const float scale = number(p_.scale);
+    const int lane = static_cast<int>(threadIdx.x % kWarp);
+    Group<Score, kRows, false> rows(potentials(), team_);
+    rows.load(p_.col, 0, p_.n);
+    for (int i = 0; i < mine(); i += kRows) {
+      const float exponent = lane < kRows && i + lane < mine() ? p_.row.exponent[begin() + i + lane] : 0.0f;
+      rows.pass(scores() + i * share(), begin() + i, mine() - i, scale, exponent, p_.row);
     }
-    store_own(sum_ + blockIdx.x * p_.n, c, 0, p_.n, false);
+    store_own(sums() + blockIdx.x * p_.n, rows.sums(), 0, p_.n, false);
   }
 
-  // Groups of `width_` columns are shared out over the blocks; each(column) by all threads of a block.
+  // Groups of columns are shared out over the blocks; each(column, columns) by all threads of a block.
   template <class Each>
   __device__ void for_column_groups(Each each) const {
-    for (int64_t first = blockIdx.x * width_; first < p_.n; first += gridDim.x * width_)
-      each(first + threadIdx.x % width_);
+    const unsigned columns = width();
+    for (int64_t first = blockIdx.x * columns; first < p_.n; first += gridDim.x * columns)
+      each(first + threadIdx.x % columns, columns);
   }
 
-  __device__ void set_first(int64_t j) {
-    const Column all = merge_partials(shift_, sum_, gridDim.x, p_.n, j, width_, parts_);
-    if (threadIdx.x >= width_ || j >= p_.n) return;
+  __device__ void set_first(int64_t j, unsigned columns) {
+    const Column all = merge_partials(shifts(), sums(), gridDim.x, p_.n, j, columns, parts());
+    if (threadIdx.x >= columns || j >= p_.n) return;
     const Power found = column_potential(all.most, all.total);
     p_.col.exponent[j] = found.exponent;
     p_.col.mantissa[j] = found.mantissa;
   }
 
-  __device__ void update(int64_t j) {
-    float c = add_partials(sum_, gridDim.x, p_.n, j, width_, reinterpret_cast<float*>(parts_));
-    if (threadIdx.x >= width_ || j >= p_.n) return;
+  __device__ void update(int64_t j, unsigned columns) {
+    float c = add_partials(sums(), gridDim.x, p_.n, j, columns, reinterpret_cast<float*>(parts()));
+    if (threadIdx.x >= columns || j >= p_.n) return;
     c *= p_.col.mantissa[j];
     p_.c[j] = c;
     divide_column(p_.col, j, c);
@@ -119,14 +140,6 @@ class SmallProblem {
 
   const SinkhornOnChip& p_;
   RowTeam<false> team_;  // a row is in one block
-  float scale_;
-  Column* parts_;  // (threads)
-  Score* rows_;    // (rows, share)
-  int64_t share_, begin_, end_;
-  float *shift_, *sum_;  // (blocks, n)
-  // Columns that threads update side by side: few enough that all blocks take part and share out the partials over
-  // many threads, whose reads one after another are what an update takes.
-  unsigned width_ = 4;
 };
 
 struct OnChip {
@@ -143,7 +156,8 @@ template <class Score>
 void launch_on_chip(const char* name, const SinkhornOnChip& p, const Where& where) {
   const auto* data = static_cast<const Score*>(p.scores.data);
   const int64_t shared =
-      kScratchBytes + p.team.threads * static_cast<int64_t>(sizeof(Column) + p.rows * kOwned * sizeof(Score));
+      kScratchBytes +
+      p.team.threads * static_cast<int64_t>(sizeof(Column) + kOwned * (kPotentialBytes + p.rows * sizeof(Score)));
   const bool cluster = p.team.cluster > 1;
   const unsigned blocks = cluster ? static_cast<unsigned>(p.team.cluster) : blocks_for(p.m, p.rows);
   const Shape shape = {dim3(blocks), p.team.threads, shared, p.team.cluster, !cluster};

@@ -1,8 +1,8 @@
 // One Sinkhorn iteration in one read of the scores: a row is on chip, in one block or spread over a cluster, while it
 // is summed and added to the columns.
 //
-// A thread owns 16 columns: their potentials and sums stay in its registers. Their scores come to shared memory some
-// rows ahead; the one barrier is that of the row sums.
+// A thread owns 16 columns, whose sums stay in its registers. Their scores come to shared memory a group of rows ahead;
+// the one barrier of a group is that of its row sums.
 #include "launch.cuh"
 #include "pass.cuh"
 
@@ -14,60 +14,66 @@ struct Pass {
   bool aligned, partial_aligned;
 };
 
-template <class Score, bool kCluster>
-__global__ void __launch_bounds__(kMostThreads) sinkhorn_pass_kernel(const Pass a) {
+template <class Score, int kRows, bool kCluster>
+__global__ void __launch_bounds__(kMostThreads, 1) sinkhorn_pass_kernel(const Pass a) {
   const SinkhornPass& p = a.p;
   auto* scratch = static_cast<float*>(shared_memory());
   RowTeam<kCluster> team(scratch);
-  Score* ring = reinterpret_cast<Score*>(static_cast<char*>(shared_memory()) + kScratchBytes);
+  auto* potentials = reinterpret_cast<float4*>(static_cast<char*>(shared_memory()) + kScratchBytes);
+  Score* ring = reinterpret_cast<Score*>(potentials + blockDim.x * (kOwned * kPotentialBytes / sizeof(float4)));
   const int blocks = kCluster ? p.team.cluster : 1;
-  const int64_t share = static_cast<int64_t>(blockDim.x) * kOwned, chunk = blockIdx.x / blocks;
-  const int64_t first = (kCluster ? cluster_rank() : 0) * share;
-  const int64_t begin = chunk * p.rows, end = begin + p.rows < p.m ? begin + p.rows : p.m;
-  const Score* s = static_cast<const Score*>(p.scores.data);
-  const Arriving arriving(scratch, kStages, first, p.n);
+  const int share = static_cast<int>(blockDim.x) * kOwned;
+  const int64_t chunk = blockIdx.x / blocks;
+  const int64_t first = static_cast<int64_t>(kCluster ? cluster_rank() : 0) * share;
+  const int64_t begin = chunk * p.rows;
+  const int mine = static_cast<int>(begin + p.rows < p.m ? p.rows : p.m - begin);
+  const Score* s = static_cast<const Score*>(p.scores.data) + begin * p.scores.row_stride + first;
+  const Arriving arriving(scratch, kGroups, p.n - first);
   follow_earlier_kernels();
   const float scale = number(p.scale);
 
-  const auto fetch = [&](int64_t i, unsigned group) {
-    const int stage = stage_of(group);
+  const auto fetch = [&](int i, unsigned group) {
+    const int stage = stage_of(group, kGroups);
 #pragma unroll
-    for (int r = 0; r < kPassRows; ++r)
-      if (i + r < end)
-        arriving.fetch(ring + (stage * kPassRows + r) * share, s + (i + r) * p.scores.row_stride, a.aligned, stage);
+    for (int r = 0; r < kRows; ++r)
+      if (i + r < mine)
+        arriving.fetch(ring + (stage * kRows + r) * share, s + (i + r) * p.scores.row_stride, a.aligned, stage);
     arriving.send_off(stage);
   };
-  for (unsigned group = 0; group < kStages - 1; ++group) fetch(begin + group * kPassRows, group);
-  OwnColumns col;
-  col.load(p.col, first, p.n);
-  float c[kOwned] = {}, exponent[kPassRows], next[kPassRows];
-#pragma unroll
-  for (int r = 0; r < kPassRows; ++r) next[r] = begin + r < end ? p.row.exponent[begin + r] : 0.0f;
-  unsigned group = 0;
-  for (int64_t i = begin; i < end; i += kPassRows, ++group) {
+  for (unsigned group = 0; group < kGroups - 1; ++group) fetch(static_cast<int>(group) * kRows, group);
+  Group<Score, kRows, kCluster> rows(potentials, team);
+  rows.load(p.col, first, p.n);
+  // The exponents that the next group starts from, one a lane.
+  const int lane = static_cast<int>(threadIdx.x % kWarp);
+  const auto guess = [&](int i) { return lane < kRows && i + lane < mine ? p.row.exponent[begin + i + lane] : 0.0f; };
+  float next = guess(0);
+  for (int i = 0; i < mine; i += kRows) {
+    const unsigned group = static_cast<unsigned>(i) / kRows;
     // Since all threads have read the rows before, their sums have met.
-    fetch(i + (kStages - 1) * kPassRows, group + kStages - 1);
-    arriving.wait<kStages - 1>(stage_of(group), odd_use(group));
-#pragma unroll
-    for (int r = 0; r < kPassRows; ++r) {
-      exponent[r] = next[r];
-      next[r] = i + kPassRows + r < end ? p.row.exponent[i + kPassRows + r] : 0.0f;
-    }
-    const int count = end - i < kPassRows ? static_cast<int>(end - i) : kPassRows;
-    pass_rows(ring + stage_of(group) * kPassRows * share, share, i, count, col, scale, exponent, p.row, c, team);
+    fetch(i + (kGroups - 1) * kRows, group + kGroups - 1);
+    arriving.wait<kGroups - 1>(stage_of(group, kGroups), odd_use(group, kGroups));
+    const float exponent = next;
+    next = guess(i + kRows);
+    rows.pass(ring + stage_of(group, kGroups) * kRows * share, begin + i, mine - i, scale, exponent, p.row);
   }
-  store_own(p.partial + chunk * p.n, c, first, p.n, a.partial_aligned);
+  store_own(p.partial + chunk * p.n, rows.sums(), first, p.n, a.partial_aligned);
+}
+
+template <class Score, int kRows>
+void launch_pass(const char* name, const SinkhornPass& p, const Where& where) {
+  const auto* data = static_cast<const Score*>(p.scores.data);
+  const Pass a = {p, is_aligned(data, 0, p.scores.row_stride), is_aligned(p.partial, 0, p.n)};
+  const int64_t of_column = kPotentialBytes + kGroups * kRows * static_cast<int64_t>(sizeof(Score));
+  const Shape shape = {dim3(blocks_for(p.m, p.rows) * p.team.cluster), p.team.threads,
+                       kScratchBytes + p.team.threads * kOwned * of_column, p.team.cluster};
+  if (p.team.cluster > 1) launch(name, sinkhorn_pass_kernel<Score, kRows, true>, shape, where, a);
+  else launch(name, sinkhorn_pass_kernel<Score, kRows, false>, shape, where, a);
 }
 
 template <class Score>
 void launch_pass(const char* name, const SinkhornPass& p, const Where& where) {
-  const auto* data = static_cast<const Score*>(p.scores.data);
-  const Pass a = {p, is_aligned(data, 0, p.scores.row_stride), is_aligned(p.partial, 0, p.n)};
-  const int64_t ring = static_cast<int64_t>(kStages) * kPassRows * p.team.threads * kOwned * sizeof(Score);
-  const Shape shape = {dim3(blocks_for(p.m, p.rows) * p.team.cluster), p.team.threads, kScratchBytes + ring,
-                       p.team.cluster};
-  if (p.team.cluster > 1) launch(name, sinkhorn_pass_kernel<Score, true>, shape, where, a);
-  else launch(name, sinkhorn_pass_kernel<Score, false>, shape, where, a);
+  if (p.group == kMostRows<Score>) launch_pass<Score, kMostRows<Score>>(name, p, where);
+  else launch_pass<Score, kMostRows<Score> / 2>(name, p, where);
 }
 
 }  // namespace
@@ -82,7 +88,7 @@ void sinkhorn_pass(const SinkhornPass& p, const Where& where) {
 
 #ifdef __CUDACC__
 cudaError_t find_forms(int shared_bytes, bool* is_hopper_code, int* cluster) {
-  auto* kernel = sinkhorn_pass_kernel<float, true>;
+  auto* kernel = sinkhorn_pass_kernel<float, kMostRows<float>, true>;
   *is_hopper_code = false;
   *cluster = 1;
   cudaFuncAttributes found;

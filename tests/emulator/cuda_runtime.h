@@ -25,14 +25,17 @@ struct dim3 {
 struct alignas(16) int4 {
   int x, y, z, w;
 };
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 
 namespace emulator {
 
 void* shared_memory();
 void follow_earlier_kernels();
 void sync_block();
-// Exchanges 4 bytes with lane `lane ^ mask` of the warp.
-uint32_t exchange(uint32_t mine, int mask);
+// Those 4 bytes of lane `lane` of the warp.
+uint32_t from_lane(uint32_t mine, int lane);
 unsigned cluster_rank();
 unsigned cluster_size();
 void sync_cluster();

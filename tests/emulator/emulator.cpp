@@ -282,12 +282,12 @@ void sync_block() {
   check_all_are_here(*current->block);
   wait(current->block->barrier, "block");
 }
-uint32_t exchange(uint32_t mine, int mask) {
+uint32_t from_lane(uint32_t mine, int lane) {
   Warp& warp = current->block->warps[current->warp];
   const unsigned phase = current->phase++ % 2;  // a lane may run ahead by one exchange, not by two
   warp.slot[phase][current->lane] = mine;
   wait(warp.barrier, "warp");
-  return warp.slot[phase][current->lane ^ mask];
+  return warp.slot[phase][lane];
 }
 unsigned cluster_rank() {
   return current->block->rank;

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..interface import Number, Positives, Potential
 from .launch import NO_POTENTIAL, Launcher, address, number, pair, positives_of, scores_of
-from .shapes import column_rows, on_chip, pass_rows, pass_team
+from .shapes import column_rows, on_chip, pass_rows, pass_shape
 
 
 class SinkhornKernels(Launcher):
@@ -113,14 +113,14 @@ class SinkhornKernels(Launcher):
         """
         m, n = s.shape
         device, where = self._device(s), self._where(s)
-        team = pass_team(n, s.element_size(), device)
-        if team is None:
+        shape = pass_shape(n, s.element_size(), device)
+        if shape is None:
             self._kernels.row_step(scores_of(s), m, n, number(scale), pair(row), pair(col), where)
             self._column_products(s, scale, row, col, None, c, accumulate)
             if divide:
                 self.divide_potential_(col, c)
             return
-        rows = pass_rows(m, team, device)
+        rows = pass_rows(m, shape, device)
         partial = torch.empty(-(-m // rows), n, device=s.device)
         self._kernels.sinkhorn_pass(
             scores_of(s),
@@ -134,7 +134,8 @@ class SinkhornKernels(Launcher):
             divide,
             partial.data_ptr(),
             rows,
-            team,
+            shape.team,
+            shape.group,
             where,
         )
 

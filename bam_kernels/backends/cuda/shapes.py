@@ -12,13 +12,16 @@ _CONSTANTS = _C.cuda_constants if _C is not None else {}
 OWNED = _CONSTANTS.get("owned", 0)
 MOST_THREADS = _CONSTANTS.get("threads", 0)
 STAGES = _CONSTANTS.get("stages", 0)
-PASS_ROWS = _CONSTANTS.get("pass_rows", 0)
+GROUP_BYTES = _CONSTANTS.get("group_bytes", 0)
+GROUPS = _CONSTANTS.get("groups", 0)
+POTENTIAL_BYTES = _CONSTANTS.get("potential_bytes", 0)
 SCRATCH_BYTES = _CONSTANTS.get("scratch_bytes", 0)
 WARP = 32
 REGISTER_THREADS = 512  # of these kernels that a multiprocessor's registers hold
 COLUMN_BLOCK = 1024  # columns of a block of the kernels whose threads walk down rows
 COLUMN_ROWS = 4  # rows that those read at once
 MOST_CHUNKS = 128
+CLUSTER_ROWS = 8  # most rows of a block where one cluster does a small problem: with more the whole grid is faster
 IMAGES_AT_ONCE = 256  # of a long match with top-k, whose workspace is a row of means per image
 
 
@@ -47,8 +50,21 @@ def row_team(n: int, column_bytes: int, device: Device) -> Team | None:
     return None
 
 
-def pass_team(n: int, score_bytes: int, device: Device) -> Team | None:
-    return row_team(n, STAGES * PASS_ROWS * score_bytes, device)
+class Pass(NamedTuple):
+    """Of a Sinkhorn pass: `group` rows share a reduction."""
+
+    team: Team
+    group: int
+
+
+def pass_shape(n: int, score_bytes: int, device: Device) -> Pass | None:
+    """The fewest blocks that hold a row, with as many rows at once as fit those; None where no team holds one."""
+    found = []
+    for group_bytes in (GROUP_BYTES, GROUP_BYTES // 2):
+        team = row_team(n, POTENTIAL_BYTES + GROUPS * group_bytes, device)
+        if team is not None:
+            found.append(Pass(team, group_bytes // score_bytes))
+    return min(found, key=lambda shape: shape.team.cluster, default=None)
 
 
 def match_team(L: int, n: int, score_bytes: int, device: Device) -> Team | None:
@@ -56,11 +72,12 @@ def match_team(L: int, n: int, score_bytes: int, device: Device) -> Team | None:
     return row_team(n, 4 * L + STAGES * score_bytes, device)
 
 
-def pass_rows(m: int, team: Team, device: Device) -> int:
+def pass_rows(m: int, shape: Pass, device: Device) -> int:
     """Rows of a chunk: as many chunks as the device runs at once."""
-    at_once = device.multiprocessors * (REGISTER_THREADS // team.threads) // team.cluster
+    threads, cluster = shape.team
+    at_once = device.multiprocessors * (REGISTER_THREADS // threads) // cluster
     chunks = max(1, min(at_once, 2 * device.multiprocessors))
-    return up(max(-(-m // chunks), 1), PASS_ROWS)
+    return up(max(-(-m // chunks), 1), shape.group)
 
 
 def column_rows(m: int, n: int, device: Device) -> int:
@@ -82,12 +99,13 @@ def on_chip(m: int, n: int, score_bytes: int, device: Device) -> OnChip | None:
     threads = up(-(-n // OWNED), WARP)
     if threads > MOST_THREADS:
         return None
-    left = device.shared_bytes - SCRATCH_BYTES - 8 * threads
-    most_rows = left // (threads * OWNED * score_bytes) // PASS_ROWS * PASS_ROWS
-    rows = up(-(-m // device.cluster), PASS_ROWS)
-    if device.cluster > 1 and rows <= min(most_rows, 4 * PASS_ROWS):
+    group = GROUP_BYTES // score_bytes
+    left = device.shared_bytes - SCRATCH_BYTES - threads * (8 + OWNED * POTENTIAL_BYTES)
+    most_rows = left // (threads * OWNED * score_bytes) // group * group
+    rows = up(-(-m // device.cluster), group)
+    if device.cluster > 1 and rows <= min(most_rows, CLUSTER_ROWS):
         return OnChip(rows, Team(threads, device.cluster), device.cluster)
-    rows = up(-(-m // device.multiprocessors), PASS_ROWS)
+    rows = up(-(-m // device.multiprocessors), group)
     if device.cooperative and rows <= most_rows:
         return OnChip(rows, Team(threads, 1), -(-m // rows))
     return None
