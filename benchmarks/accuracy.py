@@ -46,7 +46,7 @@ class AccuracyOptions:
 
 def evaluated(options: AccuracyOptions, machine: Machine, cosine: float, epsilon: float) -> list[dict[str, Any]]:
     M = options.views * options.images
-    layout = layout_of(M, M, options.D, V=options.views, L=options.views, T=options.views, teacher=False)
+    layout = layout_of(M, M, options.D, V=options.views, L=options.views, T=options.views)
     named = Options(
         epsilon=epsilon, temperature=options.temperature, iterations=options.iterations, top_k=options.top_k
     )

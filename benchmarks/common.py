@@ -59,9 +59,9 @@ class BenchmarkOptions:
     def choice(self, machine: Machine) -> Choice:
         return Choice(self.rows, self.isa, self.authors, 3 * machine.l2_bytes)
 
-    def problems(self, machine: Machine, *, L: int, teacher: bool, **options: Any) -> Iterator[Problem]:
+    def problems(self, machine: Machine, *, L: int, R: int = 0, **options: Any) -> Iterator[Problem]:
         for text in self.shapes:
-            layout = layout_of(*parse_shape(text), V=self.views, L=L, T=self.key_views, teacher=teacher)
+            layout = layout_of(*parse_shape(text), V=self.views, L=L, T=self.key_views, R=R)
             named = Options(epsilon=self.epsilon, iterations=self.iterations, **options)
             named.check("benchmark")
             torch.compiler.reset()
@@ -148,6 +148,7 @@ class Report:
             f"best product {self.machine.gemm_gflops:.0f} GFLOP/s, in 16 bit {self.machine.half_gemm_gflops:.0f}"
         )
         print(formatted(measured), flush=True)
+        write(self.rows, self.options.json, self.options.csv)
 
     def _copy_gbs(self, problem: Problem) -> dict[str, float]:
         """The ceilings again, and the rate of a copy as large as the scores, by the type of the scores."""
@@ -165,8 +166,7 @@ class Report:
         row.peak_bytes = None if peak is None else peak + c.held_bytes
 
     def finish(self) -> int:
-        """Write the files asked for; the exit status is 1 where one of our own rows did not pass."""
-        write(self.rows, self.options.json, self.options.csv)
+        """The exit status: 1 where one of our own rows did not pass."""
         return int(any(row["ours"] and row["status"] != "ok" for row in self.rows))
 
 

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,7 +102,9 @@ def parts(options: H200Options) -> list[Part]:
     made.append(Part("driver-curves", 60, [PYTHON, "-c", CURVES, "reference", *backends]))
     made += measurements(options) + tuning(options, no_gpu)
     profiler = None if shutil.which("ncu") else "ncu is not there"
-    return [*made, Part("counters", 300, counters(options), no_gpu or profiler)]
+    made.append(Part("counters", 300, counters(options), no_gpu or profiler))
+    outcomes = [PYTHON, str(REPOSITORY / "benchmarks" / "predictions.py"), "--results", str(options.out.absolute())]
+    return [*made, Part("predictions", 60, outcomes)]
 
 
 def pytest(*files: str) -> list[str]:
@@ -114,29 +117,38 @@ def tests(pattern: str, but: str | None = None) -> list[str]:
 
 
 def measurements(options: H200Options) -> list[Part]:
-    """One rank's share at M = 2048 over keys and features, with and without teacher and top-k, and a small problem."""
-    shapes = [f"2048x{N}x{D}" for N in (2048, 8192, 65536, 524288) for D in (128, 256, 1024, 4096)]
-    shapes, repetitions = (["512x512x256", *shapes], "20") if not options.toy else (["32x64x16"], "2")
-    ours = ["triton-int16", "cuda-int16", "triton-flash-int16"] if torch.cuda.is_available() else ["cpu"]
-    compared = {"512x512x256", "2048x8192x256", "2048x8192x4096", "2048x65536x1024", "32x64x16"}
-    theirs = [
-        "compile",
-        "flash-sinkhorn",
-        "flash-sinkhorn-tf32",
-        "compile-autocast",
-        "gemms",
-        *(["authors", "authors-autocast"] if options.authors else []),
-    ]
-    made = []
-    for shape in shapes:
-        graphs = ["triton-int16-graph", "cuda-int16-graph"] if shape.startswith("512x") else []
-        rows = [*ours, *graphs, *(theirs if shape in compared else [])]
-        given = ["--shapes", shape, "--repetitions", repetitions, "--rows", *rows]
-        given += ["--authors", str(options.authors.absolute())] if options.authors else []
-        made.append(Part(f"sinkhorn-{shape}", 200, script("sinkhorn", options, f"sinkhorn-{shape}", *given)))
-        for name, more in (("", []), ("-teacher", ["--teacher"]), ("-teacher-topk", ["--teacher", "--top-k", "8"])):
-            part = f"loss-{shape}{name}"
-            made.append(Part(part, 250, script("loss", options, part, "--parts", "whole", *given, *more)))
+    """Beside the competitors at some shapes, then ours over keys and features: all one rank's share of 2048 rows."""
+    on_gpu, toy = torch.cuda.is_available(), options.toy
+    ours = ["triton-int16", "cuda-int16", "triton-flash-int16"] if on_gpu else ["cpu"]
+    theirs = ["compile", "compile-autocast", "gemms", "flash-sinkhorn", "flash-sinkhorn-tf32"]
+    theirs += ["authors", "authors-autocast"] if options.authors else []
+    rows, features = ("2048", (128, 256, 1024, 4096)) if not toy else ("32", (16,))
+    keys = (8192, 65536, 524288, 2048) if not toy else (64,)
+    compared = ("2048x8192x4096", "2048x8192x256", "2048x65536x1024") if not toy else ("32x64x16",)
+    teacher, top_k = ["--teacher", "--teacher-views", "8"], ["--top-k", "128" if not toy else "8"]
+    modes = {"": [], "-teacher": teacher, "-topk": top_k, "-teacher-topk": teacher + top_k}
+    common = ["--repetitions", "20" if not toy else "2"]
+    common += ["--authors", str(options.authors.absolute())] if options.authors else []
+
+    def measured(benchmark: str, name: str, shapes: Sequence[str], *given: str) -> Part:
+        return Part(name, 400, script(benchmark, options, name, "--shapes", *shapes, *common, *given))
+
+    def loss(name: str, shapes: Sequence[str], *given: str, views: str = "8") -> Part:
+        return measured("loss", name, shapes, "--parts", "whole", "--views", views, *given)
+
+    graphs = ["triton-int16-graph", "cuda-int16-graph"] if on_gpu else []
+    small = "512x512x256" if not toy else "16x16x16"
+    both = [*ours, *theirs]
+    made = [loss(f"loss-{shape}-teacher", [shape], "--rows", *both, *teacher) for shape in compared]
+    made += [measured("sinkhorn", f"sinkhorn-{shape}", [shape], "--rows", *both) for shape in compared]
+    for mode, given in {"": [], "-teacher": ["--teacher"]}.items():
+        made.append(loss(f"loss-{small}{mode}", [small], "--rows", *both, *graphs, *given, views="2"))
+    made += [loss(f"loss-{shape}", [shape], "--rows", *both) for shape in compared]
+    for N in keys:
+        ladder = [f"{rows}x{N}x{D}" for D in features]
+        made += [loss(f"ladder-{N}{mode}", ladder, "--rows", *ours, *given) for mode, given in modes.items()]
+        given = ["--parts", "from-scores", "--rows", *ours]
+        made.append(measured("sinkhorn", f"sinkhorn-ladder-{N}", ladder[:1], *given))
     return made
 
 
@@ -154,7 +166,8 @@ def counters(options: H200Options) -> list[str]:
     """Each kernel's share of the memory and arithmetic rates in a Sinkhorn problem and a loss, by Nsight Compute."""
     command = ["ncu", "--clock-control", "none", "--section", "SpeedOfLight", "--section", "LaunchStats"]
     command += ["-k", "regex:sinkhorn_pass|match|column_lse|add_chunks", "--launch-count", "40", "--csv"]
-    given = ["--shapes", "2048x8192x256", "--repetitions", "1", "--warmup-s", "0", "--parts", "whole", "--teacher"]
+    given = ["--shapes", "2048x8192x256", "--repetitions", "1", "--warmup-s", "0", "--parts", "whole"]
+    given += ["--views", "8", "--teacher", "--teacher-views", "8"]
     return [*command, *script("loss", options, "counters", *given, "--rows", "triton-int16", "cuda-int16")]
 
 

@@ -25,6 +25,8 @@ class LossOptions(BenchmarkOptions):
     top_k: int = 0
     teacher: bool = False
     """Keys and target rows from a teacher."""
+    teacher_views: int | None = None
+    """R, the first R views that a teacher embeds; None: as many as are keys or give targets."""
     parts: tuple[Literal["from-scores", "whole"], ...] = ("from-scores", "whole")
 
 
@@ -43,9 +45,10 @@ def whole(options: LossOptions, problem: Problem, report: Report) -> None:
 def main(options: LossOptions) -> int:
     machine = Machine.found(options.device, options.threads)
     report = Report("loss", machine, options)
+    least = max(options.target_views, options.key_views)
     given = {
         "L": options.target_views,
-        "teacher": options.teacher,
+        "R": (options.teacher_views or least) if options.teacher else 0,
         "temperature": options.temperature,
         "top_k": options.top_k,
     }

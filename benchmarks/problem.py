@@ -5,6 +5,7 @@ Letters are those of bam_kernels/layout.py. Scores are in the public order of co
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -18,22 +19,29 @@ from bam_kernels.simulated import SimulatedRanks
 IMAGES_PER_CLUSTER = 16
 
 
-def features(views: int, images: int, D: int, *, cosine: float = 0.0, seed: int = 0) -> Tensor:
-    """(views, images, D) float32 embeddings in clusters with a power-law spectrum; two images have the given cosine
-    in the mean, and lengths differ."""
-    generator = torch.Generator().manual_seed(seed)
-    spectrum = torch.arange(1, D + 1, dtype=torch.float64) ** -0.5
+class Images:
+    """Images whose embeddings lie in clusters with a power-law spectrum; two have the given cosine in the mean."""
 
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, D, generator=generator, dtype=torch.float64) * spectrum
+    def __init__(self, images: int, D: int, device: torch.device, *, cosine: float = 0.0, seed: int = 0) -> None:
+        self.cosine, self.generator = cosine, torch.Generator(device).manual_seed(seed)
+        self.spectrum = torch.arange(1, D + 1, device=device, dtype=torch.float32) ** -0.5
+        centres = self._draw(max(images // IMAGES_PER_CLUSTER, 2))
+        cluster = torch.randint(len(centres), (images,), generator=self.generator, device=device)
+        self.means = self._draw(images).mul_(0.7).add_(centres[cluster])
+        self.means -= self.means.mean(0)
+        self.common = torch.nn.functional.normalize(self._draw(1), dim=-1)
 
-    centres = draw(max(images // IMAGES_PER_CLUSTER, 2))
-    cluster = torch.randint(len(centres), (images,), generator=generator)
-    x = centres[cluster] + 0.7 * draw(images) + 0.4 * draw(views, images)
-    x = x - x.mean((0, 1))
-    common = torch.nn.functional.normalize(draw(1), dim=-1)
-    x = math.sqrt(cosine) * common + math.sqrt(1 - cosine) * torch.nn.functional.normalize(x, dim=-1)
-    return (x * (1 + 2 * torch.rand(views, images, 1, generator=generator, dtype=torch.float64))).float()
+    def views(self, count: int, images: int | None = None) -> Tensor:
+        """(count, images, D) float32 embeddings, their lengths between 1 and 3, of the first images or of all."""
+        means = self.means[:images]
+        x = self._draw(count, len(means)).mul_(0.4).add_(means)
+        x.div_(x.norm(dim=-1, keepdim=True)).mul_(math.sqrt(1 - self.cosine))
+        x.add_(self.common, alpha=math.sqrt(self.cosine))
+        return x.mul_(1 + 2 * torch.rand(count, len(means), 1, generator=self.generator, device=x.device))
+
+    def _draw(self, *shape: int) -> Tensor:
+        drawn = torch.randn(*shape, len(self.spectrum), generator=self.generator, device=self.spectrum.device)
+        return drawn.mul_(self.spectrum)
 
 
 def parse_shape(text: str) -> tuple[int, int, int]:
@@ -45,8 +53,8 @@ def parse_shape(text: str) -> tuple[int, int, int]:
     return M, N, D
 
 
-def layout_of(M: int, N: int, D: int, *, V: int, L: int, T: int, teacher: bool) -> Layout:
-    """One process, or rank 0's share of W ranks where M rows alone have fewer than N keys."""
+def layout_of(M: int, N: int, D: int, *, V: int, L: int, T: int, R: int = 0) -> Layout:
+    """One process, or rank 0's share of W ranks where M rows alone have fewer than N keys. R: a teacher's views."""
     if M % V:
         raise ValueError(f"shapes: M={M} rows are not a multiple of views={V}")
     B = M // V
@@ -54,7 +62,9 @@ def layout_of(M: int, N: int, D: int, *, V: int, L: int, T: int, teacher: bool) 
         raise ValueError(f"shapes: N={N} keys are not a multiple of key_views * B = {T} * {B}")
     if max(L, T) > V:
         raise ValueError(f"target_views={L} and key_views={T} must be at most views={V}")
-    return Layout(B=B, V=V, L=L, T=T, D=D, R=max(L, T) if teacher else 0, W=N // (T * B))
+    if R and not max(L, T) <= R <= V:
+        raise ValueError(f"teacher_views={R} must be at least target_views={L} and key_views={T}, at most views={V}")
+    return Layout(B=B, V=V, L=L, T=T, D=D, R=R, W=N // (T * B))
 
 
 @dataclass(frozen=True)
@@ -72,23 +82,30 @@ class Problem:
 
     @staticmethod
     def made(layout: Layout, options: Options, device: torch.device, *, cosine: float = 0.0) -> "Problem":
-        V, B, W, D = layout.V, layout.B, layout.W, layout.D
-        student = features(V, B * W, D, cosine=cosine)
+        V, B, T, D = layout.V, layout.B, layout.T, layout.D
+        images = Images(B * layout.W, D, device, cosine=cosine)
+        keys = images.views(T)
+        student = torch.cat((keys[:, :B], images.views(V - T, B)))
         teacher = None
         if layout.R:
-            noise = features(layout.R, B * W, D, seed=1)
-            teacher = student[: layout.R] + 0.1 * math.sqrt(1 - cosine) * noise
-        keys = (student if teacher is None else teacher)[: layout.T].reshape(layout.N, D)
-        own = None if teacher is None else teacher[:, :B].reshape(layout.R * B, D).to(device)
-        unit = reference.normalize(keys.to(device))[0]
-        return Problem(layout, options, student[:, :B].reshape(layout.M, D).to(device), own, unit)
+            noise = Images(B * layout.W, D, device, seed=1)
+            spread = 0.1 * math.sqrt(1 - cosine)
+            keys += noise.views(T).mul_(spread)
+            further = student[T : layout.R] + spread * noise.views(layout.R - T, B)
+            teacher = torch.cat((keys[:, :B], further)).view(layout.R * B, D)
+        unit = reference.normalize(keys.view(layout.N, D))[0]
+        return Problem(layout, options, student.view(layout.M, D), teacher, unit)
+
+    @cached_property
+    def gathered_keys(self) -> Tensor:
+        return self.layout.to_gathered(self.keys.T).T.contiguous()
 
     @property
     def ranks(self) -> OneRank | SimulatedRanks:
         layout = self.layout
         if layout.W == 1:
             return ONE_RANK
-        return SimulatedRanks(layout.W, 0, layout.to_gathered(self.keys.T).T.contiguous(), keep_sent=True)
+        return SimulatedRanks(layout.W, 0, self.gathered_keys, keep_sent=True)
 
     def all_keys(self, own: Tensor) -> Tensor:
         """keys (N, D) with those of this rank, its own (T*B, D) unit rows, in the graph of `own`."""

@@ -40,7 +40,7 @@ def main(options: SinkhornOptions) -> int:
     report = Report("sinkhorn", machine, options, unused=("L", "R", "temperature", "top_k"))
     for part, table in (("from-scores", from_scores), ("from-embeddings", from_embeddings)):
         if part in options.parts:
-            for problem in options.problems(machine, L=1, teacher=False):
+            for problem in options.problems(machine, L=1):
                 table(options, problem, report)
     return report.finish()
 

@@ -18,10 +18,11 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
 import plot  # noqa: E402
+import predictions  # noqa: E402
 from common import BenchmarkOptions, Report, checked, threshold_of  # noqa: E402
 from competitor import WHOLE, Competitor, Rotation  # noqa: E402
 from hardware import Machine  # noqa: E402
-from problem import Problem, Truth, Work, features, layout_of, parse_shape, truth_of_sinkhorn  # noqa: E402
+from problem import Images, Problem, Truth, Work, layout_of, parse_shape, truth_of_sinkhorn  # noqa: E402
 
 OURS = {"cpu", "cpu-int16"} if cpu.unavailable() is None else set()
 REQUIRED = {
@@ -120,12 +121,12 @@ def test_accuracy_of_interpreted_kernels(tmp_path: Path) -> None:
 
 def test_the_script_for_a_gpu_goes_on_where_it_stopped(tmp_path: Path) -> None:
     """At toy size on any machine: parts that pass are not run again, one that fails is, and an unknown one is named."""
-    part = "loss-32x64x16-teacher-topk"
+    part = "ladder-64-teacher-topk"
     given = ("--out", tmp_path, "--toy", "--parts", part, "tune")
     first = run("h200.py", *given)
     assert first.returncode == 0 and f"{part} " in first.stdout and "all done" in first.stdout, first.stderr
     rows = json.loads((tmp_path / f"{part}.json").read_text())
-    assert {row["W"] for row in rows} == {2} and all(row["top_k"] == 8 for row in rows)
+    assert all((row["W"], row["R"], row["top_k"]) == (8, 8, 8) for row in rows)
     parts = json.loads((tmp_path / "parts.json").read_text())
     assert parts[part]["status"] == "passed" and (tmp_path / f"{part}.log").stat().st_size > 0
     if not torch.cuda.is_available():
@@ -139,6 +140,39 @@ def test_the_script_for_a_gpu_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert unknown.returncode != 0 and "['nothing'] are none of ['doctor'" in unknown.stderr
 
 
+NSIGHT = """==PROF== Connected to process 1
+"ID","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value"
+"0","void bam::cuda::sinkhorn_pass_kernel<short, 4, false>(Pass)","GPU Speed","Duration","ns","9,000"
+"0","void bam::cuda::sinkhorn_pass_kernel<short, 4, false>(Pass)","GPU Speed","Memory Throughput","%","80.1"
+"1","sinkhorn_pass","GPU Speed","Duration","us","11.0"
+"2","void bam::cuda::match_kernel<short, false>(MatchArguments)","GPU Speed","Duration","us","19.5"
+"""
+
+
+def test_predictions_stand_beside_what_was_measured(tmp_path: Path) -> None:
+    """The best row of ours that passed, of the right shape; "-" where nothing was measured."""
+
+    def row(kind: str, D: int, median_ms: float | None, peak: int) -> dict[str, object]:
+        return {"kind": kind, "M": 2048, "N": 524288, "D": D, "median_ms": median_ms, "peak_bytes": peak}
+
+    step = [row("cuda-int16", 4096, 0.72, 10**8), row("triton-int16", 4096, 0.69, 10**8), row("gemms", 4096, None, 0)]
+    ladder = [row("triton-int16", 4096, 41.0, 9 * 10**9), row("triton-int16", 128, 5.0, 10**9)]
+    (tmp_path / "loss-2048x8192x4096-teacher.json").write_text(json.dumps(step))
+    (tmp_path / "ladder-524288-teacher.json").write_text(json.dumps(ladder))
+    (tmp_path / "counters.log").write_text(NSIGHT)
+    assert predictions.main(predictions.PredictionOptions(tmp_path)) == 0
+    found = {row["prediction"]: row for row in json.loads((tmp_path / "predictions.json").read_text())}
+    seen = {name: (row["measured"], row["held"]) for name, row in found.items() if row["measured"] != "-"}
+    assert seen == {
+        "step, D = 4096": (pytest.approx(690), True),
+        "memory of a step, D = 4096": (0.1, True),
+        "memory, N = 524288, D = 4096": (9.0, False),
+        "Sinkhorn pass, 2048 x 8192 int16": (10.0, True),
+        "match, 2048 x 8192 int16": (19.5, False),
+    }
+    assert found["step, D = 256"]["held"] == "-"
+
+
 def test_unknown_option_is_an_error() -> None:
     finished = run("sinkhorn.py", "--iteration-count", "3")
     assert finished.returncode == 2
@@ -147,7 +181,7 @@ def test_unknown_option_is_an_error() -> None:
 
 @pytest.fixture
 def problem() -> Problem:
-    layout = layout_of(12, 12, 8, V=2, L=2, T=2, teacher=False)
+    layout = layout_of(12, 12, 8, V=2, L=2, T=2)
     return Problem.made(layout, Options(), torch.device("cpu"))
 
 
@@ -207,15 +241,15 @@ def test_fresh_copies_survive_destruction_and_rotate(cold_bytes: int, buffers: i
 
 
 @pytest.mark.parametrize("cosine", [0.0, 0.9, 0.99])
-def test_features_have_the_mean_cosine(cosine: float) -> None:
-    x = torch.nn.functional.normalize(features(2, 200, 32, cosine=cosine).double(), dim=-1)[0]
+def test_embeddings_have_the_mean_cosine(cosine: float) -> None:
+    x = torch.nn.functional.normalize(Images(200, 32, torch.device("cpu"), cosine=cosine).views(2).double(), dim=-1)[0]
     between = (x @ x.T).sum() - len(x)
     assert between / (len(x) * (len(x) - 1)) == pytest.approx(cosine, abs=0.02)
 
 
 def test_shapes() -> None:
     assert parse_shape("512x1024x256") == (512, 1024, 256)
-    shared = layout_of(512, 1024, 256, V=2, L=2, T=2, teacher=False)
+    shared = layout_of(512, 1024, 256, V=2, L=2, T=2)
     assert shared == Layout(B=256, V=2, L=2, T=2, D=256, W=2)
     assert (shared.M, shared.N) == (512, 1024)
 
@@ -225,4 +259,4 @@ def test_shapes() -> None:
 )
 def test_bad_shapes(text: str, V: int, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        layout_of(*parse_shape(text), V=V, L=V, T=V, teacher=False)
+        layout_of(*parse_shape(text), V=V, L=V, T=V)
