@@ -20,7 +20,7 @@ using ScalarPair = std::pair<float, Address>;                        // factor, 
 using RowsTuple = std::tuple<Address, int, std::array<int64_t, 4>>;  // address, float type, rows of a view, strides
 using PositivesTuple = std::tuple<bool, int64_t, int64_t, int64_t, int64_t, int64_t>;
 using TeamPair = std::pair<int, int>;                              // threads, cluster
-using WhereTuple = std::tuple<int, Address, bool>;                 // device, stream, programmatic launches
+using WhereTuple = std::tuple<int, Address, bool, int64_t>;        // device, stream, programmatic, shared_bytes
 using GradientTuple = std::tuple<Address, int, int64_t, int64_t>;  // address, float type, view stride, row stride
 
 Potential potential(const Pair& p) {
@@ -43,7 +43,7 @@ Team team(const TeamPair& t) {
 template <class Params>
 void call(void (*kernel)(const Params&, const Where&), const Params& params, const WhereTuple& where) {
   py::gil_scoped_release release;
-  kernel(params, {std::get<0>(where), as<void>(std::get<1>(where)), std::get<2>(where)});
+  kernel(params, {std::get<0>(where), as<void>(std::get<1>(where)), std::get<2>(where), std::get<3>(where)});
 }
 
 void bind_scores(py::class_<Kernels>& c) {
@@ -203,7 +203,8 @@ py::dict device(int index) {
   found["memory_bytes"] = d.memory_bytes;
   found["l2_bytes"] = d.l2_bytes;
   found["shared_bytes"] = d.shared_bytes;
-  found["cluster"] = d.cluster;
+  found["reserved_bytes"] = d.reserved_bytes;
+  found["clusters"] = py::make_tuple(d.clusters[0], d.clusters[1], d.clusters[2], d.clusters[3]);
   found["cooperative"] = d.cooperative;
   found["programmatic"] = d.programmatic;
   found["fault"] = d.fault;

@@ -27,7 +27,10 @@ pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []
 
 
 def kernels_on(**limits: object) -> CudaKernels:
-    """Kernels that take the device to have these limits."""
+    """Kernels that take the device to have these limits. cluster: blocks of the largest one."""
+    if "cluster" in limits:
+        largest = limits.pop("cluster")
+        limits["clusters"] = tuple(int(size <= largest) for size in (2, 4, 8, 16))
     if DEVICE.type == "cpu":
         return emulated.kernels(replace(emulated.HOPPER, **limits))
     return CudaKernels(_C.cuda_kernels(), lambda index: replace(cuda.found_device(index), **limits))

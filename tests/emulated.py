@@ -19,7 +19,7 @@ EMULATOR = Path(__file__).parent / "emulator"
 FAMILIES = [path.stem for path in sorted(SOURCES.glob("*.cu")) if path.stem != "device"]
 FLAGS = "-std=c++17 -O1 -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Wno-unknown-pragmas"
 # Four multiprocessors with what one of a Hopper holds.
-HOPPER = Device(0, "emulator", (9, 0), 4, 1 << 30, 1 << 20, 227 << 10, 16, True, True)
+HOPPER = Device(0, "emulator", (9, 0), 4, 1 << 30, 1 << 20, 227 << 10, 1 << 10, (2, 1, 1, 1), True, True)
 
 
 @cache

@@ -18,9 +18,14 @@ from bam_kernels.layout import Layout
 
 built = pytest.mark.skipif(_C is None or not _C.with_cuda, reason="built without CUDA")
 needs_compiler = pytest.mark.skipif(_C is None or not shutil.which("g++"), reason="needs the extension and g++")
-H100 = replace(emulated.HOPPER, multiprocessors=132)
+H100 = replace(emulated.HOPPER, multiprocessors=132, clusters=(66, 32, 15, 7))
 A100 = replace(
-    emulated.HOPPER, capability=(8, 0), multiprocessors=108, shared_bytes=163 << 10, cluster=1, programmatic=False
+    emulated.HOPPER,
+    capability=(8, 0),
+    multiprocessors=108,
+    shared_bytes=163 << 10,
+    clusters=(0, 0, 0, 0),
+    programmatic=False,
 )
 
 
@@ -55,10 +60,23 @@ def test_a_device_that_cannot_run_the_kernels_is_named_with_the_reason():
 @pytest.mark.skipif(_C is None, reason="needs the extension")
 def test_shapes_of_launches():
     """What the device holds, and no more: a row in one block to 8192 columns, over 16 to 131072, else read twice."""
-    assert shapes.pass_shape(8192, 2, H100) == ((512, 1), 4) and shapes.pass_shape(8193, 2, H100) == ((288, 2), 4)
-    assert shapes.pass_shape(131072, 4, H100) == ((512, 16), 2) and shapes.pass_shape(131073, 2, H100) is None
-    assert shapes.pass_shape(8192, 2, A100) == ((512, 1), 2) and shapes.pass_shape(8193, 2, A100) is None
-    assert shapes.pass_shape(4096, 2, A100) == ((256, 1), 4) and shapes.pass_shape(8192, 4, A100) == ((512, 1), 1)
+    assert shapes.pass_shape(8192, 2, H100) == ((512, 1), 4, 132) and shapes.pass_shape(8193, 2, A100) is None
+    assert shapes.pass_shape(131072, 4, H100) == ((512, 16), 2, 7) and shapes.pass_shape(131073, 2, H100) is None
+    assert shapes.pass_shape(65536, 2, H100) == ((512, 8), 4, 15) and shapes.pass_shape(8193, 2, H100) == (
+        (288, 2),
+        4,
+        66,
+    )
+    assert shapes.pass_shape(2048, 2, H100) == ((128, 1), 4, 4 * 132)
+    # 15 clusters of 8 blocks run at once, not 132 // 8: no chunk is left for a second turn.
+    assert -(-2048 // shapes.pass_rows(2048, shapes.pass_shape(65536, 2, H100), H100)) == 15
+    few = replace(H100, clusters=(66, 32, 0, 0))
+    assert few.cluster == 4 and shapes.pass_shape(65536, 2, few) is None
+    # 163 KB hold whole groups of one block of 4096 columns, half groups of two.
+    assert shapes.pass_shape(8192, 2, A100) == ((512, 1), 2, 108)
+    assert shapes.pass_shape(4096, 2, A100) == ((256, 1), 2, 2 * 108)
+    assert shapes.pass_shape(8192, 4, A100) == ((512, 1), 1, 108)
+    assert shapes.pass_shape(2000, 2, replace(A100, shared_bytes=20 << 10)) is None
     assert shapes.match_team(2, 8192, 2, H100) == (512, 1) and shapes.match_team(2, 8192, 4, A100) == (512, 1)
     assert shapes.match_team(8, 8192, 2, H100) == (256, 2)  # 8 rows of targets do not fit one block
     for device in (H100, A100):

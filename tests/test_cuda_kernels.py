@@ -50,7 +50,7 @@ def test_a_chip_with_room_for_half_a_group(dtype, monkeypatch):
         (kernels_on(cluster=1), None),
     ):
         shape = shapes.pass_shape(300, dtype.itemsize, device_of(made))
-        assert shape == ((32, 1), rows or 8 // dtype.itemsize)
+        assert shape[:2] == ((32, 1), rows or 8 // dtype.itemsize)
         s, step, exact = scores(made, DEVICE, 17, 300, dtype)
         row, c = one(17), empty(300)
         made.sinkhorn_pass(s, LOG2_E / 0.05 * step, row, one(300), c, accumulate=False)

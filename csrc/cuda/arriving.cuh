@@ -45,6 +45,8 @@ class Arriving {
         store_cut_octet(to + place, row + place, here_ - place);
       }
     }
+    // A row that is aligned may be copied to this place later.
+    if (has_arrivals() && !aligned) order_before_bulk_copies();
   }
 
   // What was fetched since the last stage was sent off is this one's.

@@ -16,11 +16,13 @@ struct Device {
   int major, minor;
   int multiprocessors;
   int64_t memory_bytes, l2_bytes;
-  int64_t shared_bytes;  // of a block, at most
-  int cluster;           // blocks of the largest cluster that these kernels can use here; 1: none
-  bool cooperative;      // whether a grid can wait for all of its blocks
-  bool programmatic;     // whether a kernel's blocks can come on chip while the one before it ends
-  std::string fault;     // why none of these kernels can run here; empty: they can
+  int64_t shared_bytes, reserved_bytes;  // of a block: at most, and what it takes besides
+  // How many clusters of 2, 4, 8 and 16 blocks run at once with the most threads and shared memory; 0: none can. The
+  // blocks of a cluster are in one part of the chip, and these differ in size.
+  int clusters[4];
+  bool cooperative;   // whether a grid can wait for all of its blocks
+  bool programmatic;  // whether a kernel's blocks can come on chip while the one before it ends
+  std::string fault;  // why none of these kernels can run here; empty: they can
 };
 
 // The devices of this process; 0 where there is no driver.
@@ -31,7 +33,8 @@ Device describe(int index);
 struct Where {
   int device;
   void* stream;
-  bool programmatic;  // Device::programmatic
+  bool programmatic;     // Device::programmatic
+  int64_t shared_bytes;  // Device::shared_bytes
 };
 
 // A factor, times a number on the device where there is one.

@@ -1,14 +1,12 @@
 // What the devices of this process are, and what these kernels can do there.
-#include <algorithm>
-
 #include "check.cuh"
 #include "cuda.h"
 
 namespace bam::cuda {
 
-// Of the current device, whether it runs code for sm_90 or newer, and if so the largest cluster of blocks with this
-// much shared memory; 1: no clusters. An error where no code runs here.
-cudaError_t find_forms(int shared_bytes, bool* is_hopper_code, int* cluster);
+// Of the current device, whether it runs code for sm_90 or newer, and if so Device::clusters of blocks with this much
+// shared memory. An error where no code runs here.
+cudaError_t find_forms(int shared_bytes, bool* is_hopper_code, int (&clusters)[4]);
 
 namespace {
 
@@ -41,13 +39,13 @@ Device describe(int index) {
               static_cast<int64_t>(prop.totalGlobalMem),
               prop.l2CacheSize,
               static_cast<int64_t>(prop.sharedMemPerBlockOptin),
-              1,
+              static_cast<int64_t>(prop.reservedSharedMemPerBlock),
+              {},
               attribute(cudaDevAttrCooperativeLaunch, index) != 0,
               false,
               ""};
   DeviceGuard guard(index);
-  const cudaError_t status = find_forms(static_cast<int>(d.shared_bytes), &d.programmatic, &d.cluster);
-  d.cluster = std::min(d.cluster, kMostCluster);
+  const cudaError_t status = find_forms(static_cast<int>(d.shared_bytes), &d.programmatic, d.clusters);
   if (status != cudaSuccess) {
     cudaGetLastError();
     d.fault = cudaGetErrorString(status);

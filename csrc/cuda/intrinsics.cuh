@@ -93,6 +93,12 @@ __device__ __forceinline__ void arrive(Arrival* a) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(a)) : "memory");
 #endif
 }
+// Bulk copies that a barrier of the block puts after this thread's stores to shared memory come after them.
+__device__ __forceinline__ void order_before_bulk_copies() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
 // Waits for the end of a phase; phases are even and odd in turn, the first is even. What came in it is seen: by bulk
 // copies of this block or, kCluster, from other blocks.
 template <bool kCluster>
@@ -217,6 +223,7 @@ void wait_for_copies() {
 inline bool has_arrivals() {
   return emulator::has_arrivals();
 }
+inline void order_before_bulk_copies() {}
 inline void begin_arrival(Arrival* a) {
   emulator::begin_arrival(a);
 }

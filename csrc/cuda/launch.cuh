@@ -38,8 +38,9 @@ inline std::string described(const char* name, const Shape& shape) {
 template <class Params>
 cudaError_t start(void (*kernel)(Params), const Shape& shape, const Where& where, const Params& params) {
   if (shape.shared_bytes > kUnaskedSharedBytes) {
+    // All there is, so that a thread which launches the kernel with less takes nothing from this one.
     const cudaError_t status =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes));
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(where.shared_bytes));
     if (status != cudaSuccess) return status;
   }
   if (shape.cluster > kUnaskedCluster) {

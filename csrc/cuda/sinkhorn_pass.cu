@@ -87,24 +87,31 @@ void sinkhorn_pass(const SinkhornPass& p, const Where& where) {
 }
 
 #ifdef __CUDACC__
-cudaError_t find_forms(int shared_bytes, bool* is_hopper_code, int* cluster) {
+cudaError_t find_forms(int shared_bytes, bool* is_hopper_code, int (&clusters)[4]) {
   auto* kernel = sinkhorn_pass_kernel<float, kMostRows<float>, true>;
   *is_hopper_code = false;
-  *cluster = 1;
   cudaFuncAttributes found;
-  cudaError_t status = cudaFuncGetAttributes(&found, kernel);
+  const cudaError_t status = cudaFuncGetAttributes(&found, kernel);
   // Code for an older architecture, compiled again for this device, knows no clusters and waits for no kernel.
   if (status != cudaSuccess || found.ptxVersion < 90) return status;
   *is_hopper_code = true;
-  status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  if (status != cudaSuccess) return status;
-  status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  if (status != cudaSuccess) return status;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(kMostCluster);
-  config.blockDim = dim3(kMostThreads);
-  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-  return cudaOccupancyMaxPotentialClusterSize(cluster, kernel, &config);
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  for (int k = 0; k < 4; ++k) {
+    cudaLaunchAttribute attribute;
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = 2u << k;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(2u << k);
+    config.blockDim = dim3(kMostThreads);
+    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    if (cudaOccupancyMaxActiveClusters(&clusters[k], kernel, &config) != cudaSuccess) clusters[k] = 0;
+  }
+  cudaGetLastError();  // where there are no clusters, or none of a size, rows take other ways
+  return cudaSuccess;
 }
 #endif
 

@@ -60,7 +60,7 @@ void broken_kernel(int kind) {
 EXPORT const char* fault_of_broken_kernel(int kind) {
   static std::string fault;
   try {
-    launch("broken_kernel", broken_kernel, {dim3(2), 64, 64, 2}, {0, nullptr, true}, kind);
+    launch("broken_kernel", broken_kernel, {dim3(2), 64, 64, 2}, {0, nullptr, true, 64}, kind);
     fault = "";
   } catch (const std::runtime_error& error) {
     fault = error.what();

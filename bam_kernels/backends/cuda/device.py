@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Device:
-    """As csrc/cuda/device.cu finds it. shared_bytes is of a block; cluster the blocks of the largest one, 1: none;
-    cooperative says whether a grid can wait for all of its blocks; programmatic whether a kernel's blocks can come on
-    chip while the one before it ends; fault why nothing can run, or "".
+    """As csrc/cuda/device.cu finds it. A block has at most shared_bytes, and takes reserved_bytes more; clusters says
+    how many of 2, 4, 8 and 16 blocks run at once; cooperative whether a grid can wait for all of its blocks;
+    programmatic whether a kernel's blocks can come on chip while the one before it ends; fault why nothing can run, or
+    "".
     """
 
     index: int
@@ -17,10 +18,25 @@ class Device:
     memory_bytes: int
     l2_bytes: int
     shared_bytes: int
-    cluster: int
+    reserved_bytes: int
+    clusters: tuple[int, int, int, int]
     cooperative: bool
     programmatic: bool
     fault: str = ""
+
+    @property
+    def cluster(self) -> int:
+        """Blocks of the largest cluster; 1: there are none."""
+        return max((size for size in (2, 4, 8, 16) if self.clusters_of(size)), default=1)
+
+    def clusters_of(self, size: int) -> int:
+        """How many clusters of that many blocks run at once."""
+        return self.clusters[size.bit_length() - 2]
+
+    def blocks(self, threads: int, shared_bytes: int, most_threads: int) -> int:
+        """How many blocks of a kernel run at once, most_threads of which fit the registers of a multiprocessor."""
+        of_memory = (self.shared_bytes + self.reserved_bytes) // (shared_bytes + self.reserved_bytes)
+        return self.multiprocessors * min(most_threads // threads, of_memory)
 
     def forms(self) -> str:
         """What of the kernels' forms runs here, and why not the others."""

@@ -62,9 +62,8 @@ class Launcher:
     def _device(self, x: Tensor) -> Device:
         return self._found_device(x.device.index or 0)
 
-    def _where(self, x: Tensor) -> tuple[int, int, bool]:
-        """Device, stream, and whether launches there may overlap."""
-        programmatic = self._device(x).programmatic
-        if x.device.type != "cuda":
-            return 0, 0, programmatic
-        return x.device.index or 0, torch.cuda.current_stream(x.device).cuda_stream, programmatic
+    def _where(self, x: Tensor) -> tuple[int, int, bool, int]:
+        """Device, stream, whether launches there may overlap, and shared memory of a block."""
+        device = self._device(x)
+        stream = torch.cuda.current_stream(x.device).cuda_stream if x.device.type == "cuda" else 0
+        return x.device.index or 0, stream, device.programmatic, device.shared_bytes

@@ -51,20 +51,26 @@ def row_team(n: int, column_bytes: int, device: Device) -> Team | None:
 
 
 class Pass(NamedTuple):
-    """Of a Sinkhorn pass: `group` rows share a reduction."""
+    """Of a Sinkhorn pass: `group` rows share a reduction; `at_once` teams run at once."""
 
     team: Team
     group: int
+    at_once: int
 
 
 def pass_shape(n: int, score_bytes: int, device: Device) -> Pass | None:
-    """The fewest blocks that hold a row, with as many rows at once as fit those; None where no team holds one."""
+    """The fewest blocks that hold a row, then most of them at once, then most rows in a group; None: no team fits."""
     found = []
     for group_bytes in (GROUP_BYTES, GROUP_BYTES // 2):
-        team = row_team(n, POTENTIAL_BYTES + GROUPS * group_bytes, device)
-        if team is not None:
-            found.append(Pass(team, group_bytes // score_bytes))
-    return min(found, key=lambda shape: shape.team.cluster, default=None)
+        column_bytes = POTENTIAL_BYTES + GROUPS * group_bytes
+        team = row_team(n, column_bytes, device)
+        if team is None:
+            continue
+        block_bytes = SCRATCH_BYTES + team.threads * OWNED * column_bytes
+        blocks = device.blocks(team.threads, block_bytes, REGISTER_THREADS)
+        at_once = blocks if team.cluster == 1 else min(blocks // team.cluster, device.clusters_of(team.cluster))
+        found.append(Pass(team, group_bytes // score_bytes, at_once))
+    return min(found, key=lambda shape: (shape.team.cluster, -shape.at_once), default=None)
 
 
 def match_team(L: int, n: int, score_bytes: int, device: Device) -> Team | None:
@@ -74,9 +80,7 @@ def match_team(L: int, n: int, score_bytes: int, device: Device) -> Team | None:
 
 def pass_rows(m: int, shape: Pass, device: Device) -> int:
     """Rows of a chunk: as many chunks as the device runs at once."""
-    threads, cluster = shape.team
-    at_once = device.multiprocessors * (REGISTER_THREADS // threads) // cluster
-    chunks = max(1, min(at_once, 2 * device.multiprocessors))
+    chunks = max(1, min(shape.at_once, 2 * device.multiprocessors))
     return up(max(-(-m // chunks), 1), shape.group)
 
 
