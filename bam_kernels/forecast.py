@@ -19,10 +19,10 @@ from .engine.cost import (
 )
 from .engine.plan import SlabPlan
 from .engine.rows import sent_columns
-from .engine.slab import LEAST_EPSILON_OF_ONE_SUM
 from .header import HEADER_BYTES
 from .layout import Layout
 from .options import Options
+from .precision import LEAST_EPSILON_OF_ONE_SUM
 
 
 @dataclass(frozen=True)

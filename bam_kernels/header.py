@@ -5,11 +5,12 @@ vain, and ranks that do not are told what differs.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 HEADER_BYTES = 1024
 FAULT_CHARACTERS = 300
+SCHEDULED = ("epsilon", "temperature")
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,11 @@ class Header:
         text = json.dumps(fields, separators=(",", ":")).encode()
         assert len(text) <= HEADER_BYTES, f"header of {len(text)} bytes"
         return text.ljust(HEADER_BYTES)
+
+    def kind(self) -> bytes:
+        """What messages follow from: all but what a schedule may change at every step."""
+        kept = {key: value for key, value in self.values.items() if key not in SCHEDULED}
+        return replace(self, values=kept).encoded()
 
     def check(self, encoded: list[bytes]) -> None:
         """Raise what the ranks' headers tell. This rank's own fault is for the caller to raise. ValueError."""

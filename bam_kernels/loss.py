@@ -19,7 +19,7 @@ from .engine.cost import Problem, choose_engine, rates
 from .layout import Layout
 from .once import differentiable_once
 from .options import Options, as_tensor, check_bool, options_of
-from .precision import is_sixteen_bit, product_precision
+from .precision import float32_products, is_sixteen_bit, product_precision
 from .ranks import ranks_named, ranks_of
 from .stats import BAMStats
 
@@ -153,7 +153,7 @@ def bam_targets(student: Tensor, teacher: Tensor | None = None, **options: Any) 
         return reference.bam_targets(student, teacher, **options)
     ranks = ranks_named(ranks_of("bam_targets", resolved.group)[2])
     with product_precision(student.device, resolved.precision):
-        sixteen_bit = is_sixteen_bit(backend, resolved, student.dtype)
+        sixteen_bit = is_sixteen_bit(backend, resolved, student.dtype, student.device)
         engine, resolved = _engine(backend, resolved, layout, student, sixteen_bit, needs_grad=False)
         kernels = row_kernels(backend)
         return engine.targets(
@@ -170,7 +170,7 @@ def _engine(
         shared = not layout.R or options.target_rows == "student"
         scatters = needs_grad and not layout.R
         problem = Problem(layout, shared, options.iterations, needs_grad, scatters, sixteen_bit, options.regather)
-        at = rates() if sixteen_bit else rates().float32(torch.get_float32_matmul_precision())
+        at = rates() if sixteen_bit else rates().float32(float32_products(student.device))
         name = choose_engine(problem, options.top_k, options.memory_budget, student.device, at)
     return (flash if name == "flash" else slab), replace(options, engine="flash" if name == "flash" else "slab")
 
@@ -208,7 +208,7 @@ def _loss_impl(
     )
     D, ranks = student.shape[-1], ranks_named(group)
     layout = Layout(B=student.numel() // (V * D), V=V, L=L, T=T, D=D, R=R, W=ranks.W, rank=ranks.rank)
-    sixteen_bit = is_sixteen_bit(backend, options, student.dtype)
+    sixteen_bit = is_sixteen_bit(backend, options, student.dtype, student.device)
     with product_precision(student.device, precision):
         module, options = _engine(backend, options, layout, student, sixteen_bit, needs_grad=needs_grad)
         kernels = row_kernels(backend)

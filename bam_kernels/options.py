@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .layout import Layout
+from .precision import LEAST_EPSILON_OF_ONE_SUM
 from .ranks import ranks_of
 
 FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -86,6 +87,7 @@ class Options:
             "teacher's type": str(teacher.dtype) if teacher is not None else None,
             "temperature": self.temperature,
             "epsilon": self.epsilon,
+            "one sum": self.epsilon >= LEAST_EPSILON_OF_ONE_SUM,
             "iterations": self.iterations,
             "top_k": self.top_k,
             "mask_positives": self.mask_positives,
@@ -201,6 +203,7 @@ class AttentionOptions:
             "q's type": str(q.dtype),
             "k's type": str(k.dtype) if k is not None else None,
             **{field: getattr(self, field) for field in ("epsilon", "iterations", "mask", "normalize", "precision")},
+            "one sum": self.epsilon >= LEAST_EPSILON_OF_ONE_SUM,
             "backend": backend,
         }
 

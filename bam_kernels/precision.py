@@ -1,13 +1,15 @@
 """The arithmetic of matrix products, set for the length of a block."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Protocol
+from contextlib import contextmanager, nullcontext
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 LEAST_EPSILON_OF_FIXED_SCORES = 0.003
+# Below this a float64 sum of per-rank column sums can no longer hold the range of exp(1/epsilon) on both sides.
+LEAST_EPSILON_OF_ONE_SUM = 0.0029
 
 
 class _Options(Protocol):
@@ -19,7 +21,7 @@ class _Options(Protocol):
     def regather(self) -> bool: ...
 
 
-def is_sixteen_bit(backend: str, options: _Options, dtype: torch.dtype) -> bool:
+def is_sixteen_bit(backend: str, options: _Options, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether rows, keys and the scores' gradient are fp16 and scores int16 fixed point; from options alone.
 
     On GPUs, where reading them is what takes the time: for 16-bit input, and for float32 input where torch's flag
@@ -30,7 +32,27 @@ def is_sixteen_bit(backend: str, options: _Options, dtype: torch.dtype) -> bool:
         return False
     if options.epsilon < LEAST_EPSILON_OF_FIXED_SCORES:
         return False
-    return dtype in (torch.float16, torch.bfloat16) or torch.get_float32_matmul_precision() != "highest"
+    return dtype in (torch.float16, torch.bfloat16) or float32_products(device) != "highest"
+
+
+def float32_products(device: torch.device) -> str:
+    """torch.get_float32_matmul_precision(), or what torch.backends' newer fp32_precision says where it was used."""
+    rounded = {"ieee": "highest", "tf32": "high", "bf16": "medium"}.get(_fp32_precision(device.type), "")
+    try:
+        said = torch.get_float32_matmul_precision()
+    except RuntimeError:  # where both interfaces were used, and say different things
+        return rounded or "highest"
+    return said if rounded != "highest" else rounded
+
+
+def _fp32_precision(device_type: str) -> str:
+    return getattr(_PRODUCTS[device_type], "fp32_precision", "none") if device_type in _PRODUCTS else "none"
+
+
+_PRODUCTS: dict[str, Any] = {
+    "cuda": torch.backends.cuda.matmul,
+    "cpu": getattr(torch.backends.mkldnn, "matmul", None),
+}
 
 
 @contextmanager
@@ -39,20 +61,37 @@ def product_precision(device: torch.device, precision: str) -> Iterator[None]:
 
     fp16 products add in float32. The flags are process-wide and are restored on leaving, also after an exception.
     """
-    flag = torch.get_float32_matmul_precision()
     adds_in_half = torch.backends.cuda.matmul.allow_fp16_accumulation
-    with torch.autocast(device.type, enabled=False):
+    with torch.autocast(device.type, enabled=False), _unrounded(device) if precision == "exact" else nullcontext():
         try:
             if adds_in_half:
                 torch.backends.cuda.matmul.allow_fp16_accumulation = False
-            if precision == "exact" and flag != "highest":
-                torch.set_float32_matmul_precision("highest")
             yield
         finally:
-            if torch.get_float32_matmul_precision() != flag:
-                torch.set_float32_matmul_precision(flag)
             if adds_in_half:
                 torch.backends.cuda.matmul.allow_fp16_accumulation = True
+
+
+@contextmanager
+def _unrounded(device: torch.device) -> Iterator[None]:
+    """Float32 products, by both of torch's interfaces: the older sets what the newer reads, of all devices."""
+    before = {name: _fp32_precision(name) for name in _PRODUCTS}
+    try:
+        flag = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        flag = "highest"
+    try:
+        if flag != "highest":
+            torch.set_float32_matmul_precision("highest")
+        if _fp32_precision(device.type) not in ("ieee", "none"):
+            _PRODUCTS[device.type].fp32_precision = "ieee"
+        yield
+    finally:
+        if flag != "highest":
+            torch.set_float32_matmul_precision(flag)
+        for name, value in before.items():
+            if _fp32_precision(name) != value:
+                _PRODUCTS[name].fp32_precision = value
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:

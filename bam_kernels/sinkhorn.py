@@ -195,7 +195,7 @@ def _backward_impl(
 
 
 def _backward_fake(q: Tensor, k: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q), torch.empty_like(k) if k is not None else q.new_empty(0)
+    return q.new_empty(q.shape), k.new_empty(k.shape) if k is not None else q.new_empty(0)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

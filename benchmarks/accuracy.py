@@ -56,7 +56,7 @@ def evaluated(options: AccuracyOptions, machine: Machine, cosine: float, epsilon
     truth = truth_of_embeddings(problem)
     head = {"benchmark": "accuracy", "part": "whole", "cosine": cosine} | problem_fields(problem)
     competitors = whole_competitors(problem, Choice(options.rows, ("auto",), options.authors, 0))
-    rows = [checked(c, truth, epsilon) for c in competitors if c.outputs is not None]
+    rows = [checked(c, truth, named) for c in competitors if c.outputs is not None]
     return [head | fields(row) | machine.fields() for row in rows]
 
 

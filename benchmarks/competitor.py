@@ -91,10 +91,14 @@ class Choice:
         found: list[tuple[RowName, RowKernels]] = []
         if device.type == "cpu" and cpu.unavailable() is None:
             found += [(row, cpu.kernels(isa)) for isa in self.isa for row in chosen if row.startswith("cpu")]
-        if triton.unavailable(device) is None:
-            found += [(row, triton.kernels()) for row in chosen if row.startswith("triton")]
-        if cuda.unavailable(device) is None:
-            found += [(row, cuda.kernels()) for row in chosen if row.startswith("cuda")]
+        on_gpus: dict[str, Any] = {"triton": triton, "cuda": cuda}
+        for name, backend in on_gpus.items():
+            rows = [row for row in chosen if row.startswith(name)]
+            reason = backend.unavailable(device)
+            if reason is None:
+                found += [(row, backend.kernels()) for row in rows]
+            elif rows and device.type == "cuda":
+                print(f"left out: {', '.join(rows)}: {reason}")
         return found
 
 

@@ -16,6 +16,7 @@ from problem import Problem, Truth, Work, loss_options, loss_work, products_work
 from torch import Tensor
 
 from bam_kernels import reference
+from bam_kernels.engine.cost import flash_can
 
 
 def sinkhorn_competitors(problem: Problem, scores: Tensor, choice: Choice) -> list[Competitor]:
@@ -101,7 +102,10 @@ def whole_competitors(problem: Problem, choice: Choice) -> list[Competitor]:
     work = whole_work(layout, options.iterations)
     fresh = Rotation((problem.student, problem.teacher), choice.cold_bytes, requires_grad=True)
     rows = WHOLE + (GRAPHS if problem.student.device.type == "cuda" else ())
-    made = [whole_ours(problem, kind, kernels, fresh) for kind, kernels in choice.ours(problem, rows)]
+    ours = choice.ours(problem, rows)
+    if not flash_can(layout, options.top_k, regather=False):
+        ours = [(kind, kernels) for kind, kernels in ours if "flash" not in kind]
+    made = [whole_ours(problem, kind, kernels, fresh) for kind, kernels in ours]
 
     def loss(z: Tensor, y: Tensor | None) -> Tensor:
         """`reference.bam_loss` from the reference's own parts, without its checks, so that it is one graph."""

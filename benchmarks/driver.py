@@ -154,6 +154,8 @@ def measure(options: DriverOptions, machine: Machine, config: Config) -> list[di
     for _ in range(options.repetitions):  # in turn, so that noise hits all alike
         for name, run in parts.items():
             run()  # after itself, as steps follow each other: the allocator then has what it needs
+            if machine.device.type == "cuda":
+                torch.cuda.synchronize()  # what is under way would hide the time that the host takes
             times[name].append(machine.time_ms(run))
     median = {name: quantiles(of_part)[0] for name, of_part in times.items()}
     networks = median["backbone"] + median.get("teacher", 0.0)

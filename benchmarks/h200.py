@@ -4,17 +4,20 @@
     python benchmarks/h200.py --out /tmp/toy --toy          # the same on any machine, at toy sizes
 
 Each part is a command of its own with a time limit. What it prints goes to OUT/PART.log, its rows to OUT/PART.json, and
-how it ended to OUT/parts.json, at once. A part that has passed is not run again; one that cannot run here says why.
-The call ends before `--seconds` are over. Exit status 1 where a part has failed.
+how it ended to OUT/parts.json, at once. A part that has passed is not run again, one that has failed only where --parts
+names it; one that cannot run here says why. A part whose limit does not fit into what is left of --seconds waits for
+the next call. Exit status 1 where a part has failed.
 """
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -41,12 +44,13 @@ for backend in backends:
 print("ran")
 """
 
-# The first run of each name, in its first steps: later rounding has grown to something that can be seen.
+# The newest run of each name, in its first steps: later rounding has grown to something that can be seen.
 CURVES = """
 import json, sys
 from pathlib import Path
 def losses(name):
-    rows = map(json.loads, Path("runs", f"{name}-001", "history.jsonl").read_text().splitlines())
+    newest = max(Path("runs").glob(f"{name}-*"))
+    rows = map(json.loads, (newest / "history.jsonl").read_text().splitlines())
     return [row["loss"] for row in rows if row["kind"] == "train"]
 reference, *others = sys.argv[1:]
 for other in others:
@@ -77,6 +81,7 @@ class Part:
     limit_s: float
     command: list[str]
     needs: str | None = None  # why it cannot run here
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 def parts(options: H200Options) -> list[Part]:
@@ -87,16 +92,19 @@ def parts(options: H200Options) -> list[Part]:
     made = [
         Part("doctor", 120, [PYTHON, "-m", "bam_kernels"]),
         Part("tiny", 120, [PYTHON, "-c", TINY, device, *backends]),
-        Part("tests-gpu", 400, pytest("tests/test_gpu.py"), no_gpu),
+        Part("tests-gpu", 400, pytest(*tests("test_gpu.py")), no_gpu),
         Part("tests-cuda", 400, pytest(*tests("test_cuda*.py", but="compile")), no_gpu),
         Part("tests-triton", 500, pytest(*tests("interpreted/test_*.py")), no_gpu),
     ]
     sanitizer = shutil.which("compute-sanitizer")
     for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", PYTHON, "-c", TINY, device, "cuda"]
-        made.append(Part(tool, 300, command, no_gpu or (None if sanitizer else "compute-sanitizer is not there")))
+        missing = None if sanitizer else "compute-sanitizer is not there"
+        # Each tensor is its own piece of memory then, so that what lies between two is seen.
+        made.append(Part(tool, 300, command, no_gpu or missing, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}))
     for backend in ("reference", *backends):
         given = ["--optim.epochs=2", "--run.log-every=1", "--model.norm=layer"]
+        given += ["--run.dtype=float32", "--run.deterministic=True"]
         given += [f"--run.name={backend}", f"--loss.backend={backend}"]
         made.append(Part(f"driver-{backend}", 200, [PYTHON, str(REPOSITORY / "driver" / "pretrain.py"), *given]))
     made.append(Part("driver-curves", 60, [PYTHON, "-c", CURVES, "reference", *backends]))
@@ -159,7 +167,8 @@ def script(name: str, options: H200Options, part: str, *given: str) -> list[str]
 
 def tuning(options: H200Options, no_gpu: str | None) -> list[Part]:
     shapes = ["2048x8192x256", "2048x8192x4096"] if not options.toy else ["64x128x32"]
-    return [Part("tune", 500, [PYTHON, "-m", "bam_kernels.tune", "--shapes", *shapes], no_gpu)]
+    found = {"BAM_KERNELS_TUNED": str(options.out.absolute() / "tuned")}  # not for the other parts
+    return [Part("tune", 500, [PYTHON, "-m", "bam_kernels.tune", "--shapes", *shapes], no_gpu, found)]
 
 
 def counters(options: H200Options) -> list[str]:
@@ -175,10 +184,20 @@ def ended(part: Part, out: Path) -> dict[str, object]:
     """Run it, and say how it ended."""
     begin = time.monotonic()
     with (out / f"{part.name}.log").open("w") as log:
+        process = subprocess.Popen(
+            part.command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            cwd=out,
+            env=os.environ | part.environment,
+            start_new_session=True,
+        )
         try:
-            code = subprocess.run(part.command, stdout=log, stderr=subprocess.STDOUT, timeout=part.limit_s, cwd=out)
-            status = "passed" if code.returncode == 0 else f"failed with {code.returncode}"
+            code = process.wait(part.limit_s)
+            status = "passed" if code == 0 else f"failed with {code}"
         except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # what it has started too: a sanitizer's or profiler's program
+            process.wait()
             status = f"failed: longer than {part.limit_s:.0f} s"
     return {"status": status, "seconds": round(time.monotonic() - begin, 1)}
 
@@ -191,20 +210,21 @@ def main(options: H200Options) -> int:
     unknown = set(options.parts) - {part.name for part in chosen}
     if unknown:
         raise ValueError(f"parts: {sorted(unknown)} are none of {[part.name for part in parts(options)]}")
+    left = False
     for part in chosen:
-        if done.get(part.name, {}).get("status") == "passed":
+        status = done.get(part.name, {}).get("status", "")
+        if status == "passed" or (status.startswith("failed") and not options.parts):
             continue
         if part.needs is not None:
             done[part.name] = {"status": f"not run: {part.needs}"}
         elif time.monotonic() + part.limit_s > end:
-            print("more is left: the same command goes on", flush=True)
-            break
+            left = True
+            continue
         else:
             done[part.name] = ended(part, options.out)
         print(f"{part.name:<34} {done[part.name]['status']}", flush=True)
         file.write_text(json.dumps(done, indent=1) + "\n")
-    else:
-        print("all done")
+    print("more is left: the same command goes on" if left else "all done")
     return int(any(done.get(part.name, {}).get("status", "").startswith("failed") for part in chosen))
 
 

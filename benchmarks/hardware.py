@@ -86,7 +86,8 @@ class Machine:
         if self.device.type == "cpu":
             return self.gemm_gflops * 1e9 / EXP_FLOP
         properties = torch.cuda.get_device_properties(self.device)
-        return EXP_PER_CLOCK * properties.multi_processor_count * properties.clock_rate * 1e3
+        clock_khz = getattr(properties, "clock_rate", None) or 1e3 * torch.cuda.clock_rate(self.device)
+        return EXP_PER_CLOCK * properties.multi_processor_count * clock_khz * 1e3
 
     def _fastest_ms(self, run: Callable[[], Any], seconds: float = 0.15) -> float:
         end, best = time.perf_counter() + seconds, float("inf")

@@ -119,7 +119,7 @@ def whole_ours(problem: Problem, kind: RowName, kernels: RowKernels, fresh: Rota
     """
     layout, options, sixteen_bit = problem.layout, problem.options, "int16" in kind
     engine: Any = flash if "flash" in kind else slab
-    ranks = problem.ranks
+    ranks = problem.ranks()
     named = loss_options(problem) | ({"engine": "flash"} if engine is flash else {})
 
     def public(z: Tensor, y: Tensor | None) -> Tensor:

@@ -100,12 +100,9 @@ class Problem:
     def gathered_keys(self) -> Tensor:
         return self.layout.to_gathered(self.keys.T).T.contiguous()
 
-    @property
-    def ranks(self) -> OneRank | SimulatedRanks:
+    def ranks(self, *, keep_sent: bool = True) -> OneRank | SimulatedRanks:
         layout = self.layout
-        if layout.W == 1:
-            return ONE_RANK
-        return SimulatedRanks(layout.W, 0, self.gathered_keys, keep_sent=True)
+        return ONE_RANK if layout.W == 1 else SimulatedRanks(layout.W, 0, self.gathered_keys, keep_sent=keep_sent)
 
     def all_keys(self, own: Tensor) -> Tensor:
         """keys (N, D) with those of this rank, its own (T*B, D) unit rows, in the graph of `own`."""
@@ -153,12 +150,12 @@ def truth_of_scores(source: Tensor, target: Tensor | None, layout: Layout, optio
 def truth_of_embeddings(problem: Problem) -> Truth:
     leaf = problem.student.double().requires_grad_()
     teacher = None if problem.teacher is None else problem.teacher.double()
-    named = loss_options(problem)
+    named = loss_options(problem, keep_sent=False)
     (gradient,) = torch.autograd.grad(reference.bam_loss(leaf, teacher, **named), leaf)
     return Truth(reference.bam_targets(leaf.detach(), teacher, **named), gradient)
 
 
-def loss_options(problem: Problem) -> dict[str, object]:
+def loss_options(problem: Problem, *, keep_sent: bool = True) -> dict[str, object]:
     """The problem's options as `bam_loss` takes them."""
     layout, o = problem.layout, problem.options
     return {
@@ -169,7 +166,7 @@ def loss_options(problem: Problem) -> dict[str, object]:
         "epsilon": o.epsilon,
         "iterations": o.iterations,
         "top_k": o.top_k,
-        "group": problem.ranks,
+        "group": problem.ranks(keep_sent=keep_sent),
     }
 
 

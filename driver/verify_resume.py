@@ -47,7 +47,15 @@ class Verify:
 
 def verify(verify: Verify) -> int:
     """The exit code."""
-    options = [*shlex.split(verify.options), "--run.log-every", "1", "--run.save-steps", str(verify.save_steps)]
+    options = [
+        *shlex.split(verify.options),
+        "--run.deterministic",
+        "True",
+        "--run.log-every",
+        "1",
+        "--run.save-steps",
+        str(verify.save_steps),
+    ]
     with tempfile.TemporaryDirectory() as folder:
         unbroken, broken = Path(folder) / "unbroken", Path(folder) / "broken"
         run(unbroken, options, None, 0)

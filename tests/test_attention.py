@@ -275,8 +275,10 @@ def test_non_contiguous_input(normalize):
     P = sinkhorn_attention(q, k, normalize=normalize, **EXACT)
     assert torch.equal(sinkhorn_attention(*transposed, normalize=normalize, **EXACT), P)
     expected = gradients(sinkhorn_attention, q, k, weights, normalize=normalize, **EXACT)
-    actual = gradients(sinkhorn_attention, *transposed, weights, normalize=normalize, **EXACT)
-    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    by_columns = [weight.T.contiguous().T for weight in weights]
+    for given in ((transposed, weights), ((q, k), by_columns)):
+        actual = gradients(sinkhorn_attention, *given[0], given[1], normalize=normalize, **EXACT)
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

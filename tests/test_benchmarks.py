@@ -217,14 +217,15 @@ def test_broken_competitor_fails_and_is_not_timed(problem, capsys, tmp_path, way
 def test_a_gradient_off_by_more_than_the_threshold_fails(problem) -> None:
     truth = Truth(torch.ones(3, 4, dtype=torch.float64), torch.ones(3, 4, dtype=torch.float64))
     for scale, status in ((1 + 2e-5, "failing"), (1 + 5e-6, "ok")):
-        row = checked(competitor(lambda scale=scale: Truth(truth.P, truth.gradient * scale), []), truth, 0.05)
+        row = checked(competitor(lambda scale=scale: Truth(truth.P, truth.gradient * scale), []), truth, Options())
         assert row.status == status
 
 
 def test_thresholds() -> None:
-    assert threshold_of("float32", 0.05) == 1e-5
-    assert threshold_of("float32", 0.005) == 1e-4
-    assert threshold_of("int16", 0.05) == 1e-3 and threshold_of("int16", 0.005) == 1e-2
+    assert threshold_of("float32", 0.05, 0) == 1e-5 == threshold_of("float32", 0.05, 3)
+    assert threshold_of("float32", 0.005, 0) == 1e-4
+    assert threshold_of("int16", 0.05, 0) == 1e-3 and threshold_of("int16", 0.005, 0) == 1e-2
+    assert threshold_of("int16", 0.05, 3) == 5e-2
 
 
 @pytest.mark.parametrize("cold_bytes, buffers", [(0, 1), (1000, 4)])  # 400 bytes a copy: three others between two uses

@@ -70,9 +70,12 @@ def test_opcheck_of_attention(requires_grad, wants_plan, keys):
     )
 
 
+@pytest.mark.parametrize("by_columns", [False, True])
 @pytest.mark.parametrize("keys", [False, True])
-def test_opcheck_of_attention_backward(keys):
+def test_opcheck_of_attention_backward(keys, by_columns):
     q, k = features(1, 18, 8)[0], features(1, 12, 8, seed=1)[0] if keys else None
+    if by_columns:
+        q = q.T.contiguous().T
     problem = (EPSILON, 3, "block", [3, 2], True, "exact", "cpu")
     plan, f, g = torch.ops.bam_kernels.sinkhorn_attention(q, k, *problem[:5], True, "exact", "cpu", "")
     for given in ((plan, torch.ones_like(plan), None, None), (None, None, torch.ones_like(f), torch.ones_like(g))):

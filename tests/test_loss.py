@@ -12,6 +12,7 @@ from bam_kernels.backends import choose, cpu
 from bam_kernels.engine import slab
 from bam_kernels.layout import Layout
 from bam_kernels.options import Options
+from bam_kernels.precision import float32_products, product_precision
 
 pytestmark = needs_cpu_kernels
 EXACT = {"backend": "cpu", "precision": "exact"}
@@ -386,6 +387,31 @@ def test_global_precision_flag(matmul_precision, monkeypatch, precision, flag):
     assert torch.get_float32_matmul_precision() == flag
     if precision == "exact":
         assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("flag", ["ieee", "tf32"])
+def test_newer_precision_flag(matmul_precision, flag):
+    """torch.backends' own flag, after which the older interface may raise, is heeded and left as it was."""
+    products = torch.backends.cuda.matmul
+    if not hasattr(products, "fp32_precision"):
+        pytest.skip("this torch has the older interface alone")
+    student = features(2, 17, 8)
+    expected = loss_and_grad(bam_loss, student)
+    before = products.fp32_precision
+    torch.set_float32_matmul_precision("highest" if flag == "tf32" else "high")
+    products.fp32_precision = flag
+    try:
+        assert float32_products(torch.device("cuda")) == {"ieee": "highest", "tf32": "high"}[flag]
+        for precision in ("default", "exact"):
+            loss, grad = loss_and_grad(bam_loss, student, precision=precision)
+            assert_close(loss, expected[0], 1e-6)
+            assert_close(grad, expected[1], 1e-6)
+            assert products.fp32_precision == flag
+        with product_precision(torch.device("cuda"), "exact"):
+            assert products.fp32_precision == "ieee"
+        assert products.fp32_precision == flag
+    finally:
+        products.fp32_precision = before
 
 
 # Gradient

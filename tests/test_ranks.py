@@ -12,6 +12,8 @@ from torch import Tensor
 
 from bam_kernels import bam_loss, bam_targets, reference, sinkhorn_attention
 from bam_kernels.header import HEADER_BYTES, Header
+from bam_kernels.layout import Layout
+from bam_kernels.options import Options
 from bam_kernels.ranks import ONE_RANK
 from bam_kernels.simulated import SimulatedRanks, ThreadRanks, run_ranks
 
@@ -256,6 +258,22 @@ def test_header_says_which_ranks():
         header(0.1).check(encoded)
     assert all(len(text) == HEADER_BYTES for text in encoded)
     header(0.1).check(encoded[:6])
+
+
+def test_a_schedule_makes_no_new_kind_of_header():
+    """GPUs wait for the others' headers once a kind: epsilon may move as long as the messages stay what they are."""
+
+    def kind(**given) -> bytes:
+        options = Options(**given)
+        return Header(
+            "bam_loss", options.header(Layout(B=2, V=2, L=2, T=2, D=3), torch.empty(0), None, "triton", True)
+        ).kind()
+
+    assert kind(epsilon=0.05) == kind(epsilon=0.02) == kind(epsilon=0.05, temperature=0.2)
+    assert kind(epsilon=0.05) != kind(epsilon=0.001)  # one sum no longer holds the columns' range
+    assert kind(epsilon=0.05) != kind(epsilon=0.05, iterations=4)
+    fault = Header("bam_loss", {"epsilon": 0.05}, "not finite").kind()
+    assert fault != Header("bam_loss", {"epsilon": 0.05}).kind()
 
 
 def test_header_holds_the_longest_fault():

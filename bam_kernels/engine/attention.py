@@ -140,7 +140,7 @@ def _score_gradient(
     scores, steps = _unrolled(rows, epsilon, iterations)
     grad_plan, grad_f, grad_g = grads
     scale = LOG2_E / epsilon
-    dx = torch.zeros_like(scores) if grad_plan is None or plan is None else grad_plan.float() * plan
+    dx = torch.zeros_like(scores) if grad_plan is None or plan is None else (grad_plan.float() * plan).contiguous()
     df, dg = dx.sum(1), dx.sum(0)
     if grad_f is not None:
         df += grad_f

@@ -36,4 +36,5 @@ class Call:
     @property
     def header(self) -> dict[str, Any]:
         """What must be the same on all ranks."""
-        return self.options.header(self.layout, self.student, self.teacher, self.kernels.backend, self.needs_grad)
+        made = self.options.header(self.layout, self.student, self.teacher, self.kernels.backend, self.needs_grad)
+        return made | {"16 bit": self.sixteen_bit}

@@ -7,12 +7,12 @@ iteration multiplies twice. Letters are those of layout.py; z, y, k are unit row
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from ..agreement import agreed
 from ..backends import triton
 from ..backends.interface import Potential
+from ..precision import float32_products
 from .call import Call
 from .plan import FLASH_FEATURES
 from .rows import Rows, checked_rows, rows_and_keys
@@ -63,7 +63,7 @@ def _embed(call: Call) -> "tuple[Rows, FlashKernels]":
         call.layout,
         masked=call.options.mask_positives,
         unit=x.keys.unit,
-        precision="ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+        precision="ieee" if float32_products(call.student.device) == "highest" else "tf32",
     )
     return x, flash
 

@@ -17,6 +17,7 @@ from ..agreement import agreed
 from ..backends.interface import GRADIENT_FACTOR, LOG2_E, Positives, Potential, RowKernels
 from ..layout import Layout
 from ..options import Options
+from ..precision import LEAST_EPSILON_OF_ONE_SUM
 from ..ranges import named
 from ..ranks import ONE_RANK, Ranks
 from .call import Call
@@ -25,9 +26,6 @@ from .plan import SlabPlan, plan_slabs
 from .rows import Rows, checked_rows, rows_and_keys
 from .scores import KeptScores, Scores, SourceScores, Sweeps, TargetScores
 from .sums import Evaluated, Sums
-
-# Below this eps a float64 sum of per-rank column sums can no longer hold the range of exp(1/eps) on both sides.
-LEAST_EPSILON_OF_ONE_SUM = 0.0029
 
 
 @dataclass

@@ -1,8 +1,9 @@
 // The first column step, and what makes scores of a product in the same read.
 //
 // A thread owns 8 columns and walks down its chunk of rows, so that nothing waits; chunks are merged in order by a
-// second kernel: results do not differ from run to run. The rows of a product have unit length before it, as 16 bits need;
-// the sums of the source's softmax are left to the match, which has whole rows on chip and reads no score twice for them.
+// second kernel: results do not differ from run to run. The rows of a product have unit length before it, as 16 bits
+// need; the sums of the source's softmax are left to the match, which has whole rows on chip and reads no score twice
+// for them.
 #include "launch.cuh"
 #include "reduce.cuh"
 #include "tile.cuh"

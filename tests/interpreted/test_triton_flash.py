@@ -118,8 +118,8 @@ def test_own_columns_among_those_of_other_ranks():
     W, B, D, given = 3, 7, 19, {"target_views": 2, "key_views": 2, "precision": "exact", "epsilon": 0.02}
     student = features(3, B, D, seed=4)
     keys = reference.normalize(features(1, W * 2 * B, D, seed=5)[0].double())[0]
-    ranks = SimulatedRanks(W, 1, keys)
-    loss, dz, P, _ = evaluated(student, None, Options(**given, group=ranks), ranks=ranks)
+    ranks, on_device = SimulatedRanks(W, 1, keys), SimulatedRanks(W, 1, keys.to(DEVICE))
+    loss, dz, P, _ = evaluated(student, None, Options(**given, group=on_device), ranks=on_device)
     (expected, _), grad = reference_of(student.double(), None, dict(given, group=ranks))
     assert_close(loss, expected, 1e-5 * expected.abs().item())
     assert_close(P, reference.bam_targets(student.double(), **given, group=ranks), 2e-5)

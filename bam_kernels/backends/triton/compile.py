@@ -101,6 +101,8 @@ def configurations(*, small: bool = False) -> Iterator[Configuration]:
     def record(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         name = kernel.fn.__name__.removesuffix("_kernel")
         name += "+top_k" if options.get("TOP_K") else "+epilogue" if options.get("MASK_POSITIVES") else ""
+        given = dict(zip((parameter.name for parameter in kernel.params), args, strict=False))
+        name += "+targets" if given.get("targets") is not None else ""
         found.append(_configuration(f"{name} {label}".strip(), kernel, args, options))
 
     kernels = TritonKernels(record)
@@ -122,8 +124,9 @@ def configurations(*, small: bool = False) -> Iterator[Configuration]:
     _call_preparation(kernels)
     for dtype in (torch.float16,) if small else (torch.float16, torch.float32):
         for D in (64,) if small else (64, 128, 256, 512):
-            label = f"D={D} {_TYPES[dtype]}"
-            _call_flash_kernels(record, 8192, D, dtype)
+            for precision in ("ieee",) if dtype == torch.float16 else ("tf32", "ieee"):
+                label = f"D={D} {_TYPES[dtype]} {precision}".removesuffix(" ieee")
+                _call_flash_kernels(record, 8192, D, dtype, precision)
     seen = set()
     for one in found:
         name = one.name.split()[0]
@@ -159,14 +162,29 @@ def _call_row_kernels(kernels: TritonKernels, n: int, L: int, V: int, dtype: tor
             top_k=top_k,
             gradient=images.view(torch.float16) if dtype == torch.int16 else images,
         )
+        kernels.match(
+            images[:L],
+            None,
+            layout,
+            col,
+            _empty(L, B),
+            epsilon=0.05,
+            temperature=0.1,
+            step=step,
+            top_k=top_k,
+            targets=_empty(L, B, n),
+            row_out=Potential(_empty(B), _empty(B)) if L == 1 else None,
+        )
+    kernels.match(images[:L], images, layout, col, _empty(L, B), epsilon=0.05, temperature=0.1, step=step)
     kernels.column_lse(s, 1.0, row, _empty(n), _empty(n), False)
     if dtype == torch.int16:
         made = _empty(m, n)
         positives, sums = Positives(layout, 0, m), _empty(n)
         kernels.finish_scores(made, sums, step, s, positives, 1.0, row, sums, sums, accumulate=False)
         kernels.quantize(made, step, s, positives, sums)
-    kernels.plan_products(s, 1.0, row, col, _empty(n), _empty(m))
-    kernels.plan_subtract_(_empty(m, n), s, 1.0, row, col, _empty(m), _empty(n))
+    for u, v in ((_empty(m), _empty(n)), (_empty(m), None), (None, _empty(n))):
+        kernels.plan_products(s, 1.0, row, col, v, u)
+        kernels.plan_subtract_(_empty(m, n), s, 1.0, row, col, u, v)
 
 
 def _call_preparation(kernels: TritonKernels) -> None:
@@ -186,17 +204,18 @@ def _call_preparation(kernels: TritonKernels) -> None:
     kernels.divide_potential_(Potential(_empty(8192), _empty(8192)), _empty(8192))
 
 
-def _call_flash_kernels(record: Launch, n: int, D: int, dtype: torch.dtype) -> None:
+def _call_flash_kernels(record: Launch, n: int, D: int, dtype: torch.dtype, precision: str) -> None:
     V, B = 2, 1024
     layout = Layout(B=B, V=V, L=2, T=2, D=D, W=max(n // (2 * B), 1))
     x, k = _empty(layout.M, D, dtype=dtype), _empty(layout.N, D, dtype=dtype)
     bias = _empty(layout.N) if dtype == torch.float16 else None
-    kernels = FlashKernels(k, bias, layout, masked=True, unit=64.0, precision="tf32", run=record)
+    kernels = FlashKernels(k, bias, layout, masked=True, unit=64.0, precision=precision, run=record)
     row, col = Potential(_empty(layout.M), _empty(layout.M)), Potential(_empty(n), _empty(n))
     kernels.column_lse(x, 1.0, row, _empty(n), _empty(n), False)
     kernels.sinkhorn_pass(x, 1.0, row, col, _empty(n), False)
     scales = {"epsilon": 0.05, "temperature": 0.1}
     kernels.match(x, x, row, row, col, needs_grad=True, **scales)
+    kernels.match(x, x, row, row, col, needs_grad=False, **scales)
     kernels.key_gradient(x, x, row, row, col, **scales)
     kernels.targets(x, 1.0, row, col, _empty(layout.M, n))
 

@@ -54,7 +54,8 @@ def unit_rows_kernel(
     row = _row(x, i, B, stride_view, stride_row)
     squares = tl.zeros([BLOCK], tl.float64)
     for first in range(0, D, BLOCK):
-        part = tl.load(row + (first + offs) * stride_feature, mask=first + offs < D, other=0.0).to(tl.float64)
+        at = row + (first + offs).to(tl.int64) * stride_feature
+        part = tl.load(at, mask=first + offs < D, other=0.0).to(tl.float64)
         squares += part * part
     length = tl.sqrt(tl.sum(squares, axis=0))
     tl.store(norm + i, length)
@@ -64,7 +65,8 @@ def unit_rows_kernel(
     beyond = tl.zeros([BLOCK], tl.float64)
     for first in range(0, D, BLOCK):
         mask = first + offs < D
-        unit = tl.load(row + (first + offs) * stride_feature, mask=mask, other=0.0).to(tl.float64) * inverse
+        at = row + (first + offs).to(tl.int64) * stride_feature
+        unit = tl.load(at, mask=mask, other=0.0).to(tl.float64) * inverse
         if centre is not None:
             c = tl.load(centre + first + offs, mask=mask, other=0.0).to(tl.float64)
             along += unit * c
@@ -144,12 +146,14 @@ def project_kernel(d, x, norm, factor, B, D, stride_view, stride_row, stride_fea
     dots = tl.zeros([BLOCK], tl.float32)
     for first in range(0, D, BLOCK):
         mask = first + offs < D
-        unit = tl.load(row + (first + offs) * stride_feature, mask=mask, other=0.0).to(tl.float64) * inverse
+        at = row + (first + offs).to(tl.int64) * stride_feature
+        unit = tl.load(at, mask=mask, other=0.0).to(tl.float64) * inverse
         dots += tl.load(d + i * D + first + offs, mask=mask, other=0.0) * unit.to(tl.float32)
     along = tl.sum(dots, axis=0)
     inverse_factor = (inverse * factor).to(tl.float32)
     for first in range(0, D, BLOCK):
         mask = first + offs < D
-        unit = tl.load(row + (first + offs) * stride_feature, mask=mask, other=0.0).to(tl.float64) * inverse
+        at = row + (first + offs).to(tl.int64) * stride_feature
+        unit = tl.load(at, mask=mask, other=0.0).to(tl.float64) * inverse
         part = tl.load(d + i * D + first + offs, mask=mask, other=0.0) - along * unit.to(tl.float32)
         tl.store(d + i * D + first + offs, part * inverse_factor, mask=mask)

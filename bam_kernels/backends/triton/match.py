@@ -121,33 +121,31 @@ def match_kernel(
     if targets is not None:
         at = targets + offs_l.to(tl.int64)[:, None] * targets_view_stride + i * n + offs_n[None, :]
         tl.store(at, p, mask=mask)
-    if source is None:
-        return
-
-    source_scale = scale_of(source_scale, step)
-    score_over_tau = scale_of(score_over_tau, step)
-    exponent_v = tl.zeros([], tl.float32)
-    lse = tl.zeros([], tl.float32)
-    source_entropy = tl.zeros([], tl.float32)
-    matched = tl.zeros([BLOCK_N], tl.float32)
-    row = source + i * source_row_stride
-    out = gradient + i * gradient_row_stride if gradient is not None else None
-    for v in range(V):
-        s = load_scores(row + offs_n, mask_n)
-        e = tl.exp2(fma(s, source_scale, exponent_v))
-        total_v = tl.sum(e, axis=0)
-        if is_poor(total_v):
-            exponent_v = exponent_of(tl.max(s * source_scale, axis=0))
+    if source is not None:
+        source_scale = scale_of(source_scale, step)
+        score_over_tau = scale_of(score_over_tau, step)
+        exponent_v = tl.zeros([], tl.float32)
+        lse = tl.zeros([], tl.float32)
+        source_entropy = tl.zeros([], tl.float32)
+        matched = tl.zeros([BLOCK_N], tl.float32)
+        row = source + i * source_row_stride
+        out = gradient + i * gradient_row_stride if gradient is not None else None
+        for v in range(V):
+            s = load_scores(row + offs_n, mask_n)
             e = tl.exp2(fma(s, source_scale, exponent_v))
             total_v = tl.sum(e, axis=0)
-        pbar = tl.sum(tl.where(((offs_l != v) | (V == 1))[:, None], p, 0.0), axis=0) * pair_weight
-        a = terms_of(v, L, V) * pair_weight
-        lse += a * LN_2 * (tl.log2(total_v) - exponent_v)
-        source_entropy += entropy(total_v, tl.sum(e * s, axis=0) * source_scale + total_v * exponent_v)
-        matched += pbar * s
-        if gradient is not None:
-            tl.store(out + offs_n, (e * (a / total_v) - pbar) * gradient_scale, mask=mask_n)
-            out += gradient_view_stride
-        row += source_view_stride
-    tl.store(sums + i, lse - tl.sum(matched, axis=0) * score_over_tau)
-    tl.store(sums + 2 * b + i, source_entropy)
+            if is_poor(total_v):
+                exponent_v = exponent_of(tl.max(s * source_scale, axis=0))
+                e = tl.exp2(fma(s, source_scale, exponent_v))
+                total_v = tl.sum(e, axis=0)
+            pbar = tl.sum(tl.where(((offs_l != v) | (V == 1))[:, None], p, 0.0), axis=0) * pair_weight
+            a = terms_of(v, L, V) * pair_weight
+            lse += a * LN_2 * (tl.log2(total_v) - exponent_v)
+            source_entropy += entropy(total_v, tl.sum(e * s, axis=0) * source_scale + total_v * exponent_v)
+            matched += pbar * s
+            if gradient is not None:
+                tl.store(out + offs_n, (e * (a / total_v) - pbar) * gradient_scale, mask=mask_n)
+                out += gradient_view_stride
+            row += source_view_stride
+        tl.store(sums + i, lse - tl.sum(matched, axis=0) * score_over_tau)
+        tl.store(sums + 2 * b + i, source_entropy)
