@@ -24,8 +24,8 @@ def compiled_for(task: tuple[str, int]) -> Found:
     target, odd = task
     some = list(ahead.configurations(small=True))[odd::2]
     return {
-        one.name.split()[0]: ahead.compile_for(one, ahead.TARGETS[target], disassemble=one.name.startswith("flash"))
-        for one in some
+        f"{one.name}, form {i}": ahead.compile_for(one, ahead.TARGETS[target], disassemble=one.name.startswith("flash"))
+        for i, one in enumerate(some)
     }
 
 
@@ -43,10 +43,16 @@ def compiled() -> dict[str, Found]:
 def test_every_kernel_compiles_and_the_hot_ones_stay_in_registers(compiled, target):
     found = compiled[target]
     written = "".join(path.read_text() for path in Path(ahead.__file__).parent.glob("*.py"))
-    assert {name.split("+")[0] for name in found} == set(re.findall(r"def (\w+)_kernel\(", written))
-    for name in ("sinkhorn_pass", "match", "column_lse", "column_products", "row_step"):
-        assert found[name].stack == 0, found[name]
+    assert {re.match(r"\w+", name).group() for name in found} == set(re.findall(r"def (\w+)_kernel\(", written))
+    hot = re.compile(r"(sinkhorn_pass|match|column_lse|column_products|row_step)(\+epilogue)? ")
+    assert len({hot.match(name).group(1) for name in found if hot.match(name)}) == 5
     for name, one in found.items():
-        assert one.shared <= 48 * 1024, name
-        if name.startswith("flash"):
-            assert one.products.keys() == {TARGETS[target]} and one.stack == one.spills == 0, (name, one)
+        if hot.match(name):  # with float32 scores a few numbers of a thread
+            assert one.stack <= (16 if "fp32" in name else 0), (name, one)
+        assert one.shared <= (64 if "tf32" in name else 48) * 1024, name
+        if "D=64 fp16" in name:
+            assert one.products.keys() == {TARGETS[target]}, (name, one)
+        if "+epilogue D=64 fp16" in name:  # with the mask, as they are used
+            assert one.stack == one.spills == 0, (name, one)
+        if "D=64 fp32" in name:  # tf32, or float32 without the tensor cores
+            assert one.products.keys() == ({TARGETS[target]} if "tf32" in name else set()), (name, one)

@@ -5,12 +5,14 @@ for each target. Prints registers, shared memory, stack and spills of every conf
 """
 
 import argparse
+import inspect
+import itertools
 import os
 import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,45 +97,46 @@ def _configuration(label: str, kernel: Any, args: tuple[Any, ...], options: dict
 
 def configurations(*, small: bool = False) -> Iterator[Configuration]:
     """Every kernel as it is launched at the published shape and at others; `small`: each form of each kernel once."""
-    found: list[Configuration] = []
-    label = ""
+    found: dict[Any, Configuration] = {}
 
-    def record(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-        name = kernel.fn.__name__.removesuffix("_kernel")
-        name += "+top_k" if options.get("TOP_K") else "+epilogue" if options.get("MASK_POSITIVES") else ""
-        given = dict(zip((parameter.name for parameter in kernel.params), args, strict=False))
-        name += "+targets" if given.get("targets") is not None else ""
-        found.append(_configuration(f"{name} {label}".strip(), kernel, args, options))
+    def recorded(label: str) -> Launch:
+        def record(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+            name = kernel.fn.__name__.removesuffix("_kernel")
+            name += "+top_k" if options.get("TOP_K") else "+epilogue" if options.get("MASK_POSITIVES") else ""
+            key = form(kernel, args, options)
+            one = _configuration(f"{name} {label}".strip(), kernel, args, options)
+            found.setdefault(key if small else (key, *map(str, (one.signature, one.constants, one.divisible))), one)
 
-    kernels = TritonKernels(record)
-    shapes = [(8192, 2, 8, torch.int16)]
+        return record
+
+    call_all(recorded, small=small)
+    yield from found.values()
+
+
+def form(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[str, ...]:
+    """The kernel, which of its arguments are None, and its switches: what decides which lines are compiled."""
+    names = list(inspect.signature(kernel.fn).parameters)
+    left_out = [f"no {name}" for name, value in zip(names, args, strict=False) if value is None]
+    switches = [f"{name}={value}" for name, value in options.items() if isinstance(value, (bool, str))]
+    return kernel.fn.__name__.removesuffix("_kernel"), *left_out, *sorted(switches)
+
+
+def call_all(recorded: Callable[[str], Launch], *, small: bool) -> None:
+    """On meta tensors; recorded(label) is what launches. Together all forms that the engines launch."""
+    types = (torch.int16, torch.float32)
+    shapes = [(8192, 2, 8, dtype) for dtype in types]
     if not small:
-        shapes = [
-            (n, L, 8, dtype)
-            for dtype in (torch.int16, torch.float32)
-            for n in (512, 2048, 8192, 16384)
-            for L in (1, 2, 4)
-        ]
+        shapes = [(n, L, 8, dtype) for dtype in types for n in (512, 2048, 8192, 16384) for L in (1, 2, 4)]
+    shapes += [(65536, 2, 8, dtype) for dtype in types]
     for n, L, V, dtype in shapes:
-        label = f"N={n} L={L} {_TYPES[dtype]}"
-        _call_row_kernels(kernels, n, L, V, dtype)
-    label = "N=65536"
-    for dtype in (torch.int16,) if small else (torch.int16, torch.float32):
-        _call_row_kernels(kernels, 65536, 2, 8, dtype)
-    label = ""
-    _call_preparation(kernels)
-    for dtype in (torch.float16,) if small else (torch.float16, torch.float32):
+        _call_row_kernels(TritonKernels(recorded(f"N={n} L={L} {_TYPES[dtype]}")), n, L, V, dtype)
+    _call_preparation(TritonKernels(recorded("")))
+    for dtype in (torch.float16, torch.float32):
         for D in (64,) if small else (64, 128, 256, 512):
             for precision in ("ieee",) if dtype == torch.float16 else ("tf32", "ieee"):
-                label = f"D={D} {_TYPES[dtype]} {precision}".removesuffix(" ieee")
-                _call_flash_kernels(record, 8192, D, dtype, precision)
-    seen = set()
-    for one in found:
-        name = one.name.split()[0]
-        key = name if small else (name, *map(str, (one.signature, one.constants, one.divisible)))
-        if key not in seen:
-            seen.add(key)
-            yield one
+                for masked in (True, False):
+                    label = f"D={D} {_TYPES[dtype]} {precision}".removesuffix(" ieee")
+                    _call_flash_kernels(recorded(label), 8192, D, dtype, precision, masked)
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -146,10 +149,11 @@ def _call_row_kernels(kernels: TritonKernels, n: int, L: int, V: int, dtype: tor
     m = layout.M
     s = _empty(m, n, dtype=dtype)
     row, col = Potential(_empty(m), _empty(m)), Potential(_empty(n), _empty(n))
-    kernels.sinkhorn_pass(s, 1.0, row, col, _empty(n), False)
     images = s.view(V, B, n)
     step = DeviceNumber(1.0, _empty(1)) if dtype == torch.int16 else 1.0
-    for top_k in (0, 128):
+    kernels.sinkhorn_pass(s, step, row, col, _empty(n), False)
+    G = images.view(torch.float16) if dtype == torch.int16 else images
+    for top_k, gradient in itertools.product((0, 128), (G, None)):
         kernels.match(
             images[:L],
             images,
@@ -160,8 +164,9 @@ def _call_row_kernels(kernels: TritonKernels, n: int, L: int, V: int, dtype: tor
             temperature=0.1,
             step=step,
             top_k=top_k,
-            gradient=images.view(torch.float16) if dtype == torch.int16 else images,
+            gradient=gradient,
         )
+    for top_k, row_out in ((0, None), (0, Potential(_empty(B), _empty(B))), (128, None)):
         kernels.match(
             images[:L],
             None,
@@ -173,18 +178,18 @@ def _call_row_kernels(kernels: TritonKernels, n: int, L: int, V: int, dtype: tor
             step=step,
             top_k=top_k,
             targets=_empty(L, B, n),
-            row_out=Potential(_empty(B), _empty(B)) if L == 1 else None,
+            row_out=row_out,
         )
-    kernels.match(images[:L], images, layout, col, _empty(L, B), epsilon=0.05, temperature=0.1, step=step)
-    kernels.column_lse(s, 1.0, row, _empty(n), _empty(n), False)
+    kernels.column_lse(s, step, row, _empty(n), _empty(n), False)
     if dtype == torch.int16:
         made = _empty(m, n)
-        positives, sums = Positives(layout, 0, m), _empty(n)
-        kernels.finish_scores(made, sums, step, s, positives, 1.0, row, sums, sums, accumulate=False)
-        kernels.quantize(made, step, s, positives, sums)
+        sums = _empty(n)
+        for positives in (Positives(layout, 0, m), None):
+            kernels.finish_scores(made, sums, step, s, positives, step, row, sums, sums, accumulate=False)
+            kernels.quantize(made, step, s, positives, sums)
     for u, v in ((_empty(m), _empty(n)), (_empty(m), None), (None, _empty(n))):
-        kernels.plan_products(s, 1.0, row, col, v, u)
-        kernels.plan_subtract_(_empty(m, n), s, 1.0, row, col, u, v)
+        kernels.plan_products(s, step, row, col, v, u)
+        kernels.plan_subtract_(_empty(m, n), s, step, row, col, u, v)
 
 
 def _call_preparation(kernels: TritonKernels) -> None:
@@ -204,15 +209,16 @@ def _call_preparation(kernels: TritonKernels) -> None:
     kernels.divide_potential_(Potential(_empty(8192), _empty(8192)), _empty(8192))
 
 
-def _call_flash_kernels(record: Launch, n: int, D: int, dtype: torch.dtype, precision: str) -> None:
+def _call_flash_kernels(record: Launch, n: int, D: int, dtype: torch.dtype, precision: str, masked: bool) -> None:
     V, B = 2, 1024
     layout = Layout(B=B, V=V, L=2, T=2, D=D, W=max(n // (2 * B), 1))
     x, k = _empty(layout.M, D, dtype=dtype), _empty(layout.N, D, dtype=dtype)
     bias = _empty(layout.N) if dtype == torch.float16 else None
-    kernels = FlashKernels(k, bias, layout, masked=True, unit=64.0, precision=precision, run=record)
+    kernels = FlashKernels(k, bias, layout, masked=masked, unit=64.0, precision=precision, run=record)
     row, col = Potential(_empty(layout.M), _empty(layout.M)), Potential(_empty(n), _empty(n))
     kernels.column_lse(x, 1.0, row, _empty(n), _empty(n), False)
     kernels.sinkhorn_pass(x, 1.0, row, col, _empty(n), False)
+    kernels.row_step(x, 1.0, None, row)
     scales = {"epsilon": 0.05, "temperature": 0.1}
     kernels.match(x, x, row, row, col, needs_grad=True, **scales)
     kernels.match(x, x, row, row, col, needs_grad=False, **scales)
@@ -268,7 +274,7 @@ def compile_all(target: str, *, small: bool = False, containing: str = "") -> It
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--small", action="store_true", help="each kernel once")
+    parser.add_argument("--small", action="store_true", help="each form of each kernel once")
     parser.add_argument("--kernels", default="", help="only those whose name contains this")
     options = parser.parse_args()
     print(f"{'target':8} {'registers':>9} {'shared':>8} {'stack':>6} {'spills':>6} {'warps':>5}  {'products':26}kernel")
