@@ -15,7 +15,8 @@ def exit_code(run: Callable[[World], int], interrupted: str = "interrupted") -> 
         sys.stdout = open(os.devnull, "w")
     try:
         code = run(world)
-        world.end()
+        if not world.failed():  # else nobody waits: the others are where this rank left them
+            world.end()
         return code
     except UserError as error:
         if world.first_to_fail():

@@ -134,6 +134,25 @@ def test_nothing_holds_the_group_at_the_end():
     assert run.stdout.count("the group has gone") == 1
 
 
+FULL = f"""
+import errno, sys
+sys.path.insert(0, {str(ROOT)!r})
+from driver import checkpoint
+from driver.pretrain import main
+def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device", "last.pt")
+checkpoint.save = full
+sys.exit(main())
+"""
+
+
+def test_a_full_disk_ends_both_ranks():
+    """The first rank alone writes; the other is in the midst of training then."""
+    Path("full.py").write_text(FULL)
+    run = torchrun(2, *RUN, "--run.save-steps=2", script=Path("full.py"))
+    assert run.returncode == 1 and run.stderr.count("the disk is full") == 1, run.stderr
+
+
 def test_with_a_teacher_and_three_views():
     options = [*FLOAT64_SGD, "--model.teacher-momentum=0.9", "--data.views=3", "--optim.epochs=1"]
     equal_runs(
