@@ -153,33 +153,25 @@ def _call_row_kernels(kernels: TritonKernels, n: int, L: int, V: int, dtype: tor
     step = DeviceNumber(1.0, _empty(1)) if dtype == torch.int16 else 1.0
     kernels.sinkhorn_pass(s, step, row, col, _empty(n), False)
     G = images.view(torch.float16) if dtype == torch.int16 else images
+
+    def match(source: Tensor | None, top_k: int, **results: Any) -> None:
+        kernels.match(
+            images[:L],
+            source,
+            layout,
+            col,
+            _empty(L, B),
+            epsilon=0.05,
+            temperature=0.1,
+            step=step,
+            top_k=top_k,
+            **results,
+        )
+
     for top_k, gradient in itertools.product((0, 128), (G, None)):
-        kernels.match(
-            images[:L],
-            images,
-            layout,
-            col,
-            _empty(L, B),
-            epsilon=0.05,
-            temperature=0.1,
-            step=step,
-            top_k=top_k,
-            gradient=gradient,
-        )
+        match(images, top_k, gradient=gradient)
     for top_k, row_out in ((0, None), (0, Potential(_empty(B), _empty(B))), (128, None)):
-        kernels.match(
-            images[:L],
-            None,
-            layout,
-            col,
-            _empty(L, B),
-            epsilon=0.05,
-            temperature=0.1,
-            step=step,
-            top_k=top_k,
-            targets=_empty(L, B, n),
-            row_out=row_out,
-        )
+        match(None, top_k, targets=_empty(L, B, n), row_out=row_out)
     kernels.column_lse(s, step, row, _empty(n), _empty(n), False)
     if dtype == torch.int16:
         made = _empty(m, n)
