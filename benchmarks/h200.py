@@ -97,11 +97,15 @@ def parts(options: H200Options) -> list[Part]:
         Part("tests-triton", 500, pytest(*tests("interpreted/test_*.py")), no_gpu),
     ]
     sanitizer = shutil.which("compute-sanitizer")
+    rows = pytest(*tests("test_cuda_[km]*.py", but="memory"), "-k", "cluster or long")
     for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
-        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", PYTHON, "-c", TINY, device, "cuda"]
         missing = None if sanitizer else "compute-sanitizer is not there"
+        under = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
         # Each tensor is its own piece of memory then, so that what lies between two is seen.
-        made.append(Part(tool, 300, command, no_gpu or missing, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}))
+        apart = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        made.append(Part(tool, 300, [*under, PYTHON, "-c", TINY, device, "cuda"], no_gpu or missing, apart))
+        # Rows over the blocks of a cluster, and too long for the chip, which six tiny problems do not have.
+        made.append(Part(f"{tool}-rows", 400, [*under, *rows], no_gpu or missing, apart))
     for backend in ("reference", *backends):
         given = ["--optim.epochs=2", "--run.log-every=1", "--model.norm=layer"]
         given += ["--run.dtype=float32", "--run.deterministic=True"]

@@ -228,6 +228,7 @@ void bind_cuda(py::module_& m) {
   py::dict constants;
   constants["owned"] = kOwned;
   constants["threads"] = kMostThreads;
+  constants["on_chip_threads"] = kOnChipThreads;
   constants["cluster"] = kMostCluster;
   constants["group_bytes"] = kGroupBytes;
   constants["groups"] = kGroups;
@@ -238,7 +239,10 @@ void bind_cuda(py::module_& m) {
 #ifdef BAM_WITH_CUDA
   m.attr("with_cuda") = true;
   m.def("cuda_kernels", [] { return &kernels; }, py::return_value_policy::reference);
-  m.def("cuda_device_count", device_count);
+  m.def("cuda_devices", [] {
+    const Devices found = devices();
+    return py::make_tuple(found.count, found.fault);
+  });
   m.def("cuda_device", device);
   m.def("cuda_architectures", [] { return std::string(BAM_CUDA_ARCHITECTURES); });
 #else

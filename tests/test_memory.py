@@ -2,9 +2,13 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 from problems import needs_cpu_kernels
+
+from bam_kernels.engine import plan
 
 pytestmark = [
     needs_cpu_kernels,
@@ -63,3 +67,14 @@ def test_peak_beyond_the_slab_is_a_tenth_of_the_eager_reference():
     eager = peak_bytes(**shape, by_reference=True)
     ours = peak_bytes(**shape, memory_budget=slab)
     assert ours - slab <= 0.1 * eager, (ours, eager)
+
+
+@pytest.mark.parametrize(
+    ("columns", "l2_bytes", "rows"),
+    [(8192, 50 << 20, 512), (2048, 50 << 20, 1024), (4096, 40 << 20, 768), (65536, 50 << 20, 1024)],
+)
+def test_products_are_read_where_they_were_left_if_that_holds_enough_rows(monkeypatch, columns, l2_bytes, rows):
+    device = SimpleNamespace(L2_cache_size=l2_bytes)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+    assert plan.product_rows(columns, torch.device("cuda")) == rows
+    assert plan.product_rows(columns, torch.device("cpu")) == plan.PRODUCT_ROWS

@@ -10,6 +10,7 @@ import torch
 DEFAULT_SHARE = 0.25  # of the memory that is free
 FLASH_FEATURES = 512  # the flash engine takes: beyond, making scores again costs more than reading them
 PRODUCT_ROWS = 1024  # rows from which a library product no longer gains by having more
+LEAST_PRODUCT_ROWS = 512  # rows below which it loses
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,18 @@ def free_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
+def product_rows(columns: int, device: torch.device) -> int:
+    """Float32 rows that int16 scores are made from at once: few enough to be read where the product left them, in L2.
+
+    A third of it holds them; the rest is for the int16 scores and the keys. Where that holds too few rows for a
+    product, they go through memory.
+    """
+    if device.type != "cuda":
+        return PRODUCT_ROWS
+    held = torch.cuda.get_device_properties(device).L2_cache_size // 3 // (4 * columns) // 128 * 128
+    return min(held, PRODUCT_ROWS) if held >= LEAST_PRODUCT_ROWS else PRODUCT_ROWS
+
+
 @lru_cache
 def plan_slabs(
     name: str,
@@ -72,9 +85,10 @@ def plan_slabs(
     row_bytes, made_bytes = (2 * columns, 4 * columns) if sixteen_bit else (4 * columns, 0)
     kept = rows * row_bytes
     source = 0 if shared else source_views * images * row_bytes
+    at_once = product_rows(columns, device)
     if shared or ranks > 1:
         left = budget - kept - source
-        made_rows = min(rows, PRODUCT_ROWS, left // made_bytes) if sixteen_bit else 0
+        made_rows = min(rows, at_once, left // made_bytes) if sixteen_bit else 0
         if left >= 0 and made_rows >= (min(rows, source_views) if sixteen_bit else 0):
             sweep_rows = made_rows if sixteen_bit else rows
             score_bytes = kept + source + made_rows * made_bytes
@@ -86,7 +100,7 @@ def plan_slabs(
     slab_row_bytes = row_bytes + made_bytes
     left = budget - kept
     if not shared and left >= source_views * slab_row_bytes:
-        match_images = min(images, -(-PRODUCT_ROWS // source_views), left // (source_views * slab_row_bytes))
+        match_images = min(images, -(-at_once // source_views), left // (source_views * slab_row_bytes))
         slab_rows = match_images * source_views
         made_rows, sweep_rows = (slab_rows, min(rows, slab_rows)) if sixteen_bit else (0, rows)
         score_bytes = kept + slab_rows * slab_row_bytes

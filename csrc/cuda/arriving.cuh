@@ -10,9 +10,16 @@
 
 namespace bam::cuda {
 
+// The place of piece `piece` of this thread's `pieces`, of 16 bytes or of a multiple: a warp's are side by side, its
+// threads' next to each other, so that a thread's places are a fixed distance apart.
+__device__ __forceinline__ int piece_place(int piece, int pieces) {
+  const int thread = static_cast<int>(threadIdx.x);
+  return (thread / kWarp * pieces + piece) * kWarp + thread % kWarp;
+}
+
 // The place of octet q of this thread among a block's columns.
 __device__ __forceinline__ int octet_place(int q) {
-  return (q * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)) * kOctet;
+  return piece_place(q, kOctets) * kOctet;
 }
 
 // A block's columns of rows that have `left` of them from its first one on, in `stages` groups of rows. A stage may be

@@ -25,8 +25,12 @@ struct Device {
   std::string fault;  // why none of these kernels can run here; empty: they can
 };
 
-// The devices of this process; 0 where there is no driver.
-int device_count();
+// How many devices this process sees, or why it sees none.
+struct Devices {
+  int count;
+  std::string fault;
+};
+Devices devices();
 // Makes a context on the device, which takes memory there: not for devices that are not used.
 Device describe(int index);
 
@@ -55,12 +59,15 @@ struct Rows {
 // How a thread's columns lie: it owns kOwned, in octets that are neighbours' neighbours.
 constexpr int kOctet = 8, kOctets = 2, kOwned = kOctet * kOctets;
 constexpr int kMostThreads = 512, kMostCluster = 16;
+// Of the one-launch form: one rank's problems that fit the chip have no more than 4096 columns, and the rest of the
+// registers keeps all of a thread's numbers in them.
+constexpr int kOnChipThreads = 256;
 // The rows of a Sinkhorn pass that share a reduction are a group: kGroupBytes of scores a column, or half of that where
 // the chip has no room for more. kGroups are on chip or on their way, beside the potentials of the columns.
 constexpr int kGroupBytes = 8, kGroups = 2, kPotentialBytes = 2 * sizeof(float);
 template <class Score>
 constexpr int kMostRows = kGroupBytes / static_cast<int>(sizeof(Score));
-constexpr int kStages = 3;  // rows of an image that are on chip or on their way
+constexpr int kStages = 4;  // rows of an image that are on chip or on their way
 // Of the reductions of a row: two sets of what warps and blocks have, and of arrivals; then arrivals of the stages.
 constexpr int kPartsBytes = (2 * kMostThreads / 32 + 2 * kMostCluster) * 4 * 4;
 constexpr int kArrivals = 2 + kStages, kScratchBytes = kPartsBytes + (kArrivals + 1) / 2 * 16;

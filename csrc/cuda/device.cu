@@ -16,17 +16,21 @@ int attribute(cudaDeviceAttr name, int device) {
   return value;
 }
 
+// 13.0 of 13000
+std::string version(int number) {
+  return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10);
+}
+
 }  // namespace
 
-int device_count() {
-  int count = 0;
+Devices devices() {
+  int count = 0, driver = 0;
   const cudaError_t status = cudaGetDeviceCount(&count);
-  if (status == cudaErrorNoDevice || status == cudaErrorInsufficientDriver) {
-    cudaGetLastError();
-    return 0;
-  }
-  check(status, "cudaGetDeviceCount");
-  return count;
+  if (status == cudaSuccess) return {count, ""};
+  cudaGetLastError();
+  if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) return {0, "no driver"};
+  return {0, std::string(cudaGetErrorString(status)) + " (the driver is for CUDA " + version(driver) +
+                 ", the kernels were compiled by CUDA " + version(CUDART_VERSION) + ")"};
 }
 
 Device describe(int index) {

@@ -153,6 +153,13 @@ __device__ __forceinline__ void store_16_bytes(void* to, const int4& x) {
                : "memory");
 }
 
+// The upper half of `upper` over the lower, or the upper, half of `word`: one instruction.
+__device__ __forceinline__ int32_t with_low_half(int32_t upper, int32_t word) {
+  return static_cast<int32_t>(__byte_perm(static_cast<unsigned>(word), static_cast<unsigned>(upper), 0x7610));
+}
+__device__ __forceinline__ int32_t with_high_half(int32_t upper, int32_t word) {
+  return static_cast<int32_t>(__byte_perm(static_cast<unsigned>(word), static_cast<unsigned>(upper), 0x7632));
+}
 __device__ __forceinline__ int count_bits(unsigned x) {
   return __popc(x);
 }
@@ -245,6 +252,12 @@ inline void send_16_bytes(const float (&x)[4], float* to, Arrival* a, unsigned r
 }
 inline void store_16_bytes(void* to, const int4& x) {
   *static_cast<int4*>(to) = x;
+}
+inline int32_t with_low_half(int32_t upper, int32_t word) {
+  return static_cast<int32_t>((static_cast<uint32_t>(upper) & 0xffff0000u) | (static_cast<uint32_t>(word) & 0xffffu));
+}
+inline int32_t with_high_half(int32_t upper, int32_t word) {
+  return static_cast<int32_t>((static_cast<uint32_t>(upper) & 0xffff0000u) | static_cast<uint32_t>(word) >> 16);
 }
 inline int count_bits(unsigned x) {
   return __builtin_popcount(x);

@@ -11,6 +11,8 @@
 // A cooperative grid is launched in the plain way, and lets its successor in.
 #pragma once
 
+#include <algorithm>
+
 #include "check.cuh"
 #include "cuda.h"
 
@@ -39,8 +41,9 @@ template <class Params>
 cudaError_t start(void (*kernel)(Params), const Shape& shape, const Where& where, const Params& params) {
   if (shape.shared_bytes > kUnaskedSharedBytes) {
     // All there is, so that a thread which launches the kernel with less takes nothing from this one.
+    const int64_t asked = std::max(where.shared_bytes, shape.shared_bytes);
     const cudaError_t status =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(where.shared_bytes));
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(asked));
     if (status != cudaSuccess) return status;
   }
   if (shape.cluster > kUnaskedCluster) {

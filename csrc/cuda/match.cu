@@ -3,7 +3,8 @@
 //
 // A block, or a cluster, holds an image. A thread owns 16 columns of every row: their scores come on chip a few rows
 // ahead; it keeps their targets in shared memory that only it reads, and writes their gradient when the row is on chip,
-// so that the gradient may take the place of the scores. The barriers are those of the row sums.
+// so that the gradient may take the place of the scores. The barriers are those of the row sums, one for two source
+// rows.
 #include "launch.cuh"
 #include "match.cuh"
 #include "pass.cuh"
@@ -14,6 +15,9 @@ namespace {
 // Which of a thread's columns count.
 using Chosen = unsigned;
 static_assert(kOwned <= 32, "one bit for each");
+
+constexpr int kPair = 2;  // source rows that share a reduction
+static_assert(kStages >= 2 * kPair, "one pair is read while the next is on its way");
 
 template <class Score, bool kCluster>
 class Image {
@@ -27,15 +31,14 @@ class Image {
         first_(static_cast<int64_t>(kCluster ? cluster_rank() : 0) * share_),
         team_(static_cast<float*>(shared_memory())),
         arriving_(static_cast<float*>(shared_memory()), kStages, a.p.n - first_) {
-    targets_ = reinterpret_cast<float*>(static_cast<char*>(shared_memory()) + kScratchBytes);
-    ring_ = reinterpret_cast<Score*>(targets_ + p_.L * share_);
+    targets_ = reinterpret_cast<float4*>(static_cast<char*>(shared_memory()) + kScratchBytes);
+    ring_ = reinterpret_cast<Score*>(targets_ + p_.L * share_ / 4);
     reports_ = threadIdx.x == 0 && (!kCluster || cluster_rank() == 0);
   }
 
   __device__ void run() {
     follow_earlier_kernels();
-#pragma unroll 1
-    for (unsigned u = 0; u < kStages - 1; ++u) fetch(u);
+    fetch_before(kStages - 1);
     find_targets();
     if (p_.top_k) keep_largest();
     if (reports_) p_.sums[p_.sums_stride + i_] = entropy_;
@@ -57,20 +60,33 @@ class Image {
     }
     arriving_.send_off(stage_of(u, kStages));
   }
+  __device__ void fetch_before(unsigned end) {
+#pragma unroll 1
+    for (; fetched_ < end; ++fetched_) fetch(fetched_);
+  }
+  // kLater: how many of the rows after u have been fetched, or fewer.
+  template <int kLater>
   __device__ const Score* await_row(unsigned u) const {
-    arriving_.template wait<kStages - 2>(stage_of(u, kStages), odd_use(u, kStages));
+    arriving_.template wait<kLater>(stage_of(u, kStages), odd_use(u, kStages));
     return ring_ + stage_of(u, kStages) * share_;
   }
-  // Once sums of row u have met: then no thread reads the row before it any more.
-  __device__ void fetch_after(unsigned u) const { fetch(u + kStages - 1); }
+  // Once sums of row u have met: then no thread reads the rows before it any more.
+  __device__ void fetch_after(unsigned u) { fetch_before(u + kStages); }
   __device__ const Score* target_row(int64_t t) const {
     return static_cast<const Score*>(p_.target.data) + t * p_.target.view_stride + i_ * p_.target.row_stride;
   }
   __device__ const Score* source_row(int64_t v) const {
     return static_cast<const Score*>(p_.source.data) + v * p_.source.view_stride + i_ * p_.source.row_stride;
   }
-  __device__ float& target(int64_t t, int own) {
-    return targets_[t * share_ + octet_place(own / kOctet) + own % kOctet];
+  // Entries 4f .. 4f + 3 of this thread's in target t.
+  __device__ float4& four(int t, int f) const { return targets_[t * share_ / 4 + piece_place(f, kOwned / 4)]; }
+
+  __device__ void read_target(float (&p)[kOwned], int t) const {
+#pragma unroll
+    for (int f = 0; f < kOwned / 4; ++f) {
+      const float4 part = four(t, f);
+      memcpy(p + 4 * f, &part, sizeof part);
+    }
   }
 
   // p_j = 2^(scale*s_j + col_j + exponent) over the chosen columns; sums[0] += p_j, sums[1] += p_j log2(p_j).
@@ -96,13 +112,13 @@ class Image {
     return exponent_of(most[0]);
   }
 
-  __device__ void keep_target(int64_t t, const float (&p)[kOwned], float total) {
+  __device__ void keep_target(int t, const float (&p)[kOwned], float total) {
     const float inverse = inverse_or_zero(total);
 #pragma unroll
-    for (int k = 0; k < kOwned; ++k) {
-      target(t, k) = p[k] * inverse;
-      all_[k] = t == 0 ? p[k] * inverse : fmaf(p[k], inverse, all_[k]);
-    }
+    for (int f = 0; f < kOwned / 4; ++f)
+      four(t, f) = {p[4 * f] * inverse, p[4 * f + 1] * inverse, p[4 * f + 2] * inverse, p[4 * f + 3] * inverse};
+#pragma unroll
+    for (int k = 0; k < kOwned; ++k) all_[k] = t == 0 ? p[k] * inverse : fmaf(p[k], inverse, all_[k]);
   }
 
   __device__ void read_own(float (&x)[kOwned], const Score* row, bool on_chip) {
@@ -124,7 +140,7 @@ class Image {
 #pragma unroll 1
     for (int t = 0; t < L_; ++t) {
       float exponent = p_.row_exponent[t * p_.row_view_stride + i_], x[kOwned], p[kOwned], sums[2];
-      read_own(x, await_row(t), true);
+      read_own(x, await_row<kStages - 2>(t), true);
 #pragma unroll 1
       for (bool again = false;; again = true) {
         if (again) exponent = target_exponent(x, everything);
@@ -164,8 +180,7 @@ class Image {
     return found;
   }
 
-  // The k columns of the largest mean; P is made again from the scores, because the kept mass of a view may have
-  // underflowed.
+  // The k columns of the largest mean. Where a view has next to no mass in them, its P is made again from the scores.
   __device__ void keep_largest() {
     const Chosen chosen = kept(find_threshold(p_.top_k, p_.n, [&](const Threshold& threshold) {
       float found[1] = {static_cast<float>(count_bits(kept(threshold)))};  // exact: a row on chip is below 2^24
@@ -175,46 +190,66 @@ class Image {
     entropy_ = 0.0f;
 #pragma unroll 1
     for (int t = 0; t < L_; ++t) {
-      float x[kOwned], p[kOwned], sums[2];
-      read_own(x, target_row(t), false);
-      target_terms(x, chosen, target_exponent(x, chosen), p, sums);
+      float p[kOwned], sums[2] = {0.0f, 0.0f};
+      read_target(p, t);
+#pragma unroll
+      for (int k = 0; k < kOwned; ++k) {
+        p[k] = chosen >> k & 1 ? p[k] : 0.0f;
+        sums[0] += p[k];
+        sums[1] = fmaf(p[k], log2_of(p[k]), sums[1]);
+      }
+      team_.reduce(sums, Sum());
+      if (is_poor(sums[0])) {
+        float x[kOwned];
+        read_own(x, target_row(t), false);
+        target_terms(x, chosen, target_exponent(x, chosen), p, sums);
+      }
       keep_target(t, p, sums[0]);
       entropy_ += entropy_of(sums[0], sums[1]);
     }
   }
 
-  __device__ void write_target(int64_t t) {
+  __device__ void write_target(int t) {
     float p[kOwned];
-#pragma unroll
-    for (int k = 0; k < kOwned; ++k) p[k] = target(t, k);
+    read_target(p, t);
     store_own(p_.targets + t * p_.targets_view_stride + i_ * p_.n, p, first_, p_.n, a_.targets_aligned);
   }
 
-  // e_j = 2^(scale*s_j + exponent); sums[0] += e_j, sums[1] += e_j s_j.
-  __device__ void source_terms(const Score* row, float scale, float exponent, float (&e)[kOwned], float (&sums)[2]) {
-    sums[0] = sums[1] = 0.0f;
+  // e_rj = 2^(scale*s_rj + exponent_r); sums[2r] = sum_j e_rj, sums[2r + 1] = sum_j e_rj s_rj.
+  __device__ void source_terms(const Score* const (&rows)[kPair], float scale, const float (&exponent)[kPair],
+                               float (&e)[kPair][kOwned], float (&sums)[2 * kPair]) {
 #pragma unroll
-    for (int q = 0; q < kOctets; ++q) {
-      float s[kOctet];
-      load_scores(s, row + octet_place(q));
+    for (int r = 0; r < kPair; ++r) {
+      sums[2 * r] = sums[2 * r + 1] = 0.0f;
 #pragma unroll
-      for (int k = 0; k < kOctet; ++k) {
-        const int own = q * kOctet + k;
-        e[own] = exp2_fast(fmaf(s[k], scale, exponent));
-        sums[0] += e[own];
-        sums[1] = fmaf(e[own], s[k], sums[1]);
+      for (int q = 0; q < kOctets; ++q) {
+        float s[kOctet];
+        load_scores(s, rows[r] + octet_place(q));
+#pragma unroll
+        for (int k = 0; k < kOctet; ++k) {
+          const float term = exp2_fast(fmaf(s[k], scale, exponent[r]));
+          e[r][q * kOctet + k] = term;
+          sums[2 * r] += term;
+          sums[2 * r + 1] = fmaf(term, s[k], sums[2 * r + 1]);
+        }
       }
     }
     team_.reduce(sums, Sum());
   }
 
-  __device__ float source_exponent(const Score* row, float scale) {
-    float most[1] = {-INFINITY}, s[kOwned];
-    read_own(s, row, true);
+  __device__ void source_exponents(const Score* const (&rows)[kPair], float scale, float (&exponent)[kPair]) {
+    float most[kPair];
 #pragma unroll
-    for (int k = 0; k < kOwned; ++k) most[0] = fmaxf(most[0], s[k] * scale);
+    for (int r = 0; r < kPair; ++r) {
+      float s[kOwned];
+      read_own(s, rows[r], true);
+      most[r] = -INFINITY;
+#pragma unroll
+      for (int k = 0; k < kOwned; ++k) most[r] = fmaxf(most[r], s[k] * scale);
+    }
     team_.reduce(most, Max());
-    return exponent_of(most[0]);
+#pragma unroll
+    for (int r = 0; r < kPair; ++r) exponent[r] = exponent_of(most[r]);
   }
 
   // Pbar_v of octet q: never the difference from the sum of all, of which v's own may be the most.
@@ -225,10 +260,14 @@ class Image {
     if (is_target) {
 #pragma unroll 1
       for (int t = 0; t < L_; ++t) {
-        float p[kOctet];
-        load_octet(p, targets_ + t * share_ + octet_place(q), kOctet, true, 0.0f);
 #pragma unroll
-        for (int k = 0; k < kOctet; ++k) pbar[k] += t != v ? p[k] : 0.0f;
+        for (int f = 0; f < kOctet / 4; ++f) {
+          const float4 part = four(t, q * (kOctet / 4) + f);
+          pbar[4 * f] += t != v ? part.x : 0.0f;
+          pbar[4 * f + 1] += t != v ? part.y : 0.0f;
+          pbar[4 * f + 2] += t != v ? part.z : 0.0f;
+          pbar[4 * f + 3] += t != v ? part.w : 0.0f;
+        }
       }
     }
 #pragma unroll
@@ -255,21 +294,30 @@ class Image {
   __device__ void match_sources() {
     const float scale = number(p_.source_scale);
     SourceSums of_rows;
-    float matched[1] = {0.0f};
+    float matched[1] = {0.0f}, exponent[kPair] = {};  // exponents: those of the last pair, guesses for the next
 #pragma unroll 1
-    for (int v = 0; v < p_.V; ++v) {
-      const Score* row = await_row(L_ + v);
-      float e[kOwned], sums[2];
+    for (int v = 0; v < p_.V; v += kPair) {
+      const Score* rows[kPair];
+#pragma unroll
+      for (int r = 0; r < kPair; ++r) rows[r] = v + r < p_.V ? await_row<0>(L_ + v + r) : rows[0];
+      float e[kPair][kOwned], sums[2 * kPair];
 #pragma unroll 1
       for (bool again = false;; again = true) {
-        if (again) of_rows.exponent = source_exponent(row, scale);
-        source_terms(row, scale, of_rows.exponent, e, sums);
-        if (again || !is_poor(sums[0])) break;
+        if (again) source_exponents(rows, scale, exponent);
+        source_terms(rows, scale, exponent, e, sums);
+        bool poor = false;
+#pragma unroll
+        for (int r = 0; r < kPair; ++r) poor |= is_poor(sums[2 * r]);
+        if (again || !poor) break;
       }
       fetch_after(L_ + v);
-      const float a = row_sum_of_targets(v, p_);
-      of_rows.add(a, sums[0], sums[1] * scale + sums[0] * of_rows.exponent);
-      finish_source(v, row, e, a / sums[0], matched[0]);
+#pragma unroll
+      for (int r = 0; r < kPair; ++r) {
+        if (v + r >= p_.V) continue;
+        const float a = row_sum_of_targets(v + r, p_), total = sums[2 * r];
+        of_rows.add(a, exponent[r], total, sums[2 * r + 1] * scale + total * exponent[r]);
+        finish_source(v + r, rows[r], e[r], a / total, matched[0]);
+      }
     }
     team_.reduce(matched, Sum());
     if (!reports_) return;
@@ -284,8 +332,9 @@ class Image {
   int64_t first_;
   RowTeam<kCluster> team_;
   Arriving arriving_;
-  float* targets_;  // (L, share)
-  Score* ring_;     // (kStages, share)
+  float4* targets_;       // (L, share)
+  Score* ring_;           // (kStages, share)
+  unsigned fetched_ = 0;  // rows
   bool reports_;
   float scale_ = 0.0f, entropy_ = 0.0f;
   OwnColumns col_;

@@ -57,11 +57,10 @@ __device__ __forceinline__ void store_gradient(const Match& p, int64_t v, int64_
 
 // The sums over an image's source rows.
 struct SourceSums {
-  float exponent = 0.0f;  // of the last row, a guess for the next
   float lse = 0.0f, entropy = 0.0f;
 
-  // of the row with sum_j e_j = total and sum_j e_j log2(e_j) = dot
-  __device__ __forceinline__ void add(float a, float total, float dot) {
+  // Of the row with e_j = 2^(its logarithm + exponent), sum_j e_j = total and sum_j e_j log2(e_j) = dot.
+  __device__ __forceinline__ void add(float a, float exponent, float total, float dot) {
     lse += a * kLn2 * (log2f(total) - exponent);
     entropy += entropy_of(total, dot);
   }

@@ -176,7 +176,7 @@ class LongImage {
 
   __device__ void find_source(int64_t v) {
     float sums[2];
-    source_sums(v, sources_.exponent, sums);
+    source_sums(v, source_exponent_, sums);
     if (is_poor(sums[0])) {
       float most[1] = {-INFINITY};
       for_octets([&](int64_t j) {
@@ -186,12 +186,12 @@ class LongImage {
         for (int k = 0; k < kOctet; ++k) most[0] = fmaxf(most[0], s[k] * source_scale_);
       });
       team_.reduce(most, Max());
-      sources_.exponent = exponent_of(most[0]);
-      source_sums(v, sources_.exponent, sums);
+      source_exponent_ = exponent_of(most[0]);
+      source_sums(v, source_exponent_, sums);
     }
     const float a = row_sum_of_targets(v, p_);
-    keep(of_sources_, v, sources_.exponent, a / sums[0]);
-    sources_.add(a, sums[0], sums[1]);
+    keep(of_sources_, v, source_exponent_, a / sums[0]);
+    sources_.add(a, source_exponent_, sums[0], sums[1]);
   }
 
   // P and G of the octet at column j; adds Pbar_v s_v to `matched`.
@@ -235,6 +235,7 @@ class LongImage {
   Threshold threshold_ = {0, 0};
   bool has_threshold_ = false;
   float entropy_ = 0.0f;
+  float source_exponent_ = 0.0f;  // of the last row, a guess for the next
   SourceSums sources_;
 };
 

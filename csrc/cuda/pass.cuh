@@ -85,9 +85,7 @@ class Group {
 
   static __device__ __forceinline__ int share() { return static_cast<int>(blockDim.x) * kOwned; }
 
-  __device__ __forceinline__ float4& four(int f) const {
-    return potentials_[f * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)];
-  }
+  __device__ __forceinline__ float4& four(int f) const { return potentials_[piece_place(f, 2 * kFours)]; }
 
   // Exponents of the columns of octet q.
   __device__ __forceinline__ void exponents(float (&x)[kOctet], int q) const {

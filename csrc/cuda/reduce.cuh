@@ -29,37 +29,43 @@ class RowTeam {
     sync_cluster();  // a block's shared memory is there once the block has begun
   }
 
-  // kValues <= 4 values at once.
+  // 1, 2 or 4 values at once.
   template <int kValues, class Combine>
   __device__ __forceinline__ void reduce(float (&x)[kValues], Combine combine) {
-    static_assert(kValues <= 4, "the scratch of a warp is 4 floats");
-    over_warp(x, combine);
+    static_assert(kValues <= 4 && kWarp % kValues == 0, "the scratch of a warp is 4 floats");
+    const float mine = over_lanes<1>(x, combine);
+    const unsigned lane = threadIdx.x % kWarp;
     float* of_warps = scratch_ + buffer_ * (kMostThreads / kWarp) * 4;
-    if (threadIdx.x % kWarp == 0) put(of_warps, threadIdx.x / kWarp, x);
+    if (lane < kValues) of_warps[threadIdx.x / kWarp * kValues + lane] = mine;
     sync_block();
-    gather(x, of_warps, static_cast<int>(blockDim.x / kWarp), combine);
+    gather<kValues>(x, of_warps, blockDim.x / kWarp, combine);
     if (kCluster) {
       float* of_blocks = scratch_ + (2 * kMostThreads / kWarp + buffer_ * kMostCluster) * 4;
       exchange_blocks(x, of_blocks, arrivals_ + buffer_);
-      gather(x, of_blocks, static_cast<int>(cluster_size()), combine);
+      gather<4>(x, of_blocks, cluster_size(), combine);
       odd_ ^= static_cast<unsigned>(buffer_);
     }
     buffer_ ^= 1;
   }
 
  private:
-  // In every lane the same: the two sums that a step adds are the same two in both of its lanes.
-  template <int kValues, class Combine>
-  static __device__ __forceinline__ void over_warp(float (&x)[kValues], Combine combine) {
+  // Over the lanes of a warp; lane l gets value l % kValues. While a lane has several values it hands every other one
+  // to the lane that keeps those. The two that a step combines are the same two in both of its lanes.
+  template <int kOffset, int kValues, class Combine>
+  static __device__ __forceinline__ float over_lanes(const float (&x)[kValues], Combine combine) {
+    if constexpr (kOffset == kWarp) {
+      return x[0];
+    } else if constexpr (kValues == 1) {
+      const float both[1] = {combine(x[0], exchange(x[0], kOffset))};
+      return over_lanes<2 * kOffset>(both, combine);
+    } else {
+      const bool odd = threadIdx.x / kOffset % 2 != 0;
+      float kept[kValues / 2];
 #pragma unroll
-    for (int offset = kWarp / 2; offset > 0; offset /= 2)
-#pragma unroll
-      for (int v = 0; v < kValues; ++v) x[v] = combine(x[v], exchange(x[v], offset));
-  }
-  template <int kValues>
-  static __device__ __forceinline__ void put(float* parts, unsigned part, const float (&x)[kValues]) {
-#pragma unroll
-    for (int v = 0; v < kValues; ++v) parts[part * 4 + v] = x[v];
+      for (int v = 0; v < kValues / 2; ++v)
+        kept[v] = combine(odd ? x[2 * v + 1] : x[2 * v], exchange(odd ? x[2 * v] : x[2 * v + 1], kOffset));
+      return over_lanes<2 * kOffset>(kept, combine);
+    }
   }
   // To `of_blocks` of every block, which has all of them when its arrival says so.
   template <int kValues>
@@ -76,14 +82,23 @@ class RowTeam {
     }
     wait_for_arrival<true>(arrival, odd_);
   }
-  template <int kValues, class Combine>
-  static __device__ __forceinline__ void gather(float (&x)[kValues], const float* parts, int count, Combine combine) {
-    const int lane = threadIdx.x % kWarp;
+  // Parts of kStride floats, `count` of them: lane l combines those of value l % kValues that are its own, then the
+  // lanes of a value their results, and all get all.
+  template <int kStride, int kValues, class Combine>
+  static __device__ __forceinline__ void gather(float (&x)[kValues], const float* parts, unsigned count,
+                                                Combine combine) {
+    const unsigned lane = threadIdx.x % kWarp;
+    float mine[1] = {Combine::kIdentity};
 #pragma unroll
-    for (int v = 0; v < kValues; ++v) x[v] = lane < count ? parts[lane * 4 + v] : Combine::kIdentity;
-    over_warp(x, combine);
+    for (unsigned first = 0; first < kMostParts; first += kWarp / kValues) {
+      const unsigned part = first + lane / kValues;
+      if (part < count) mine[0] = combine(mine[0], parts[part * kStride + lane % kValues]);
+    }
+    const float all = over_lanes<kValues>(mine, combine);
+#pragma unroll
+    for (int v = 0; v < kValues; ++v) x[v] = kValues == 1 ? all : from_lane(all, v);
   }
-  static_assert(kMostThreads <= kWarp * kWarp && kMostCluster <= kWarp, "a lane for each part");
+  static constexpr unsigned kMostParts = kMostThreads / kWarp > kMostCluster ? kMostThreads / kWarp : kMostCluster;
 
   float* scratch_;
   Arrival* arrivals_;  // (2)

@@ -29,11 +29,22 @@ BAM_HOST_DEVICE static inline float float_of(int32_t bits) {
   return x;
 }
 
+// int16 and float32 are turned into each other by the bits of a float whose unit in the last place is 1: conversion
+// instructions take the pipe of the exponentials, which is the one that these kernels fill.
+constexpr int32_t kTwo23Bits = 0x4b000000;  // of 2^23
+constexpr float kThreeTimes2To22 = 0x1.8p23f;
+
+// The value of a fixed-point score from the bits of 2^23 + (score + 2^15).
+BAM_HOST_DEVICE static inline float value_of_bits(int32_t bits) {
+  const float x = float_of(bits) - (0x1p23f + 0x1p15f);
+  return x == static_cast<float>(kMaskedFixed) ? kMaskedScore : x;
+}
+
 BAM_HOST_DEVICE static inline float value_of(float score) {
   return score;
 }
 BAM_HOST_DEVICE static inline float value_of(int16_t score) {
-  return score == kMaskedFixed ? kMaskedScore : static_cast<float>(score);
+  return value_of_bits(kTwo23Bits | (static_cast<uint16_t>(score) ^ 0x8000));
 }
 template <class Score>
 BAM_HOST_DEVICE static inline Score masked_score();
@@ -98,7 +109,7 @@ BAM_HOST_DEVICE static inline float entropy_of(float total, float dot) {
 // rint(s * steps_per_unit) clamped to +-32767; kMaskedFixed for masked scores.
 BAM_HOST_DEVICE static inline int16_t to_fixed(float s, float steps_per_unit) {
   if (s <= kMaskedScore) return kMaskedFixed;
-  return static_cast<int16_t>(rintf(fminf(fmaxf(s * steps_per_unit, -32767.0f), 32767.0f)));
+  return static_cast<int16_t>(bits_of(fminf(fmaxf(s * steps_per_unit, -32767.0f), 32767.0f) + kThreeTimes2To22));
 }
 
 // The image of this rank whose key is column j, in gathered order; -1 for another rank's key.

@@ -38,14 +38,14 @@ class SmallProblem {
     else sync_grid();
   }
 
-  // What lies in shared memory: (threads), the potentials of a thread's columns, (rows, share).
+  // What lies in shared memory: the potentials of a thread's columns, (threads), (rows, share).
+  __device__ float4* potentials() const {
+    return reinterpret_cast<float4*>(static_cast<char*>(shared_memory()) + kScratchBytes);
+  }
   __device__ Column* parts() const {
-    return reinterpret_cast<Column*>(static_cast<char*>(shared_memory()) + kScratchBytes);
+    return reinterpret_cast<Column*>(potentials() + blockDim.x * (kOwned * kPotentialBytes / sizeof(float4)));
   }
-  __device__ float4* potentials() const { return reinterpret_cast<float4*>(parts() + blockDim.x); }
-  __device__ Score* scores() const {
-    return reinterpret_cast<Score*>(potentials() + blockDim.x * (kOwned * kPotentialBytes / sizeof(float4)));
-  }
+  __device__ Score* scores() const { return reinterpret_cast<Score*>(parts() + blockDim.x); }
   __device__ int share() const { return static_cast<int>(blockDim.x) * kOwned; }
 
   // Columns that threads update side by side: few enough that all blocks take part and share out the partials over
@@ -148,7 +148,7 @@ struct OnChip {
 };
 
 template <class Score, bool kCluster>
-__global__ void __launch_bounds__(kMostThreads) sinkhorn_on_chip_kernel(const OnChip a) {
+__global__ void __launch_bounds__(kOnChipThreads, 1) sinkhorn_on_chip_kernel(const OnChip a) {
   SmallProblem<Score, kCluster>(a.p, a.aligned).run();
 }
 

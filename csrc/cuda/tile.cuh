@@ -100,9 +100,18 @@ __device__ __forceinline__ void load_scores(float (&x)[kOctet], const Score* fro
 }
 
 // The same from an octet in shared memory.
-template <class Score>
-__device__ __forceinline__ void load_scores(float (&x)[kOctet], const Score* shared) {
-  load_scores(x, shared, kOctet, true);
+__device__ __forceinline__ void load_scores(float (&x)[kOctet], const float* shared) {
+  load_octet(x, shared, kOctet, true, kMaskedScore);
+}
+__device__ __forceinline__ void load_scores(float (&x)[kOctet], const int16_t* shared) {
+  int32_t words[kOctet / 2];
+  memcpy(words, __builtin_assume_aligned(shared, 16), sizeof words);
+#pragma unroll
+  for (int w = 0; w < kOctet / 2; ++w) {
+    const int32_t flipped = words[w] ^ static_cast<int32_t>(0x80008000);
+    x[2 * w] = value_of_bits(with_low_half(kTwo23Bits, flipped));
+    x[2 * w + 1] = value_of_bits(with_high_half(kTwo23Bits, flipped));
+  }
 }
 
 // Floats of any type.

@@ -12,6 +12,9 @@ using namespace bam::cuda;
 EXPORT int to_fixed_point(float s, float steps_per_unit) {
   return to_fixed(s, steps_per_unit);
 }
+EXPORT float value_of_fixed_point(int score) {
+  return value_of(static_cast<int16_t>(score));
+}
 EXPORT void split_float(float x, float* out) {
   const Power parts = split(x);
   out[0] = parts.exponent;

@@ -27,8 +27,9 @@ def unavailable(device: torch.device) -> str | None:
         return "the extension was built without CUDA; install it where nvcc is found: pip install -e ."
     if torch.version.hip:
         return 'it takes NVIDIA GPUs; use backend="triton"'
-    if device_count() == 0:
-        return "no CUDA device, or no driver"
+    count, fault = _C.cuda_devices()
+    if count == 0:
+        return f"no CUDA device: {fault}"
     return _fault(found_device(device.index if device.index is not None else torch.cuda.current_device()))
 
 
@@ -43,7 +44,7 @@ def _fault(device: Device) -> str | None:
 
 def device_count() -> int:
     """How many devices this process sees."""
-    return _C.cuda_device_count() if _C is not None and _C.with_cuda else 0
+    return _C.cuda_devices()[0] if _C is not None and _C.with_cuda else 0
 
 
 @cache

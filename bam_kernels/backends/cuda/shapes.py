@@ -11,6 +11,7 @@ from .device import Device
 _CONSTANTS = _C.cuda_constants if _C is not None else {}
 OWNED = _CONSTANTS.get("owned", 0)
 MOST_THREADS = _CONSTANTS.get("threads", 0)
+ON_CHIP_THREADS = _CONSTANTS.get("on_chip_threads", 0)
 STAGES = _CONSTANTS.get("stages", 0)
 GROUP_BYTES = _CONSTANTS.get("group_bytes", 0)
 GROUPS = _CONSTANTS.get("groups", 0)
@@ -101,7 +102,7 @@ class OnChip(NamedTuple):
 def on_chip(m: int, n: int, score_bytes: int, device: Device) -> OnChip | None:
     """All scores in shared memory: of one cluster where its blocks have few rows, else of a grid; None: neither."""
     threads = up(-(-n // OWNED), WARP)
-    if threads > MOST_THREADS:
+    if threads > ON_CHIP_THREADS:
         return None
     group = GROUP_BYTES // score_bytes
     left = device.shared_bytes - SCRATCH_BYTES - threads * (8 + OWNED * POTENTIAL_BYTES)
