@@ -12,8 +12,8 @@ namespace bam::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kRows = 4;  // rows on their way at once
-constexpr int kMergeThreads = 256;
+constexpr int kRows = 4;            // rows on their way at once
+constexpr int kMergeThreads = 512;  // 16 to a column: each reads its share of 128 partials at once
 
 struct Chunks {
   ColumnLse p;
