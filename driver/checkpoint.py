@@ -14,11 +14,12 @@ import torch
 from torch import nn
 
 from . import weights
-from .config import UserError
+from .config import UserError, replacing
 from .data import Images
 from .history import History
 
 FILE = "checkpoint.pt"
+STEP_FILES = f"step-{'[0-9]' * 9}.pt"
 
 
 @dataclass
@@ -37,6 +38,8 @@ class State:
     """Epochs done."""
     step: int = 0
     history: History = field(default_factory=History)
+    kept: set[Path] = field(default_factory=set)
+    """The step-N.pt of this run; not those of steps after an older checkpoint to which it went back."""
 
     def content(self, config: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -56,28 +59,22 @@ class State:
 def save(state: State, config: dict[str, Any], directory: Path, keep_last: int = 1, keep: bool = False) -> Path:
     """Write the newest checkpoint; beside it stay the last ones, and for good this one if `keep`.
 
-    It is written under a temporary name, brought to the disk, then renamed: the file in place is always whole.
     Raises: UserError where the disk does not take it; what was there stays.
     """
     path = directory / FILE
-    temporary = path.with_suffix(".pt.writing")
     try:
-        with open(temporary, "wb") as file:
+        with replacing(path) as temporary, open(temporary, "wb") as file:
             torch.save(state.content(config), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync(directory)
     except (OSError, RuntimeError) as error:
         free_mb = shutil.disk_usage(directory).free / 1e6  # torch's own error does not tell a full disk
         kept = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was written yet"
         raise UserError(f"{path}: not written ({error}; {free_mb:.0f} MB are free there); {kept}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     if keep_last > 1:
-        _keep(path, directory / f"step-{state.step:09d}.pt")
-        for old in sorted(directory.glob("step-*.pt"))[:-keep_last]:
-            old.unlink()
+        newest = directory / _step_file(state.step)
+        _keep(path, newest)
+        state.kept = set(sorted(state.kept | {newest})[-keep_last:])
+        for other in set(directory.glob(STEP_FILES)) - state.kept:
+            other.unlink()
     if keep:
         _keep(path, directory / f"epoch-{state.epoch:04d}.pt")
     return path
@@ -85,20 +82,15 @@ def save(state: State, config: dict[str, Any], directory: Path, keep_last: int =
 
 def _keep(path: Path, copy: Path) -> None:
     """The same file under another name too; a copy where the disk has no such links."""
-    copy.unlink(missing_ok=True)
-    try:
-        os.link(path, copy)
-    except OSError:
-        shutil.copy2(path, copy)
+    with replacing(copy) as temporary:
+        try:
+            os.link(path, temporary)
+        except OSError:
+            shutil.copy2(path, temporary)
 
 
-def _sync(directory: Path) -> None:
-    """The renaming too reaches the disk."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _step_file(step: int) -> str:
+    return f"step-{step:09d}.pt"
 
 
 def load(state: State, source: Path) -> Path:
@@ -121,7 +113,10 @@ def load(state: State, source: Path) -> Path:
         state.network.load_state_dict(content["network"])
         if state.teacher is not None:
             state.teacher.load_state_dict(content["teacher"] or content["network"])
+        made = state.optimizer.param_groups
         state.optimizer.load_state_dict(content["optimizer"])
+        for group, options in zip(state.optimizer.param_groups, made, strict=True):
+            group.update(options)  # momentum is the options', which may have changed
         if state.scaler is not None and content["scaler"]:
             state.scaler.load_state_dict(content["scaler"])
         if state.images is not None and content["boxes"] is not None:
@@ -131,4 +126,6 @@ def load(state: State, source: Path) -> Path:
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{path}: does not fit the model that the options describe: {error}") from error
     state.epoch, state.step, state.history = content["epoch"], content["step"], History(content["history"])
+    newest = _step_file(state.step)
+    state.kept = {file for file in path.parent.glob(STEP_FILES) if file.name <= newest}
     return path.parent

@@ -28,14 +28,29 @@ def parse(args: list[str] | None = None) -> Config:
     if file is not None:
         saved = read(Path(file), f"--config {file}")
     elif resume is not None:
-        directory = Path(resume).parent if resume.endswith(".pt") else Path(resume)
-        saved = read(directory / FILE, f"--run.resume {resume}: not the directory of a run")
+        saved = of_run(resume)
     base = recipe(name or saved.pop("recipe", "digits" if given["data.root"] is None else "images"))
     if name is None and not saved and base.recipe == "images":
         base = replace(base, run=replace(base.run, name=os.path.basename(os.path.abspath(given["data.root"]))))
     config = tyro.cli(Config, args=[*as_args(saved), *args], default=base, config=(tyro.conf.FlagConversionOff,))
+    if resume is None and config.run.resume is not None:
+        raise UserError(f"--config {file}: run.resume {config.run.resume} in it; --run.resume alone resumes a run")
     check(config)
     return config
+
+
+def of_run(resume: str) -> dict[str, Any]:
+    """All options of the run that is resumed. Raises: UserError."""
+    path = (Path(resume).parent if resume.endswith(".pt") else Path(resume)) / FILE
+    if not path.is_file():
+        raise UserError(f"--run.resume {resume}: not the directory of a run (no {path})")
+    what = f"--run.resume {resume}: damaged options"
+    plain = read(path, what)
+    for part, options in PARTS.items():
+        for option in fields(options):
+            if option.name not in plain.get(part, {}):
+                raise UserError(f"{what} ({path}: no {part}.{option.name} in it; each checkpoint has a copy, `config`)")
+    return plain
 
 
 def read(path: Path, what: str) -> dict[str, Any]:
@@ -49,8 +64,10 @@ def read(path: Path, what: str) -> dict[str, Any]:
     for part, options in plain.items():
         if part == "recipe":
             continue
-        if part not in PARTS or not isinstance(options, dict):
+        if part not in PARTS:
             raise UserError(f"{what} ({path}: {part} is not a part; {nearest(str(part), ['recipe', *PARTS])})")
+        if not isinstance(options, dict):
+            raise UserError(f"{what} ({path}: {part} must hold options, got {options})")
         known = [field.name for field in fields(PARTS[part])]
         for option in options:
             if option not in known:
@@ -100,14 +117,23 @@ LEAST = {
 }
 SHARES = ("data.blur", "data.max_unreadable", "model.teacher_momentum_end")
 SHARES_BELOW_1 = ("data.held_out", "boxes.threshold", "model.teacher_momentum", "model.drop_path", "optim.momentum")
+# Options that do nothing where the other is 0: neither the default nor the recipe's value, they are errors there.
+NEEDS = {
+    "model.teacher_momentum_end": "model.teacher_momentum",
+    "model.teacher_views": "model.teacher_momentum",
+    "boxes.after": "boxes.every",
+    "boxes.threshold": "boxes.every",
+    "boxes.alpha": "boxes.every",
+    "boxes.every": "data.augment",
+}
 
 
 def check(config: Config) -> None:
     """Numbers within their bounds, and options that fit each other. Raises: UserError."""
 
-    def value_of(option: str) -> Any:
+    def value_of(option: str, of: Config = config) -> Any:
         part, name = option.split(".")
-        return getattr(getattr(config, part), name)
+        return getattr(getattr(of, part), name)
 
     for option, low in LEAST.items():
         if not value_of(option) >= low:
@@ -131,6 +157,10 @@ def check(config: Config) -> None:
         raise UserError(f"--run.stop_after must be at least 1, got {config.run.stop_after}")
     if not config.run.name or os.path.basename(config.run.name) != config.run.name:
         raise UserError(f"--run.name must be a plain name without slashes, got {config.run.name!r}")
+    usual = Config(), recipe(config.recipe)
+    for option, needed in NEEDS.items():
+        if not value_of(needed) and all(value_of(option) != value_of(option, of) for of in usual):
+            raise UserError(f"--{option} {value_of(option)} does nothing where --{needed} is 0")
     check_source(config)
 
 

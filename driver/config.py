@@ -4,6 +4,8 @@ The text under a field is its help. The defaults are those of the embedded digit
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -64,7 +66,7 @@ class Data:
     """The same of a local view."""
     augmentation: Literal["digits", "simclr", "dino"] = "digits"
     """`digits`: move, gamma, contrast, noise. `simclr`: crop, flip, colour, grey, blur. `dino`: the same, with blur and
-    solarisation by view, as DINO and BAM published it."""
+    solarisation by view, as BAM published it: DINO's with a stronger saturation."""
     augment: float = 1.0
     """Strength of the augmentation, a multiple of the built-in one; crops keep their scales. 0: the images as they
     are."""
@@ -79,7 +81,8 @@ class Data:
     """Largest share of images that may be unreadable. Up to it each is named once, and another image takes its
     place; beyond it the run ends."""
     workers: int = 2
-    """Processes that decode and augment. 0: the main process. Not used by images that are on the device."""
+    """Processes that decode and augment. 0: the main process. Images that are on the device need them at the
+    start alone, to decode."""
 
 
 @helpful
@@ -221,7 +224,8 @@ class Run:
     save_steps: int = 0
     """Steps between further checkpoints, within an epoch. 0: none."""
     keep_last: int = 1
-    """Newest checkpoints that are kept: checkpoint.pt, and with 2 or more also step-N.pt."""
+    """Newest checkpoints that are kept: checkpoint.pt, and with 2 or more also step-N.pt. A run that goes
+    back to an older one removes those after it at its first save."""
     keep_every: int = 0
     """Epochs between checkpoints that are kept for good, as epoch-N.pt. 0: none."""
     neighbours: int = 10
@@ -260,7 +264,31 @@ PARTS = {"data": Data, "boxes": Boxes, "model": Model, "loss": Loss, "optim": Op
 
 def save(config: Config, directory: Path) -> None:
     """Write config.yaml, which `--config` reads."""
-    (directory / FILE).write_text(yaml.safe_dump(as_plain(config), sort_keys=False))
+    with replacing(directory / FILE) as temporary:
+        temporary.write_text(yaml.safe_dump(as_plain(config), sort_keys=False))
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name; what is written there reaches the disk, then is renamed: the file in place is always whole."""
+    temporary = path.with_name(f"{path.name}.writing")
+    temporary.unlink(missing_ok=True)
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """A file's content, or a directory's names, reach the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def as_plain(config: Config) -> dict[str, Any]:

@@ -23,6 +23,15 @@ def due(boxes: Boxes, epoch: int) -> bool:
 
 
 @torch.no_grad()
+def check(network: Network, channels: int, size: int) -> None:
+    """One look, before a run that is to have boxes. Raises: UserError."""
+    training = network.training
+    network.eval()
+    heat(network.backbone, next(network.parameters()).new_zeros(1, channels, size, size))
+    network.train(training)
+
+
+@torch.no_grad()
 def refresh(images: Images, network: Network, threshold: float, world: World) -> None:
     """New boxes for all training images, each rank asking its network about its share; every rank gets all."""
     training = network.training
@@ -58,19 +67,19 @@ def heat(backbone: nn.Sequential, images: Tensor) -> Tensor:
     """
     standardize, model = backbone
     blocks = getattr(model, "blocks", None)
-    attention = getattr(blocks[-1], "attn", None) if isinstance(blocks, nn.Sequential) else None
-    if hasattr(attention, "qkv"):
+    attention: Any = getattr(blocks[-1], "attn", None) if isinstance(blocks, nn.Sequential) else None
+    if all(hasattr(attention, part) for part in ("qkv", "q_norm", "k_norm")):
         if getattr(model, "cls_token", None) is None:
             raise UserError("--boxes.every: this ViT has no class token whose attention could be looked at")
         with _input_of(attention.qkv) as seen:
             model.forward_features(standardize(images))
-        grid = [side // patch for side, patch in zip(images.shape[-2:], model.patch_embed.patch_size, strict=True)]
+        grid = model.patch_embed.dynamic_feat_size(images.shape[-2:])
         return _class_attention(attention, seen[0], model.num_prefix_tokens).float().unflatten(1, grid)
     features = model[:-2] if isinstance(model, nn.Sequential) else getattr(model, "forward_features", None)
     map_ = None if features is None else features(standardize(images))
-    if map_ is None or map_.ndim != 4:
+    if not isinstance(map_, Tensor) or map_.ndim != 4:
         raise UserError("--boxes.every: this backbone shows neither attention of a class token nor a feature map")
-    return map_.float().norm(dim=1)
+    return map_.float().norm(dim=3 if getattr(model, "output_fmt", "NCHW") == "NHWC" else 1)
 
 
 def _class_attention(attention: nn.Module, tokens: Tensor, prefix: int) -> Tensor:

@@ -33,11 +33,11 @@ class Backbone:
     name: str | None = None
     """Instead of a run: a model of timm. Without `weights` they are random."""
     weights: Path | None = None
-    """Its weights: a file of driver/export.py, or a checkpoint of the driver or of the authors."""
+    """Weights for `name`: a file of driver/export.py, or a checkpoint of the driver or of the authors."""
     whose: Literal["student", "teacher"] | None = None
     """Weights of a checkpoint. None: the teacher's where there is one."""
     heads: int = 0
-    """Attention heads in a ViT. 0: the model's own number."""
+    """Attention heads of `name`, a ViT. 0: the model's own number."""
     size: int | None = None
     """Side of the images, pixels. None: the run's, or 224."""
     device: str = "auto"
@@ -50,6 +50,9 @@ class Backbone:
         if (self.run is None) == (self.name is None):
             raise UserError("give one of --backbone.run and --backbone.name")
         if self.run is not None:
+            for option in ("weights", "heads"):
+                if value := getattr(self, option):
+                    raise UserError(f"--backbone.{option} {value}: --backbone.run has its own; give --backbone.name")
             directory = self.run.parent if self.run.suffix == ".pt" else self.run
             if not (directory / FILE).is_file():
                 raise UserError(f"--backbone.run {self.run}: not the directory of a run, no {FILE} there")
@@ -89,9 +92,12 @@ class Frozen:
     @torch.no_grad()
     def for_linear(self, images: Tensor, blocks: int, average: bool) -> Tensor:
         """Of ViTs the class tokens of the last blocks, and with `average` the last one's mean patch, side by side; of
-        other models `features`."""
+        other models `features`. Raises: UserError."""
         if not self.is_vit:
             return self.features(images)
+        of_blocks: Any = self.model.feature_info
+        if blocks > len(of_blocks):
+            raise UserError(f"--blocks {blocks}: the backbone has {len(of_blocks)}")
         layers = self._layers(images, blocks, return_prefix_tokens=True)
         parts = [prefix[:, 0] for _, prefix in layers]
         if average:

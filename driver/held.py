@@ -107,6 +107,7 @@ def photographs(source, data: Data, boxes: Boxes, device: torch.device, seed: in
     from . import device_views
     from .loader import everything
     from .transforms import kinds
+    from .unreadable import Tally
 
     of_view = kinds(data)
 
@@ -116,9 +117,12 @@ def photographs(source, data: Data, boxes: Boxes, device: torch.device, seed: in
             return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
         return device_views.augment(images, of_view[view], size, keys, of_images, boxes.alpha)
 
+    tally = Tally(source, data.max_unreadable, len(source.train) + len(source.test))
+    train, test = (everything(source, numbers, data, tally) for numbers in (source.train, source.test))
+    tally.settle(world)  # every rank reads all
     return Held(
-        everything(source, source.train, data),
-        everything(source, source.test, data),
+        train,
+        test,
         augment,
         data,
         device,

@@ -4,7 +4,8 @@ Each row has `kind`, `step` and `epoch` (a fraction within one):
 
 train       means over the steps since the last such row, and over ranks
 evaluation  what `evaluate` gave for the network; `pixels` the same for raw pixels, once
-collapse    the step by which the features were seen to have collapsed, once
+collapse    the step by which the features were seen to have collapsed, once; `ceiling` that by which the loss was seen
+            at its ceiling or above with features that are not alike
 """
 
 import json
@@ -12,6 +13,8 @@ import math
 import os
 from pathlib import Path
 from typing import Any, Protocol
+
+from .config import UserError
 
 FILE = "history.jsonl"
 
@@ -80,9 +83,13 @@ def _line(row: Row) -> str:
 
 
 def read(directory: Path) -> History:
-    """The history in a run's directory. A last line that was cut short is left out."""
+    """The history in a run's directory. A last line that was cut short is left out. Raises: UserError."""
+    try:
+        lines = (directory / FILE).read_text().splitlines()
+    except OSError as error:
+        raise UserError(f"{directory}: not the directory of a run ({FILE}: {error.strerror})") from error
     rows = []
-    for line in (directory / FILE).read_text().splitlines():
+    for line in lines:
         try:
             rows.append(json.loads(line))
         except ValueError:

@@ -35,6 +35,7 @@ class LabelledFiles:
         self.training, self.tested = len(self.source.train), len(self.source.test)
         if not self.tested:
             raise UserError(f"{data.root}: no labelled images to test with; there must be at least two classes")
+        self.tally = Tally(self.source, data.max_unreadable, self.training + self.tested)
         self.classes = int(self.source.labels.max()) + 1
 
     def plain(self, part: Literal["train", "test"]) -> Batches:
@@ -46,7 +47,6 @@ class LabelledFiles:
         return self._batches(self.source.train, [(seed_of(seed, epoch, place), place) for place in places])
 
     def _batches(self, numbers: Tensor, keys: Sequence[Key]) -> Batches:
-        tally = Tally(self.source, self.data.max_unreadable, len(keys))
         loader = DataLoader(
             Crops(self.source, numbers, self.data.size),
             self.data.batch_size,
@@ -56,8 +56,9 @@ class LabelledFiles:
             pin_memory=self.device.type == "cuda",
         )
         for images, labels, reports in loader:
-            tally.note(len(images), reports)
+            self.tally.add(reports)
             yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        self.tally.settle(self.world)
 
 
 class Crops(Dataset):

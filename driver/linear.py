@@ -47,7 +47,7 @@ class Options:
     average: bool = False
     """Of ViTs: beside them the mean of the last block's patches."""
     norm: bool = False
-    """Batch norm without weights before the layer: features of any scale suit one learning rate."""
+    """Batch norm without weights before the layer, over all ranks: features of any scale suit one learning rate."""
     test_every: int = 10
     """Epochs between tests; the last epoch is always tested."""
     seed: int = 0
@@ -61,9 +61,9 @@ class Options:
 class Heads(nn.Module):
     """One linear layer per learning rate, over the same features (n, D) -> logits (heads, n, classes)."""
 
-    def __init__(self, width: int, classes: int, heads: int, norm: bool) -> None:
+    def __init__(self, width: int, classes: int, heads: int, norm: bool, world: World) -> None:
         super().__init__()
-        self.norm = nn.BatchNorm1d(width, affine=False, eps=1e-6, momentum=None) if norm else nn.Identity()
+        self.norm = Norm(width, world) if norm else nn.Identity()
         self.layers = nn.ModuleList(nn.Linear(width, classes) for _ in range(heads))
         for layer in self.layers:
             nn.init.normal_(layer.weight, std=0.01)
@@ -74,6 +74,22 @@ class Heads(nn.Module):
         return torch.stack([layer(features) for layer in self.layers])
 
 
+class Norm(nn.BatchNorm1d):
+    """Batch norm without weights by the statistics of all ranks' features, which take no gradient. SyncBatchNorm would
+    need GPUs.
+    """
+
+    def __init__(self, width: int, world: World) -> None:
+        super().__init__(width, affine=False, eps=1e-6, momentum=None)
+        self.world = world
+
+    def forward(self, features: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(features)
+        whole = self.world.interleaved(features, len(features) * self.world.size)
+        return super().forward(whole)[self.world.rank :: self.world.size]
+
+
 def main(options: Options, world: World) -> dict[float, float]:
     """Top-1 accuracy by learning rate, after the last epoch. Raises: UserError."""
     check(options)
@@ -82,8 +98,8 @@ def main(options: Options, world: World) -> dict[float, float]:
     labelled = options.data.load(options.backbone.options(), frozen.size, frozen.device, world)
     width = embed(frozen, next(labelled.plain("test"))[0][:1], options).shape[1]
     torch.manual_seed(options.seed)
-    heads = Heads(width, labelled.classes, len(options.lr), options.norm).to(frozen.device)
-    parallel = world.parallel(nn.SyncBatchNorm.convert_sync_batchnorm(heads) if frozen.device.type == "cuda" else heads)
+    heads = Heads(width, labelled.classes, len(options.lr), options.norm, world).to(frozen.device)
+    parallel = world.parallel(heads)
     groups = [{"params": layer.parameters(), "lr": lr} for layer, lr in zip(heads.layers, options.lr, strict=True)]
     optimizer = torch.optim.SGD(groups, lr=0.0, momentum=MOMENTUM)
     first = load(options, heads, optimizer) if options.resume else 0
@@ -181,9 +197,9 @@ def load(options: Options, heads: Heads, optimizer: torch.optim.Optimizer) -> in
     try:
         heads.load_state_dict(content["heads"])
         optimizer.load_state_dict(content["optimizer"])
+        return content["epoch"]
     except (KeyError, RuntimeError, ValueError) as error:
         raise UserError(f"{options.out / 'linear.pt'}: does not fit these options: {error}") from error
-    return content["epoch"]
 
 
 if __name__ == "__main__":

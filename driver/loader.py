@@ -25,7 +25,7 @@ BANK_LIMIT = 10_000
 
 
 class Loaded:
-    """Views and labelled images of one source."""
+    """Views and labelled images of one source. What could not be read is in `tally`, settled at log lines."""
 
     channels = 3
 
@@ -41,7 +41,7 @@ class Loaded:
         self._boxed = torch.zeros(1, dtype=torch.bool).share_memory_()
         views = Augmented(source, Views(data, boxes.alpha), seed, self._boxes, self._boxed)
         self.train = self._loader(views, data.batch_size, self.order)
-        self.tally = Tally(source, data.max_unreadable, self.training // world.size)
+        self.tally = Tally(source, data.max_unreadable, self.training + self.tested)
         chosen = torch.randperm(self.training, generator=Generator().manual_seed(0))[:BANK_LIMIT]
         self.eval_numbers = [part[world.rank :: world.size] for part in (source.train[chosen], source.test)]
 
@@ -62,7 +62,7 @@ class Loaded:
 
     def _readable(self) -> Iterator[Crops]:
         for crops, reports in self.train:
-            self.tally.note(self.data.batch_size, reports)
+            self.tally.add(reports)
             yield [part.to(self.device, non_blocking=True) for part in crops] if self.micro_batches == 1 else crops
 
     def bank(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -80,7 +80,7 @@ class Loaded:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         dataset = Plain(self.source, numbers, partial(transform, size=self.data.size))
         for images, labels, reports in self._loader(dataset, EVAL_BATCH):
-            self.tally.note(len(images), reports)
+            self.tally.add(reports)
             yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
     def _loader(self, dataset: Dataset, batch_size: int, order: Sampler | None = None) -> DataLoader:
@@ -162,15 +162,15 @@ def by_image(images: list[tuple[Tensor, Tensor, list[Report]]]) -> tuple[Tensor,
     return torch.stack(pixels), torch.stack(labels), [r for of_image in reports for r in of_image]
 
 
-def everything(source: Source, numbers: Tensor, data: Data) -> tuple[Tensor, Tensor]:
+def everything(source: Source, numbers: Tensor, data: Data, tally: Tally) -> tuple[Tensor, Tensor]:
     """(n, 3, S, S) uint8 and labels (n,) of these images, decoded once."""
     images = torch.empty(len(numbers), 3, data.size, data.size, dtype=torch.uint8)
     labels = torch.empty(len(numbers), dtype=torch.int64)
-    tally, done = Tally(source, data.max_unreadable, len(numbers)), 0
+    done = 0
     for part, of_part, reports in loader(
         Plain(source, numbers, partial(centred, size=data.size)), EVAL_BATCH, data.workers
     ):
-        tally.note(len(part), reports)
+        tally.add(reports)
         images[done : done + len(part)] = part.mul(255).round()
         labels[done : done + len(part)] = of_part
         done += len(part)

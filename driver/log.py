@@ -64,8 +64,9 @@ class Log:
     def line(self) -> None:
         """Wait for the device; note the mean over ranks and over the steps since the last line, if there are any.
 
-        Raises: UserError on a bad loss, on every rank.
+        Raises: UserError on a bad loss or too many unreadable images, on every rank.
         """
+        self.settle()
         if not self.pending:
             return
         rows = self.world.mean(torch.stack(self.pending)).tolist()
@@ -77,7 +78,7 @@ class Log:
         seconds = time.perf_counter() - self.since
         rate, waited = self.G * len(rows) / seconds, self.waited_s / seconds
         self.note("train", lr=self.lr, images_per_s=rate, data_wait=waited, **mean)
-        self.warn_of_collapse()
+        self.warn()
         self.bar.set_postfix_str(
             f"loss {mean['loss']:.3f}, gap to collapse {mean['collapse_gap']:.3f}, lr {self.lr:.1e}, "
             f"{rate:.0f} images/s, {waited:.0%} waiting for data",
@@ -91,17 +92,26 @@ class Log:
         """Add a row to the history."""
         return self.state.history.add(kind, self.state.step, self.state.step / self.steps, **numbers)
 
-    def warn_of_collapse(self) -> None:
-        """Say it once in a run, when the gap has been closed over five lines after the warm-up, in which a network may
-        begin with all features alike."""
+    def settle(self) -> None:
+        """Name the images that could not be read since the last time. Raises: UserError on every rank."""
+        tally = getattr(self.state.images, "tally", None)  # not of images that were read before the run
+        if tally is not None:
+            tally.settle(self.world)
+
+    def warn(self) -> None:
+        """Say a trouble once in a run, when five lines after the warm-up show it: a network may begin with all features
+        alike."""
         record = self.state.history
-        if not words.collapsed(record) or record.last("collapse"):
+        trouble = words.trouble(record)
+        if trouble is None or record.last(trouble):
             return
-        first, *_, last = record.of("train")[-words.COLLAPSE_LINES :]
+        first, *_, last = record.of("train")[-words.LINES :]
         if first["step"] <= self.warmup:
             return
-        text = words.collapse(self.note("collapse", collapse_gap=last["collapse_gap"]))
-        self.bar.write(f"warning: {text}. To try: {'; '.join(words.ADVICE)}", file=sys.stderr)
+        row = self.note(trouble, collapse_gap=last["collapse_gap"])
+        if self.world.first:  # the bar writes where it is disabled, too
+            text = f"warning: {words.warning(row)}. To try: {'; '.join(words.ADVICE[trouble])}"
+            self.bar.write(text, file=sys.stderr)
 
     def check_weights(self) -> None:
         """What is about to be saved is finite. Waits for the device. Raises: UserError."""

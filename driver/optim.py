@@ -48,7 +48,8 @@ class Arithmetic:
     def of(cls, dtype: str, device: torch.device) -> "Arithmetic":
         """For --run.dtype. `auto`: bfloat16 on a GPU that has it."""
         if dtype == "auto":
-            dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+            has_it = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+            dtype = "bfloat16" if has_it else "float32"
         if dtype in ("float32", "float64"):
             return cls(getattr(torch, dtype), device, None, None)
         scaler = torch.amp.GradScaler(device.type) if dtype == "float16" else None

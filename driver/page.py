@@ -13,17 +13,19 @@ from .history import History
 STYLE = Path(__file__).with_name("page.css")
 
 
-def page(name: str, history: History, options: Config, gallery: Gallery | None, tested: int, directory: Path) -> str:
-    """The whole page. No gallery: a run whose data is not at hand."""
+def page(
+    name: str, history: History, options: Config, gallery: Gallery | str, tested: int | None, directory: Path
+) -> str:
+    """The whole page. gallery: the pictures, or why there are none; tested: held-out images, where known."""
     why, command = words.next_step(history, options, directory)
     sections = [
         f"<h1>{escape(name)}</h1>",
         *(f"<p>{escape(line)}</p>" for line in words.verdict(history, options, tested)),
-        warning(history),
+        warnings(history),
         tiles(history),
         accuracies(history),
         curves(history),
-        pictures(gallery) if gallery else "",
+        pictures(gallery) if isinstance(gallery, Gallery) else f'<p class="soft">No pictures: {escape(gallery)}.</p>',
         f"<h2>To go on</h2><p>{escape(why.capitalize())}:</p><pre>{escape(command)}</pre>",
         configuration(options),
     ]
@@ -37,18 +39,19 @@ def page(name: str, history: History, options: Config, gallery: Gallery | None, 
 """
 
 
-def warning(history: History) -> str:
-    """A collapse, when it was seen, and what to try."""
-    seen = history.last("collapse")
-    if seen is None:
-        return ""
-    after = "" if words.collapsed(history) else " It recovered later: the last log line is below the ceiling."
-    cures = "".join(f"<li>{escape(cure)}</li>" for cure in words.ADVICE)
-    text = words.collapse(seen)
-    return (
-        f'<div class="warning"><p><b>{escape(text[0].upper() + text[1:])}.</b>{after}</p>'
-        f"<p>What to try, the likeliest first:</p><ul>{cures}</ul></div>"
-    )
+def warnings(history: History) -> str:
+    """Each trouble, when it was seen, and what to try."""
+    after = "" if words.trouble(history) else " It recovered: later log lines are below the ceiling."
+    parts = []
+    for kind, advice in words.ADVICE.items():
+        if seen := history.last(kind):
+            text = words.warning(seen)
+            cures = "".join(f"<li>{escape(cure)}</li>" for cure in advice)
+            parts.append(
+                f'<div class="warning"><p><b>{escape(text[0].upper() + text[1:])}.</b>{after}</p>'
+                f"<p>What to try, the likeliest first:</p><ul>{cures}</ul></div>"
+            )
+    return "\n".join(parts)
 
 
 def tiles(history: History) -> str:

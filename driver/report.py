@@ -13,12 +13,12 @@ if __name__ == "__main__":  # the driver is run from its repository, not install
 
 import tyro
 
-from driver import history, plots, words
-from driver.config import Config
+from driver import checkpoint, history, plots, words
+from driver.config import Config, UserError
 from driver.data import Images, make_images
 from driver.evaluate import Embed
 from driver.frozen import Backbone, run_script
-from driver.gallery import gallery
+from driver.gallery import Gallery, gallery
 from driver.page import page
 from driver.world import World
 
@@ -31,17 +31,24 @@ def finish(record: history.History, options: Config, directory: Path, images: Im
     print(f"\nwritten: {directory}/ {PAGE}, {DASHBOARD}, {history.FILE}, checkpoint.pt, config.yaml")
     if record.last("pixels"):
         print(words.table(record, images.tested))
-    if words.collapsed(record):
-        print(f"warning: training has collapsed. To try: {'; '.join(words.ADVICE)}")
+    if trouble := words.trouble(record):
+        print(f"warning: {words.ended(record)} To try: {'; '.join(words.ADVICE[trouble])}")
     why, command = words.next_step(record, options, directory)
     print(f"next, {why}: {command}")
 
 
 def write(record: history.History, options: Config, directory: Path, images: Images, embed: Embed) -> None:
     """report.html and dashboard.png."""
-    plots.dashboard(record, directory / DASHBOARD)
     pictures = gallery(embed, images, int(record.epoch), options.data.batch_size)
-    (directory / PAGE).write_text(page(directory.name, record, options, pictures, images.tested, directory))
+    write_with(pictures, images.tested, record, options, directory)
+
+
+def write_with(
+    pictures: Gallery | str, tested: int | None, record: history.History, options: Config, directory: Path
+) -> None:
+    """The same, of pictures that are made or the reason why there are none."""
+    plots.dashboard(record, directory / DASHBOARD)
+    (directory / PAGE).write_text(page(directory.name, record, options, pictures, tested, directory))
 
 
 @dataclass(frozen=True)
@@ -55,11 +62,23 @@ class Report:
 
 
 def main(options: Report, world: World) -> None:
-    """Raises: UserError."""
+    """Where the checkpoint or the images are missing, without pictures, which is said. Raises: UserError."""
     backbone = Backbone(run=options.run, whose="student", device=options.device)
-    config, frozen = backbone.options(), backbone.load()
-    images = make_images(config.data, config.boxes, frozen.device, config.run.seed, world)
-    write(history.read(options.run), config, options.run, images, frozen.features)
+    config, record, missing = backbone.options(), history.read(options.run), None
+    if not plots.panels_of(record):
+        raise UserError(f"{options.run / history.FILE}: no log line and no evaluation in it, nothing to report yet")
+    if (options.run / checkpoint.FILE).is_file():
+        frozen = backbone.load()
+        try:
+            images = make_images(config.data, config.boxes, frozen.device, config.run.seed, world)
+            write(record, config, options.run, images, frozen.features)
+        except UserError as error:
+            missing = str(error)
+    else:
+        missing = f"{options.run}: no {checkpoint.FILE} yet"
+    if missing is not None:
+        print(f"note: no pictures; {missing}")
+        write_with(missing, None, record, config, options.run)
     print(f"written: {options.run}/ {PAGE}, {DASHBOARD}")
 
 

@@ -1,6 +1,8 @@
 """Where photographs come from: files, CIFAR-10, tar shards. Each gives labels, a split, and an image by its number."""
 
+import fcntl
 import io
+import re
 import tarfile
 from pathlib import Path
 from typing import Protocol
@@ -14,7 +16,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder
 from .config import Data, UserError
 from .data import split
 
-TEST_FOLDERS = ("val", "test")
+TEST_NAMES = ("val", "test")
+"""Of held-out images, folders or shards, beside `train`: the first that is there."""
 
 
 class Source(Protocol):
@@ -48,7 +51,7 @@ class Files:
     def __init__(self, root: Path, held_out: float) -> None:
         if not root.is_dir():
             raise UserError(f"--data.root {root}: {'not a folder' if root.exists() else 'no such folder'}")
-        test = next((root / name for name in TEST_FOLDERS if (root / name).is_dir()), None)
+        test = next((root / name for name in TEST_NAMES if (root / name).is_dir()), None)
         if test is not None and (root / "train").is_dir():
             paths, labels = list_images(root / "train")
             test_paths, test_labels = list_images(test)
@@ -71,7 +74,7 @@ class Cifar:
 
     def __init__(self, root: Path) -> None:
         try:
-            parts = [CIFAR10(str(root), train=train, download=True) for train in (True, False)]
+            parts = _cifar(root)
         except (OSError, RuntimeError) as error:
             raise UserError(f"--data.root {root}: CIFAR-10 is neither there nor to be downloaded ({error})") from error
         self.pixels = [part.data for part in parts]
@@ -86,8 +89,23 @@ class Cifar:
         return f"CIFAR-10 image {index}"
 
 
+def _cifar(root: Path) -> list[CIFAR10]:
+    """Training and test part. Ranks and runs that lack them wait for one that downloads: the lock goes with its holder.
+
+    Raises: OSError, RuntimeError.
+    """
+    try:
+        return [CIFAR10(str(root), train=train, download=False) for train in (True, False)]
+    except RuntimeError:  # not there, or not yet whole
+        root.mkdir(parents=True, exist_ok=True)
+        with open(root / "cifar10.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            return [CIFAR10(str(root), train=train, download=True) for train in (True, False)]
+
+
 class Shards:
     """WebDataset shards: every .tar in a folder; a sample is KEY.jpg (or another image) and, with labels, KEY.cls.
+    Shards named `train` beside `val` or `test` are used as such folders are; others are split here.
 
     The members' places are read once, then any image is one read at its place: order, split and resume are those of
     any other source, at the price of one seek per image.
@@ -96,16 +114,24 @@ class Shards:
     def __init__(self, root: Path, held_out: float) -> None:
         shards = sorted(root.glob("*.tar")) if root.is_dir() else []
         self.places: list[tuple[Path, int, int, str]] = []
-        labels = []
-        for shard in shards:
-            images, classes = _members(shard)
-            for key in sorted(images):
-                self.places.append((shard, *images[key]))
-                labels.append(classes.get(key, 0))
-        if not self.places:
-            raise UserError(f"--data.root {root}: no images in its {len(shards)} .tar shards")
-        self.labels = torch.tensor(labels)
-        self.train, self.test = split_labelled(self.labels, held_out)
+        labels: list[int | None] = []
+        sizes = [0, 0]
+        for part, of_part in enumerate(_parts(shards)):
+            for shard in of_part:
+                images, classes = _members(shard)
+                sizes[part] += len(images)
+                for key in sorted(images):
+                    self.places.append((shard, *images[key]))
+                    labels.append(classes.get(key))
+        if not sizes[0]:
+            raise UserError(f"--data.root {root}: no images in its {len(shards)} .tar shards, or none to train on")
+        if None in labels and any(label is not None for label in labels):
+            raise UserError(f"{self.name(labels.index(None))}: no .cls beside it, as other images have")
+        self.labels = torch.tensor([label or 0 for label in labels])
+        if sizes[1]:
+            self.train, self.test = torch.arange(len(labels)).split(sizes)
+        else:
+            self.train, self.test = split_labelled(self.labels, held_out)
 
     def read(self, index: int) -> Image.Image:
         shard, offset, size, _ = self.places[index]
@@ -116,6 +142,17 @@ class Shards:
     def name(self, index: int) -> str:
         shard, _, _, member = self.places[index]
         return f"{shard}:{member}"
+
+
+def _parts(shards: list[Path]) -> tuple[list[Path], list[Path]]:
+    """Those to train on and the held-out ones, by the beginning of the name or what follows a prefix; without both, all
+    and none."""
+    named: dict[str, list[Path]] = {"train": [], **{name: [] for name in TEST_NAMES}}
+    for shard in shards:
+        if found := re.search(rf"(?:^|[-_.])({'|'.join(named)})", shard.name):
+            named[found[1]].append(shard)
+    test = next((named[name] for name in TEST_NAMES if named[name]), [])
+    return (named["train"], test) if named["train"] and test else (shards, [])
 
 
 def _members(shard: Path) -> tuple[dict[str, tuple[int, int, str]], dict[str, int]]:

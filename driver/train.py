@@ -60,6 +60,9 @@ class Training:
         self.schedules = Schedules(options, self.steps, G)
         self.arithmetic = Arithmetic.of(run.dtype, device)
         self.network, self.teacher = make_networks(options, self.images.channels, device, self.arithmetic.weights)
+        if options.boxes.every:
+            with self.arithmetic.context():
+                contrast.check(self.network, self.images.channels, data.size)
         self.bam = make_loss(options.loss, self.schedules, device, self.arithmetic.weights)
         self.optimizer = make_optimizer(self.network, optim)
 
@@ -80,6 +83,11 @@ class Training:
             f"{self.directory}: {self.images.training} training images, {self.images.tested} held out; "
             f"{self.steps} steps an epoch; {device}"
         )
+        if optim.lr_end > self.schedules.peak:
+            print(
+                f"warning: the learning rate rises to --optim.lr_end {optim.lr_end:g} "
+                f"from a peak of {self.schedules.peak:.3g}, that of {G} images per step"
+            )
         self.log = Log(self.state, self.directory, self.steps, optim.epochs, self.schedules.warmup, G, world)
         self.cache = GradientCache(
             world.parallel(self.network),
@@ -103,7 +111,8 @@ class Training:
         if state.step % self.steps == 0 and contrast.due(self.options.boxes, state.epoch):
             log.line()
             with self.arithmetic.context():
-                contrast.refresh(self.images, self.network, self.options.boxes.threshold, self.world)
+                looking = self.teacher or self.network
+                contrast.refresh(self.images, looking, self.options.boxes.threshold, self.world)
             log.restart_clock()
         for micro_batches in log.waiting(self.images.views(state.epoch, state.step % self.steps)):
             self.step(micro_batches)
@@ -115,6 +124,8 @@ class Training:
                 self.stop_if_asked(signal)
 
         state.epoch += 1
+        for network in filter(None, (self.network, self.teacher)):
+            self.world.share_buffers(network)  # for evaluation and boxes
         finished = state.epoch == self.last_epoch
         if finished or due(state.epoch, run.eval_every):
             log.line()
@@ -152,6 +163,7 @@ class Training:
 
     def test(self, kind: str, embed: Embed) -> None:
         self.log.note(kind, **evaluate(embed, self.images, Vote(self.options.run.neighbours), self.world))
+        self.log.settle()
 
     def save(self) -> None:
         """A checkpoint of the present step, once its numbers are known to be good."""

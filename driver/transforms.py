@@ -34,10 +34,12 @@ class Kind:
 def kinds(data: Data) -> list[Kind]:
     """One for each view, the local ones last.
 
-    Sources: SimCLR (Chen et al., ICML 2020) with weaker colours; DINO (Caron et al., ICCV 2021), which BAM uses.
+    Sources: SimCLR (Chen et al., ICML 2020) with weaker colours; DINO (Caron et al., ICCV 2021) with BAM's saturation,
+    0.4 where DINO has 0.2.
     """
     a = data.augment
-    jitter = (min(1.0, 0.4 * a), min(1.0, 0.4 * a), min(1.0, 0.2 * a), min(0.5, 0.1 * a))
+    saturation = 0.4 if data.augmentation == "dino" else 0.2
+    jitter = (min(1.0, 0.4 * a), min(1.0, 0.4 * a), min(1.0, saturation * a), min(0.5, 0.1 * a))
     grey, sigma = min(1.0, 0.2 * a), (0.1, 0.1 + 1.9 * a)
 
     def view(local: bool, blur: float, solarize: float) -> Kind:

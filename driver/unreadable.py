@@ -1,4 +1,4 @@
-"""Images that cannot be read: counted, named once, replaced by others; too many end the run."""
+"""Images that cannot be read: counted, named once, replaced by others; too many of a set end the run."""
 
 import sys
 from collections.abc import Iterable
@@ -9,6 +9,7 @@ from tqdm import tqdm
 from .config import UserError
 from .keyed import seed_of
 from .sources import Source
+from .world import World
 
 Report = tuple[int, str]
 """Number and fault of an unreadable image."""
@@ -37,25 +38,30 @@ def read(source: Source, numbers: list[int], place: int) -> tuple[int, Image.Ima
 
 
 class Tally:
-    """Unreadable images of this rank; `share` of what it reads may be."""
+    """Unreadable images, each once however often it is met; `share` of the set's `images` may be."""
 
     def __init__(self, source: Source, share: float, images: int) -> None:
         self.source, self.share, self.images = source, share, images
         self.named: set[int] = set()
-        self.seen = self.faults = 0
+        self.met: dict[int, str] = {}
 
-    def note(self, count: int, reports: Iterable[Report]) -> None:
-        """Of `count` more images. Raises: UserError where there are too many."""
-        self.seen += count
-        for index, fault in reports:
-            self.faults += 1
-            name = f"{self.source.name(index)}: not a readable image ({fault})"
-            # Before as many are seen as there are, the share is of those that there are.
-            if self.faults > self.share * max(self.seen, self.images):
+    def add(self, reports: Iterable[Report]) -> None:
+        """Of this rank, until the next `settle`."""
+        self.met.update(reports)
+
+    def settle(self, world: World) -> None:
+        """Count what all ranks have met; the first one names what is new. Raises: UserError on each, where there are
+        too many.
+        """
+        met = {index: fault for of_rank in world.gather(self.met) for index, fault in of_rank.items()}
+        self.met = {}
+        for index in sorted(met.keys() - self.named):
+            self.named.add(index)
+            name = f"{self.source.name(index)}: not a readable image ({met[index]})"
+            if len(self.named) / self.images > self.share:
                 raise UserError(
-                    f"{name}; repair or remove it. {self.faults} unreadable, a share above --data.max-unreadable "
-                    f"{self.share:g} of {max(self.seen, self.images)} images"
+                    f"{name}; repair or remove it. {len(self.named)} unreadable, a share above --data.max-unreadable "
+                    f"{self.share:g} of {self.images} images"
                 )
-            if index not in self.named:
-                self.named.add(index)
+            if world.first:
                 tqdm.write(f"note: {name}; another takes its place ({len(self.named)} so far)", file=sys.stderr)

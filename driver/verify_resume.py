@@ -2,14 +2,17 @@
 
 python driver/verify_resume.py                                    kill -9, on the digits
 python driver/verify_resume.py --signal TERM --breaks 5           as a scheduler ends a job
+python driver/verify_resume.py --ranks 2                          the same of two processes, all broken at once
 python driver/verify_resume.py --options="--data.root /PATH --optim.epochs 2"
 
 A folder's path is to be absolute. Everything is written under a temporary directory. Exit code 0: equal; 1: not.
 """
 
+import os
 import random
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -39,6 +42,8 @@ class Verify:
     signal: Literal["KILL", "TERM", "USR1"] = "KILL"
     breaks: int = 2
     """How often the run is broken."""
+    ranks: int = 1
+    """Processes of the run, started here, without torchrun."""
     save_steps: int = 4
     """Steps between checkpoints: what kill -9 leaves."""
     seed: int | None = None
@@ -58,14 +63,14 @@ def verify(verify: Verify) -> int:
     ]
     with tempfile.TemporaryDirectory() as folder:
         unbroken, broken = Path(folder) / "unbroken", Path(folder) / "broken"
-        run(unbroken, options, None, 0)
+        run(unbroken, options, verify.ranks, None, 0)
         total = content(unbroken)["step"]
         # In the first half: a run may take many a step before it is seen to have taken this one.
         early = range(1, max(2, total // 2))
         at = sorted(random.Random(verify.seed).sample(early, min(verify.breaks, len(early))))
         number = getattr(signal, f"SIG{verify.signal}")
-        was_broken = [run(broken, options, step, number) for step in at]
-        run(broken, options, None, 0)
+        was_broken = [run(broken, options, verify.ranks, step, number) for step in at]
+        run(broken, options, verify.ranks, None, 0)
         differing = [part for part in PARTS if not same(content(unbroken)[part], content(broken)[part])]
     where = ", ".join(map(str, at))
     if not all(was_broken):
@@ -78,8 +83,9 @@ def verify(verify: Verify) -> int:
     return 0
 
 
-def run(folder: Path, options: list[str], stop_at: int | None, number: int) -> bool:
-    """Start or resume the run under `folder`; once it has done that step, send it the signal. Whether that ended it.
+def run(folder: Path, options: list[str], ranks: int, stop_at: int | None, number: int) -> bool:
+    """Start or resume the run under `folder`; once it has done that step, send all its ranks the signal. Whether that
+    ended it.
 
     Raises: RuntimeError where it ends in any other way.
     """
@@ -93,18 +99,32 @@ def run(folder: Path, options: list[str], stop_at: int | None, number: int) -> b
         stop_at = max(stop_at, content(folder)["step"] + 1)
         (directory / history.FILE).unlink()
     with (folder / "said").open("w+") as said:
-        process = subprocess.Popen(command, cwd=folder, stdout=said, stderr=said)
+        environments = environments_of(ranks)
+        processes = [subprocess.Popen(command, cwd=folder, stdout=said, stderr=said, env=e) for e in environments]
         sent = False
-        while process.poll() is None:
+        while any(process.poll() is None for process in processes):
             if stop_at is not None and not sent and steps_done(folder, directory if resumes else None) >= stop_at:
-                process.send_signal(number)
+                for process in processes:
+                    process.send_signal(number)
                 sent = True
             time.sleep(0.01)
         ended = -number if number == signal.SIGKILL else STOPPED
-        if process.returncode not in ((0, ended) if sent else (0,)):
+        codes = {process.returncode for process in processes}
+        if codes not in (({0}, {ended}) if sent else ({0},)):
             said.seek(0)
-            raise RuntimeError(f"{' '.join(command)}: exit code {process.returncode}\n{said.read()[-3000:]}")
-    return process.returncode == ended
+            raise RuntimeError(f"{' '.join(command)}: exit codes {codes}\n{said.read()[-3000:]}")
+    return codes == {ended}
+
+
+def environments_of(ranks: int) -> list[dict[str, str]]:
+    """What each rank is started in."""
+    if ranks == 1:
+        return [dict(os.environ)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 
 
 def steps_done(folder: Path, resumed: Path | None) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import UserError
+from .config import UserError, missing
 
 _OWN_PREFIX = "backbone.1."
 """A Network's backbone is a Sequential of standardisation and the model."""
@@ -20,11 +20,14 @@ def read(path: Path) -> dict[str, Any]:
     """
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
     except Exception as error:  # what a damaged file makes the unpickler raise is no closed list
         raise UserError(f"{path}: not a readable checkpoint ({str(error).partition(chr(10))[0]})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a checkpoint but a {type(content).__name__}, where a dict is expected")
+    return content
 
 
 def backbone_weights(path: Path, whose: str | None = None) -> dict[str, Tensor]:
@@ -34,9 +37,7 @@ def backbone_weights(path: Path, whose: str | None = None) -> dict[str, Tensor]:
     of `module.`, `_orig_mod.`, `base_encoder.`, `backbone.`. Raises: UserError.
     """
     if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
+        return _of_safetensors(path)
     if path.is_dir():
         path = path / "checkpoint.pt"
     content = read(path)
@@ -49,8 +50,23 @@ def backbone_weights(path: Path, whose: str | None = None) -> dict[str, Tensor]:
     return _of_authors(content.get("model", content), path, whose)
 
 
-def _of_authors(state: dict[str, Any], path: Path, whose: str | None) -> dict[str, Tensor]:
-    state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+def _of_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise UserError(missing(str(path), "safetensors", error)) from error
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def _of_authors(content: Any, path: Path, whose: str | None) -> dict[str, Tensor]:
+    named = content.items() if isinstance(content, dict) else ()
+    state = {name: value for name, value in named if isinstance(name, str) and isinstance(value, Tensor)}
     trained = [part for part in ("teacher", "student") if any(name.startswith(f"{part}.") for name in state)]
     if whose is not None and trained and whose not in trained:
         raise UserError(f"{path}: no {whose} in it")

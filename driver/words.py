@@ -4,59 +4,77 @@ from importlib.util import find_spec
 from pathlib import Path
 from shlex import quote
 
+from . import checkpoint
 from .config import FILE, Config
 from .history import History, Row
 
-COLLAPSED = 0.01
-"""Gap to the ceiling, nats, below which the features no longer tell images apart."""
-COLLAPSE_LINES = 5
+CLOSE = 0.01
+"""Nats from the ceiling within which the loss is at it, and the attention uniform."""
+LINES = 5
 """Log lines that must be so: one alone may be noise."""
 
-ADVICE = (
-    "half the --loss.epsilon (a flat target teaches nothing)",
-    "a lower --optim.lr, or a longer --optim.warmup-epochs",
-    "a larger batch: --virtual-batch",
-    "a teacher: --model.teacher-momentum 0.99",
-    "a norm in the head: --model.norm batch or layer",
-)
-"""Against collapse, the likeliest cure first."""
+ADVICE = {
+    "collapse": (
+        "half the --loss.epsilon (a flat target teaches nothing)",
+        "a lower --optim.lr, or a longer --optim.warmup-epochs",
+        "a larger batch: --virtual-batch",
+        "a teacher: --model.teacher-momentum 0.99",
+        "a norm in the head: --model.norm batch or layer",
+    ),
+    "ceiling": (
+        "half the --loss.epsilon (a flat target teaches nothing)",
+        "a --loss.temperature of 0.1 or more (a lower one makes the attention sharper than its target)",
+    ),
+}
+"""Against each trouble, the likeliest cure first."""
 
 
-def collapse(row: Row) -> str:
-    """What a collapse is, from its row in the history."""
-    gap = row["collapse_gap"]
-    where = f"within {COLLAPSED} nats of" if abs(gap) < COLLAPSED else f"{-gap:.2f} nats above"
-    return (
-        f"training collapsed by step {row['step']} (epoch {row['epoch']:.1f}): the loss is {where} its ceiling "
-        "log(N - T), the value of features that are all alike"
-    )
+def trouble(history: History) -> str | None:
+    """Where the loss was at its ceiling or above in each of the last five log lines: "collapse", the attention is
+    uniform in the last, as alike features make it; "ceiling", it is not."""
+    rows = history.of("train")[-LINES:]
+    if len(rows) < LINES or any(row["collapse_gap"] >= CLOSE for row in rows):
+        return None
+    last = rows[-1]
+    uniform = last["uniform_loss"] - last["source_entropy"] < CLOSE and last["collapse_gap"] > -CLOSE
+    return "collapse" if uniform else "ceiling"
 
 
-def collapsed(history: History) -> bool:
-    """Whether the run's last five log lines are at the ceiling, or above it."""
-    last = history.of("train")[-COLLAPSE_LINES:]
-    return len(last) == COLLAPSE_LINES and all(row["collapse_gap"] < COLLAPSED for row in last)
+def warning(row: Row) -> str:
+    """A trouble, from its row in the history."""
+    gap, when = row["collapse_gap"], f"by step {row['step']} (epoch {row['epoch']:.1f})"
+    if row["kind"] == "collapse":
+        return (
+            f"training collapsed {when}: the loss is within {CLOSE} nats of its ceiling log(N - T) and the attention "
+            "uniform, as with features that are all alike"
+        )
+    where = "at" if abs(gap) < CLOSE else f"{-gap:.2f} nats above"
+    return f"the loss is {where} its ceiling log(N - T) {when}: the target is flat, or the temperature too low"
 
 
-def verdict(history: History, options: Config, tested: int) -> list[str]:
-    """The result, in sentences."""
-    train, tests, raw = (history.last(kind) for kind in ("train", "evaluation", "pixels"))
+def verdict(history: History, options: Config, tested: int | None) -> list[str]:
+    """The result, in sentences. tested: held-out images, where their number is known."""
+    tests, raw = (history.last(kind) for kind in ("evaluation", "pixels"))
     done = f"{history.epoch:.0f} of {epochs(options.optim.epochs)}"
     lines = [f"Finished: {done}." if history.epoch >= options.optim.epochs else f"Stopped after {done}."]
     if tests and raw and "knn" in tests:
         first = history.of("evaluation")[0]
         lines.append(
-            f"Of {tested} held-out images, {options.run.neighbours} nearest neighbours classify {tests['knn']:.1%} "
-            f"correctly (raw pixels {raw['knn']:.1%}, untrained network {first['knn']:.1%}), and a linear classifier "
-            f"on the frozen features {tests['linear']:.1%}."
+            f"Of {tested or 'the'} held-out images, {options.run.neighbours} nearest neighbours classify "
+            f"{tests['knn']:.1%} correctly (raw pixels {raw['knn']:.1%}, untrained network {first['knn']:.1%}), and a "
+            f"linear classifier on the frozen features {tests['linear']:.1%}."
         )
-    if train and collapsed(history):
-        lines.append("Training has collapsed: the loss ended at its ceiling or above.")
-    elif train and train["collapse_gap"] is not None:
-        gap = train["collapse_gap"]
-        side = "below" if gap >= 0 else "above"
-        lines.append(f"The loss ended {abs(gap):.2f} nats {side} the value of collapsed features.")
-    return lines
+    return [*lines, ended(history)] if history.last("train") else lines
+
+
+def ended(history: History) -> str:
+    """Where the loss is at the last log line, in a sentence."""
+    if trouble(history) == "collapse":
+        return "Training has collapsed: the loss ended at its ceiling, with uniform attention."
+    gap = history.of("train")[-1]["collapse_gap"]
+    side = "below" if gap >= 0 else "above"
+    cause = ": the target is flat, or the temperature too low" if trouble(history) else ""
+    return f"The loss ended {abs(gap):.2f} nats {side} the value of collapsed features{cause}."
 
 
 def epochs(count: float) -> str:
@@ -86,8 +104,10 @@ def next_step(history: History, options: Config, directory: Path) -> tuple[str, 
     """Why, and one command that goes on from here."""
     command, remaining = "python driver/pretrain.py", options.optim.epochs - history.epoch
     same = f"{command} --config {quote(str(directory / FILE))}"
-    if collapsed(history):
+    if trouble(history):
         return "with a sharper target", f"{same} --loss.epsilon {options.loss.epsilon / 2:g}"
+    if remaining > 0 and not (directory / checkpoint.FILE).is_file():
+        return "from the beginning, as there is no checkpoint", same
     if remaining > 0:
         left = "the last epoch" if round(remaining) == 1 else f"the other {epochs(remaining)}"
         return left, f"{command} --run.resume {quote(str(directory))}"

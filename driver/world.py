@@ -6,7 +6,7 @@ import pickle
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -121,6 +121,14 @@ class World:
             dist.all_reduce(x)
         return x
 
+    def gather(self, value: T) -> list[T]:
+        """What each rank has, in their order. Small things: they are pickled."""
+        if self.store is None:
+            return [value]
+        values: list[T | None] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return cast(list[T], values)
+
     def broadcast(self, x: Tensor, rank: int) -> Tensor:
         """That rank's x; the ranks' may differ in their number of rows."""
         if self.store is None:
@@ -130,6 +138,12 @@ class World:
         x = x.contiguous() if rank == self.rank else x.new_empty(int(rows), *x.shape[1:])
         dist.broadcast(x, rank)
         return x
+
+    def share_buffers(self, network: nn.Module) -> None:
+        """Those of the first rank, whose checkpoint it is, to all: norms' statistics are each rank's own images'."""
+        if self.store is not None:
+            for buffer in network.buffers():
+                dist.broadcast(buffer, 0)
 
     def join(self, x: Tensor) -> Tensor:
         """(n, k) of every rank -> (n, W*k)."""

@@ -235,14 +235,50 @@ def test_recipes_by_name(name):
         (["--recipe=imagenet-vit-s"], "--data.root is needed for --data.source folder (recipe imagenet-vit-s)"),
         (["--recipe=digits", "--data.root=some"], "--data.root some: the digits are embedded"),
         (["--data.local-views=2"], "--data.source digits has neither crops nor colours"),
+        (["--config=resume.yaml"], "--config resume.yaml: run.resume some in it; --run.resume alone resumes a run"),
     ],
 )
 def test_bad_sources_of_options(args, message):
     files = {"few": "", "part": "optimiser: {lr: 1}", "option": "optim: {learning: 1}", "broken": "a: [1"}
+    files["resume"] = "run: {resume: some}"
     for name, text in files.items():
         Path(f"{name}.yaml").write_text(text)
     with pytest.raises(UserError, match=re.escape(message)):
         command.parse(args)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--model.teacher-views=all"], "--model.teacher_views all does nothing where --model.teacher_momentum is 0"),
+        (["--model.teacher-momentum-end=0.5"], "--model.teacher_momentum_end 0.5 does nothing"),
+        (["--boxes.after=3"], "--boxes.after 3 does nothing where --boxes.every is 0"),
+        (["--boxes.threshold=0.3"], "--boxes.threshold 0.3 does nothing"),
+        (["--boxes.alpha=1"], "--boxes.alpha 1.0 does nothing"),
+        (["--boxes.every=2", "--data.augment=0"], "--boxes.every 2 does nothing where --data.augment is 0"),
+    ],
+)
+def test_options_that_would_do_nothing(options, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        command.parse(["--recipe=images", "--data.root=some", *options])
+
+
+def test_what_a_recipe_has_may_do_nothing():
+    """It is said where an option was given, not where another has made a recipe's or the usual value idle."""
+    without = ["--model.teacher-momentum=0", "--boxes.every=0", "--data.augment=0"]
+    options = command.parse(["--recipe=imagenet-vit-s", "--data.root=some", *without, "--model.teacher-views=global"])
+    assert options.boxes == dataclasses.replace(recipes.recipe("imagenet-vit-s").boxes, every=0)
+    with pytest.raises(UserError, match=r"--boxes\.after 20 does nothing"):
+        command.parse(["--recipe=imagenet-vit-s", "--data.root=some", *without, "--boxes.after=20"])
+
+
+@pytest.mark.parametrize("images", [512, 1024])
+def test_a_rising_learning_rate_is_said(images, capsys):
+    """The peak is 1e-3 for 1024 images, the end."""
+    options = ["--optim.lr=1e-3", "--optim.lr-images=1024", "--optim.lr-end=1e-3", f"--virtual-batch={images}"]
+    pretrain("--optim.epochs=1", *options)
+    said = "warning: the learning rate rises to --optim.lr_end 0.001 from a peak of 0.0005, that of 512 images per step"
+    assert capsys.readouterr().out.count(said) == (images == 512)
 
 
 def test_learning_rate_and_decay_groups():

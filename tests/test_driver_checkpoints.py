@@ -3,6 +3,7 @@
 import errno
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 import torch
 from test_driver import ROOT, content, elsewhere, pretrain, same  # noqa: F401
 
-from driver import checkpoint, command, signals, train, verify_resume
+from driver import checkpoint, command, config, signals, train, verify_resume
 from driver import pretrain as program
 from driver.config import UserError
 
@@ -38,7 +39,7 @@ def test_a_broken_run_goes_on_bit_for_bit(name, monkeypatch, capsys):
 
 @pytest.mark.parametrize("broken, message", [(True, "NOT EQUAL: network"), (False, "NOT BROKEN")])
 def test_a_run_that_differs_is_seen(broken, message, monkeypatch, capsys):
-    def another_run(folder, options, stop_at, number):
+    def another_run(folder, options, ranks, stop_at, number):
         (folder / "runs/digits-001").mkdir(parents=True, exist_ok=True)
         saved = dict.fromkeys(PARTS, torch.rand(2)) | {"step": 9}
         torch.save(saved, folder / "runs/digits-001/checkpoint.pt")
@@ -173,25 +174,64 @@ def test_a_full_disk_is_told_wherever_it_is_met(monkeypatch, capsys):
     assert content(Path("runs/digits-001"))["step"] == 2
 
 
-def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(monkeypatch):
+def test_a_full_disk_leaves_the_options():
+    """config.yaml is written again at every resume."""
+    options = command.parse([])
+    config.save(options, Path())
+    before = Path(config.FILE).read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(OSError):
+            config.save(options, Path())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [(path.name, path.read_bytes()) for path in Path().iterdir()] == [(config.FILE, before)]
+
+
+def test_a_full_disk_leaves_what_was_kept(monkeypatch):
+    """Where a copy must do, for want of hard links."""
+    directory = pretrain("--optim.epochs=2", "--run.save-every=1", "--run.keep-every=1")
+    before = (directory / "epoch-0002.pt").read_bytes()
+
+    def full(source, target):
+        Path(target).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "link", without_links)
+    monkeypatch.setattr(shutil, "copy2", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        train.pretrain(command.parse([f"--run.resume={directory}/epoch-0001.pt"]))
+    assert (directory / "epoch-0002.pt").read_bytes() == before
+    assert not list(directory.glob("*.writing"))
+
+
+def without_links(*_):
+    raise OSError(errno.EPERM, "Operation not permitted")
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(monkeypatch):
     done = []
     original = os.replace
 
     def replace(source, target):
-        if str(target).endswith(".pt"):
-            done.append("rename")
+        if Path(target).name in (config.FILE, checkpoint.FILE):
+            done.append(Path(target).name)
         original(source, target)
 
     monkeypatch.setattr(os, "fsync", lambda handle: done.append("fsync"))
     monkeypatch.setattr(os, "replace", replace)
     pretrain("--optim.epochs=1")
-    assert done == ["fsync", "rename", "fsync"]
+    assert done == [step for name in (config.FILE, checkpoint.FILE) for step in ("fsync", name, "fsync")]
 
 
 # What is kept, and what is refused
 
 
-def test_the_last_and_every_nth_are_kept():
+@pytest.mark.parametrize("links", [True, False])
+def test_the_last_and_every_nth_are_kept(links, monkeypatch):
+    if not links:
+        monkeypatch.setattr(os, "link", without_links)
     options = ["--optim.epochs=5", "--run.save-every=1", "--run.keep-last=2", "--run.keep-every=2"]
     directory = pretrain(*options, "--run.eval-every=0")
     names = sorted(path.name for path in directory.glob("*.pt"))
@@ -203,10 +243,38 @@ def test_the_last_and_every_nth_are_kept():
     assert same(content(directory)["network"], last["network"])
 
 
+def test_gone_back_to_an_older_one():
+    """Step files after it are of a run that is no more, whether before or after the next save; epoch files stay."""
+    options = ["--optim.epochs=3", "--run.eval-every=0", "--run.save-every=1", "--run.save-steps=1"]
+    directory = pretrain(*options, "--run.keep-last=3", "--run.keep-every=1")
+    assert step_files(directory) == [4, 5, 6]
+    train.pretrain(command.parse([f"--run.resume={directory}/epoch-0001.pt", "--run.stop-after=2"]))
+    assert step_files(directory) == [3, 4]
+    (directory / "step-of-mine.pt").touch()
+    train.pretrain(command.parse([f"--run.resume={directory}/epoch-0001.pt", "--run.save-steps=0"]))
+    assert step_files(directory) == [4, 6]
+    assert sorted(path.name for path in directory.glob("epoch-*")) == [f"epoch-{n:04d}.pt" for n in (1, 2, 3)]
+    assert (directory / "step-of-mine.pt").exists()
+
+
 def test_checkpoints_within_an_epoch():
     """The last step of the run is not one of them."""
     directory = pretrain("--optim.epochs=2", "--data.batch-size=256", "--run.save-steps=3", "--run.keep-last=9")
-    assert [int(path.stem[5:]) for path in sorted(directory.glob("step-*.pt"))] == [3, 6, 9, 10]
+    assert step_files(directory) == [3, 6, 9, 10]
+
+
+def step_files(directory: Path) -> list[int]:
+    return [int(path.stem[5:]) for path in sorted(directory.glob("step-0*.pt"))]
+
+
+@pytest.mark.parametrize("name", ["sgd", "lars"])
+def test_momentum_given_beside_resume(name):
+    if name == "lars":
+        pytest.importorskip("timm")
+    directory = pretrain("--optim.epochs=1", f"--optim.name={name}", "--optim.lr=0.01")
+    assert [group["momentum"] for group in content(directory)["optimizer"]["param_groups"]] == [0.9, 0.9]
+    train.pretrain(command.parse([f"--run.resume={directory}", "--optim.momentum=0.5", "--optim.epochs=2"]))
+    assert [group["momentum"] for group in content(directory)["optimizer"]["param_groups"]] == [0.5, 0.5]
 
 
 @pytest.mark.parametrize(
@@ -222,6 +290,23 @@ def test_what_is_no_checkpoint(write, message):
     write(directory / checkpoint.FILE)
     with pytest.raises(UserError, match=message):
         train.pretrain(command.parse([f"--run.resume={directory}"]))
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda text: "", "config.yaml: no data.source in it; each checkpoint has a copy"),
+        (lambda text: text[: text.index("neighbours")], "config.yaml: no run.neighbours in it"),
+        (lambda text: text[: text.index(" name: convnet")], "config.yaml: model must hold options, got None"),
+        (lambda text: text.replace(": ", ": [", 1), "config.yaml: while parsing"),
+    ],
+)
+def test_damaged_options(damage, message):
+    directory = pretrain("--optim.epochs=1")
+    path = directory / config.FILE
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(UserError, match=f"--run.resume {directory}: damaged options .*{message}"):
+        command.parse([f"--run.resume={directory}"])
 
 
 def test_steps_of_another_size_are_refused():

@@ -88,23 +88,19 @@ assert group() is None
 """
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
-def test_ranks_share_the_features_and_find_the_same():
-    """Three ranks, whose shares differ in size; 30 features a rank are fewer than the 200 neighbours."""
-    Path("ranks.py").write_text(RANKS)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=3",
-        "ranks.py",
-        str(ROOT),
-    ]
+def on_ranks(W: int, *command: str) -> None:
+    command = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={W}", *command)
     run = subprocess.run(
         command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=900
     )
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
+def test_ranks_share_the_features_and_find_the_same():
+    """Three ranks, whose shares differ in size; 30 features a rank are fewer than the 200 neighbours."""
+    Path("ranks.py").write_text(RANKS)
+    on_ranks(3, "ranks.py", str(ROOT))
 
 
 def test_evaluation_leaves_the_network_as_it_was():
@@ -301,6 +297,21 @@ def test_scripts_on_a_run_of_digits(capsys):
     assert len(Path("out/linear.jsonl").read_text().splitlines()) == 2
 
 
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
+def test_linear_on_ranks_is_that_of_one():
+    """The batch norm's statistics are those of the whole batch, and so are the gradients."""
+    directory = pretrain("--optim.epochs=1")
+    options = {"epochs": 2, "lr": (0.3,), "norm": True}
+    of_run, labels = frozen.Backbone(run=directory, device="cpu"), labelled.Labels(batch_size=64)
+    linear.main(linear.Options(of_run, labels, out=Path("one"), **options), World())
+    more = ["--backbone.device=cpu", "--data.batch-size=32", "--epochs=2", "--lr=0.3", "--norm=True", "--out=two"]
+    on_ranks(2, str(ROOT / "driver/linear.py"), f"--backbone.run={directory}", *more)
+    one, two = (torch.load(f"{out}/linear.pt", weights_only=True)["heads"] for out in ("one", "two"))
+    assert one.keys() == two.keys() >= {"norm.running_mean", "norm.running_var", "layers.0.weight"}
+    for name, value in one.items():
+        assert ((two[name] - value).abs() <= 1e-4 * value.abs().max()).all(), name
+
+
 def test_linear_resumes_bit_exactly():
     directory = pretrain("--optim.epochs=1")
     of_run = frozen.Backbone(run=directory)
@@ -345,6 +356,8 @@ def test_scripts_on_photographs_with_a_vit():
     cnn = frozen.Backbone(name="resnet18", size=32).load()
     assert cnn.patches(images).shape == (2, 512, 2, 1)
     assert torch.equal(cnn.for_linear(images, 4, True), cnn.features(images))
+    with pytest.raises(UserError, match="--blocks 50: the backbone has 6"):
+        linear.main(linear.Options(backbone, labels, blocks=50), World())
 
 
 def test_augmented_crops_differ_by_epoch_and_not_by_rank():
@@ -369,6 +382,13 @@ def test_augmented_crops_differ_by_epoch_and_not_by_rank():
     [
         (knn.main, knn.Options(), "give one of --backbone.run and --backbone.name"),
         (knn.main, knn.Options(frozen.Backbone(run=Path("no"))), "not the directory of a run"),
+        (knn.main, knn.Options(frozen.Backbone(run=Path("no"), name="test_vit")), "give one of --backbone.run and"),
+        (knn.main, knn.Options(frozen.Backbone(run=Path("no"), weights=Path("a.pt"))), "--backbone.weights a.pt: "),
+        (
+            linear.main,
+            linear.Options(frozen.Backbone(run=Path("no"), heads=3)),
+            "--backbone.heads 3: --backbone.run has",
+        ),
         (knn.main, knn.Options(k=(0,)), "--k must be at least 1"),
         (linear.main, linear.Options(lr=(0.0,)), "--lr must be one or more positive"),
         (linear.main, linear.Options(resume=True), "--resume needs --out"),

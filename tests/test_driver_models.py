@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import math
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ import timm
 from photographs import write_classes
 from test_driver import TINY, content, elsewhere, pretrain, rows  # noqa: F401
 
-from driver import backbones, checkpoint, command, config, export, model, optim, recipes, train, weights
+from driver import backbones, checkpoint, command, config, contrast, export, model, optim, recipes, train, weights
 from driver.config import UserError
 
 VIT = config.Model(name="test_vit", heads=4, positions="sincos", frozen_patches=True, head_width=8, head_dim=4)
@@ -160,6 +161,46 @@ def test_sync_batch_norm():
     assert list(network.state_dict()) == names and torch.equal(network(images), before)
     with pytest.raises(UserError, match=r"--model.sync_batch_norm True: .* between GPUs, not on cpu"):
         pretrain("--model.sync-batch-norm=True")
+
+
+# Where the boxes look
+
+
+@pytest.mark.parametrize("name", ["test_vit2", "cait_xxs24_224"])  # no class token; attention that is not ours to read
+def test_boxes_that_a_backbone_cannot_have_are_told_before_training(name):
+    write_classes(Path("pets"), 8)
+    options = ["--data.root=pets", "--data.size=32", "--data.batch-size=8", "--data.workers=0", "--model.norm=layer"]
+    with pytest.raises(UserError, match=r"--boxes\.every: this"):
+        train.pretrain(command.parse([*options, f"--model.name={name}", "--boxes.every=40", "--boxes.after=40"]))
+    assert not Path("runs").exists()
+
+
+def test_the_look_before_training_changes_nothing():
+    network = model.Network(config.Model(name="test_resnet"), 3, 32)
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    state = torch.get_rng_state()
+    contrast.check(network, 3, 32)
+    assert network.training and torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["test_mambaout", "swin_tiny_patch4_window7_224"])
+def test_heat_where_channels_are_last(name):
+    network = model.Network(config.Model(name=name), 3, 64).eval()
+    standardize, backbone = network.backbone
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        found = contrast.heat(network.backbone, images)
+        map_ = backbone.forward_features(standardize(images))
+    assert map_.shape == (2, 2, 2, backbone.num_features)
+    assert found.shape == (2, 2, 2) and ((found.square() - map_.square().sum(3)).abs() <= 1e-4 * found.square()).all()
+
+
+def test_heat_of_a_vit_over_a_resnet():
+    """Its patches are of the convolutional map."""
+    network = model.Network(config.Model(name="vit_tiny_r_s16_p8_224"), 3, 64).eval()
+    with torch.no_grad():
+        assert contrast.heat(network.backbone, torch.rand(1, 3, 64, 64)).shape == (1, 2, 2)
 
 
 def test_checkpointing_and_memory_format_change_nothing():
@@ -369,6 +410,31 @@ def test_the_layouts_of_the_authors(student, teacher):
     if not teacher and student.startswith("student"):
         with pytest.raises(UserError, match="no teacher in it"):
             weights.load_backbone(backbone, Path("a.pth"), "teacher")
+
+
+@pytest.mark.parametrize(
+    "name, write, message",
+    [
+        ("nowhere.safetensors", None, "no such file"),
+        ("bad.safetensors", lambda path: path.write_bytes(b"no tensors"), r"not a readable safetensors file \("),
+        ("folder.safetensors", Path.mkdir, r"not a readable safetensors file \("),
+        ("list.pth", lambda path: torch.save([torch.ones(2)], path), "not a checkpoint but a list"),
+        ("model.pth", lambda path: torch.save({"model": [1]}, path), "no backbone in it"),
+        ("numbers.pth", lambda path: torch.save({0: torch.ones(2)}, path), "no backbone in it"),
+    ],
+)
+def test_files_that_are_no_weights(name, write, message):
+    if write is not None:
+        write(Path(name))
+    with pytest.raises(UserError, match=f"{name}: .*{message}"):
+        weights.load_backbone(torch.nn.Linear(2, 2), Path(name))
+
+
+@pytest.mark.parametrize("module", ["safetensors", "safetensors.torch"])
+def test_safetensors_that_is_not_installed(module, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=r"a\.safetensors needs safetensors, which is not installed"):
+        weights.load_backbone(torch.nn.Linear(2, 2), Path("a.safetensors"))
 
 
 class Intruder:

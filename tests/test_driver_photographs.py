@@ -1,4 +1,4 @@
-"""The driver's photographs: views in workers and on the device, ContrastiveCrop."""
+"""The driver's photographs: views in workers and on the device, unreadable ones, ContrastiveCrop."""
 
 import dataclasses
 import math
@@ -11,8 +11,9 @@ pytest.importorskip("torchvision")
 pytest.importorskip("kornia")
 pytest.importorskip("timm")
 
-from photographs import write_classes
+from photographs import write_classes, write_images
 from test_driver import content, elsewhere, rows  # noqa: F401
+from test_driver_ranks import torchrun
 from torchvision.transforms.v2 import functional
 
 from driver import (
@@ -27,6 +28,7 @@ from driver import (
     train,
     transforms,
 )
+from driver.config import UserError
 from driver.world import World
 
 CPU = torch.device("cpu")
@@ -226,6 +228,84 @@ def test_micro_batches_of_two_sizes_give_the_same_run(teacher_views):
     assert len(losses[0]) == 6 and losses[0] == pytest.approx(losses[1], abs=1e-9)
     for name, value in whole["teacher"].items():
         assert (value - parts["teacher"][name]).abs().max() < 1e-9, name
+
+
+# Unreadable images
+
+
+def damage(root: str, *numbers: int) -> None:
+    for number in numbers:
+        Path(f"{root}/{number:02d}.png").write_bytes(b"not a picture")
+
+
+def read_passes(images: data.Images, passes: int) -> None:
+    for epoch in range(passes):
+        for batches in (images.views(epoch), images.bank(), images.held_out()):
+            list(batches)
+
+
+@pytest.mark.parametrize("seed, workers", [*((seed, 0) for seed in range(6)), (0, 1)])
+def test_unreadable_images_within_the_share_are_no_error_wherever_they_fall(seed, workers, capsys):
+    """2 of 24 in three passes, of 0.1 that may be; the third is too many, in any order."""
+    write_images(Path("pets"), 24)
+    damage("pets", 3, 5)
+    options = dataclasses.replace(PHOTOGRAPHS, max_unreadable=0.1, batch_size=8, workers=workers)
+    images = make(options, seed)
+    read_passes(images, 3)
+    images.tally.settle(World())
+    read_passes(images, 1)
+    images.tally.settle(World())
+    assert capsys.readouterr().err.count("note: ") == 2
+    damage("pets", 7)
+    images = make(options, seed)
+    read_passes(images, 1)
+    with pytest.raises(
+        UserError, match=r"07.png: not a readable.* 3 unreadable.*--data.max-unreadable 0.1 of 24 images"
+    ):
+        images.tally.settle(World())
+
+
+def test_held_out_images_are_of_the_set():
+    """3 of 100 images, of which 25 are held out: 0.03 is not too many, 0.02 is."""
+    write_classes(Path("pets"), 50)
+    files = make(dataclasses.replace(PHOTOGRAPHS, held_out=0.25)).source
+    for number in (*files.test[:2], *files.train[:1]):
+        Path(files.name(number)).write_bytes(b"not a picture")
+    for share in (0.03, 0.02):
+        images = make(dataclasses.replace(PHOTOGRAPHS, held_out=0.25, max_unreadable=share))
+        read_passes(images, 1)
+        if share == 0.03:
+            images.tally.settle(World())
+            continue
+        with pytest.raises(UserError, match=r"3 unreadable, a share above --data.max-unreadable 0.02 of 100 images"):
+            images.tally.settle(World())
+
+
+RANKS = ["--data.root=pets", "--data.size=16", "--data.batch-size=10", "--data.workers=0", "--model.name=convnet"]
+RANKS += ["--model.width=4", "--optim.epochs=4", "--run.eval-every=1", "--run.log-every=3", "--run.device=cpu"]
+
+
+def test_an_unreadable_image_is_named_once_over_ranks():
+    """1 of 100, of 0.01 that may be: in four epochs and five evaluations both ranks meet it."""
+    write_images(Path("pets"), 100)
+    damage("pets", 3)
+    run = torchrun(2, *RANKS)
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.count("pets/03.png: not a readable image") == 1 and "(1 so far)" in run.stderr
+
+
+def test_too_many_unreadable_images_over_ranks_end_them_all():
+    """2 of 100, one of each rank in the first evaluation, after which the run ends: neither alone has too many."""
+    write_images(Path("pets"), 100)
+    source = make(PHOTOGRAPHS).source
+    chosen = source.train[torch.randperm(100, generator=torch.Generator().manual_seed(0))]
+    damage("pets", *sorted(chosen[:2].tolist()))
+    run = torchrun(2, *RANKS, "--run.log-every=1")
+    assert run.returncode == 1
+    assert run.stderr.count("\nerror: ") == 1 and run.stderr.count("\nnote: pets/") == 1, run.stderr
+    assert "2 unreadable, a share above --data.max-unreadable 0.01 of 100 images" in run.stderr
+    assert len(Path("runs/pets-001/history.jsonl").read_text().splitlines()) == 1
+    assert 'pretrain.py", line' not in run.stderr
 
 
 # ContrastiveCrop's boxes

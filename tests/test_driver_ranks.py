@@ -10,7 +10,7 @@ import pytest
 import torch
 from photographs import write_images
 
-from driver import checkpoint, command, config, data, history, train
+from driver import checkpoint, command, config, data, evaluate, history, train, verify_resume
 from driver.config import UserError
 from driver.world import World
 
@@ -172,6 +172,29 @@ def test_crops_of_two_sizes_around_boxes_on_two_ranks():
     equal = [torch.load(directory / checkpoint.FILE, weights_only=True) for directory in (one, two)]
     assert difference(one, two) <= 1e-9 and equal[0]["boxes"].unique(dim=0).shape[0] > 1
     assert torch.equal(equal[0]["boxes"], equal[1]["boxes"])
+
+
+def test_a_broken_run_of_two_ranks_goes_on_bit_for_bit(capsys):
+    """With batch norms, whose statistics are each rank's own, and boxes that are found by what they normalise."""
+    pytest.importorskip("torchvision")
+    write_images(Path("flat"), 24)
+    options = f"--data.root={Path('flat').absolute()} --data.size=16 --data.batch-size=4 --data.workers=0"
+    options += " --model.name=convnet --model.width=4 --boxes.every=1 --boxes.after=1 --optim.epochs=8"
+    options += " --run.eval-every=0"
+    assert verify_resume.verify(verify_resume.Verify(options, breaks=1, save_steps=1, ranks=2)) == 0
+    assert "equal bit for bit after SIGKILL at steps" in capsys.readouterr().out
+
+
+def test_evaluation_on_two_ranks_is_that_of_the_checkpoint():
+    """Batch norms have the first rank's statistics then, on every rank."""
+    directory = on_ranks(2, *RUN, "--model.norm=batch", "--optim.epochs=1", "--optim.warmup-epochs=0")
+    saved = history.read(directory).last("evaluation")
+    run = train.Training(command.parse([f"--run.resume={directory}"]), torch.device("cpu"), World(0, 1))
+    found = evaluate.evaluate(
+        evaluate.features(run.network.backbone), run.images, evaluate.Vote(run.options.run.neighbours), run.world
+    )
+    for name, value in found.items():
+        assert saved[name] == pytest.approx(value, rel=1e-4), name
 
 
 def test_float32_adamw_stays_close():

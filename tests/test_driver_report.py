@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from photographs import write_classes, write_images
 from test_driver import TINY, content, elsewhere, pretrain  # noqa: F401
 
 from driver import (
@@ -33,13 +34,13 @@ REAL_WRITE = report.write
 
 
 def record(*gaps: float) -> history.History:
-    """A run of one log line an epoch, 10 steps each."""
+    """A run of one log line an epoch, 10 steps each. At a gap of 0 the attention is uniform."""
     rows = history.History()
     numbers = {"knn": 0.5, "knn_moved": 0.4, "linear": 0.6, "linear_moved": 0.5}
     rows.add("pixels", 0, 0, **numbers)
     for epoch, gap in enumerate(gaps):
         rows.add("evaluation", 10 * epoch, epoch, **numbers, feature_std=0.5, effective_rank=7.0)
-        curves = {"loss": 5 - gap, "uniform_loss": 5.0, "target_entropy": 1.0, "source_entropy": 3.0}
+        curves = {"loss": 5 - gap, "uniform_loss": 5.0, "target_entropy": 1.0, "source_entropy": 3.0 if gap else 5.0}
         rows.add(
             "train",
             10 * epoch + 10,
@@ -121,17 +122,46 @@ def test_collapse_is_five_lines_after_the_warm_up():
     state = checkpoint.State(torch.nn.Linear(1, 1), None, None)
     lines = log.Log(state, Path(), 10, 1, 10, 4, World())
     for gap in (0, 0, 0, 0, 0, 0.5, 0, 0, 0, 0):
-        state.step += 5
-        lines.note("train", collapse_gap=gap)
-        lines.warn_of_collapse()
+        add_line(lines, gap, 5.0)
     assert not state.history.of("collapse")
     for _ in range(3):
-        state.step += 5
-        lines.note("train", collapse_gap=-0.3)
-        lines.warn_of_collapse()
+        add_line(lines, 0.001, 4.995)
     lines.close()
     (row,) = state.history.of("collapse")
-    assert row["step"] == 55 and "0.30 nats above its ceiling" in words.collapse(row)
+    assert row["step"] == 55 and not state.history.of("ceiling")
+
+
+def add_line(lines: log.Log, gap: float, source_entropy: float) -> None:
+    lines.state.step += 5
+    lines.note("train", collapse_gap=gap, uniform_loss=5.0, source_entropy=source_entropy)
+    lines.warn()
+
+
+@pytest.mark.parametrize("gap, where", [(-0.3, "0.30 nats above"), (0.0, "at")])
+def test_a_loss_at_its_ceiling_with_unlike_features_is_no_collapse(gap, where, capsys):
+    """The attention is not uniform; by the first rank alone, whose history it is."""
+    for rank in range(2):
+        state = checkpoint.State(torch.nn.Linear(1, 1), None, None)
+        lines = log.Log(state, Path(), 10, 1, 0, 4, World(rank, 2))
+        for _ in range(7):
+            add_line(lines, gap, 4.0)
+        lines.close()
+        (row,) = state.history.of("ceiling")
+        assert row["step"] == 25 and not state.history.of("collapse")
+    said = capsys.readouterr().err
+    assert said.count(f"warning: the loss is {where} its ceiling log(N - T) by step 25") == 1
+    assert "collapsed" not in said and "--loss.temperature of 0.1 or more" in said
+
+
+def test_a_flat_target_is_said_as_such_and_not_as_collapse(capsys):
+    """Epsilon 0.2 with the recipe's head: the loss ends above its ceiling, and the features are not alike."""
+    directory = train.pretrain(command.parse(["--loss.epsilon=0.2", "--optim.epochs=6", "--run.log-every=2"]))
+    said, record = capsys.readouterr(), history.read(directory)
+    assert record.last("evaluation")["feature_std"] > 0.3 and record.last("evaluation")["knn"] > 0.9
+    assert record.last("train")["collapse_gap"] < -0.1 and not record.of("collapse")
+    assert said.err.count("above its ceiling log(N - T) by step") == 1 and "collapsed by" not in said.err
+    assert "above the value of collapsed features: the target is flat" in said.out
+    assert "has collapsed" not in said.out and "with a sharper target" in said.out
 
 
 def test_verdicts():
@@ -139,10 +169,16 @@ def test_verdicts():
     good = " ".join(words.verdict(record(0.5, 1.0, 2.0), options, 450))
     assert "Finished: 3 of 3 epochs." in good and "2.00 nats below" in good and "classify 50.0%" in good
     bad = " ".join(words.verdict(record(0.5, *[0.0] * 5), config.Config(optim=config.Optim(epochs=9)), 450))
-    assert "Stopped after 6 of 9 epochs." in bad and "collapsed" in bad
+    assert "Stopped after 6 of 9 epochs." in bad and "Training has collapsed" in bad
+    flat = " ".join(words.verdict(record(*[-0.3] * 5), options, None))
+    assert "Of the held-out" in flat and "0.30 nats above the value of collapsed features: the target is flat" in flat
     above = " ".join(words.verdict(record(0.5, 0.2, -0.25), options, 450))
     assert "ended 0.25 nats above the value of collapsed features" in above and "collapsed:" not in above
-    why, _ = words.next_step(record(0.5, 1.0), options, Path("runs/x"))
+    why, line = words.next_step(record(0.5), options, Path("runs/x y"))
+    assert why.startswith("from the beginning") and line.endswith("--config 'runs/x y/config.yaml'")
+    Path("runs/x y").mkdir(parents=True)
+    Path("runs/x y/checkpoint.pt").touch()
+    why, _ = words.next_step(record(0.5, 1.0), options, Path("runs/x y"))
     assert why == "the last epoch" and words.epochs(1) == "1 epoch"
     why, line = words.next_step(record(0.5), options, Path("runs/x y"))
     assert why == "the other 2 epochs" and line == "python driver/pretrain.py --run.resume 'runs/x y'"
@@ -195,13 +231,47 @@ def test_report_of_a_run_is_one_page_without_outside_resources(monkeypatch):
 def test_page_escapes_and_says_collapse():
     rows = record(0.5, *[0.0] * 5)
     rows.add("collapse", 20, 2.0, collapse_gap=0.0)
-    text = page.page("<run>", rows, config.Config(), None, 450, Path("runs/<run>"))
-    assert "<run>" not in text and "&lt;run&gt;" in text
+    text = page.page("<run>", rows, config.Config(), "<none>", 450, Path("runs/<run>"))
+    assert "<run>" not in text and "&lt;run&gt;" in text and "No pictures: &lt;none&gt;." in text
     assert 'class="warning"' in text and "Training collapsed by step 20" in text and "It recovered" not in text
+    flat = record(*[-0.3] * 5)
+    flat.add("ceiling", 50, 5.0, collapse_gap=-0.3)
+    text = page.page("run", flat, config.Config(), "none", 450, Path())
+    assert "<b>The loss is 0.30 nats above its ceiling" in text and "ollapsed by" not in text
     better = record(0.0, 1.0)
     better.add("collapse", 10, 1.0, collapse_gap=0.0)
-    assert "It recovered" in page.page("run", better, config.Config(), None, 450, Path())
-    assert 'class="warning"' not in page.page("run", record(1.0), config.Config(), None, 450, Path())
+    assert "It recovered" in page.page("run", better, config.Config(), "none", 450, Path())
+    assert 'class="warning"' not in page.page("run", record(1.0), config.Config(), "none", 450, Path())
+
+
+def test_report_without_checkpoint_or_images(monkeypatch, capsys):
+    """Of a run killed before its first checkpoint, and of one whose images have gone: the rest, and what is missing."""
+    pytest.importorskip("torchvision")
+    monkeypatch.setattr(report, "write", REAL_WRITE)
+    write_classes(Path("pets"), 8)
+    options = ["--data.root=pets", "--data.size=16", "--data.batch-size=8", "--data.workers=0", "--model.name=convnet"]
+    directory = train.pretrain(command.parse([*options, "--model.width=4", "--optim.epochs=1"]))
+    capsys.readouterr()
+
+    def made_again() -> str:
+        (directory / "report.html").unlink(missing_ok=True)
+        report.main(report.Report(directory, device="cpu"), World())
+        return (directory / "report.html").read_text()
+
+    assert "Nearest neighbours" in made_again()
+    Path("pets").rename("elsewhere")
+    text = made_again()
+    assert re.search(r"No pictures: --data.root \S*pets: no such folder\.", text)
+    assert "Curves" in text and "Nearest" not in text and "Of the held-out images" in text
+    assert "note: no pictures; --data.root" in capsys.readouterr().out
+    (directory / "checkpoint.pt").unlink()
+    assert f"No pictures: {directory}: no checkpoint.pt yet." in made_again()
+    (directory / "history.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"pets-001/history.jsonl: no log line and no evaluation in it"):
+        made_again()
+    (directory / "history.jsonl").unlink()
+    with pytest.raises(UserError, match=r"not the directory of a run \(history.jsonl: No such file"):
+        made_again()
 
 
 def test_panels_follow_what_was_recorded():
@@ -239,8 +309,6 @@ def test_neighbours_are_the_nearest_and_never_the_image_itself():
 
 def test_gallery_of_local_views_has_a_row_of_both_sizes():
     pytest.importorskip("torchvision")
-    from photographs import write_images
-
     write_images(Path("flat"), 9)
     options = config.Data(
         source="folder", root=Path("flat"), size=16, local_size=8, views=2, local_views=3, batch_size=4, workers=0,

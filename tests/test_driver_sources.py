@@ -3,6 +3,8 @@
 import dataclasses
 import io
 import tarfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -30,14 +32,16 @@ def test_a_folder_with_its_own_validation_set():
     assert files.name(10).startswith("pets/val/cats") and files.labels[files.test].tolist() == [0, 0, 0, 1, 1, 1]
 
 
-def write_shards(count: int) -> None:
+def write_shards(count: int, name: str = "", unlabelled: tuple[str, ...] = ()) -> None:
     """A shard for each of two classes of so many images, which are in pets/ too."""
     write_classes(Path("pets"), count)
-    Path("shards").mkdir()
+    Path("shards").mkdir(exist_ok=True)
     for number, label in enumerate(("cats", "dogs")):
-        with tarfile.open(f"shards/{number}.tar", "w") as tar:
+        with tarfile.open(f"shards/{name}{number}.tar", "w") as tar:
             for path in sorted(Path("pets", label).iterdir()):
                 tar.add(path, arcname=f"{label}/{path.stem}.png")
+                if f"{label}/{path.stem}" in unlabelled:
+                    continue
                 text = tarfile.TarInfo(f"{label}/{path.stem}.cls")
                 text.size = 1
                 tar.addfile(text, io.BytesIO(str(number).encode()))
@@ -64,6 +68,45 @@ def test_shards_hold_the_images_of_the_files():
         sources.Shards(Path("shards"), 0.25)
     with pytest.raises(UserError, match=r"pets: no images in its 0 .tar shards"):
         sources.Shards(Path("pets"), 0.25)
+
+
+def test_a_label_that_is_missing_among_others_is_an_error():
+    write_shards(4, unlabelled=("dogs/01", "dogs/03"))
+    with pytest.raises(UserError, match=r"shards/1.tar:dogs/01.png: no .cls beside it, as other images have"):
+        sources.Shards(Path("shards"), 0.25)
+    write_shards(4, unlabelled=tuple(f"{label}/{i:02d}" for label in ("cats", "dogs") for i in range(4)))
+    shards = sources.Shards(Path("shards"), 0.25)
+    assert shards.labels.tolist() == [0] * 8 and (len(shards.train), len(shards.test)) == (8, 0)
+
+
+@pytest.mark.parametrize(
+    "names, expected",
+    [
+        (("train-", "val-"), ("train-", "val-")),
+        (("a1k-train-", "a1k-validation-", "a1k-test-"), ("a1k-train-", "a1k-validation-")),
+        (("train-", "test-", "other-"), ("train-", "test-")),
+    ],
+)
+def test_shards_with_their_own_validation_set(names, expected):
+    """As of folders: the first of val and test beside train, and nothing else."""
+    for count, name in enumerate(names, 3):
+        write_shards(count, name)
+    shards = sources.Shards(Path("shards"), 0.5)
+    for part, name in zip((shards.train, shards.test), expected, strict=True):
+        count = names.index(name) + 3
+        assert [shards.name(i).partition(":")[0] for i in part] == [
+            f"shards/{name}{n}.tar" for n in (0, 1) for _ in range(count)
+        ]
+        assert shards.labels[part].tolist() == [0] * count + [1] * count
+
+
+@pytest.mark.parametrize("names", [("train-", "extra-"), ("val-", "pretraining-"), ("test-", "val-")])
+def test_shards_of_one_kind_are_split(names):
+    for name in names:
+        write_shards(4, name)
+    shards = sources.Shards(Path("shards"), 0.5)
+    assert (len(shards.train), len(shards.test)) == (8, 8)
+    assert {shards.name(i).partition("-")[0] for i in shards.test} == {f"shards/{name[:-1]}" for name in names}
 
 
 def test_a_run_on_shards_is_that_of_the_files(capsys):
@@ -117,6 +160,33 @@ def test_cifar10_keeps_its_test_set(monkeypatch):
     monkeypatch.setattr(Downloaded, "__init__", unreachable)
     with pytest.raises(UserError, match=r"cifar: CIFAR-10 is neither there nor to be downloaded \(no route\)"):
         sources.make_source(config.Data(source="cifar10", root=Path("cifar")))
+
+
+def test_cifar10_is_downloaded_once_by_ranks_that_begin_together(monkeypatch):
+    """A lock is its open file's, of a thread as of a process. The stand-in is slow to write and reads what is there."""
+    downloads = []
+
+    class Downloaded(sources.CIFAR10):
+        def __init__(self, root, train, download):
+            file = Path(root, "batch")
+            whole = file.exists() and file.read_text() == "whole"
+            if download and not whole:
+                downloads.append(root)
+                file.write_text("wh")
+                time.sleep(0.3)
+                file.write_text("whole")
+            elif not whole:
+                raise RuntimeError("Dataset not found or corrupted.")
+            self.data, self.targets = torch.zeros(2, 32, 32, 3, dtype=torch.uint8).numpy(), [0, 1]
+
+    monkeypatch.setattr(sources, "CIFAR10", Downloaded)
+    with ThreadPoolExecutor(4) as ranks:
+        found = list(ranks.map(sources.Cifar, [Path("new/cifar")] * 4))
+    assert downloads == ["new/cifar"] and all(len(source.labels) == 4 for source in found)
+    # What is there is read from a disk that takes no lock file.
+    Path("new/cifar/cifar10.lock").unlink()
+    sources.Cifar(Path("new/cifar"))
+    assert not Path("new/cifar/cifar10.lock").exists() and len(downloads) == 1
 
 
 # Images that cannot be read
