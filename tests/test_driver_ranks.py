@@ -175,14 +175,23 @@ def test_crops_of_two_sizes_around_boxes_on_two_ranks():
 
 
 def test_a_broken_run_of_two_ranks_goes_on_bit_for_bit(capsys):
-    """With batch norms, whose statistics are each rank's own, and boxes that are found by what they normalise."""
-    pytest.importorskip("torchvision")
-    write_images(Path("flat"), 24)
-    options = f"--data.root={Path('flat').absolute()} --data.size=16 --data.batch-size=4 --data.workers=0"
-    options += " --model.name=convnet --model.width=4 --boxes.every=1 --boxes.after=1 --optim.epochs=8"
-    options += " --run.eval-every=0"
+    options = "--model.width=4 --optim.epochs=4 --run.eval-every=0"
     assert verify_resume.verify(verify_resume.Verify(options, breaks=1, save_steps=1, ranks=2)) == 0
     assert "equal bit for bit after SIGKILL at steps" in capsys.readouterr().out
+
+
+def test_resumed_between_epochs_on_two_ranks_bit_for_bit():
+    """With batch norms, whose statistics are each rank's own, and boxes around what the network sees with them."""
+    pytest.importorskip("torchvision")
+    write_images(Path("flat"), 24)
+    options = ["--data.root=flat", "--data.size=32", "--data.batch-size=2", "--data.workers=0", "--run.eval-every=0"]
+    options += ["--model.name=convnet", "--model.width=4", "--boxes.every=1", "--boxes.after=3", "--optim.epochs=4"]
+    options += ["--run.deterministic=True", "--boxes.threshold=0.5"]
+    unbroken, broken = on_ranks(2, *options), on_ranks(2, *options, "--run.stop-after=3")
+    assert torchrun(2, f"--run.resume={broken}", "--run.stop-after=4").returncode == 0
+    first, second = (torch.load(directory / checkpoint.FILE, weights_only=True) for directory in (unbroken, broken))
+    for part in verify_resume.PARTS:
+        assert verify_resume.same(first[part], second[part]), part
 
 
 def test_evaluation_on_two_ranks_is_that_of_the_checkpoint():
