@@ -85,7 +85,7 @@ def plan_slabs(
     row_bytes, made_bytes = (2 * columns, 4 * columns) if sixteen_bit else (4 * columns, 0)
     kept = rows * row_bytes
     source = 0 if shared else source_views * images * row_bytes
-    at_once = product_rows(columns, device)
+    at_once = max(product_rows(columns, device), source_views)
     if shared or ranks > 1:
         left = budget - kept - source
         made_rows = min(rows, at_once, left // made_bytes) if sixteen_bit else 0

@@ -17,7 +17,7 @@ using Chosen = unsigned;
 static_assert(kOwned <= 32, "one bit for each");
 
 constexpr int kPair = 2;  // source rows that share a reduction
-static_assert(kStages >= 2 * kPair, "one pair is read while the next is on its way");
+static_assert(kStages >= 2 * kPair, "the next pair comes while one is finished");
 
 template <class Score, bool kCluster>
 class Image {
