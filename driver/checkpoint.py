@@ -73,8 +73,10 @@ def save(state: State, config: dict[str, Any], directory: Path, keep_last: int =
         newest = directory / _step_file(state.step)
         _keep(path, newest)
         state.kept = set(sorted(state.kept | {newest})[-keep_last:])
-        for other in set(directory.glob(STEP_FILES)) - state.kept:
-            other.unlink()
+    else:
+        state.kept = set()
+    for other in set(directory.glob(STEP_FILES)) - state.kept:
+        other.unlink()
     if keep:
         _keep(path, directory / f"epoch-{state.epoch:04d}.pt")
     return path

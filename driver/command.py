@@ -32,10 +32,13 @@ def parse(args: list[str] | None = None) -> Config:
     base = recipe(name or saved.pop("recipe", "digits" if given["data.root"] is None else "images"))
     if name is None and not saved and base.recipe == "images":
         base = replace(base, run=replace(base.run, name=os.path.basename(os.path.abspath(given["data.root"]))))
-    config = tyro.cli(Config, args=[*as_args(saved), *args], default=base, config=(tyro.conf.FlagConversionOff,))
+    of_file, config = (
+        tyro.cli(Config, args=[*as_args(saved), *more], default=base, config=(tyro.conf.FlagConversionOff,))
+        for more in ([], args)
+    )
     if resume is None and config.run.resume is not None:
         raise UserError(f"--config {file}: run.resume {config.run.resume} in it; --run.resume alone resumes a run")
-    check(config)
+    check(config, of_file)
     return config
 
 
@@ -117,7 +120,7 @@ LEAST = {
 }
 SHARES = ("data.blur", "data.max_unreadable", "model.teacher_momentum_end")
 SHARES_BELOW_1 = ("data.held_out", "boxes.threshold", "model.teacher_momentum", "model.drop_path", "optim.momentum")
-# Options that do nothing where the other is 0: neither the default nor the recipe's value, they are errors there.
+# Options that do nothing where the other is 0: given there they are errors, but for the value that they have anyway.
 NEEDS = {
     "model.teacher_momentum_end": "model.teacher_momentum",
     "model.teacher_views": "model.teacher_momentum",
@@ -128,8 +131,11 @@ NEEDS = {
 }
 
 
-def check(config: Config) -> None:
-    """Numbers within their bounds, and options that fit each other. Raises: UserError."""
+def check(config: Config, usual: Config) -> None:
+    """Numbers within their bounds, and options that fit each other. usual: what the user has not given just now.
+
+    Raises: UserError.
+    """
 
     def value_of(option: str, of: Config = config) -> Any:
         part, name = option.split(".")
@@ -157,9 +163,8 @@ def check(config: Config) -> None:
         raise UserError(f"--run.stop_after must be at least 1, got {config.run.stop_after}")
     if not config.run.name or os.path.basename(config.run.name) != config.run.name:
         raise UserError(f"--run.name must be a plain name without slashes, got {config.run.name!r}")
-    usual = Config(), recipe(config.recipe)
     for option, needed in NEEDS.items():
-        if not value_of(needed) and all(value_of(option) != value_of(option, of) for of in usual):
+        if not value_of(needed) and value_of(option) not in (value_of(option, Config()), value_of(option, usual)):
             raise UserError(f"--{option} {value_of(option)} does nothing where --{needed} is 0")
     check_source(config)
 

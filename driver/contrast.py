@@ -25,20 +25,16 @@ def due(boxes: Boxes, epoch: int) -> bool:
 @torch.no_grad()
 def check(network: Network, channels: int, size: int) -> None:
     """One look, before a run that is to have boxes. Raises: UserError."""
-    training = network.training
-    network.eval()
-    heat(network.backbone, next(network.parameters()).new_zeros(1, channels, size, size))
-    network.train(training)
+    with _evaluating(network):
+        heat(network.backbone, next(network.parameters()).new_zeros(1, channels, size, size))
 
 
 @torch.no_grad()
 def refresh(images: Images, network: Network, threshold: float, world: World) -> None:
     """New boxes for all training images, each rank asking its network about its share; every rank gets all."""
-    training = network.training
-    network.eval()
     share = torch.arange(world.rank, images.training, world.size)
-    found = [boxes_of(heat(network.backbone, batch), threshold).float() for batch in images.whole(share)]
-    network.train(training)
+    with _evaluating(network):
+        found = [boxes_of(heat(network.backbone, batch), threshold).float() for batch in images.whole(share)]
     images.set_boxes(world.interleaved(torch.cat(found), images.training).cpu())
 
 
@@ -88,6 +84,18 @@ def _class_attention(attention: nn.Module, tokens: Tensor, prefix: int) -> Tenso
     q, k, _ = attention.qkv(tokens).view(n, length, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
     q, k = attention.q_norm(q[:, :, :1]), attention.k_norm(k)
     return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)[:, :, 0, prefix:].sum(1)
+
+
+@contextmanager
+def _evaluating(network: nn.Module):
+    """Each part gets its own mode back: a teacher's dropout is in evaluation while its norms train."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 @contextmanager

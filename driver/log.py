@@ -66,7 +66,11 @@ class Log:
 
         Raises: UserError on a bad loss or too many unreadable images, on every rank.
         """
+        self.numbers()
         self.settle()
+
+    def numbers(self) -> None:
+        """The same, but for the images. Raises: UserError on a bad loss, on every rank."""
         if not self.pending:
             return
         rows = self.world.mean(torch.stack(self.pending)).tolist()

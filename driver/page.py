@@ -77,7 +77,7 @@ def tiles(history: History) -> str:
 
 def accuracies(history: History) -> str:
     """Raw pixels, the untrained and the trained network."""
-    tests, raw = history.of("evaluation"), history.last("pixels")
+    tests, raw = [row for row in history.of("evaluation") if "knn" in row], history.last("pixels")
     if raw is None or not tests:
         return ""
     columns = ("knn", "knn_moved", "linear", "linear_moved")

@@ -72,8 +72,8 @@ def draw(axis: Axes, panel: Panel, history: History) -> None:
     axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     panel(axis, history)
     axis.set_xlim(left=0)
-    for collapse in history.of("collapse"):
-        axis.axvline(collapse["epoch"], color=RED, lw=1, ls=":")
+    for trouble in chain(history.of("collapse"), history.of("ceiling")):
+        axis.axvline(trouble["epoch"], color=RED, lw=1, ls=":")
 
 
 def panels_of(history: History) -> list[tuple[str, Panel]]:

@@ -168,11 +168,12 @@ class Training:
     def save(self) -> None:
         """A checkpoint of the present step, once its numbers are known to be good."""
         state, run = self.state, self.options.run
-        self.log.line()
+        self.log.numbers()
         self.log.check_weights()
         if self.world.first:
             keep = state.step % self.steps == 0 and due(state.epoch, run.keep_every)
             checkpoint.save(state, config.as_plain(self.options), self.directory, run.keep_last, keep)
+        self.log.settle()
         self.log.restart_clock()
 
     def stop_if_asked(self, signal: StopSignal) -> None:

@@ -104,8 +104,10 @@ def run(folder: Path, options: list[str], ranks: int, stop_at: int | None, numbe
         sent = False
         while any(process.poll() is None for process in processes):
             if stop_at is not None and not sent and steps_done(folder, directory if resumes else None) >= stop_at:
-                for process in processes:
-                    process.send_signal(number)
+                # Killed one by one, a rank might see that another has gone, and say so.
+                for each in (signal.SIGSTOP, number) if number == signal.SIGKILL else (number,):
+                    for process in processes:
+                        process.send_signal(each)
                 sent = True
             time.sleep(0.01)
         ended = -number if number == signal.SIGKILL else STOPPED

@@ -43,7 +43,7 @@ def trouble(history: History) -> str | None:
 def warning(row: Row) -> str:
     """A trouble, from its row in the history."""
     gap, when = row["collapse_gap"], f"by step {row['step']} (epoch {row['epoch']:.1f})"
-    if row["kind"] == "collapse":
+    if row["kind"] == "collapse" and gap > -CLOSE:
         return (
             f"training collapsed {when}: the loss is within {CLOSE} nats of its ceiling log(N - T) and the attention "
             "uniform, as with features that are all alike"
@@ -83,7 +83,9 @@ def epochs(count: float) -> str:
 
 def table(history: History, tested: int) -> str:
     """The accuracies as lines of text: as they are, and moved."""
-    tests = history.of("evaluation")
+    tests = [row for row in history.of("evaluation") if "knn" in row]
+    if not tests:
+        return ""
     rows = {
         "raw pixels": history.of("pixels")[0],
         "network, untrained": tests[0],

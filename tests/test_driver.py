@@ -272,6 +272,15 @@ def test_what_a_recipe_has_may_do_nothing():
         command.parse(["--recipe=imagenet-vit-s", "--data.root=some", *without, "--boxes.after=20"])
 
 
+def test_what_a_file_has_may_do_nothing(tmp_path):
+    """A run that was begun with it can go on."""
+    file = tmp_path / "own.yaml"
+    file.write_text("boxes: {threshold: 0.3}")
+    assert command.parse([f"--config={file}"]).boxes.threshold == 0.3
+    with pytest.raises(UserError, match=r"--boxes\.threshold 0\.4 does nothing"):
+        command.parse([f"--config={file}", "--boxes.threshold=0.4"])
+
+
 @pytest.mark.parametrize("images", [512, 1024])
 def test_a_rising_learning_rate_is_said(images, capsys):
     """The peak is 1e-3 for 1024 images, the end."""

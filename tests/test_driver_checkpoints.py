@@ -254,7 +254,8 @@ def test_gone_back_to_an_older_one():
     train.pretrain(command.parse([f"--run.resume={directory}/epoch-0001.pt", "--run.save-steps=0"]))
     assert step_files(directory) == [4, 6]
     assert sorted(path.name for path in directory.glob("epoch-*")) == [f"epoch-{n:04d}.pt" for n in (1, 2, 3)]
-    assert (directory / "step-of-mine.pt").exists()
+    train.pretrain(command.parse([f"--run.resume={directory}", "--optim.epochs=4", "--run.keep-last=1"]))
+    assert step_files(directory) == [] and (directory / "step-of-mine.pt").exists()
 
 
 def test_checkpoints_within_an_epoch():

@@ -184,6 +184,15 @@ def test_the_look_before_training_changes_nothing():
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
 
 
+def test_a_look_leaves_each_part_of_a_teacher_in_its_mode():
+    """Its dropout is in evaluation, while its norms train."""
+    teacher = model.make_teacher(model.Network(config.Model(name="test_vit", drop_path=0.2), 3, 160))
+    before = [module.training for module in teacher.modules()]
+    assert len(set(before)) == 2
+    contrast.check(teacher, 3, 160)
+    assert [module.training for module in teacher.modules()] == before
+
+
 @pytest.mark.parametrize("name", ["test_mambaout", "swin_tiny_patch4_window7_224"])
 def test_heat_where_channels_are_last(name):
     network = model.Network(config.Model(name=name), 3, 64).eval()

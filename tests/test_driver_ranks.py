@@ -203,7 +203,8 @@ def test_evaluation_on_two_ranks_is_that_of_the_checkpoint():
         evaluate.features(run.network.backbone), run.images, evaluate.Vote(run.options.run.neighbours), run.world
     )
     for name, value in found.items():
-        assert saved[name] == pytest.approx(value, rel=1e-4), name
+        rounding = {"abs": 0.01} if name.startswith("linear") else {"rel": 1e-4}
+        assert saved[name] == pytest.approx(value, **rounding), name
 
 
 def test_float32_adamw_stays_close():
