@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
+from command_line import options_of
 from common import Row, aligned, checked, error_text, problem_fields, write
 from competitor import WHOLE, Choice, RowName
 from competitors import whole_competitors
@@ -93,4 +93,4 @@ def main(options: AccuracyOptions) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(AccuracyOptions, description=__doc__)))
+    sys.exit(main(options_of(AccuracyOptions, __doc__)))

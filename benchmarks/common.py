@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import nvtx
 import torch
 from competitor import OURS, Choice, Competitor, Isa, RowName
 from hardware import Machine
@@ -54,7 +53,7 @@ class BenchmarkOptions:
     json: Path | None = None
     csv: Path | None = None
     profile: Path | None = None
-    """A directory for one torch profiler trace per table; the runs carry NVTX ranges."""
+    """A directory for one torch profiler trace per table; with nvtx installed the runs are NVTX ranges too."""
 
     def choice(self, machine: Machine) -> Choice:
         return Choice(self.rows, self.isa, self.authors, 3 * machine.l2_bytes)
@@ -257,22 +256,23 @@ def measure(rows: list[Row], machine: Machine, options: BenchmarkOptions) -> Non
         if done >= LEAST_ROUNDS and time.perf_counter() > end:
             break
         for row in order.sample(rows, len(rows)):
-            with nvtx.annotate(row.competitor.name):
+            with ranges.named(row.competitor.name):
                 times[id(row)].append(machine.time_ms(row.competitor.run, *row.competitor.fresh()))
     for row in rows:
         row.times_ms = times[id(row)]
 
 
 def profile(rows: list[Row], path: Path) -> None:
-    """One run of each row under the torch profiler, as a Chrome trace; for Nsight our parts are ranges of their own."""
-    ranges.enable()
+    """One run of each row under the torch profiler, as a Chrome trace; for Nsight, runs and their parts are ranges."""
+    with contextlib.suppress(ImportError):  # without nvtx the trace has the same runs
+        ranges.enable()
     path.parent.mkdir(parents=True, exist_ok=True)
     cuda = [torch.profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() else []
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, *cuda]) as trace:
         for row in rows:
             arguments = row.competitor.fresh()
             with contextlib.ExitStack() as marks:
-                marks.enter_context(nvtx.annotate(row.competitor.name))
+                marks.enter_context(ranges.named(row.competitor.name))
                 marks.enter_context(torch.profiler.record_function(row.competitor.name))
                 row.competitor.run(*arguments)
     trace.export_chrome_trace(str(path))

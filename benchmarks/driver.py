@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
-import tyro
+from command_line import options_of
 from common import plain_table, write
 from hardware import Machine
 from PIL import Image
@@ -196,4 +196,4 @@ def main(options: DriverOptions) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(DriverOptions, description=__doc__)))
+    sys.exit(main(options_of(DriverOptions, __doc__)))

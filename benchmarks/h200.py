@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import tyro
+from command_line import options_of
 
 REPOSITORY = Path(__file__).parents[1]
 PYTHON = sys.executable
@@ -234,4 +234,4 @@ def main(options: H200Options) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(H200Options, description=__doc__)))
+    sys.exit(main(options_of(H200Options, __doc__)))

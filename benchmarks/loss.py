@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
-import tyro
+from command_line import options_of
 from common import BenchmarkOptions, Report
 from competitors import from_scores_competitors, whole_competitors
 from hardware import Machine
@@ -60,4 +60,4 @@ def main(options: LossOptions) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(LossOptions, description=__doc__)))
+    sys.exit(main(options_of(LossOptions, __doc__)))

@@ -3,14 +3,14 @@
 python benchmarks/plot.py benchmarks/results/cpu_loss.json
 """
 
+import argparse
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-import tyro
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -45,14 +45,6 @@ MARKERS = {
     "authors": "d",
 }
 Rows = list[dict[str, Any]]
-
-
-@dataclass
-class PlotOptions:
-    files: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """Result files; none: all of benchmarks/results."""
-    out: Path | None = None
-    """A directory for the pictures; default: beside each file."""
 
 
 def number(value: float) -> str:
@@ -166,18 +158,27 @@ def draw_errors(axis: plt.Axes, line: Rows, key: str, kind: str, competitor: str
 DRAWN = {"accuracy": draw_accuracy, "loss": draw_times, "sinkhorn": draw_times}
 
 
-def main(options: PlotOptions) -> None:
-    for file in options.files or sorted(RESULTS.glob("*.json")):
+def draw_files(files: Sequence[Path], out: Path | None) -> None:
+    """One picture a file, in the directory `out` or beside the file; no files: all of benchmarks/results."""
+    for file in files or sorted(RESULTS.glob("*.json")):
         rows = json.loads(file.read_text())
         draw = DRAWN.get(rows[0]["benchmark"])
         if draw is None:
             print(f"{file}: rows of {rows[0]['benchmark']} are for reading, not drawn")
             continue
-        picture = (options.out or file.parent) / f"{file.stem}.png"
+        picture = (out or file.parent) / f"{file.stem}.png"
         picture.parent.mkdir(parents=True, exist_ok=True)
         draw(rows).savefig(picture, dpi=130)
         print(picture)
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="*", type=Path, help="result files (all of benchmarks/results)")
+    parser.add_argument("--out", type=Path, help="a directory for the pictures (beside each file)")
+    options = parser.parse_args()
+    draw_files(options.files, options.out)
+
+
 if __name__ == "__main__":
-    main(tyro.cli(PlotOptions, description=__doc__))
+    main()

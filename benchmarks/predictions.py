@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import tyro
+from command_line import options_of
 from common import plain_table, write_json
 
 OURS = ("triton-int16", "cuda-int16")
@@ -121,4 +121,4 @@ def main(options: PredictionOptions) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(PredictionOptions, description=__doc__)))
+    sys.exit(main(options_of(PredictionOptions, __doc__)))

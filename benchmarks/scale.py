@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
+from command_line import options_of
 from common import plain_table, write
 from hardware import Machine
 
@@ -120,4 +120,4 @@ def main(options: ScaleOptions) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(ScaleOptions, description=__doc__)))
+    sys.exit(main(options_of(ScaleOptions, __doc__)))

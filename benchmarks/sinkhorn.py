@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
-import tyro
+from command_line import options_of
 from common import BenchmarkOptions, Report
 from competitors import sinkhorn_competitors
 from hardware import Machine
@@ -46,4 +46,4 @@ def main(options: SinkhornOptions) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(SinkhornOptions, description=__doc__)))
+    sys.exit(main(options_of(SinkhornOptions, __doc__)))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
+from command_line import options_of
 from common import plain_table, write
 from hardware import Machine
 from torch import Tensor, nn
@@ -98,4 +98,4 @@ def main(options: VirtualBatchOptions) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(VirtualBatchOptions, description=__doc__)))
+    sys.exit(main(options_of(VirtualBatchOptions, __doc__)))

@@ -103,7 +103,7 @@ def test_accuracy_covers_the_grid_and_is_drawn(tmp_path: Path) -> None:
         (cosine, epsilon, kind) for cosine in (0, 0.9) for epsilon in (0.05, 0.005) for kind in kinds
     }
     assert all(row["status"] == "ok" for row in rows)
-    plot.main(plot.PlotOptions(files=(file,), out=tmp_path / "drawn"))
+    plot.draw_files([file], tmp_path / "drawn")
     assert (tmp_path / "drawn" / "accuracy.png").exists()
 
 

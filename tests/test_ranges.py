@@ -73,3 +73,13 @@ def test_off_by_default_and_on_by_the_environment():
         pass
     ranges._domain().push_range(ranges._domain().get_event_attributes(message="a real domain"))
     ranges._domain().pop_range()
+
+
+def test_without_nvtx_ranges_stay_off_and_enable_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "nvtx", None)
+    monkeypatch.setattr(ranges, "_enabled", False)
+    ranges._domain.cache_clear()
+    with pytest.raises(ImportError, match="pip install nvtx"):
+        ranges.enable()
+    with ranges.named("nothing is open"):
+        assert not ranges._enabled
