@@ -197,7 +197,7 @@ class SinkhornTests:
         row = Potential(torch.full((m,), -20.0, device=device), torch.full((m,), 1.5, device=device))
         col = one(n, device)
         E = torch.exp(s.double() / 0.05 + row.natural_log()[:, None] + col.natural_log())
-        u, v, x = (torch.randn(size, device=device) for size in ((m,), (n,), (m, n)))
+        u, v, x = (torch.randn(size).to(device) for size in ((m,), (n,), (m, n)))
         y, w = whole.plan_products(s, LOG2_E / 0.05, row, col, v, u)
         assert_close(y, E @ v.double(), 0, 1e-5 * (E @ v.double().abs()).max().item())
         assert_close(w, E.T @ u.double(), 0, 1e-5 * (E.T @ u.double().abs()).max().item())

@@ -116,8 +116,8 @@ def test_the_second_device(engine):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_compiled_and_under_autocast(engine):
-    network = torch.nn.Linear(32, 64, device="cuda")
-    images = torch.randn(192, 32, device="cuda")
+    network = torch.nn.Linear(32, 64).cuda()
+    images = torch.randn(192, 32).cuda()
 
     def loss_of(x):
         with torch.autocast("cuda", dtype=torch.bfloat16):
@@ -135,7 +135,7 @@ def test_compiled_and_under_autocast(engine):
 def test_flash_memory_is_linear():
     """M = 2048 rows against N = 524,288 keys of 256 simulated ranks, D = 256: inputs, outputs and 64 MB."""
     B, D, W = 1024, 256, 256
-    keys = torch.nn.functional.normalize(torch.randn(2 * B * W, D, device="cuda"), dim=1)
+    keys = torch.nn.functional.normalize(torch.randn(2 * B * W, D).cuda(), dim=1)
     group = SimulatedRanks(W, 0, keys)
     student, teacher = (embeddings(2, B, D) for _ in range(2))
     forecast = plan(views=2, images=B, features=D, ranks=W, teacher_views=2, sixteen_bit=True, engine="flash")
