@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from ..interface import Positives
+from .interpreter import let_numbers_be_counted
 
 Launch = Callable[..., None]
+let_numbers_be_counted()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
