@@ -8,6 +8,13 @@ torch. One ninja file runs all compilers in parallel and recompiles only what ch
     TORCH_CUDA_ARCH_LIST  CUDA architectures, as torch writes them; default 8.0+PTX, 9.0a, 10.0a as nvcc knows them
     CUDA_HOME, CXX        where to find nvcc; the C++ compiler
     MAX_JOBS              compilers at once; default: one a core
+    BAM_KERNELS_BOUNDED_WAITS
+                          1: CUDA kernels that wait in vain for a second say where and end with an error, to find a
+                          hang; slower. Its objects lie apart from those of other builds
+
+Objects are kept in build/, or where `build_ext --build-temp` says; `--build-lib` says where the extension goes. At run
+time BAM_KERNELS_EXTENSION=FILE loads another build of it than the one that lies in the package:
+benchmarks/gpu/build.py makes several.
 """
 
 import os
@@ -51,6 +58,13 @@ def build_mode() -> str:
     return mode
 
 
+def bounded_waits() -> bool:
+    asked = os.environ.get("BAM_KERNELS_BOUNDED_WAITS", "0")
+    if asked not in ("0", "1"):
+        sys.exit(f"BAM_KERNELS_BOUNDED_WAITS must be 0 or 1, got {asked!r}")
+    return asked == "1"
+
+
 def find_nvcc() -> Path | None:
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     candidates = [Path(home) / "bin" / "nvcc" for home in homes if home]
@@ -91,10 +105,20 @@ def gencode(architecture: str) -> list[str]:
 class NinjaBuild(build_ext):
     """Writes build.ninja, runs it, and says what to do when a command fails."""
 
+    def finalize_options(self) -> None:
+        self.asked_temp = self.build_temp  # None without --build-temp
+        super().finalize_options()
+
+    def build_dir(self) -> Path:
+        if self.asked_temp:
+            return Path(self.asked_temp).resolve()
+        variant = "-bounded" if bounded_waits() else ""
+        return ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}{variant}"
+
     def build_extension(self, ext: Extension) -> None:
         import ninja
 
-        build_dir = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        build_dir = self.build_dir()
         build_dir.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -168,13 +192,14 @@ class NinjaBuild(build_ext):
         architectures = cuda_architectures(nvcc)
         generated = " ".join(flag for a in architectures for flag in gencode(a))
         w.variable("nvcc", str(nvcc))
-        w.variable("nvflags", f"-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-Wall {generated}")
+        bounded = " -DBAM_BOUNDED_WAITS" if bounded_waits() else ""
+        w.variable("nvflags", f"-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-Wall {generated}{bounded}")
         w.rule("cuda", "$nvcc -MD -MF $out.d $nvflags -c $in -o $out", depfile="$out.d", deps="gcc")
         objects = []
         for name in CUDA_FILES:
             w.build(f"{name}.cuda.o", "cuda", str(source / "cuda" / f"{name}.cu"))
             objects.append(f"{name}.cuda.o")
-        define = f" -DBAM_WITH_CUDA -DBAM_CUDA_ARCHITECTURES='\"{' '.join(architectures)}\"'"
+        define = f" -DBAM_WITH_CUDA -DBAM_CUDA_ARCHITECTURES='\"{' '.join(architectures)}\"'{bounded}"
         home = nvcc_home(nvcc)
         libraries = next((d for d in (home / "lib64", home / "lib") if (d / "libcudart_static.a").exists()), home)
         return objects, define, f" -L{libraries} -lcudart_static -ldl -lrt -lpthread"

@@ -236,6 +236,11 @@ void bind_cuda(py::module_& m) {
   constants["stages"] = kStages;
   constants["scratch_bytes"] = kScratchBytes;
   m.attr("cuda_constants") = constants;
+#ifdef BAM_BOUNDED_WAITS
+  m.attr("bounded_waits") = true;
+#else
+  m.attr("bounded_waits") = false;
+#endif
 #ifdef BAM_WITH_CUDA
   m.attr("with_cuda") = true;
   m.def("cuda_kernels", [] { return &kernels; }, py::return_value_policy::reference);

@@ -76,3 +76,60 @@ except ValueError as error:
     assert result.returncode == 0, result.stderr
     assert 'backend="cpu" cannot run here: the extension is not built' in result.stdout
     assert "pip install -e ." in result.stdout
+
+
+# Stands for g++ and nvcc: makes the file after -o, and notes that.
+COMPILER = """#!/bin/sh
+for argument; do
+  if [ "$before" = -o ]; then echo made > "$argument"; echo "$argument" >> MADE; fi
+  before=$argument
+done
+"""
+
+
+@pytest.fixture
+def compilers(tmp_path) -> dict[str, str]:
+    """The environment in which compilers only seem to compile; what they make is noted in tmp_path / "made"."""
+    for path in (tmp_path / "bin" / "nvcc", tmp_path / "bin" / "g++"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(COMPILER.replace("MADE", str(tmp_path / "made")))
+        path.chmod(0o755)
+    return {"CUDA_HOME": str(tmp_path), "CXX": str(tmp_path / "bin" / "g++"), "TORCH_CUDA_ARCH_LIST": "9.0a"}
+
+
+def test_a_build_with_bounded_waits_has_objects_of_its_own(sources, compilers):
+    assert build(sources, **compilers).returncode == 0
+    assert build(sources, BAM_KERNELS_BOUNDED_WAITS="1", **compilers).returncode == 0
+    plain, bounded = sorted((sources / "build").glob("*/build.ninja"))
+    assert bounded.parent.name == f"{plain.parent.name}-bounded"
+    assert "BAM_BOUNDED_WAITS" not in plain.read_text()
+    flags = [line for line in bounded.read_text().splitlines() if "BAM_BOUNDED_WAITS" in line]
+    assert {line.split()[0] for line in flags} == {"nvflags", "more"}  # the kernels, and bindings that say so
+    result = build(sources, BAM_KERNELS_BOUNDED_WAITS="yes")
+    assert result.returncode != 0 and "must be 0 or 1, got 'yes'" in result.stderr
+
+
+def test_builds_for_a_gpu_machine_neither_touch_the_package_nor_compile_twice(sources, compilers, tmp_path):
+    script = sources / "benchmarks" / "gpu" / "build.py"
+    shutil.copytree(ROOT / "benchmarks" / "gpu", script.parent)
+    out = tmp_path / "out"
+
+    def run(*arguments: str) -> str:
+        command = [sys.executable, str(script), "--out", str(out), *arguments]
+        result = subprocess.run(command, env=os.environ | compilers, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    printed = run()
+    made = (tmp_path / "made").read_text().splitlines()
+    for variant, architecture, bounded in (("sm_90a", "9.0a", 0), ("sm_80", "8.0+PTX", 0), ("bounded", "9.0a", 1)):
+        (extension,) = (out / variant).glob("_C.*.so")
+        assert str(extension) in printed and extension.read_text() == "made\n"
+        ninja = (tmp_path / "out-objects" / variant / "build.ninja").read_text()
+        assert f"BAM_CUDA_ARCHITECTURES='\"{architecture}\"'" in ninja
+        assert ("BAM_BOUNDED_WAITS" in ninja) == bounded
+    assert not list(sources.glob("bam_kernels/*.so")) and not (sources / "build").exists()
+    (sources / "csrc" / "cuda" / "stats.cu").touch()
+    assert run("--variants", "sm_80", "bounded").count(" MB ") == 2
+    again = (tmp_path / "made").read_text().splitlines()[len(made) :]
+    assert again.count("stats.cuda.o") == 2 and len(again) == 4  # two objects and two links

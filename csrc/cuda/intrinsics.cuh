@@ -7,6 +7,8 @@
 #include <cstdint>
 #ifdef __CUDACC__
 #include <cooperative_groups.h>
+
+#include "waits.cuh"
 #else
 #include <cmath>
 #endif
@@ -104,6 +106,7 @@ __device__ __forceinline__ void order_before_bulk_copies() {
 template <bool kCluster>
 __device__ __forceinline__ void wait_for_arrival(Arrival* a, unsigned odd) {
 #if __CUDA_ARCH__ >= 900
+  const Deadline deadline;
   unsigned here = 0;
   while (!here) {
     if (kCluster)
@@ -119,6 +122,9 @@ __device__ __forceinline__ void wait_for_arrival(Arrival* a, unsigned odd) {
           : "=r"(here)
           : "r"(shared_address(a)), "r"(odd)
           : "memory");
+    if (!here)
+      deadline.check(kCluster ? "what blocks of the cluster send" : "a bulk copy",
+                     shared_address(a) - shared_address(shared_memory()), odd);
   }
 #endif
 }
@@ -199,7 +205,22 @@ __device__ __forceinline__ void sync_cluster() {
 }
 // All blocks of a cooperative launch.
 __device__ __forceinline__ void sync_grid() {
+#ifdef BAM_BOUNDED_WAITS
+  // The parts of the barrier below: the launch's own counter, whose highest bit flips when all blocks have arrived.
+  namespace parts = cooperative_groups::details;
+  auto* counter = &parts::get_grid_workspace()->barrier;
+  const unsigned before = parts::sync_grids_arrive(counter);
+  if (threadIdx.x == 0) {
+    const Deadline deadline;
+    for (unsigned now;; deadline.check("the other blocks of the grid", 0, before >> 31)) {
+      asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
+      if (parts::bar_has_flipped(before, now)) break;
+    }
+  }
+  __syncthreads();
+#else
   cooperative_groups::this_grid().sync();
+#endif
 }
 
 #else
