@@ -1,4 +1,5 @@
-"""Ranks that are the processes of a torch.distributed group: gloo on CPUs, NCCL on GPUs, the same code.
+"""Ranks that are the processes of a torch.distributed group: gloo on CPUs, NCCL on GPUs, the same code. Over gloo
+ranks may share a GPU: what neighbours send to each other then goes through host memory.
 
 Keys travel round a ring in blocks of one rank, so that a product can start with each block that has arrived while the
 next is under way, and key gradients travel round it adding up: each rank talks to its two neighbours, whatever W is.
@@ -81,7 +82,7 @@ class GroupRanks:
     def scatter(self, part: Callable[[int], Tensor]) -> Tensor:
         """The sum for rank r starts at r + 1 and gains each rank's part on its way round to r."""
         arriving: Tensor | None = None
-        pending: list[dist.Work] = []
+        pending: list[_Pending] = []
         for step in range(self.W):
             total = part((self.rank - 1 - step) % self.W)
             with self._told("adding up key gradients"):
@@ -93,11 +94,21 @@ class GroupRanks:
                     pending = self._exchange(total, arriving)
         return total
 
-    def _exchange(self, right: Tensor, left: Tensor) -> list[dist.Work]:
+    def _exchange(self, right: Tensor, left: Tensor) -> "list[_Pending]":
         """Send a tensor to the right neighbour, receive one from the left."""
+        if self._through_host(right.device):
+            received = torch.empty_like(left, device="cpu")
+            return [_FromHost(self._pass(right.to("cpu", copy=True), received), received, left)]
+        return [*self._pass(right, left)]
+
+    def _pass(self, right: Tensor, left: Tensor) -> list[dist.Work]:
         send = dist.P2POp(dist.isend, right, self._right, self.group)
         receive = dist.P2POp(dist.irecv, left, self._left, self.group)
         return dist.batch_isend_irecv([send, receive])
+
+    def _through_host(self, device: torch.device) -> bool:
+        """gloo reduces and gathers tensors of any device, but it sends and receives those of the CPU alone."""
+        return device.type != "cpu" and self.group._get_backend(device).name() == "gloo"
 
     @contextmanager
     def _told(self, doing: str) -> Iterator[None]:
@@ -110,6 +121,21 @@ class GroupRanks:
             ) from error
 
 
-def _wait(pending: list[dist.Work]) -> None:
+class _FromHost:
+    """What is under way between copies in host memory; the one that arrives is copied to the device at its end."""
+
+    def __init__(self, works: list[dist.Work], received: Tensor, destination: Tensor) -> None:
+        self._works, self._received, self._destination = works, received, destination
+
+    def wait(self) -> None:
+        for work in self._works:
+            work.wait()
+        self._destination.copy_(self._received)
+
+
+_Pending = dist.Work | _FromHost
+
+
+def _wait(pending: list[_Pending]) -> None:
     for work in pending:
         work.wait()

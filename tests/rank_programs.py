@@ -184,6 +184,34 @@ def subgroup() -> dict:
     return {"loss": bam_loss(whole[:, number * B : (number + 1) * B], group=pair).item()}
 
 
+def through_host() -> dict:
+    """What neighbours send goes through copies, as tensors of a GPU do over gloo; each step without and with them."""
+    from bam_kernels import distributed
+
+    def step(dtype: torch.dtype, **options) -> list:
+        z = embeddings(V).to(dtype).requires_grad_()
+        loss = bam_loss(z, backend="reference" if dtype == torch.float64 else "auto", **options)
+        loss.backward()
+        return [loss.item(), *z.grad.flatten().tolist()]
+
+    steps = {
+        "float32": (torch.float32, {}),
+        "float64": (torch.float64, {}),
+        "regather": (torch.float32, {"regather": True}),
+    }
+    results = {name: {"direct": step(dtype, **options)} for name, (dtype, options) in steps.items()}
+    patch = mock.patch.object
+    with (
+        patch(distributed.GroupRanks, "_through_host", lambda *_: True),
+        patch(distributed, "_FromHost", wraps=distributed._FromHost) as copied,
+    ):
+        for name, (dtype, options) in steps.items():
+            copied.reset_mock()
+            results[name] |= {"through host": step(dtype, **options), "copies": copied.call_count}
+    ranks = distributed.GroupRanks(dist.group.WORLD)
+    return results | {"needed": [ranks._through_host(torch.device(device)) for device in ("cpu", "cuda")]}
+
+
 def destruction() -> dict:
     """The group is destroyed after one step, before a backward pass that would need it."""
     group = weakref.ref(dist.group.WORLD)

@@ -11,6 +11,7 @@ import torch
 from problems import features, needs_cpu_kernels
 
 from bam_kernels import bam_loss, plan, verify_ranks
+from bam_kernels.distributed import GroupRanks
 from bam_kernels.header import HEADER_BYTES
 
 pytestmark = [
@@ -41,7 +42,7 @@ def test_ranks_equal_one_process(W, tmp_path):
     command = [sys.executable, "-m", "bam_kernels.verify_ranks", "--world", str(W), "--images", "5", "--features", "12"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "the ranks agree with one" in done.stdout
+    assert "the exchanges by themselves: right" in done.stdout and "the ranks agree with one" in done.stdout
     assert all(f"\n{name} " in done.stdout for name in verify_ranks.CASES)
 
 
@@ -59,18 +60,77 @@ def test_triton_ranks_equal_one_process(tmp_path):
     assert "float64" not in done.stdout and all(f"\n{name} " in done.stdout for name in cases)
 
 
-def test_a_wrong_gradient_is_seen(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def alone(tmp_path, monkeypatch) -> None:
+    """This process is the only rank of a group that a command started."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", verify_ranks.RENDEZVOUS: f"file://{tmp_path}/meeting"}.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_a_wrong_gradient_is_seen(alone, monkeypatch, capsys):
     def wrong(student, teacher, **options):
         loss, dz = original(student, teacher, **options)
         return loss, dz if "group" in options else dz * (1 + 1e-4)
 
     original = verify_ranks._loss_and_gradient
     monkeypatch.setattr(verify_ranks, "_loss_and_gradient", wrong)
-    rendezvous = {"RANK": "0", "WORLD_SIZE": "1", "BAM_KERNELS_RENDEZVOUS": f"file://{tmp_path}/meeting"}
-    for name, value in rendezvous.items():
-        monkeypatch.setenv(name, value)
     assert verify_ranks.main(["--images", "5", "--features", "12"]) == 1
     assert "DO NOT AGREE" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("exchange", "fault"),
+    [
+        ("sum", torch.neg),
+        ("max", torch.neg),
+        ("scatter", torch.neg),
+        ("gather", lambda blocks: [(0, -next(blocks)[1])]),
+    ],
+)
+def test_a_wrong_exchange_of_a_rank_alone_is_seen(exchange, fault, alone, monkeypatch, capsys):
+    original = getattr(GroupRanks, exchange)
+    monkeypatch.setattr(verify_ranks, "CASES", {})
+    for patched in (lambda *args: fault(original(*args)), original):
+        monkeypatch.setattr(GroupRanks, exchange, patched)
+        ended = verify_ranks.main([])
+        Path(os.environ[verify_ranks.RENDEZVOUS].removeprefix("file://")).unlink(missing_ok=True)
+        assert ended == (patched is not original)
+        assert (f"rank 0: WRONG {exchange}" in capsys.readouterr().out) == (patched is not original)
+
+
+@pytest.mark.parametrize(
+    ("device", "backend", "ranks", "gpus", "torchrun", "expected"),
+    [
+        ("auto", "auto", 4, 2, False, ("cpu", "gloo")),
+        ("auto", "auto", 2, 2, True, ("cuda", "nccl")),
+        ("auto", "auto", 2, 0, True, ("cpu", "gloo")),
+        ("cuda", "auto", 2, 1, False, ("cuda", "gloo")),  # ranks share the GPU
+        ("cuda", "auto", 1, 1, False, ("cuda", "nccl")),
+        ("cuda", "gloo", 1, 1, True, ("cuda", "gloo")),
+        ("cpu", "auto", 2, 2, True, ("cpu", "gloo")),
+        ("cuda", "auto", 2, 0, False, "torch sees no GPU"),
+        ("auto", "nccl", 2, 2, False, "nccl needs --device cuda"),
+        ("cuda", "nccl", 2, 1, False, "a GPU for each rank, got 2 ranks and 1 GPUs"),
+    ],
+)
+def test_where_ranks_run(device, backend, ranks, gpus, torchrun, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.delenv("RANK", raising=False)
+    if torchrun:
+        monkeypatch.setenv("RANK", "0")
+    if isinstance(expected, tuple):
+        assert verify_ranks.group_place(device, backend, ranks) == expected
+        return
+    with pytest.raises(ValueError, match=expected):
+        verify_ranks.group_place(device, backend, ranks)
+
+
+def test_nothing_starts_where_it_cannot_run(monkeypatch, capsys):
+    monkeypatch.setattr(verify_ranks, "_start", lambda *_: pytest.fail("started"))
+    with pytest.raises(SystemExit):
+        verify_ranks.main(["--group-backend", "nccl", "--world", "2"])
+    assert "nccl needs --device cuda" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("W", [2, 4])
@@ -150,6 +210,14 @@ def test_a_group_that_is_destroyed_has_gone(tmp_path):
     for result in run("destruction", 2, tmp_path).values():
         assert not result["held"]
         assert "the process group group-0 has been destroyed" in result["message"]
+
+
+def test_tensors_of_a_gpu_go_through_the_host_over_gloo(tmp_path):
+    for result in run("through_host", 3, tmp_path).values():
+        assert result.pop("needed") == [False, True]
+        for name, steps in result.items():
+            assert steps["direct"] == steps["through host"]
+            assert steps["copies"] == (6 if name == "regather" else 4)  # two steps of the ring for each time round it
 
 
 def test_compiled_step(tmp_path):
