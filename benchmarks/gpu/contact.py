@@ -1,0 +1,232 @@
+"""Whether every kernel runs on this GPU, is right, and what it takes: about 300 s, one archive.
+
+    python benchmarks/gpu/contact.py --out /tmp/contact --archive contact.tar.gz --extensions build/gpu
+
+Facts of the machine; each kernel in each form in a process of its own; the tests for GPUs, under CUDA's memory checker
+too; ranks; the driver's first steps on every backend; then, with the GPU to itself, times. A step that fails or hangs
+takes no other along. The archive holds what is needed to mend a failure without the GPU: logs, tracebacks, operands.
+"""
+
+import importlib.util
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import probe
+from rows import Row, read
+from steps import PYTHON, REPOSITORY, Outcome, Run, Step, extension, importing, parser, script, table
+
+TESTS = REPOSITORY / "tests"
+# Kernels from given operands, over blocks, clusters and long rows, at sizes that a memory checker allows.
+CHECKED_TESTS = "(cluster or long) and (pass or blocks or 132)"
+
+
+class Contact:
+    """The steps of a run."""
+
+    def __init__(self, out: Path, extensions: Path | None, toy: bool) -> None:
+        self.out, self.extensions, self.toy = out.absolute(), extensions, toy
+        self.no_gpu = "a toy run has no GPU" if toy else None
+        self.backends = ["cpu"] if toy else ["cuda", "triton"]
+
+    def environment(self, variant: str = "sm_90a", **more: str) -> dict[str, str]:
+        return importing() | extension(self.extensions, variant) | more
+
+    def facts(self) -> Step:
+        return Step("facts", script("facts"), 40, self.environment(), self.no_gpu)
+
+    def build(self) -> Step:
+        """The extension that was carried does not load here: make it here."""
+        return Step("build", script("build", "--out", self.out / "extensions"), 150, importing())
+
+    def probes(self, backend: str) -> list[Step]:
+        toy = ["--toy"] if self.toy else []
+        limit = 25.0 if backend == "cuda" else 60.0  # Triton compiles
+        environment = self.environment(OMP_NUM_THREADS="2")
+        return [
+            Step(f"probe-{name}", script("probe", name, "--out", self.out, *toy), limit, environment)
+            for name, case in probe.CASES.items()
+            if case.backend == backend and (not self.toy or case.check not in ("step", "flash_step"))
+        ]
+
+    def named_waits(self, hung: list[Outcome]) -> list[Step]:
+        """Probes that did not end, by the build whose waits end and say where they were."""
+        environment = self.environment("bounded")
+        return [
+            Step(
+                f"{step.name}-bounded", script("probe", step.name.removeprefix("probe-")), 25, environment, self.no_gpu
+            )
+            for step in hung
+        ]
+
+    def probes_for_older(self) -> list[Step]:
+        """The code for sm_80, which this GPU's driver compiles."""
+        made = []
+        for step in self.probes("cuda"):
+            if probe.CASES[step.name.removeprefix("probe-")].check in ("sinkhorn_pass", "match", "on_chip", "step"):
+                made.append(Step(f"{step.name}-sm80", step.command, 60, self.environment("sm_80"), self.no_gpu))
+        return made
+
+    def pytest(
+        self, name: str, files: list[Path], limit_s: float, workers: int, *more: str, variant: str = "sm_90a"
+    ) -> Step:
+        outcomes = self.out / f"{name}.tests.jsonl"
+        outcomes.unlink(missing_ok=True)
+        command = [PYTHON, "-m", "pytest", "-q", "-rf", "--tb=short", "-p", "no:cacheprovider", "-p", "pytest_gpu"]
+        command += ["-c", str(REPOSITORY / "pyproject.toml"), "--rootdir", str(REPOSITORY), "--outcomes", str(outcomes)]
+        if importlib.util.find_spec("xdist") and workers:
+            command += ["-n", str(workers)]
+        if importlib.util.find_spec("pytest_timeout"):
+            command += ["--timeout", "60", "--timeout-method", "thread"]
+        environment = self.environment(variant, OMP_NUM_THREADS="2")
+        environment["PYTHONPATH"] += f":{REPOSITORY / 'benchmarks' / 'gpu'}"
+        if self.toy:
+            environment["TRITON_INTERPRET"] = "1"
+        return Step(name, [*command, *map(str, files), *more], limit_s, environment)
+
+    def tests(self) -> list[Step]:
+        cuda = [path for path in sorted(TESTS.glob("test_cuda*.py")) if path.stem != "test_cuda_compile"]
+        triton = sorted((TESTS / "interpreted").glob("test_*.py"))
+        if self.toy:
+            return [
+                self.pytest("tests-cuda", [TESTS / "test_cuda_kernels.py"], 60, 0, "-k", "loss_and_stats"),
+                self.pytest("tests-triton", [TESTS / "interpreted" / "test_triton_match.py"], 60, 0, "-k", "nan"),
+            ]
+        return [
+            self.pytest("tests-triton", triton, 170, 8),
+            self.pytest("tests-gpu", [TESTS / "test_gpu.py", TESTS / "test_driver_gpu.py"], 150, 3),
+            self.pytest("tests-cuda", cuda, 150, 4),
+            self.pytest("tests-sm80", cuda, 150, 3, variant="sm_80"),
+        ]
+
+    def memory_checks(self) -> list[Step]:
+        missing = None if shutil.which("compute-sanitizer") else "compute-sanitizer is not here"
+        checker = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", "--target-processes", "all"]
+        # Each tensor is then a piece of memory of its own, so that what lies between two is seen.
+        environment = self.environment(PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        rows = self.pytest("memcheck-rows", sorted(TESTS.glob("test_cuda_[km]*s.py")), 150, 0, "-k", CHECKED_TESTS)
+        reason = self.no_gpu or missing
+        return [
+            Step("memcheck", [*checker, *script("tiny", "cuda")], 100, environment, reason),
+            Step(rows.name, [*checker, *rows.command], rows.limit_s, rows.environment | environment, reason),
+        ]
+
+    def ranks(self) -> list[Step]:
+        verify = [PYTHON, "-m", "bam_kernels.verify_ranks"]
+        if self.toy:
+            command = [*verify, "--world", "2", "--images", "4", "--features", "8", "--cases", "teacher"]
+            return [Step("ranks-gloo", command, 60, self.environment())]
+        made = []
+        for backend in self.backends:
+            nccl = [*verify, "--world", "1", "--device", "cuda", "--group-backend", "nccl", "--backend", backend]
+            gloo = [*verify, "--world", "2", "--device", "cuda", "--group-backend", "gloo", "--backend", backend]
+            made += [Step(f"ranks-nccl-{backend}", nccl, 100, self.environment())]
+            made += [Step(f"ranks-gloo-{backend}", gloo, 120, self.environment())]
+        return made
+
+    def driver(self) -> list[Step]:
+        """The first steps of the digits recipe on each backend, in float32."""
+        missing = [name for name in ("tyro", "docstring_parser") if importlib.util.find_spec(name) is None]
+        reason = f"the driver needs {', '.join(missing)}" if missing else None
+        given = ["--optim.epochs=2", "--run.log-every=1", "--model.norm=layer", "--run.dtype=float32"]
+        if self.toy:
+            given = ["--optim.epochs=1", "--run.log-every=1", "--data.batch-size=128"]
+        made = []
+        for backend in ("reference", *self.backends):
+            command = [PYTHON, str(REPOSITORY / "driver" / "pretrain.py"), *given]
+            command += [f"--run.name={backend}", f"--loss.backend={backend}"]
+            made.append(Step(f"driver-{backend}", command, 120, self.environment(OMP_NUM_THREADS="2"), reason))
+        return made
+
+    def curves(self) -> Step:
+        reason = None if (self.out / "runs").exists() else "the driver did not run"
+        return Step("driver-curves", script("curves", "reference", *self.backends), 30, self.environment(), reason)
+
+    def times(self) -> list[Step]:
+        toy = ["--toy"] if self.toy else []
+        return [
+            Step("times", script("times", "--rows", self.out / "rows.jsonl", *toy), 120, self.environment()),
+            Step("profile", script("kernel_profile"), 45, self.environment(), self.no_gpu),
+        ]
+
+    def run(self, run: Run) -> None:
+        run.write("rows.jsonl", "")
+        facts = run.steps([self.facts()])
+        probes = self.probes("triton") + self.probes("cuda")
+        if any(step.failed for step in facts) and "can run here" not in facts[0].last_line:
+            self.extensions = self.out / "extensions"
+            run.steps([self.build(), *self.probes("triton")], at_once=6)
+            probes = self.probes("cuda")
+        probed = run.steps([*probes, *self.probes_for_older()], at_once=8 if not self.toy else 2)
+        run.steps(self.named_waits([step for step in probed if "longer than" in step.status]), at_once=6)
+        beside = [*self.tests(), *self.memory_checks(), *self.ranks(), *self.driver()]
+        beside.append(Step("doctor", [PYTHON, "-m", "bam_kernels"], 90, self.environment()))
+        run.steps(beside, at_once=7 if not self.toy else 2)
+        run.steps([self.curves()])
+        run.steps(self.times())
+
+
+def failed_tests(out: Path) -> list[list[str]]:
+    """Test id and error of every test that failed, from the outcomes that pytest_gpu.py wrote."""
+    found = []
+    for file in sorted(out.glob("*.tests.jsonl")):
+        for row in map(json.loads, file.read_text().splitlines()):
+            if row["outcome"] == "failed":
+                found.append([file.name.removesuffix(".tests.jsonl"), row["test"], row["error"][:160]])
+    return found
+
+
+def counts(out: Path) -> list[list[str]]:
+    made = []
+    for file in sorted(out.glob("*.tests.jsonl")):
+        outcomes = [json.loads(line)["outcome"] for line in file.read_text().splitlines()]
+        kinds = ("passed", "failed", "skipped")
+        made.append([file.name.removesuffix(".tests.jsonl"), *(str(outcomes.count(kind)) for kind in kinds)])
+    return made
+
+
+def times_table(rows: list[Row]) -> str:
+    head = ["what", "backend", "shape", "teacher", "how", "value", "unit", "peak MB", "error"]
+    cells = []
+    for row in rows:
+        peak = f"{row.peak_mb:.1f}" if row.peak_mb is not None else ""
+        error = f"{row.error:.1e}" if row.error is not None else ""
+        teacher = "yes" if row.teacher else ""
+        cells.append([row.name, row.backend, row.shape, teacher, row.how, f"{row.value:.1f}", row.unit, peak, error])
+    return table(head, cells)
+
+
+def summary(run: Run) -> str:
+    """Failures first, then times: short enough to be read where only the end of the output is to be had."""
+    parts = ["", "== Steps that did not pass"]
+    others = [step for step in run.outcomes if step.status != "passed"]
+    parts.append(table(["step", "status", "last line"], [[s.name, s.status, s.last_line[:150]] for s in others]))
+    tests = counts(run.out)
+    if tests:
+        parts += ["", "== Tests", table(["tests", "passed", "failed", "skipped", ""], [[*row, ""] for row in tests])]
+    failed = failed_tests(run.out)
+    if failed:
+        shown = failed[:60]
+        parts += ["", f"== Tests that failed ({len(failed)}; all in the archive)", table(["", "test", "error"], shown)]
+    rows = read(run.out / "rows.jsonl")
+    if rows:
+        parts += ["", "== Times", times_table(rows)]
+    return "\n".join(parts) + "\n"
+
+
+def main() -> int:
+    options = parser(__doc__, seconds=330).parse_args()
+    with Run(options.out, options.archive, options.only, options.seconds) as run:
+        try:
+            Contact(options.out, options.extensions, options.toy).run(run)
+            run.check_only()
+        finally:
+            text = summary(run)
+            run.write("summary.txt", text)
+            print(text, flush=True)
+    return int(any(step.failed for step in run.outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""One kernel in one form against float64, in a process of its own: what crashes or hangs takes nothing along.
+
+    python benchmarks/gpu/probe.py --list
+    python benchmarks/gpu/probe.py cuda-match-cluster --out DIR
+
+Each call of a kernel is named before it starts, so that the last line of the output names one that never ends. First
+every launch is waited for; then none is, and where the device can, launches overlap: the results must be the same bits.
+Memory is filled with NaN before, so that what is not written is seen. What is wrong is saved with its operands. Without
+a GPU (--toy) the CUDA kernels run under the tests' emulator, the Triton kernels under Triton's interpreter.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests"), str(REPOSITORY / "benchmarks" / "gpu")]
+
+
+@dataclass(frozen=True)
+class Case:
+    """check: a name in probe_checks.py; m x n scores or m rows of n features; limits: what the device is said to have."""
+
+    backend: str
+    check: str
+    m: int
+    n: int
+    toy: tuple[int, int] = (5, 300)
+    limits: dict[str, Any] = field(default_factory=dict)
+    threads: int | None = None  # of a block, at most, at toy size: so that short rows need clusters
+
+
+ONE_BLOCK = {"clusters": (0, 0, 0, 0)}
+LONG = {"shared_bytes": 0}
+CASES = {
+    "cuda-embed": Case("cuda", "embed", 65, 4099, (5, 33)),
+    "cuda-symmetrize": Case("cuda", "symmetrize", 1030, 0, (33, 0)),
+    "cuda-columns": Case("cuda", "columns", 70, 3004, (7, 300)),
+    "cuda-pass-block": Case("cuda", "sinkhorn_pass", 300, 3001),
+    "cuda-pass-cluster": Case("cuda", "sinkhorn_pass", 300, 20008, (9, 1032), threads=32),
+    "cuda-pass-wide-cluster": Case("cuda", "sinkhorn_pass", 40, 65541, (5, 1031), threads=32),
+    "cuda-pass-long": Case("cuda", "sinkhorn_pass", 40, 3001, limits=LONG),
+    "cuda-pass-beyond-clusters": Case("cuda", "sinkhorn_pass", 20, 200_001, limits=LONG),
+    "cuda-match-block": Case("cuda", "match", 2, 3000, (2, 300)),
+    "cuda-match-cluster": Case("cuda", "match", 2, 20008, (2, 1032), threads=32),
+    "cuda-match-wide-cluster": Case("cuda", "match", 2, 65540, (2, 1036), threads=32),
+    "cuda-match-long": Case("cuda", "match", 2, 3000, (2, 300), LONG),
+    "cuda-plan": Case("cuda", "plan", 37, 4099, (5, 33)),
+    "cuda-stats": Case("cuda", "stats", 700, 1400, (20, 40)),
+    "cuda-on-chip-grid": Case("cuda", "on_chip", 512, 512, (150, 33)),
+    "cuda-on-chip-grid-odd": Case("cuda", "on_chip", 131, 1031, (13, 300), limits=ONE_BLOCK),
+    "cuda-on-chip-cluster": Case("cuda", "on_chip", 100, 130, (30, 20)),
+    "cuda-step": Case("cuda", "step", 130, 72, (9, 8)),
+    "triton-embed": Case("triton", "embed", 65, 4099, (5, 33)),
+    "triton-symmetrize": Case("triton", "symmetrize", 1030, 0, (33, 0)),
+    "triton-columns": Case("triton", "columns", 70, 3004, (7, 60)),
+    "triton-pass": Case("triton", "sinkhorn_pass", 300, 3001, (5, 61)),
+    "triton-pass-long": Case("triton", "sinkhorn_pass", 40, 65541, (5, 61)),
+    "triton-match": Case("triton", "match", 2, 3000, (2, 60)),
+    "triton-match-long": Case("triton", "match", 2, 65540, (2, 60)),
+    "triton-plan": Case("triton", "plan", 37, 4099, (5, 33)),
+    "triton-step": Case("triton", "step", 130, 72, (9, 8)),
+    "triton-flash": Case("triton", "flash_step", 130, 72, (9, 8)),
+}
+
+
+class Named:
+    """Kernels that say their name before they run and, `waiting`, wait until they have ended."""
+
+    def __init__(self, kernels: Any, wait: Callable[[], None]) -> None:
+        self.kernels, self.wait = kernels, wait
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self.kernels, name)
+        if not callable(method):
+            return method
+
+        def run(*args: Any, **options: Any) -> Any:
+            print(f"    {name} ...", end="", flush=True)
+            found = method(*args, **options)
+            self.wait()
+            print(" ended", flush=True)
+            return found
+
+        return run
+
+
+def kernels_of(case: Case, toy: bool, overlapping: bool) -> Any:
+    """The row kernels of a case's backend on a device that is said to have its limits."""
+    if case.backend == "triton":
+        from bam_kernels.backends import triton
+
+        return triton.kernels()
+    from bam_kernels.backends import cuda
+    from bam_kernels.backends.cuda import shapes
+    from bam_kernels.backends.cuda.row_kernels import CudaKernels
+    from bam_kernels.backends.extension import _C
+
+    if toy:
+        import emulated
+
+        if case.threads is not None:
+            shapes.MOST_THREADS = case.threads
+        return emulated.kernels(replace(emulated.HOPPER, programmatic=overlapping, **case.limits))
+    found = cuda.found_device(0)
+    device = replace(found, programmatic=found.programmatic and overlapping, **case.limits)
+    return CudaKernels(_C.cuda_kernels(), lambda index: device)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("case", nargs="?", choices=CASES, help="which kernel in which form")
+    parser.add_argument("--list", action="store_true", help="print the cases")
+    parser.add_argument("--toy", action="store_true", help="on the CPU, at toy size")
+    parser.add_argument("--out", type=Path, default=Path("."), help="folder for what is wrong (.)")
+    options = parser.parse_args()
+    if options.list or options.case is None:
+        print("\n".join(CASES))
+        return 0
+    case = CASES[options.case]
+    if options.toy and case.backend == "triton":
+        os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+    return probe(options.case, case, options.toy, options.out)
+
+
+def probe(name: str, case: Case, toy: bool, out: Path) -> int:
+    """Exit status 0 where all that the case's kernels write is right, waited for or not."""
+    import torch
+    from probe_checks import CHECKS, Found, poison
+
+    if toy and case.backend == "triton":
+        import triton_device  # noqa: F401  (mends Triton 3.6's interpreter)
+    device = torch.device("cpu" if toy else "cuda")
+    m, n = case.toy if toy else (case.m, case.n)
+    wait = (lambda: None) if toy else torch.cuda.synchronize
+    runs = []
+    for overlapping in (False, True):
+        print(
+            f"{name}: {m} x {n}, " + ("launches as the device can" if overlapping else "each launch waited for"),
+            flush=True,
+        )
+        poison(device)
+        found = Found(out / f"probe-{name}-{'overlapping' if overlapping else 'waiting'}")
+        kernels = Named(kernels_of(case, toy, overlapping), (lambda: None) if overlapping else wait)
+        torch.manual_seed(0)
+        CHECKS[case.check](kernels, device, m, n, found)
+        wait()
+        runs.append(found)
+    same = all(torch.equal(a, b) for a, b in zip(runs[0].results, runs[1].results, strict=True))
+    if not same:
+        print("WRONG: other bits where launches overlap, or from run to run")
+    wrong = sum(len(found.wrong) for found in runs)
+    worst = max((found.worst for found in runs), default=0.0)
+    verdict = (
+        "right"
+        if same and not wrong
+        else f"WRONG: {', '.join(dict.fromkeys(w for f in runs for w in f.wrong)) or 'bits'}"
+    )
+    print(f"{name}: {verdict}; largest error {worst:.2g} of its bound")
+    return int(wrong > 0 or not same)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

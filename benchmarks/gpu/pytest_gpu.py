@@ -1,0 +1,69 @@
+"""A pytest plugin for GPU runs that may be cut off: `pytest -p pytest_gpu --outcomes FILE`, this folder on PYTHONPATH.
+
+Each test's outcome is a line of FILE as it comes. A worker of pytest-xdist whose CUDA context is lost ends after the
+test that lost it, so that the tests after it get a new one.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--outcomes", type=Path, help="file to which each test's outcome is appended")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    worker = hasattr(config, "workerinput")
+    config.pluginmanager.register(Worker() if worker else Outcomes(config.getoption("--outcomes")))
+
+
+class Outcomes:
+    """Of the process that collects them."""
+
+    def __init__(self, file: Path | None) -> None:
+        self.file = file
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if self.file is None or not (report.when == "call" or report.outcome != "passed"):
+            return
+        row = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 2)}
+        if report.failed:
+            text = report.longreprtext
+            errors = [line for line in text.splitlines() if line.startswith("E ")]
+            row |= {"error": (errors or text.splitlines() or [""])[0 if errors else -1][:300], "text": text[-6000:]}
+        with self.file.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+class Worker:
+    """Of a process that runs tests."""
+
+    def __init__(self) -> None:
+        self.failed = False
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_makereport(self):
+        outcome = yield
+        self.failed |= outcome.get_result().failed
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_logfinish(self) -> None:
+        if self.failed and context_is_lost():
+            os._exit(13)
+        self.failed = False
+
+
+def context_is_lost() -> bool:
+    """Whether an earlier error of a kernel makes every later call of this process fail."""
+    import torch
+
+    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False

@@ -1,0 +1,358 @@
+"""What the device, each kernel and a whole step take, on a GPU that nothing else uses: `python times.py --rows FILE`.
+
+Kernels and steps are timed by replays of CUDA graphs, whose launches cost the host nothing, with the inputs cold (taken
+in turn from sets larger than the cache) or warm; steps also by the wall, and by the host's share of it. Every step's
+gradient is compared with float64 first, and one that is wrong is not timed.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks"), str(REPOSITORY / "benchmarks" / "gpu")]
+
+import torch  # noqa: E402
+from problem import Problem, layout_of, loss_options, parse_shape, relative_error, truth_of_embeddings  # noqa: E402
+from rows import Row, Rows  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from bam_kernels import bam_loss  # noqa: E402
+from bam_kernels.backends import cpu, cuda, triton  # noqa: E402
+from bam_kernels.backends.interface import FIXED_STEPS, LOG2_E, Potential  # noqa: E402
+from bam_kernels.layout import Layout  # noqa: E402
+from bam_kernels.options import Options  # noqa: E402
+
+EPSILON, TAU = 0.05, 0.1
+# Shape and views, the most telling first.
+STEPS = {
+    "2048x8192x4096": 8,
+    "2048x8192x256": 8,
+    "512x512x256": 2,
+    "2048x2048x256": 2,
+    "2048x65536x1024": 8,
+}
+TOY_STEPS = {"32x64x16": 4, "16x16x16": 2}
+LARGEST_ERROR = 2e-3  # of dz, of 16-bit steps
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Times functions on a device; on a CPU, for a toy run, by the wall."""
+
+    device: torch.device
+    seconds: float  # a measurement
+
+    def graph_us(self, runs: list[Callable[[], Any]]) -> float:
+        """Device time of one of `runs`, which are captured one after another and replayed: the median."""
+        if self.device.type == "cpu":
+            return self.wall_us(runs[0])
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # compiles, plans and makes workspaces
+            for run in runs:
+                run()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            kept = [run() for run in runs]  # outputs live as long as the graph
+        times, end = [], time.perf_counter() + self.seconds
+        while len(times) < 10 or time.perf_counter() < end:
+            begin, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            graph.replay()
+            stop.record()
+            stop.synchronize()
+            times.append(begin.elapsed_time(stop) * 1e3 / len(runs))
+        del kept
+        return statistics.median(times[3:])
+
+    def wall_us(self, run: Callable[[], Any]) -> float:
+        """One call until the device has ended: the median."""
+        times, end = [], time.perf_counter() + self.seconds
+        run()
+        while len(times) < 5 or time.perf_counter() < end:
+            self.wait()
+            begin = time.perf_counter_ns()
+            run()
+            self.wait()
+            times.append((time.perf_counter_ns() - begin) / 1e3)
+        return statistics.median(times)
+
+    def host_us(self, run: Callable[[], Any]) -> float:
+        """One call until it returns, with nothing waiting on the device: the median."""
+        times, end = [], time.perf_counter() + self.seconds
+        while len(times) < 5 or time.perf_counter() < end:
+            self.wait()
+            begin = time.perf_counter_ns()
+            run()
+            times.append((time.perf_counter_ns() - begin) / 1e3)
+        return statistics.median(times)
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def backends(device: torch.device) -> dict[str, Any]:
+    """Row kernels that run here, by name."""
+    if device.type == "cpu":
+        return {"cpu": cpu.kernels()} if cpu.unavailable() is None else {}
+    found = {"cuda": cuda, "triton": triton}
+    return {name: module.kernels() for name, module in found.items() if module.unavailable(device) is None}
+
+
+def ceilings(clock: Clock, rows: Rows, toy: bool) -> None:
+    """The best that the device does in this run."""
+    source = torch.empty((1 << 20) if toy else (1 << 30), dtype=torch.float32, device=clock.device).normal_()
+    target = torch.empty_like(source)
+    us = clock.wall_us(partial(target.copy_, source))
+    rows.add(
+        Row("ceiling", "copy", "torch", f"{2 * source.nbytes >> 20} MB", "wall", 2 * source.nbytes / us / 1e3, "GB/s")
+    )
+    del source, target
+    n = 256 if toy else 8192
+    a, b = torch.randn(2, n, n, device=clock.device).half()
+    us = clock.graph_us([lambda: a @ b])
+    rows.add(Row("ceiling", "product fp16", "torch", f"{n}x{n}x{n}", "graph", 2 * n**3 / us / 1e6, "TFLOP/s"))
+
+
+class Operands:
+    """Sets of operands of one problem's kernels, V views of teacher and student, rows of W ranks' keys."""
+
+    def __init__(self, kernels: Any, M: int, N: int, D: int, V: int, device: torch.device, seed: int) -> None:
+        generator = torch.Generator(device).manual_seed(seed)
+        self.layout = Layout(B=M // V, V=V, L=2, T=2, D=D, R=V, W=N // (2 * M // V))
+        self.kernels = kernels
+        self.scores = torch.rand(M, N, generator=generator, device=device).mul_(2).sub_(1)
+        # The range of int16 that a problem's scores have: most are small.
+        self.fixed = (self.scores**3 * FIXED_STEPS).round().short() if kernels.backend != "cpu" else self.scores
+        self.source, self.gradient = self.fixed.clone(), torch.empty_like(self.fixed)
+        self.step = 1 / FIXED_STEPS if kernels.backend != "cpu" else 1.0
+        self.scale = LOG2_E / EPSILON * self.step
+        self.col = Potential(torch.zeros(N, device=device), torch.ones(N, device=device))
+        self.row = Potential(torch.zeros(M, device=device), torch.ones(M, device=device))
+        self.shift, self.sums, self.c = torch.zeros(3, N, device=device)
+        self.guess = torch.zeros(2, M // V, device=device)
+        self.x = torch.randn(M, D, generator=generator, device=device).half()
+        self.d = torch.randn(M, D, generator=generator, device=device)
+        self.z, self.k = (torch.randn(rows, D, generator=generator, device=device).half() for rows in (M, N))
+        self.centre = torch.zeros(D, device=device)
+
+    def sinkhorn_pass(self) -> Any:
+        self.kernels.sinkhorn_pass(self.fixed, self.scale, self.row, self.col, self.c, False)
+
+    def column_lse(self) -> Any:
+        self.kernels.column_lse(self.fixed, self.scale, self.row, self.shift, self.sums, False)
+
+    def finish_scores(self, m: int | None = None) -> Any:
+        out = self.gradient[:m]
+        row = self.row.rows(0, len(out))
+        given = self.scores[:m], None, self.step, out, None, self.scale, row, self.shift, self.sums
+        self.kernels.finish_scores(*given, accumulate=False)
+
+    def match(self) -> Any:
+        V, B, N = self.layout.V, self.layout.B, self.layout.N
+        gradient = self.gradient.view(V, B, N)  # apart from the scores, which must be the same at every run
+        return self.kernels.match(
+            self.fixed.view(V, B, N)[:2],
+            self.source.view(V, B, N),
+            self.layout,
+            self.col,
+            self.guess,
+            epsilon=EPSILON,
+            temperature=TAU,
+            step=self.step,
+            gradient=gradient.view(torch.float16) if gradient.dtype == torch.int16 else gradient,
+            gradient_factor=16384.0 * B * TAU,
+        )
+
+    def product(self) -> Any:
+        return torch.mm(self.z, self.k.T)
+
+    def half_rows(self) -> Any:
+        return self.kernels.half_rows(self.x, self.centre, EPSILON)
+
+    def project(self) -> Any:
+        rows, _ = self.kernels.half_rows(self.x, self.centre, EPSILON)
+        return self.kernels.project_(self.d, rows)
+
+
+def kernel_times(clock: Clock, rows: Rows, toy: bool) -> None:
+    """Each kernel at 2048 x 8192: int16 scores, fp16 rows."""
+    M, N, D, V = (32, 64, 16, 4) if toy else (2048, 8192, 256, 8)
+    sets = 2 if toy else 4
+    for backend, kernels in backends(clock.device).items():
+        made = [Operands(kernels, M, N, D, V, clock.device, seed) for seed in range(sets)]
+        names = ["sinkhorn_pass", "column_lse", "match"]
+        names += ["finish_scores", "half_rows", "project"] if backend != "cpu" else []
+        for name in [*names, "product"]:
+            shape = f"{M}x{N}" if name not in ("product", "half_rows", "project") else f"{M}x{N}x{D}"
+            for how, runs in (("cold", made), ("warm", made[:1] * sets)):
+                note = "with half_rows" if name == "project" else ""
+                owner = backend if name != "product" else "torch"
+
+                def timed(name: str = name, runs: list[Operands] = runs) -> float:
+                    return clock.graph_us([getattr(operands, name) for operands in runs])
+
+                attempt(rows, "kernel", name, owner, shape, f"graph, {how}", timed, note=note)
+        if backend != "cpu":
+            slab = [partial(made[0].finish_scores, M // 4)] * sets
+            given = "kernel", "finish_scores", backend, f"{M // 4}x{N}", "graph, warm"
+            attempt(rows, *given, lambda slab=slab: clock.graph_us(slab), note="a slab, as its product left it")
+        small_kernels(clock, rows, backend, kernels, toy)
+
+
+def small_kernels(clock: Clock, rows: Rows, backend: str, kernels: Any, toy: bool) -> None:
+    """What only some shapes have: one-launch Sinkhorn, G + transpose(G), and rows of many features."""
+    device = clock.device
+    m = 32 if toy else 512
+    fixed = torch.randint(-32000, 32000, (m, m), dtype=torch.int16, device=device)
+    row = Potential(torch.zeros(m, device=device), torch.ones(m, device=device))
+    if backend == "cuda" and kernels.fits_on_chip(m, m, torch.int16, device):
+
+        def on_chip() -> float:
+            return clock.graph_us([lambda: kernels.sinkhorn(fixed, LOG2_E / EPSILON / FIXED_STEPS, row, 3)])
+
+        attempt(rows, "kernel", "sinkhorn_on_chip", backend, f"{m}x{m}", "graph, warm", on_chip, note="3 iterations")
+    if backend == "cpu":
+        return
+    G = [torch.randn(4 * m, 4 * m, device=device).half() for _ in range(8)]
+    symmetrize = [lambda g=g: kernels.symmetrize_(g) for g in G]
+    attempt(
+        rows, "kernel", "symmetrize", backend, f"{4 * m}x{4 * m}", "graph, cold", lambda: clock.graph_us(symmetrize)
+    )
+    x = [torch.randn(4 * m, 4096, device=device).half() for _ in range(4)]
+    centre = torch.zeros(4096, device=device)
+    half = [lambda x=x: kernels.half_rows(x, centre, EPSILON) for x in x]
+    attempt(rows, "kernel", "half_rows", backend, f"{4 * m}x4096", "graph, cold", lambda: clock.graph_us(half))
+
+
+def attempt(
+    rows: Rows, kind: str, name: str, backend: str, shape: str, how: str, run: Callable[[], float], **more: Any
+) -> bool:
+    """Add the row of one measurement, or say why there is none."""
+    try:
+        rows.add(Row(kind, name, backend, shape, how, run(), **more))
+        return True
+    except Exception as error:
+        print(f"FAILED {kind} {name} {backend} {shape} {how}: {type(error).__name__}: {str(error)[:300]}", flush=True)
+        return False
+
+
+def problems(device: torch.device, toy: bool) -> Iterator[tuple[str, bool, Problem]]:
+    for shape, V in (TOY_STEPS if toy else STEPS).items():
+        for teacher in (True, False):
+            layout = layout_of(*parse_shape(shape), V=V, L=2, T=2, R=V if teacher else 0)
+            torch.manual_seed(0)
+            yield shape, teacher, Problem.made(layout, Options(epsilon=EPSILON, temperature=TAU), device)
+
+
+def step_times(clock: Clock, rows: Rows, toy: bool, only: list[str]) -> int:
+    """Whole steps, from 16-bit embeddings to the gradient; how many were wrong."""
+    wrong = 0
+    for shape, teacher, problem in problems(clock.device, toy):
+        if only and shape not in only:
+            continue
+        begin = time.perf_counter()
+        truth = truth_of_embeddings(problem).gradient
+        clock.wait()
+        print(
+            f"{shape}{', a teacher' if teacher else ''}: float64 truth in {time.perf_counter() - begin:.1f} s",
+            flush=True,
+        )
+        for backend in backends(clock.device):
+            try:
+                wrong += not one_step(clock, rows, shape, teacher, problem, truth, backend)
+            except Exception as error:
+                wrong += 1
+                print(f"FAILED step {backend} {shape}: {type(error).__name__}: {str(error)[:400]}", flush=True)
+        products(clock, rows, shape, teacher, problem)
+    return wrong
+
+
+def one_step(
+    clock: Clock, rows: Rows, shape: str, teacher: bool, problem: Problem, truth: Tensor | None, backend: str
+) -> bool:
+    """A backend's rows of one problem; whether its gradient was right."""
+    dtype = torch.float16 if clock.device.type == "cuda" else torch.float32
+    named = loss_options(problem)
+    y = problem.teacher.to(dtype) if problem.teacher is not None else None
+    leaves = [problem.student.to(dtype, copy=True).requires_grad_() for _ in range(4)]
+
+    def step(leaf: Tensor) -> Tensor:
+        loss: Any = bam_loss(leaf, y, backend=backend, **named)
+        return torch.autograd.grad(loss * 1024, leaf)[0]
+
+    begin = time.perf_counter()
+    error = relative_error(step(leaves[0]).double() / 1024, truth)
+    clock.wait()
+    first_s = time.perf_counter() - begin
+    assert error is not None
+    common = {"teacher": teacher, "error": error}
+    if not error <= LARGEST_ERROR:
+        rows.add(
+            Row("step", "loss and gradient", backend, shape, "first", first_s * 1e6, note="WRONG, not timed", **common)
+        )
+        return False
+    rows.add(Row("step", "loss and gradient", backend, shape, "first", first_s * 1e6, note="compiles", **common))
+    peak = peak_mb(lambda: step(leaves[0]), clock.device)
+    given = "step", "loss and gradient", backend, shape
+    attempt(rows, *given, "wall", lambda: clock.wall_us(lambda: step(leaves[0])), peak_mb=peak, **common)
+    attempt(rows, *given, "host", lambda: clock.host_us(lambda: step(leaves[0])), **common)
+    runs = [lambda leaf=leaf: step(leaf) for leaf in leaves]
+    attempt(rows, *given, "graph", lambda: clock.graph_us(runs), **common)
+    return True
+
+
+def products(clock: Clock, rows: Rows, shape: str, teacher: bool, problem: Problem) -> None:
+    """The three library products of a step in fp16, which nothing beats."""
+    z, k = problem.student.half(), problem.keys.half()
+    y = problem.teacher.half() if problem.teacher is not None else None
+    G = torch.mm(z, k.T)
+
+    def run() -> list[Tensor]:
+        return [torch.mm(z, k.T), torch.mm(G, k), torch.mm(y, k.T) if y is not None else torch.mm(G.T, z)]
+
+    attempt(rows, "step", "products alone", "torch", shape, "graph", lambda: clock.graph_us([run]), teacher=teacher)
+
+
+def peak_mb(run: Callable[[], Any], device: torch.device) -> float | None:
+    """Most memory beyond what was held before, in 10^6 bytes."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=Path, help="file to which a JSON line is appended for each number")
+    parser.add_argument("--toy", action="store_true", help="toy sizes, on the CPU")
+    parser.add_argument(
+        "--parts", nargs="+", choices=("ceilings", "kernels", "steps"), default=["ceilings", "kernels", "steps"]
+    )
+    parser.add_argument("--shapes", nargs="+", default=[], help="only these whole steps, M x N x D")
+    parser.add_argument("--seconds", type=float, default=0.15, help="of each measurement (0.15)")
+    options = parser.parse_args()
+    clock = Clock(torch.device("cpu" if options.toy else "cuda"), 0.01 if options.toy else options.seconds)
+    rows = Rows(options.rows)
+    if "ceilings" in options.parts:
+        ceilings(clock, rows, options.toy)
+    if "kernels" in options.parts:
+        kernel_times(clock, rows, options.toy)
+    return int(step_times(clock, rows, options.toy, options.shapes) > 0) if "steps" in options.parts else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
