@@ -115,9 +115,7 @@ def parts(options: H200Options) -> list[Part]:
     made.append(Part("driver-curves", 60, [PYTHON, "-c", CURVES, "reference", *backends]))
     made += measurements(options) + tuning(options, no_gpu)
     profiler = None if shutil.which("ncu") else "ncu is not there"
-    made.append(Part("counters", 300, counters(options), no_gpu or profiler))
-    outcomes = [PYTHON, str(REPOSITORY / "benchmarks" / "predictions.py"), "--results", str(options.out.absolute())]
-    return [*made, Part("predictions", 60, outcomes)]
+    return [*made, Part("counters", 300, counters(options), no_gpu or profiler)]
 
 
 def pytest(*files: str) -> list[str]:

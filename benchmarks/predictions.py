@@ -1,124 +1,290 @@
-"""What a study of the hardware foretold of an H200 before anything had run there, beside what was measured.
+"""What counts of instructions and bytes foretell of a GPU, beside what was measured there.
 
-python benchmarks/predictions.py --results DIR      # the directory that h200.py wrote
+    python benchmarks/predictions.py --results rows.jsonl      # the rows that benchmarks/gpu/times.py wrote
+
+Written before any of these kernels had run. M = 2048 rows are 8 views of 256 images, a teacher has as many; N = 8192
+and 65,536 keys are one rank's share of 16 and 128 ranks, the others simulated; where M = N there are 2 views and one
+rank. Instructions are those of the hot path in machine code for sm_90a (nvcc 13.0, Triton 3.6), of one thread for one
+score. A block of 512 threads has a multiprocessor to itself there, and all of its warps wait at each row's reduction:
+2.4 to 3 of the 4 instructions that a multiprocessor can start in a clock are expected, and 2 to 3 us to begin and end.
 """
 
-import csv
-import json
-import re
+import argparse
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-from command_line import options_of
-from common import plain_table, write_json
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent / "gpu")]
 
-OURS = ("triton-int16", "cuda-int16")
-GRAPHS = ("triton-int16-graph", "cuda-int16-graph")
-FLASH = ("triton-flash-int16",)
-IN_US = {"ns": 1e-3, "nsecond": 1e-3, "us": 1.0, "usecond": 1.0, "ms": 1e3, "msecond": 1e3}
+from rows import Row, read  # noqa: E402
+from steps import table  # noqa: E402
+
+from bam_kernels import plan  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What all kernels share: multiprocessors, their clock under load, and the rate of a large copy, read and write."""
+
+    multiprocessors: int
+    ghz: float
+    memory_gbs: float
+
+
+GPUS = {"H100": Gpu(132, 1.7, 3000), "H200": Gpu(132, 1.7, 4300)}
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of one score: instructions of a thread, bytes to and from memory, exponentials (16 a clock)."""
+
+    instructions: float
+    bytes: float
+    exponentials: float
+
+    def floors_us(self, shape: str, gpu: Gpu) -> tuple[float, float, float]:
+        """Least time by starting instructions (4 warps a clock), by memory, and by exponentials."""
+        M, N = (int(size) for size in shape.split("x")[:2])
+        clocks = gpu.multiprocessors * gpu.ghz * 1e3  # of all multiprocessors in a us
+        issue, exponentials = self.instructions / (4 * 32 * clocks), self.exponentials / (16 * clocks)
+        return M * N * issue, M * N * self.bytes / (gpu.memory_gbs * 1e3), M * N * exponentials
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The least that rows of these kinds have of a field in part's file, in `unit` of it, is between low and high."""
+    """Between low and high on an H100; `memory` is the share of the time that shrinks with a faster memory.
 
-    what: str
+    kind, name, backend, shape and teacher are those of rows.Row; how is a pattern. of_peak: the row's peak memory.
+    """
+
+    kind: str
+    name: str
+    backend: str
+    shape: str
+    how: str
     low: float
     high: float
-    part: str
-    kinds: tuple[str, ...]
-    field: str = "median_ms"
-    unit: float = 1e-3
-    unit_name: str = "us"
-    shape: str | None = None  # of a part of several
+    why: str = ""
+    unit: str = "us"
+    teacher: bool = False
+    memory: float = 0.0
+    counts: Counts | None = None
+    of_peak: bool = False
+
+    def on(self, gpu: Gpu) -> "Prediction":
+        factor = 1 - self.memory + self.memory * GPUS["H100"].memory_gbs / gpu.memory_gbs
+        return replace(self, low=self.low * factor, high=self.high * factor)
+
+    def value(self, row: Row) -> float | None:
+        """What the row says of it; None where the row is of something else."""
+        fields = ("kind", "name", "backend", "shape", "teacher")
+        if any(getattr(self, field) != getattr(row, field) for field in fields) or not fnmatch(row.how, self.how):
+            return None
+        return row.peak_mb if self.of_peak else row.value
 
 
-def step(what: str, low: float, high: float, part: str, *kinds: str) -> Prediction:
-    return Prediction(what, low, high, part, kinds)
+def ceilings(gpu: str) -> Iterator[Prediction]:
+    copy = (2750, 3100) if gpu == "H100" else (4000, 4500)
+    yield Prediction("ceiling", "copy", "torch", "8192 MB", "*", *copy, unit="GB/s")
+    power = "random numbers: power holds the clock down"
+    yield Prediction("ceiling", "product fp16", "torch", "8192x8192x8192", "*", 640, 820, power, "TFLOP/s")
 
 
-def peak(what: str, low: float, high: float, part: str, *kinds: str, shape: str | None = None) -> Prediction:
-    return Prediction(what, low, high, part, kinds, "peak_bytes", 1e9, "GB", shape)
+COLD, WARM, BOTH = "graph, cold", "graph, warm", "graph, *"
+WIDE, SLAB, FEATURES = "2048x8192", "512x8192", "2048x8192x256"
+CUDA_EPILOGUE, TRITON_EPILOGUE = Counts(35.4, 6, 1.25), Counts(29.4, 6, 1.13)
+CUDA_LSE, TRITON_LSE = Counts(17.4, 2, 1.25), Counts(19, 2, 1.13)
+CUDA_PASS, TRITON_PASS = Counts(14.9, 2, 1), Counts(17.7, 2, 1)
+# 8 source rows of each image read and written, 2 target rows read.
+CUDA_MATCH, TRITON_MATCH = Counts(36.9 + 28.4 / 4, 4.5, 1.25), Counts(27 + 45 / 4, 4.5, 1.25)
 
 
-WIDE, NARROW, SMALL = "loss-2048x8192x4096-teacher", "loss-2048x8192x256-teacher", "loss-512x512x256-teacher"
-PREDICTIONS = (
-    step("three products, D = 4096", 500, 560, WIDE, "gemms"),
-    step("step, D = 4096", 563, 700, WIDE, *OURS),
-    step("authors under autocast, D = 4096", 1800, 2100, WIDE, "authors-autocast"),
-    step("compiled reference under autocast, D = 4096", 950, 1150, WIDE, "compile-autocast"),
-    step("step, D = 256", 66, 130, NARROW, *OURS),
-    step("authors under autocast, D = 256", 1200, 1500, NARROW, "authors-autocast"),
-    step("compiled reference under autocast, D = 256", 300, 400, NARROW, "compile-autocast"),
-    step("step of 512 x 512 as a graph", 1, 25, SMALL, *GRAPHS),
-    step("authors, 512 x 512", 1000, 1500, SMALL, "authors"),
-    peak("memory of a step, D = 4096", 0.07, 0.14, WIDE, *OURS),
-    peak("memory of the authors' step, D = 4096", 0.6, 0.8, WIDE, "authors"),
-    peak("memory, N = 524288, D = 4096", 4.3, 8.6, "ladder-524288-teacher", *OURS, shape="2048x524288x4096"),
-    peak("memory of flash, N = 524288, D = 256", 0.0, 0.34, "ladder-524288", *FLASH, shape="2048x524288x256"),
+def kernel(
+    name: str, backend: str, shape: str, how: str, low: float, high: float, why: str = "", **more: Any
+) -> Prediction:
+    return Prediction("kernel", name, backend, shape, how, low, high, why, **more)
+
+
+def cuda_kernels() -> Iterator[Prediction]:
+    twice = "a row holds two kernels: 13-18 the pass, 3-4.5 the sums of chunks (an earlier count: 15-18 and 3.5-4.5)"
+    yield kernel("sinkhorn_pass", "cuda", WIDE, COLD, 17, 23, twice, memory=0.3, counts=CUDA_PASS)
+    yield kernel("sinkhorn_pass", "cuda", WIDE, WARM, 15.5, 21, "33 MB stay in 50 MB of L2", counts=CUDA_PASS)
+    chunks = "with 3-4.5 for merging the chunks"
+    yield kernel("column_lse", "cuda", WIDE, COLD, 19, 27, chunks, memory=0.3, counts=CUDA_LSE)
+    yield kernel("column_lse", "cuda", WIDE, WARM, 17, 25, chunks, counts=CUDA_LSE)
+    branch = "a branch per score; with 3-4.5 for merging, which an earlier count's 38-46 left out"
+    yield kernel("finish_scores", "cuda", WIDE, BOTH, 39, 51, branch, memory=0.4, counts=CUDA_EPILOGUE)
+    setup = "8 rows a thread: finding its columns' images and storing partials is a fifth of it"
+    yield kernel("finish_scores", "cuda", SLAB, WARM, 12, 18, setup, counts=CUDA_EPILOGUE)
+    rows = (
+        "an earlier count's 32-40 has 26 instructions a source score: a thread has 100 a row more for logarithms and "
+    )
+    rows += "divisions; to 62 where the first guesses of exponents are poor"
+    yield kernel("match", "cuda", WIDE, BOTH, 42, 56, rows, memory=0.2, counts=CUDA_MATCH)
+    yield kernel("half_rows", "cuda", FEATURES, BOTH, 3.5, 8, "two waves of short blocks, three sums in double")
+    conversions = "4 conversions to and from double a feature take 9.3, memory 11"
+    yield kernel("half_rows", "cuda", "2048x4096", COLD, 13, 21, conversions, memory=0.5)
+    yield kernel("project", "cuda", FEATURES, BOTH, 7, 16, "with half_rows")
+    grid = "5 barriers of the grid at 1.2-1.5, chunks added up in 128 blocks"
+    yield kernel("sinkhorn_on_chip", "cuda", "512x512", WARM, 14, 25, grid)
+    yield kernel("symmetrize", "cuda", "2048x2048", COLD, 8, 16, "17 MB, then partials of 64 tiles", memory=0.5)
+
+
+def triton_kernels() -> Iterator[Prediction]:
+    late = "no row is on its way while one is summed: 8 times a read's latency; 3.5-5 for the chunks, no early launch"
+    yield kernel("sinkhorn_pass", "triton", WIDE, COLD, 23, 32, late, memory=0.3, counts=TRITON_PASS)
+    yield kernel("sinkhorn_pass", "triton", WIDE, WARM, 20, 29, late, counts=TRITON_PASS)
+    low = "206 registers: 8 warps a multiprocessor"
+    yield kernel("column_lse", "triton", WIDE, COLD, 22, 36, low, memory=0.3, counts=TRITON_LSE)
+    yield kernel("column_lse", "triton", WIDE, WARM, 20, 33, low, counts=TRITON_LSE)
+    yield kernel("finish_scores", "triton", WIDE, BOTH, 38, 54, low, memory=0.5, counts=TRITON_EPILOGUE)
+    yield kernel("finish_scores", "triton", SLAB, WARM, 11, 19, "two waves of programs", counts=TRITON_EPILOGUE)
+    waits = "each source row is waited for, 12 barriers a row; to 64 where the first guesses of exponents are poor"
+    yield kernel("match", "triton", WIDE, BOTH, 40, 57, waits, memory=0.2, counts=TRITON_MATCH)
+    yield kernel("half_rows", "triton", FEATURES, BOTH, 4, 10)
+    yield kernel("half_rows", "triton", "2048x4096", COLD, 13, 24, "as CUDA's", memory=0.5)
+    yield kernel("project", "triton", FEATURES, BOTH, 8, 20, "with half_rows")
+    yield kernel("symmetrize", "triton", "2048x2048", COLD, 8, 18, memory=0.5)
+
+
+def library() -> Iterator[Prediction]:
+    """Products of fp16 with fp16 results: what nothing beats."""
+    yield kernel("product", "torch", FEATURES, BOTH, 10, 22, "34 MB written, a short sum of products", memory=0.5)
+    for shape, low, high in (
+        ("2048x8192x4096", 530, 645),
+        ("2048x8192x256", 34, 70),
+        ("512x512x256", 8, 18),
+        ("2048x2048x256", 14, 28),
+        ("2048x65536x1024", 1100, 1400),
+    ):
+        for teacher in (True, False):
+            why = "640 to 780 TFLOP/s" if "x256" not in shape else "launches and stores"
+            yield Prediction("step", "products alone", "torch", shape, "graph", low, high, why, teacher=teacher)
+
+
+# Device time of a step as a graph: shape, teacher, cuda's and triton's least and most, reason.
+GRAPHS = (
+    ("512x512x256", True, (75, 110), (110, 185), "18 launches (an earlier count: 75-90); Triton's 45 do not overlap"),
+    ("512x512x256", False, (70, 105), (105, 180), "17 launches"),
+    ("2048x2048x256", True, (135, 195), (160, 250), "one-launch Sinkhorn 26-42, match 19, four slabs of products"),
+    ("2048x2048x256", False, (125, 185), (150, 240), "no second scores, but G + transpose(G)"),
+    (
+        "2048x8192x256",
+        True,
+        (410, 560),
+        (420, 600),
+        "an earlier count's 240-280 leaves out what 15 simulated ranks' blocks take: 48 more launches, 140; slabs "
+        "of 512 rows: eight epilogues at 11-17, not two at 42",
+    ),
+    ("2048x8192x256", False, (530, 750), (530, 780), "key gradients of 16 ranks: 16 x 15"),
+    (
+        "2048x8192x4096",
+        True,
+        (1080, 1420),
+        (1080, 1450),
+        "an earlier count's 780-860, 40 for the gradient's scale and cast, 30 for slabs' epilogues, and 16 blocks: "
+        "copies of keys 130, the first slab's products 16 x 16 for one of 55",
+    ),
+    ("2048x8192x4096", False, (1380, 1800), (1380, 1850), "key gradients of 16 ranks: 16 x 30"),
+    ("2048x65536x1024", True, (3500, 4800), (4100, 6000), "128 blocks of keys: 1500; Triton reads rows 2 and 3 times"),
+    ("2048x65536x1024", False, (4900, 7100), (5300, 8400), "key gradients of 128 ranks: 128 x 20"),
 )
-KERNELS = {"sinkhorn_pass": ("Sinkhorn pass, 2048 x 8192 int16", 8, 10), "match": ("match, 2048 x 8192 int16", 14, 18)}
+# The host's share of a step, cuda's and triton's.
+HOSTS = (
+    ("512x512x256", False, (800, 1350), (1250, 2200), "970 and 1,672 with kernels that do nothing, on another CPU"),
+    ("512x512x256", True, (900, 1500), (1300, 2250), "1,113 and 1,706 with kernels that do nothing"),
+    ("2048x8192x256", True, (1400, 2400), (1900, 3300), "48 more calls for 16 ranks, eight slabs"),
+    ("2048x8192x4096", True, (1400, 2400), (1900, 3300), "as with 256 features"),
+    ("2048x65536x1024", True, (4000, 7500), (4500, 8500), "128 ranks at 25 to 40"),
+)
+# One step and a wait: where the device takes less than the host, what the host takes and the wait.
+WALLS = (
+    ("512x512x256", False, (830, 1450), (1300, 2350), "the host decides"),
+    ("512x512x256", True, (930, 1600), (1350, 2400), "the host decides"),
+    ("2048x8192x256", True, (1450, 2550), (1950, 3450), "the host decides"),
+    ("2048x8192x4096", True, (1600, 2700), (2000, 3500), "the host decides, then products"),
+    ("2048x65536x1024", True, (5000, 9000), (5500, 10000), "host and device in turn"),
+)
 
 
-@dataclass
-class PredictionOptions:
-    results: Path
-    """Where h200.py wrote its rows."""
+def steps() -> Iterator[Prediction]:
+    for how, entries in (("graph", GRAPHS), ("host", HOSTS), ("wall", WALLS)):
+        for shape, teacher, *ranges, why in entries:
+            for backend, (low, high) in zip(("cuda", "triton"), ranges, strict=True):
+                share = 0.35 if how == "graph" else 0.0
+                given = "step", "loss and gradient", backend, shape, how, low, high, why
+                yield Prediction(*given, teacher=teacher, memory=share)
 
 
-def measured(prediction: Prediction, results: Path) -> float | None:
-    """The best of the rows that passed; None where there is none."""
-    file = results / f"{prediction.part}.json"
-    rows = json.loads(file.read_text()) if file.exists() else []
-    found = [
-        row[prediction.field] / prediction.unit
-        for row in rows
-        if row["kind"] in prediction.kinds
-        and row.get(prediction.field) is not None
-        and prediction.shape in (None, "x".join(str(row[letter]) for letter in "MND"))
-    ]
-    return min(found, default=None)
+def peaks() -> Iterator[Prediction]:
+    """`bam_kernels.plan` of the same problem: 20% less where the cache's size asks for a smaller float32 slab, 30% more
+    for what the allocator and the library keep."""
+    for shape, teacher, *_ in GRAPHS:
+        M, N, D = map(int, shape.split("x"))
+        V = 2 if M == N else 8
+        images = M // V
+        given = {"images": images, "features": D, "ranks": N // (2 * images), "teacher_views": V if teacher else 0}
+        mb = plan(views=V, **given, sixteen_bit=True).total_bytes / 1e6
+        for backend in ("cuda", "triton"):
+            named = "step", "loss and gradient", backend, shape, "wall", 0.8 * mb, 1.3 * mb
+            yield Prediction(*named, f"plan() says {mb:.1f}", "MB", teacher=teacher, of_peak=True)
 
 
-def durations_us(log: Path) -> Iterator[tuple[str, float]]:
-    """(kernel, duration) of every launch that Nsight Compute has put into a log as comma-separated values."""
-    lines = log.read_text().splitlines() if log.exists() else []
-    table = [line for line in lines if line.startswith('"')]
-    for row in csv.DictReader(table):
-        if row.get("Metric Name") == "Duration":
-            yield row["Kernel Name"], float(row["Metric Value"].replace(",", "")) * IN_US[row["Metric Unit"]]
+def predictions(gpu: str) -> list[Prediction]:
+    """All, as they are for that GPU."""
+    made: Iterable[Prediction] = (*cuda_kernels(), *triton_kernels(), *library(), *steps(), *peaks())
+    return [*ceilings(gpu), *(prediction.on(GPUS[gpu]) for prediction in made)]
 
 
-def outcomes(results: Path) -> list[dict[str, Any]]:
-    """A row for each prediction; `measured` is "-" where nothing was."""
-    found = [(p.what, p.low, p.high, p.unit_name, measured(p, results)) for p in PREDICTIONS]
-    times = list(durations_us(results / "counters.log"))
-    for kernel, (what, low, high) in KERNELS.items():
-        of_kernel = [time for name, time in times if re.search(rf"\b{kernel}(_kernel|\b)", name)]
-        found.append((what, low, high, "us", median(of_kernel) if of_kernel else None))
-    return [
-        {
-            "prediction": what,
-            "low": low,
-            "high": high,
-            "unit": unit,
-            "measured": "-" if value is None else value,
-            "held": "-" if value is None else low <= value <= high,
-        }
-        for what, low, high, unit, value in found
-    ]
+def outcomes(rows: list[Row], gpu: str = "H100") -> list[dict[str, Any]]:
+    """A dictionary for each prediction; the last row that speaks of it counts. measured and held: None without one."""
+    found = []
+    for p in predictions(gpu):
+        values = [value for row in rows if (value := p.value(row)) is not None]
+        measured = values[-1] if values else None
+        floors = p.counts.floors_us(p.shape, GPUS[gpu]) if p.counts is not None else None
+        what = " ".join((p.name, p.backend, p.shape, *(["teacher"] if p.teacher else []), p.how.replace("*", "")))
+        found.append(
+            {
+                "prediction": ("peak of " if p.of_peak else "") + what.strip(" ,"),
+                "low": p.low,
+                "high": p.high,
+                "unit": p.unit,
+                "floors_us": floors,
+                "measured": measured,
+                "held": None if measured is None else p.low <= measured <= p.high,
+                "why": p.why,
+            }
+        )
+    return found
 
 
-def main(options: PredictionOptions) -> int:
-    rows = outcomes(options.results)
-    print(plain_table(rows))
-    write_json(options.results / "predictions.json", rows)
+def printed(found: list[dict[str, Any]]) -> str:
+    head = ["prediction", "low", "high", "measured", "unit", "held", "issue/memory/exp us", "  why"]
+    said = {None: "-", True: "yes", False: "NO"}
+    lines = []
+    for one in found:
+        low, high, measured = (f"{x:.4g}" if x is not None else "-" for x in (one["low"], one["high"], one["measured"]))
+        floors = " / ".join(f"{x:.1f}" for x in one["floors_us"] or ())
+        cells = [one["prediction"], low, high, measured, one["unit"], said[one["held"]], floors, "  " + one["why"]]
+        lines.append(cells)
+    return table(head, lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, help="rows.jsonl; none: predictions alone")
+    parser.add_argument("--gpu", choices=GPUS, default="H100", help="which one the rows are of (H100)")
+    options = parser.parse_args()
+    found = outcomes(read(options.results) if options.results is not None else [], options.gpu)
+    print(printed(found))
+    held = [one["held"] for one in found if one["held"] is not None]
+    print(f"{sum(held)} of {len(held)} held; {len(found) - len(held)} without a row")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(options_of(PredictionOptions, __doc__)))
+    sys.exit(main())

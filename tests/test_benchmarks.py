@@ -5,11 +5,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from bam_kernels import plan
 from bam_kernels.backends import cpu
 from bam_kernels.layout import Layout
 from bam_kernels.options import Options
@@ -23,6 +26,7 @@ from common import BenchmarkOptions, Report, checked, threshold_of  # noqa: E402
 from competitor import WHOLE, Competitor, Rotation  # noqa: E402
 from hardware import Machine  # noqa: E402
 from problem import Images, Problem, Truth, Work, layout_of, parse_shape, truth_of_sinkhorn  # noqa: E402
+from rows import Row  # noqa: E402
 
 OURS = {"cpu", "cpu-int16"} if cpu.unavailable() is None else set()
 REQUIRED = {
@@ -140,37 +144,68 @@ def test_the_script_for_a_gpu_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert unknown.returncode != 0 and "['nothing'] are none of ['doctor'" in unknown.stderr
 
 
-NSIGHT = """==PROF== Connected to process 1
-"ID","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value"
-"0","void bam::cuda::sinkhorn_pass_kernel<short, 4, false>(Pass)","GPU Speed","Duration","ns","9,000"
-"0","void bam::cuda::sinkhorn_pass_kernel<short, 4, false>(Pass)","GPU Speed","Memory Throughput","%","80.1"
-"1","sinkhorn_pass","GPU Speed","Duration","us","11.0"
-"2","void bam::cuda::match_kernel<short, false>(MatchArguments)","GPU Speed","Duration","us","19.5"
-"""
+def measured_row(name: str, backend: str, shape: str, how: str, value: float, **more) -> Row:
+    return Row("kernel" if name != "loss and gradient" else "step", name, backend, shape, how, value, **more)
+
+
+def outcome_of(rows: list[Row], what: str, gpu: str = "H100") -> dict[str, Any]:
+    (found,) = [one for one in predictions.outcomes(rows, gpu) if one["prediction"] == what]
+    return found
 
 
 def test_predictions_stand_beside_what_was_measured(tmp_path: Path) -> None:
-    """The best row of ours that passed, of the right shape; "-" where nothing was measured."""
-
-    def row(kind: str, D: int, median_ms: float | None, peak: int) -> dict[str, object]:
-        return {"kind": kind, "M": 2048, "N": 524288, "D": D, "median_ms": median_ms, "peak_bytes": peak}
-
-    step = [row("cuda-int16", 4096, 0.72, 10**8), row("triton-int16", 4096, 0.69, 10**8), row("gemms", 4096, None, 0)]
-    ladder = [row("triton-int16", 4096, 41.0, 9 * 10**9), row("triton-int16", 128, 5.0, 10**9)]
-    (tmp_path / "loss-2048x8192x4096-teacher.json").write_text(json.dumps(step))
-    (tmp_path / "ladder-524288-teacher.json").write_text(json.dumps(ladder))
-    (tmp_path / "counters.log").write_text(NSIGHT)
-    assert predictions.main(predictions.PredictionOptions(tmp_path)) == 0
-    found = {row["prediction"]: row for row in json.loads((tmp_path / "predictions.json").read_text())}
-    seen = {name: (row["measured"], row["held"]) for name, row in found.items() if row["measured"] != "-"}
+    """The last row of the same kernel, backend, shape and temperature of the cache; None where nothing was measured."""
+    rows = [
+        measured_row("sinkhorn_pass", "cuda", "2048x8192", "graph, cold", 40.0),
+        measured_row("sinkhorn_pass", "cuda", "2048x8192", "graph, cold", 19.0),
+        measured_row("sinkhorn_pass", "triton", "2048x8192", "graph, cold", 99.0),
+        measured_row("match", "cuda", "2048x8192", "graph, warm", 80.0),
+        measured_row("loss and gradient", "cuda", "2048x8192x4096", "graph", 1200.0, teacher=True),
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
+    finished = run("predictions.py", "--results", file)
+    assert finished.returncode == 0, finished.stderr
+    held = {line.split("  ")[0]: line for line in finished.stdout.splitlines()}
+    assert " 19 " in held["sinkhorn_pass cuda 2048x8192 graph, cold"]
+    assert "2 of 4 held" in finished.stdout
+    seen = {one["prediction"]: one["held"] for one in predictions.outcomes(rows) if one["measured"] is not None}
     assert seen == {
-        "step, D = 4096": (pytest.approx(690), True),
-        "memory of a step, D = 4096": (0.1, True),
-        "memory, N = 524288, D = 4096": (9.0, False),
-        "Sinkhorn pass, 2048 x 8192 int16": (10.0, True),
-        "match, 2048 x 8192 int16": (19.5, False),
+        "sinkhorn_pass cuda 2048x8192 graph, cold": True,
+        "sinkhorn_pass triton 2048x8192 graph, cold": False,
+        "match cuda 2048x8192 graph": False,
+        "loss and gradient cuda 2048x8192x4096 teacher graph": True,
     }
-    assert found["step, D = 256"]["held"] == "-"
+
+
+def test_a_peak_is_that_of_the_plan() -> None:
+    what = "peak of loss and gradient cuda 2048x8192x4096 teacher wall"
+    mb = plan(views=8, images=256, features=4096, ranks=16, teacher_views=8, sixteen_bit=True).total_bytes / 1e6
+    for peak, held in ((mb, True), (2 * mb, False), (None, None)):
+        row = measured_row("loss and gradient", "cuda", "2048x8192x4096", "wall", 1.0, teacher=True, peak_mb=peak)
+        found = outcome_of([row], what)
+        assert found["held"] is held and found["measured"] == peak
+
+
+def test_floors_of_a_kernel_and_a_faster_memory() -> None:
+    """2^24 scores, each of 14.9 instructions (4 warps a clock), 2 bytes and an exponential (16 a clock)."""
+    what = "sinkhorn_pass cuda 2048x8192 graph, cold"
+    slow, fast = outcome_of([], what), outcome_of([], what, "H200")
+    clocks = 132 * 1.7e3
+    expected = 2**24 * torch.tensor([14.9 / 128 / clocks, 2 / 3e6, 1 / 16 / clocks])
+    assert torch.allclose(torch.tensor(slow["floors_us"]), expected)
+    assert fast["floors_us"][1] == pytest.approx(slow["floors_us"][1] * 3000 / 4300)
+    assert fast["low"] == pytest.approx(slow["low"] * (0.7 + 0.3 * 3000 / 4300)) and fast["high"] < slow["high"]
+
+
+def test_every_prediction_is_of_another_row_and_above_its_floors() -> None:
+    found = predictions.outcomes([])
+    assert len({one["prediction"] for one in found}) == len(found)
+    for one in found:
+        assert 0 < one["low"] < one["high"] and one["measured"] is one["held"] is None
+        assert one["floors_us"] is None or one["unit"] == "us"
+        if one["floors_us"] is not None and "warm" not in one["prediction"]:  # a cache holds some of what is read
+            assert one["low"] > max(one["floors_us"]), one["prediction"]
 
 
 def test_unknown_option_is_an_error() -> None:
