@@ -95,7 +95,7 @@ class Contact:
             ]
         return [
             self.pytest("tests-triton", triton, 170, 8),
-            self.pytest("tests-gpu", [TESTS / "test_gpu.py", TESTS / "test_driver_gpu.py"], 150, 3),
+            self.pytest("tests-gpu", [TESTS / "test_gpu.py", TESTS / "test_gradient_cache.py"], 150, 3, "-m", "gpu"),
             self.pytest("tests-cuda", cuda, 150, 4),
             self.pytest("tests-sm80", cuda, 150, 3, variant="sm_80"),
         ]

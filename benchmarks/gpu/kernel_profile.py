@@ -1,4 +1,4 @@
-"""Which kernels a step is made of and what each takes, by torch's profiler: `python benchmarks/gpu/kernel_profile.py`."""
+"""Which kernels a step is made of and what each takes: `python benchmarks/gpu/kernel_profile.py` (torch's profiler)."""
 
 import argparse
 import sys

@@ -23,7 +23,7 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests"), str(REPOSITORY / "be
 
 @dataclass(frozen=True)
 class Case:
-    """check: a name in probe_checks.py; m x n scores or m rows of n features; limits: what the device is said to have."""
+    """check: of probe_checks.py; m x n scores or m rows of n features; limits: what the device is said to have."""
 
     backend: str
     check: str

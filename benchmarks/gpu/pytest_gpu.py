@@ -25,10 +25,15 @@ class Outcomes:
 
     def __init__(self, file: Path | None) -> None:
         self.file = file
+        self.failed: set[str] = set()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if self.file is None or not (report.when == "call" or report.outcome != "passed"):
             return
+        if report.failed:
+            if report.nodeid in self.failed:  # the end of its worker, which is told again as a crash in this test
+                return
+            self.failed.add(report.nodeid)
         row = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 2)}
         if report.failed:
             text = report.longreprtext

@@ -1,0 +1,163 @@
+"""The scripts for a GPU that one has for minutes, at toy size: limits, what a kill leaves, what a fault looks like."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+
+from bam_kernels.backends.extension import _C
+
+REPOSITORY = Path(__file__).parents[1]
+SCRIPTS = REPOSITORY / "benchmarks" / "gpu"
+sys.path.append(str(SCRIPTS))
+
+import rows  # noqa: E402
+from steps import PYTHON, Run, Step, extension  # noqa: E402
+
+needs_extension = pytest.mark.skipif(_C is None, reason="needs the extension")
+
+
+def program(text: str) -> list[str]:
+    return [PYTHON, "-c", text]
+
+
+def archived(file: Path) -> dict[str, str]:
+    with tarfile.open(file) as tar:
+        return {name: tar.extractfile(name).read().decode() for name in tar.getnames()}
+
+
+def test_each_step_ends_by_itself_or_by_its_limit(tmp_path):
+    """One that waits for ever takes what it has started along, and no other step."""
+    child = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {WAITS!r}]); time.sleep(60)"
+    steps = [
+        Step("hangs", program(child), 1.0),
+        Step("fails", program("print('why'); raise SystemExit(3)"), 20),
+        Step("passes", program("print('result')"), 20),
+        Step("not-here", program(""), 20, needs="no GPU"),
+    ]
+    begin = time.monotonic()
+    with Run(tmp_path / "out", tmp_path / "a.tar.gz") as run:
+        ended = {step.name: step for step in run.steps(steps, at_once=3)}
+    assert time.monotonic() - begin < 15
+    assert ended["hangs"].status == "failed: longer than 1 s" and ended["hangs"].failed
+    assert ended["fails"].status == "failed with 3" and ended["fails"].last_line == "why"
+    assert ended["passes"].status == "passed" and not ended["passes"].failed
+    assert ended["not-here"].status == "not run: no GPU"
+    files = archived(tmp_path / "a.tar.gz")
+    assert files["passes.log"] == "result\n" and set(json.loads(files["steps.json"])) == set(ended)
+    time.sleep(0.2)
+    assert not (tmp_path / "out" / "grandchild").exists()
+
+
+WAITS = "import time; time.sleep(2.5); open('grandchild', 'w')"
+
+
+def test_no_step_begins_after_the_end_and_none_outlasts_it(tmp_path):
+    with Run(tmp_path, None, seconds=1.6) as run:
+        ended = run.steps([Step("long", program("import time; time.sleep(60)"), 50), Step("late", program(""), 5)])
+    assert [step.status for step in ended] == ["failed: longer than 2 s", "not run: time is up"]
+
+
+def test_only_what_is_asked_for(tmp_path):
+    steps = [Step("probe-a", program(""), 9), Step("probe-b", program(""), 9), Step("times", program(""), 9)]
+    with Run(tmp_path, None, only=["probe-*"]) as run:
+        assert [step.name for step in run.steps(steps)] == ["probe-a", "probe-b"]
+        run.check_only()
+    with Run(tmp_path, None, only=["prob"]) as run:
+        assert run.steps(steps) == []
+        with pytest.raises(ValueError, match="--only prob: no such step; there are probe-a, probe-b, times"):
+            run.check_only()
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_run_that_is_killed_leaves_its_archive(tmp_path, signal_number):
+    text = f"""
+import sys
+sys.path.insert(0, {str(SCRIPTS)!r})
+import steps
+steps.ARCHIVE_EVERY_S = 0.1
+from pathlib import Path
+with steps.Run(Path("out"), Path("a.tar.gz")) as run:
+    run.steps([steps.Step("slow", [sys.executable, "-uc", "print('so far'); import time; time.sleep(9)"], 60)])
+"""
+    process = subprocess.Popen(program(text), cwd=tmp_path)
+    log, end = tmp_path / "out" / "slow.log", time.monotonic() + 20
+    while not (log.exists() and log.read_text()) and time.monotonic() < end:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(signal_number)
+    process.wait(10)
+    assert archived(tmp_path / "a.tar.gz")["slow.log"] == "so far\n"
+
+
+def test_the_extension_of_a_variant(tmp_path):
+    assert extension(None, "sm_80") == {} == extension(tmp_path, "sm_80")
+    (tmp_path / "sm_80").mkdir()
+    (tmp_path / "sm_80" / "_C.cpython-312-x86_64-linux-gnu.so").touch()
+    assert extension(tmp_path, "sm_80")["BAM_KERNELS_EXTENSION"].endswith("sm_80/_C.cpython-312-x86_64-linux-gnu.so")
+
+
+def test_rows_are_read_back_up_to_where_they_were_cut_off(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    written = rows.Rows(file)
+    for value in (1.5, 2.5):
+        written.add(rows.Row("kernel", "match", "cuda", "2048x8192", "graph, cold", value))
+    with file.open("a") as cut:
+        cut.write('{"kind": "ker')
+    assert [row.value for row in rows.read(file)] == [1.5, 2.5]
+
+
+LOST = """
+import pytest, torch
+torch.cuda.is_available = torch.cuda.is_initialized = lambda: True
+torch.cuda.synchronize = lambda: None
+def lost():
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+def test_right():
+    pass
+def test_that_loses_the_context():
+    torch.cuda.synchronize = lost
+    lost()
+@pytest.mark.parametrize("i", range(4))
+def test_after_it(i):
+    torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_outcomes_come_one_by_one_and_a_lost_context_ends_its_worker(tmp_path, workers):
+    if workers:
+        pytest.importorskip("xdist")
+    (tmp_path / "test_lost.py").write_text(LOST)
+    command = [PYTHON, "-m", "pytest", "-q", "-p", "pytest_gpu", "--outcomes", "found.jsonl", "-p", "no:cacheprovider"]
+    command += ["-n", str(workers)] if workers else []
+    subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(SCRIPTS)}, capture_output=True)
+    found = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]
+    failed = {row["test"]: row["error"] for row in found if row["outcome"] == "failed"}
+    assert "illegal memory access" in failed["test_lost.py::test_that_loses_the_context"]
+    after = {row["test"]: row["outcome"] for row in found if "after" in row["test"]}
+    # In one process all that follow fail; a new worker runs them.
+    assert len(after) == 4 and set(after.values()) == ({"passed"} if workers else {"failed"})
+
+
+@needs_extension
+def test_contact_at_toy_size(tmp_path):
+    only = ["probe-cuda-pass-cluster", "tests-cuda", "times"]
+    command = [PYTHON, SCRIPTS / "contact.py", "--toy", "--out", tmp_path / "out", "--archive", tmp_path / "a.tar.gz"]
+    done = subprocess.run([*map(str, command), "--only", *only], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    files = archived(tmp_path / "a.tar.gz")
+    assert {name: step["status"] for name, step in json.loads(files["steps.json"]).items()} == dict.fromkeys(
+        only, "passed"
+    )
+    failures, tests = files["summary.txt"].split("== Tests")
+    assert "probe-cuda" not in failures and "tests-cuda       6       0        0" in tests
+    measured = rows.read(tmp_path / "out" / "rows.jsonl")
+    assert {(row.kind, row.name) for row in measured} >= {("kernel", "match"), ("step", "loss and gradient")}
+    assert all(row.value > 0 for row in measured)
