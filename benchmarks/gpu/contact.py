@@ -150,6 +150,13 @@ class Contact:
             Step("profile", script("kernel_profile"), 45, self.environment(), self.no_gpu),
         ]
 
+    def predictions(self) -> Step:
+        """What was foretold of the times beside what they are."""
+        facts = self.out / "facts.log"
+        gpu = "H200" if facts.exists() and "H200" in facts.read_text() else "H100"
+        command = [PYTHON, str(REPOSITORY / "benchmarks" / "predictions.py"), "--gpu", gpu]
+        return Step("predictions", [*command, "--results", str(self.out / "rows.jsonl")], 30, self.environment())
+
     def run(self, run: Run) -> None:
         run.write("rows.jsonl", "")
         facts = run.steps([self.facts()])
@@ -165,6 +172,7 @@ class Contact:
         run.steps(beside, at_once=7 if not self.toy else 2)
         run.steps([self.curves()])
         run.steps(self.times())
+        run.steps([self.predictions()])
 
 
 def failed_tests(out: Path) -> list[list[str]]:
