@@ -26,33 +26,46 @@ HOPPER = Device(0, "emulator", (9, 0), 4, 1 << 30, 1 << 20, 227 << 10, 1 << 10, 
 def library() -> ctypes.CDLL:
     """Loaded from the file that BAM_EMULATED names, or compiled: once in a process, and for those that it starts."""
     if "BAM_EMULATED" not in os.environ:
-        folder = tempfile.mkdtemp()
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        os.environ["BAM_EMULATED"] = _build(Path(folder))
+        os.environ["BAM_EMULATED"] = link(objects(), "emulated.so")
     loaded = ctypes.CDLL(os.environ["BAM_EMULATED"])
     loaded.cuda_table.restype = ctypes.c_void_p
     return loaded
 
 
-def _build(folder: Path) -> str:
-    shim = folder / "shim.cpp"
+@cache
+def build_folder() -> Path:
+    """Where this process compiles; it is removed when the process ends."""
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+@cache
+def objects() -> dict[str, Path]:
+    """The object file of every source, by the source's name without suffix; compiled once in a process."""
+    shim = build_folder() / "shim.cpp"
     shim.write_text(
         f'#include "{SOURCES / "cuda.h"}"\n'
         'extern "C" __attribute__((visibility("default"))) const void* cuda_table() { return &bam::cuda::kernels; }\n'
     )
     sources = [SOURCES / f"{name}.cu" for name in FAMILIES]
     sources += [EMULATOR / "emulator.cpp", EMULATOR / "device_functions.cpp", shim]
-
-    def compiled(source: Path) -> str:
-        out = str(folder / f"{source.stem}.o")
-        command = ["g++", *FLAGS.split(), "-x", "c++", f"-I{EMULATOR}", "-c", str(source), "-o", out]
-        subprocess.run(command, check=True)
-        return out
-
+    outs = [build_folder() / f"{source.stem}.o" for source in sources]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compiled, sources))
-    shared = str(folder / "emulated.so")
-    subprocess.run(["g++", "-shared", "-o", shared, *objects], check=True)
+        list(pool.map(compile_source, sources, outs))
+    return {out.stem: out for out in outs}
+
+
+def compile_source(source: Path, out: Path) -> None:
+    """Compile a source of csrc/cuda or of the emulator, or a changed copy of one that lies elsewhere."""
+    command = ["g++", *FLAGS.split(), "-x", "c++", f"-I{EMULATOR}", f"-I{SOURCES}", "-c", str(source), "-o", str(out)]
+    subprocess.run(command, check=True)
+
+
+def link(objects_by_name: dict[str, Path], name: str) -> str:
+    """The file of a library that BAM_EMULATED may name."""
+    shared = str(build_folder() / name)
+    subprocess.run(["g++", "-shared", "-o", shared, *map(str, objects_by_name.values())], check=True)
     return shared
 
 
