@@ -11,6 +11,7 @@ torch. One ninja file runs all compilers in parallel and recompiles only what ch
     BAM_KERNELS_BOUNDED_WAITS
                           1: CUDA kernels that wait in vain for a second say where and end with an error, to find a
                           hang; slower. Its objects lie apart from those of other builds
+    BAM_KERNELS_DEFINES   constants of csrc/cuda/cuda.h to try, e.g. "BAM_THREADS=256 BAM_STAGES=6"
 
 Objects are kept in build/, or where `build_ext --build-temp` says; `--build-lib` says where the extension goes. At run
 time BAM_KERNELS_EXTENSION=FILE loads another build of it than the one that lies in the package:
@@ -19,6 +20,7 @@ benchmarks/gpu/build.py makes several.
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -63,6 +65,15 @@ def bounded_waits() -> bool:
     if asked not in ("0", "1"):
         sys.exit(f"BAM_KERNELS_BOUNDED_WAITS must be 0 or 1, got {asked!r}")
     return asked == "1"
+
+
+def defines() -> str:
+    """Flags of the compilers for the constants that are to be tried."""
+    asked = os.environ.get("BAM_KERNELS_DEFINES", "").split()
+    for one in asked:
+        if not re.fullmatch(r"BAM_[A-Z_]+=[0-9]+", one):
+            sys.exit(f"BAM_KERNELS_DEFINES must be BAM_NAME=NUMBER and more of them, got {one!r}")
+    return "".join(f" -D{one}" for one in asked)
 
 
 def find_nvcc() -> Path | None:
@@ -192,14 +203,14 @@ class NinjaBuild(build_ext):
         architectures = cuda_architectures(nvcc)
         generated = " ".join(flag for a in architectures for flag in gencode(a))
         w.variable("nvcc", str(nvcc))
-        bounded = " -DBAM_BOUNDED_WAITS" if bounded_waits() else ""
-        w.variable("nvflags", f"-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-Wall {generated}{bounded}")
+        more = (" -DBAM_BOUNDED_WAITS" if bounded_waits() else "") + defines()
+        w.variable("nvflags", f"-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-Wall {generated}{more}")
         w.rule("cuda", "$nvcc -MD -MF $out.d $nvflags -c $in -o $out", depfile="$out.d", deps="gcc")
         objects = []
         for name in CUDA_FILES:
             w.build(f"{name}.cuda.o", "cuda", str(source / "cuda" / f"{name}.cu"))
             objects.append(f"{name}.cuda.o")
-        define = f" -DBAM_WITH_CUDA -DBAM_CUDA_ARCHITECTURES='\"{' '.join(architectures)}\"'{bounded}"
+        define = f" -DBAM_WITH_CUDA -DBAM_CUDA_ARCHITECTURES='\"{' '.join(architectures)}\"'{more}"
         home = nvcc_home(nvcc)
         libraries = next((d for d in (home / "lib64", home / "lib") if (d / "libcudart_static.a").exists()), home)
         return objects, define, f" -L{libraries} -lcudart_static -ldl -lrt -lpthread"

@@ -228,6 +228,7 @@ void bind_cuda(py::module_& m) {
   py::dict constants;
   constants["owned"] = kOwned;
   constants["threads"] = kMostThreads;
+  constants["register_threads"] = kRegisterThreads;
   constants["on_chip_threads"] = kOnChipThreads;
   constants["cluster"] = kMostCluster;
   constants["group_bytes"] = kGroupBytes;

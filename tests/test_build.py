@@ -133,3 +133,16 @@ def test_builds_for_a_gpu_machine_neither_touch_the_package_nor_compile_twice(so
     assert run("--variants", "sm_80", "bounded").count(" MB ") == 2
     again = (tmp_path / "made").read_text().splitlines()[len(made) :]
     assert again.count("stats.cuda.o") == 2 and len(again) == 4  # two objects and two links
+
+
+def test_constants_to_try_reach_the_kernels_and_the_bindings(sources, compilers, tmp_path):
+    shutil.copytree(ROOT / "benchmarks" / "gpu", sources / "benchmarks" / "gpu")
+    command = [sys.executable, str(sources / "benchmarks" / "gpu" / "build.py"), "--out", str(tmp_path / "out")]
+    command += ["--variants", "octets4"]
+    result = subprocess.run(command, env=os.environ | compilers, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    ninja = (tmp_path / "out-objects" / "octets4" / "build.ninja").read_text().splitlines()
+    wanted = " -DBAM_OCTETS=4 -DBAM_THREADS=256 -DBAM_REGISTER_THREADS=256"
+    assert {line.split()[0] for line in ninja if wanted in line} == {"nvflags", "more"}
+    result = build(sources, BAM_KERNELS_DEFINES="BAM_STAGES=6 BAM_THREADS", **compilers)
+    assert result.returncode != 0 and "must be BAM_NAME=NUMBER and more of them, got 'BAM_THREADS'" in result.stderr

@@ -16,6 +16,8 @@ import sys
 import time
 from pathlib import Path
 
+from variants import TRIED
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 # Of each variant what setup.py reads. On a newer GPU the code for sm_80 is compiled by the driver, from PTX.
 VARIANTS = {
@@ -23,6 +25,8 @@ VARIANTS = {
     "sm_80": {"TORCH_CUDA_ARCH_LIST": "8.0+PTX", "BAM_KERNELS_BOUNDED_WAITS": "0"},
     "bounded": {"TORCH_CUDA_ARCH_LIST": "9.0a", "BAM_KERNELS_BOUNDED_WAITS": "1"},
 }
+VARIANTS |= {name: VARIANTS["sm_90a"] | {"BAM_KERNELS_DEFINES": defines} for name, defines in TRIED.items()}
+USUAL = [name for name in VARIANTS if name not in TRIED]
 
 
 def main() -> None:
@@ -33,14 +37,15 @@ def main() -> None:
         default=sys.executable,
         help="the interpreter that the extension is for; it has setuptools, ninja and pybind11 (default: this one)",
     )
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")
+    names = f"of {', '.join(VARIANTS)}; default: {' '.join(USUAL)}"
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=USUAL, metavar="VARIANT", help=names)
     arguments = parser.parse_args()
     out = arguments.out.resolve()
     for variant in arguments.variants:
         begin = time.perf_counter()
         extension = build(variant, out, arguments.python)
         seconds = time.perf_counter() - begin
-        print(f"{variant:8} {seconds:6.1f} s {extension.stat().st_size / 1e6:6.1f} MB  {extension}", flush=True)
+        print(f"{variant:11} {seconds:6.1f} s {extension.stat().st_size / 1e6:6.1f} MB  {extension}", flush=True)
 
 
 def build(variant: str, out: Path, python: str) -> Path:

@@ -56,18 +56,40 @@ struct Rows {
   int64_t per_view, view_stride, row_stride, feature_stride;
 };
 
+// What a build may set to find out what is fastest on a GPU: BAM_KERNELS_DEFINES of setup.py.
+#ifndef BAM_OCTETS
+#define BAM_OCTETS 2
+#endif
+#ifndef BAM_THREADS
+#define BAM_THREADS 512
+#endif
+#ifndef BAM_REGISTER_THREADS
+#define BAM_REGISTER_THREADS 512
+#endif
+#ifndef BAM_GROUPS
+#define BAM_GROUPS 2
+#endif
+#ifndef BAM_STAGES
+#define BAM_STAGES 4
+#endif
+
 // How a thread's columns lie: it owns kOwned, in octets that are neighbours' neighbours.
-constexpr int kOctet = 8, kOctets = 2, kOwned = kOctet * kOctets;
-constexpr int kMostThreads = 512, kMostCluster = 16;
+constexpr int kOctet = 8, kOctets = BAM_OCTETS, kOwned = kOctet * kOctets;
+constexpr int kMostThreads = BAM_THREADS, kMostCluster = 16;
+static_assert(kMostThreads % 32 == 0 && kMostThreads <= 1024, "whole warps, as many as a block may have");
+// Threads of the kernels with whole rows on chip for whose registers a multiprocessor has room.
+constexpr int kRegisterThreads = BAM_REGISTER_THREADS;
+static_assert(kRegisterThreads % kMostThreads == 0, "whole blocks of the most threads");
 // Of the one-launch form: one rank's problems that fit the chip have no more than 4096 columns, and the rest of the
 // registers keeps all of a thread's numbers in them.
 constexpr int kOnChipThreads = 256;
 // The rows of a Sinkhorn pass that share a reduction are a group: kGroupBytes of scores a column, or half of that where
 // the chip has no room for more. kGroups are on chip or on their way, beside the potentials of the columns.
-constexpr int kGroupBytes = 8, kGroups = 2, kPotentialBytes = 2 * sizeof(float);
+constexpr int kGroupBytes = 8, kGroups = BAM_GROUPS, kPotentialBytes = 2 * sizeof(float);
+static_assert(kGroups >= 2, "the next group comes while one is summed");
 template <class Score>
 constexpr int kMostRows = kGroupBytes / static_cast<int>(sizeof(Score));
-constexpr int kStages = 4;  // rows of an image that are on chip or on their way
+constexpr int kStages = BAM_STAGES;  // rows of an image that are on chip or on their way
 // Of the reductions of a row: two sets of what warps and blocks have, and of arrivals; then arrivals of the stages.
 constexpr int kPartsBytes = (2 * kMostThreads / 32 + 2 * kMostCluster) * 4 * 4;
 constexpr int kArrivals = 2 + kStages, kScratchBytes = kPartsBytes + (kArrivals + 1) / 2 * 16;

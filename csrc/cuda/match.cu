@@ -342,7 +342,7 @@ class Image {
 };
 
 template <class Score, bool kCluster>
-__global__ void __launch_bounds__(kMostThreads) match_kernel(const MatchArguments a) {
+__global__ void __launch_bounds__(kMostThreads, kRegisterThreads / kMostThreads) match_kernel(const MatchArguments a) {
   Image<Score, kCluster>(a, blockIdx.x / (kCluster ? a.p.team.cluster : 1)).run();
 }
 

@@ -17,7 +17,7 @@ struct Pass {
 };
 
 template <class Score, int kRows, bool kCluster>
-__global__ void __launch_bounds__(kMostThreads, 1) sinkhorn_pass_kernel(const Pass a) {
+__global__ void __launch_bounds__(kMostThreads, kRegisterThreads / kMostThreads) sinkhorn_pass_kernel(const Pass a) {
   const SinkhornPass& p = a.p;
   auto* scratch = static_cast<float*>(shared_memory());
   RowTeam<kCluster> team(scratch);

@@ -11,6 +11,7 @@ from .device import Device
 _CONSTANTS = _C.cuda_constants if _C is not None else {}
 OWNED = _CONSTANTS.get("owned", 0)
 MOST_THREADS = _CONSTANTS.get("threads", 0)
+REGISTER_THREADS = _CONSTANTS.get("register_threads", 0)  # for which a multiprocessor has registers
 ON_CHIP_THREADS = _CONSTANTS.get("on_chip_threads", 0)
 STAGES = _CONSTANTS.get("stages", 0)
 GROUP_BYTES = _CONSTANTS.get("group_bytes", 0)
@@ -18,7 +19,6 @@ GROUPS = _CONSTANTS.get("groups", 0)
 POTENTIAL_BYTES = _CONSTANTS.get("potential_bytes", 0)
 SCRATCH_BYTES = _CONSTANTS.get("scratch_bytes", 0)
 WARP = 32
-REGISTER_THREADS = 512  # of these kernels that a multiprocessor's registers hold
 COLUMN_BLOCK = 1024  # columns of a block of the kernels whose threads walk down rows
 COLUMN_ROWS = 4  # rows that those read at once
 MOST_CHUNKS = 128
@@ -69,7 +69,10 @@ def pass_shape(n: int, score_bytes: int, device: Device) -> Pass | None:
             continue
         block_bytes = SCRATCH_BYTES + team.threads * OWNED * column_bytes
         blocks = device.blocks(team.threads, block_bytes, REGISTER_THREADS)
-        at_once = blocks if team.cluster == 1 else min(blocks // team.cluster, device.clusters_of(team.cluster))
+        at_once = blocks
+        if team.cluster > 1:  # Device.clusters_of counts those whose blocks have a multiprocessor to themselves
+            beside = blocks // device.multiprocessors
+            at_once = min(blocks // team.cluster, device.clusters_of(team.cluster) * beside)
         found.append(Pass(team, group_bytes // score_bytes, at_once))
     return min(found, key=lambda shape: (shape.team.cluster, -shape.at_once), default=None)
 
