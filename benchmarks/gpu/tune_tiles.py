@@ -1,0 +1,177 @@
+"""Tiles of the Triton kernels: compiled by several processes, or timed by one that has the GPU to itself.
+
+    python benchmarks/gpu/tune_tiles.py --compile 0/12          # one process in twelve's share, into Triton's cache
+    python benchmarks/gpu/tune_tiles.py --tuned tuned.json      # times all, tries the best in whole steps, writes
+
+A tile that wins alone may lose in a step, where other kernels' leavings are in the cache: those of one number of
+columns, and those of the flash kernels, are kept together or not at all, by whole steps without and with them.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from times import Clock
+from whole_step import steps_of
+
+from bam_kernels import tune, tuned
+from bam_kernels.tuned import Key, Tuned
+
+# 512 rows are those that a product leaves in the cache of an H100 for the kernel that finishes scores.
+SHAPES, TOY_SHAPES = ((2048, 8192, 256), (512, 8192, 4096), (512, 512, 256)), ((16, 32, 16),)
+COLD_CALLS = 5
+TOY_CANDIDATES = 2
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Whole steps that decide whether some tiles are kept: shapes and views."""
+
+    name: str
+    takes: Callable[[Key], bool]
+    shapes: tuple[tuple[str, int], ...]
+    engine: str
+    teacher: bool = True
+
+
+def row_tiles(N: int, *shapes: tuple[str, int]) -> Steps:
+    return Steps(f"rows of {N}", lambda key: key[0] != "flash" and key[2] == N, shapes, "slab")
+
+
+def flash_tiles(N: int, *shapes: tuple[str, int]) -> Steps:
+    """Without a teacher the flash kernels' problem is that of bam_kernels.tune.jobs."""
+    return Steps(f"flash, {N}", lambda key: key[0] == "flash" and N in key[1:3], shapes, "flash", teacher=False)
+
+
+STEPS = (
+    row_tiles(8192, ("2048x8192x256", 8), ("2048x8192x4096", 8)),
+    row_tiles(512, ("512x512x256", 2)),
+    flash_tiles(8192, ("2048x8192x256", 2)),
+    flash_tiles(512, ("512x512x256", 2)),
+)
+TOY_STEPS = (row_tiles(32, ("16x32x16", 2)), flash_tiles(32, ("16x32x16", 2)))
+
+
+def all_jobs(device: torch.device, toy: bool) -> Iterator[tune.Job]:
+    """Every launch whose tile can be chosen, once."""
+    seen: set[Key] = set()
+    for shape in TOY_SHAPES if toy else SHAPES:
+        for job in tune.jobs(*shape, device):
+            if job.key not in seen:
+                seen.add(job.key)
+                candidates = job.candidates[:TOY_CANDIDATES] if toy else job.candidates
+                yield tune.Job(job.key, job.default, candidates, job.run)
+
+
+def compile_share(part: int, parts: int, device: torch.device, toy: bool) -> int:
+    """Run every `parts`-th candidate once, which compiles it; how many did not run."""
+    failed = number = 0
+    for job in all_jobs(device, toy):
+        for tile in (job.default, *job.candidates):
+            number += 1
+            if number % parts != part:
+                continue
+            try:
+                with tuned.trying({job.key: tuple(tile)}):
+                    job.run()
+            except Exception as error:  # more registers or shared memory than there are: it is left out when timed
+                failed += 1
+                print(f"{job.key} {tuple(tile)}: {type(error).__name__}: {str(error)[:120]}", flush=True)
+    print(f"{number} candidates, {failed} of this share did not run")
+    return failed
+
+
+class ColdTimer:
+    """Milliseconds of a call whose operands are not in the cache: replays of a graph that writes more than the cache
+    holds before each call, less those of one that only writes."""
+
+    def __init__(self, clock: Clock, device: torch.device) -> None:
+        self.clock = clock
+        cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+        self.written = torch.empty(max(3 * cache, 1), dtype=torch.int8, device=device)
+        self.nothing_us = self._us(lambda: None)
+
+    def __call__(self, run: Callable[[], Any]) -> float:
+        return max(self._us(run) - self.nothing_us, 1e-3) / 1e3
+
+    def _us(self, run: Callable[[], Any]) -> float:
+        def both() -> Any:
+            self.written.zero_()
+            return run()
+
+        return self.clock.graph_us([both] * COLD_CALLS)
+
+
+def chosen_tiles(timer: tune.Timer, device: torch.device, toy: bool) -> dict[Key, tuple[int, ...]]:
+    """The tiles that are faster alone than the defaults."""
+    chosen = {}
+    with tuned.trying({}):
+        for job in all_jobs(device, toy):
+            tile, ms, default_ms = tune.best(job, timer)
+            kept = "default" if tile == tuple(job.default) else str(tile)
+            name = " ".join(map(str, job.key))
+            print(f"{name:<28} {1e3 * default_ms:>9.2f} us -> {1e3 * ms:>9.2f} us  {kept}", flush=True)
+            if tile != tuple(job.default):
+                chosen[job.key] = tile
+    return chosen
+
+
+def in_steps(
+    chosen: dict[Key, tuple[int, ...]], steps: Steps, clock: Clock, device: torch.device
+) -> dict[Key, tuple[int, ...]]:
+    """Those of the chosen tiles that `steps` are of, or none of them where the steps are slower with them: each is
+    taken twice without and twice with them, in turn."""
+    of_steps = {key: tile for key, tile in chosen.items() if steps.takes(key)}
+    if not of_steps:
+        return {}
+    runs = [
+        steps_of(shape, views, "triton", device, teacher=steps.teacher, engine=steps.engine)
+        for shape, views in steps.shapes
+    ]
+    totals = []
+    for tiles in ({}, of_steps, {}, of_steps):
+        with tuned.trying(tiles):
+            totals.append([clock.graph_us(run) for run in runs])
+    without, with_them = (sum(map(sum, totals[first::2])) for first in (0, 1))
+    kept = with_them <= without
+    shown = "; ".join(" ".join(f"{us:.1f}" for us in of_run) for of_run in zip(*totals, strict=True))
+    print(
+        f"{steps.name}: {len(of_steps)} tiles, us without, with, without, with: {shown}: {'kept' if kept else 'left'}"
+    )
+    return of_steps if kept else {}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--compile", metavar="PART/PARTS", help="compile a share of the candidates, and time nothing")
+    parser.add_argument("--tuned", type=Path, help="file for the tiles and rates that were found")
+    parser.add_argument("--toy", action="store_true", help="toy sizes on the CPU: needs TRITON_INTERPRET=1")
+    options = parser.parse_args()
+    device = torch.device("cpu" if options.toy else "cuda")
+    if options.compile:
+        part, parts = map(int, options.compile.split("/"))
+        compile_share(part, parts, device, options.toy)
+        return 0
+    if options.tuned is None:
+        parser.error("either --compile or --tuned is needed")
+    timer = ColdTimer(Clock(device, 0.001 if options.toy else 0.02), device)
+    chosen, kept = chosen_tiles(timer, device, options.toy), {}
+    clock = Clock(device, 0.001 if options.toy else 0.1)
+    for steps in TOY_STEPS if options.toy else STEPS:
+        kept |= in_steps(chosen, steps, clock, device)
+    rates = tune.measured_rates(device, timer, 64 if options.toy else 8192)
+    for name, rate in rates.items():
+        print(f"{name:<28} {rate:>12.3g} a second")
+    found = tuned.path()  # None without a GPU
+    for file in (options.tuned, *([found] if found is not None else [])):
+        tuned.save(Tuned(rates, kept), file)
+        print(f"{len(kept)} tiles of {len(chosen)} that won alone: {file}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

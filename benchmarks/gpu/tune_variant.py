@@ -1,0 +1,107 @@
+"""The Sinkhorn pass and the match of one build of the extension, checked against float64 and timed.
+
+    BAM_KERNELS_EXTENSION=FILE python benchmarks/gpu/tune_variant.py --name NAME --rows FILE
+    BAM_KERNELS_EXTENSION=FILE python benchmarks/gpu/tune_variant.py --name NAME --rows FILE --step
+
+A result that is wrong is printed and not timed.
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rows import Row, Rows
+from times import EPSILON, TAU, Clock, Operands, backends
+from torch import Tensor
+from whole_step import steps_of
+
+from bam_kernels.backends.interface import LOG2_E
+
+SHAPE, VIEWS, TOY_SHAPE, TOY_VIEWS = (2048, 8192, 256), 8, (32, 64, 16), 4
+STEPS, TOY_STEPS = (("2048x8192x256", 8), ("2048x8192x4096", 8)), (("16x32x16", 2),)
+LARGEST_ERROR = 2e-3
+GRADIENT_SCALE = 16384.0  # of Operands.match
+
+
+def operands(kernels: Any, toy: bool, device: torch.device, seed: int) -> Operands:
+    """With scores of at most a half, and guesses of exponents as good as those that a step has."""
+    made = Operands(kernels, *(TOY_SHAPE if toy else SHAPE), TOY_VIEWS if toy else VIEWS, device, seed)
+    for scores in {id(x): x for x in (made.fixed, made.source)}.values():
+        scores.copy_(scores / 2)
+    made.guess.fill_(-math.ceil(LOG2_E / EPSILON / 2))
+    return made
+
+
+def relative(found: Tensor, truth: Tensor) -> float:
+    return ((found.double() - truth).norm() / truth.norm()).item()
+
+
+def error_of_pass(made: Operands) -> float:
+    """The larger of those of the row potential and of the column sums."""
+    made.sinkhorn_pass()
+    K = torch.exp2(made.fixed.double() * made.scale)
+    rows = 1 / K.sum(1)
+    potential = torch.exp2(made.row.exponent.double()) * made.row.mantissa.double()
+    return max(relative(potential, rows), relative(made.c, (K * rows[:, None]).sum(0)))
+
+
+def error_of_match(made: Operands) -> float:
+    """That of the gradient of the scores."""
+    layout = made.layout
+    V, L = layout.V, layout.L
+    made.match()
+    s = made.fixed.double().view(V, layout.B, layout.N) * made.step
+    P, A = (s[:L] / EPSILON).softmax(-1), (s / TAU).softmax(-1)
+    others = [[t for t in range(L) if t != v] for v in range(V)]
+    weight = 1 / (L * (V - 1))
+    truth = torch.stack([A[v] * len(of_v) * weight - P[of_v].sum(0) * weight for v, of_v in enumerate(others)])
+    gradient = made.gradient.view(torch.float16) if made.gradient.dtype == torch.int16 else made.gradient
+    return relative(gradient.view_as(truth), truth * GRADIENT_SCALE)
+
+
+def kernel_rows(clock: Clock, rows: Rows, name: str, toy: bool) -> int:
+    """How many kernels were wrong."""
+    kernels = backends(clock.device).get("cpu" if toy else "cuda")
+    if kernels is None:
+        raise SystemExit("the extension's kernels cannot run here")
+    sets = [operands(kernels, toy, clock.device, seed) for seed in range(2 if toy else 4)]
+    M, N = sets[0].layout.M, sets[0].layout.N
+    wrong = 0
+    for kernel, error in (("sinkhorn_pass", error_of_pass(sets[0])), ("match", error_of_match(sets[0]))):
+        if not error <= LARGEST_ERROR:
+            print(f"WRONG {kernel}: error {error:.2g}, not timed", flush=True)
+            wrong += 1
+            continue
+        for how, of_how in (("cold", sets), ("warm", sets[:1] * len(sets))):
+            us = clock.graph_us([getattr(made, kernel) for made in of_how])
+            rows.add(Row("kernel", kernel, kernels.backend, f"{M}x{N}", f"graph, {how}", us, error=error, note=name))
+    return wrong
+
+
+def step_rows(clock: Clock, rows: Rows, name: str, toy: bool) -> None:
+    backend = "cpu" if toy else "cuda"
+    for shape, views in TOY_STEPS if toy else STEPS:
+        us = clock.graph_us(steps_of(shape, views, backend, clock.device))
+        rows.add(Row("step", "loss and gradient", backend, shape, "graph", us, teacher=True, note=name))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--name", required=True, help="of the build, for the rows")
+    parser.add_argument("--rows", type=Path, help="file to which a JSON line is appended for each number")
+    parser.add_argument("--step", action="store_true", help="whole steps, not kernels")
+    parser.add_argument("--toy", action="store_true", help="toy sizes, the CPU's kernels")
+    options = parser.parse_args()
+    device = torch.device("cpu" if options.toy else "cuda")
+    clock, rows = Clock(device, 0.002 if options.toy else 0.3), Rows(options.rows)
+    if options.step:
+        step_rows(clock, rows, options.name, options.toy)
+        return 0
+    return int(kernel_rows(clock, rows, options.name, options.toy) > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
