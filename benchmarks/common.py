@@ -17,12 +17,13 @@ from hardware import Machine
 from problem import Problem, Truth, layout_of, parse_shape, relative_error
 
 from bam_kernels import ranges
+from bam_kernels.layout import Layout
 from bam_kernels.options import Options
 
 LEAST_ROUNDS = 5
 RATIOS: tuple[RowName, ...] = (
-    *("eager", "compile", "compile-autocast", "gemms", "authors", "authors-autocast"),
-    *("flash-sinkhorn", "flash-sinkhorn-tf32"),
+    *("eager", "compile", "compile-autocast", "compile-autocast-graph", "gemms", "gemms-half"),
+    *("authors", "authors-autocast", "flash-sinkhorn", "flash-sinkhorn-tf32"),
 )
 SMALL_EPSILON = 0.005
 
@@ -198,7 +199,10 @@ def shape(problem: Problem) -> str:
 
 
 def problem_fields(problem: Problem) -> dict[str, Any]:
-    layout, options = problem.layout, problem.options
+    return layout_fields(problem.layout, problem.options)
+
+
+def layout_fields(layout: Layout, options: Options) -> dict[str, Any]:
     sizes = {letter: getattr(layout, letter) for letter in "MNDBVLTRW"}
     return sizes | {
         "epsilon": options.epsilon,

@@ -23,11 +23,14 @@ RowName = Literal[
     "cuda",
     "cuda-int16",
     "triton-int16-graph",
+    "triton-flash-int16-graph",
     "cuda-int16-graph",
     "eager",
     "compile",
     "compile-autocast",
+    "compile-autocast-graph",
     "gemms",
+    "gemms-half",
     "authors",
     "authors-autocast",
     "flash-sinkhorn",
@@ -44,7 +47,7 @@ WHOLE: tuple[RowName, ...] = (
     "cuda-int16",
 )
 # Replayed as CUDA graphs: what a small problem takes without the launches of its kernels one by one.
-GRAPHS: tuple[RowName, ...] = ("triton-int16-graph", "cuda-int16-graph")
+GRAPHS: tuple[RowName, ...] = ("triton-int16-graph", "triton-flash-int16-graph", "cuda-int16-graph")
 OURS: tuple[RowName, ...] = tuple(dict.fromkeys(GIVEN_SCORES + WHOLE + GRAPHS))
 Isa = Literal["auto", "avx512", "avx2", "plain"]
 

@@ -157,7 +157,7 @@ def whole_ours(problem: Problem, kind: RowName, kernels: RowKernels, fresh: Rota
 class Replayed:
     """A step on inputs of its own, captured as a CUDA graph at the first call, then replayed; results stay in place."""
 
-    def __init__(self, step: Callable[..., Tensor], fresh: Rotation) -> None:
+    def __init__(self, step: Callable[..., Tensor], fresh: Callable[[], tuple[Tensor | None, ...]]) -> None:
         self.step, self.fresh = step, fresh
         self.graph: torch.cuda.CUDAGraph | None = None
 
@@ -169,7 +169,7 @@ class Replayed:
         return self.result
 
     def _capture(self) -> None:
-        given = [None if x is None else x.detach().clone() for x in self.fresh()]
+        given = [None if x is None else x.detach().clone().requires_grad_(x.requires_grad) for x in self.fresh()]
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):  # compiles kernels, makes plans and libraries' workspaces

@@ -109,7 +109,7 @@ class Contact:
         reason = self.no_gpu or missing
         return [
             Step("memcheck", [*checker, *script("tiny", "cuda")], 100, environment, reason),
-            Step(rows.name, [*checker, *rows.command], rows.limit_s, rows.environment | environment, reason),
+            Step(rows.name, [*checker, *rows.command], rows.limit_s, environment | rows.environment, reason),
         ]
 
     def ranks(self) -> list[Step]:

@@ -1,0 +1,114 @@
+"""Reads what Nsight Compute counted, a line per kernel: `ncu --page raw --csv --print-units base --log-file FILE ...`.
+
+Each number is the median over a kernel's launches. Stalls are cycles that a warp waits per instruction issued.
+"""
+
+import csv
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from steps import table
+
+DURATION = ("gpu__time_duration.sum",)
+DRAM = (
+    *("gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed",),
+    *("dram__throughput.avg.pct_of_peak_sustained_elapsed",),
+)
+SM = ("sm__throughput.avg.pct_of_peak_sustained_elapsed",)
+INSTRUCTIONS = ("smsp__inst_executed.sum", "sm__inst_executed.sum")
+STALL = re.compile(r"issue_stalled_(\w+)_per_issue_active")
+NOT_STALLS = ("selected", "not_selected")  # a warp that issues, and one that could
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Of one kernel; None: not among what was counted. stalls: the longest first."""
+
+    kernel: str
+    launches: int
+    us: float | None
+    dram_percent: float | None
+    sm_percent: float | None
+    instructions: float | None
+    stalls: tuple[tuple[str, float], ...]
+
+
+def launches(file: Path) -> Iterator[tuple[str, dict[str, float]]]:
+    """(kernel, metrics) of each launch. The second line of the table says units: nanoseconds, as base units are."""
+    lines = [line for line in file.read_text(errors="replace").splitlines() if line.startswith('"')]
+    for row in csv.DictReader(lines):
+        if not row.get("ID"):
+            continue
+        values = {}
+        for name, text in row.items():
+            try:
+                values[name] = float((text or "").replace(",", ""))
+            except ValueError:
+                continue
+        yield short(row["Kernel Name"]), values
+
+
+def short(name: str) -> str:
+    """ "void bam::cuda::match_kernel<short, false>(Args)" -> "match"."""
+    return name.split("(")[0].split("<")[0].split()[-1].split("::")[-1].removesuffix("_kernel")
+
+
+def counted(file: Path) -> list[Counted]:
+    """A row per kernel in the order of the file."""
+    by_kernel: dict[str, list[dict[str, float]]] = defaultdict(list)
+    for kernel, values in launches(file):
+        by_kernel[kernel].append(values)
+    return [of_kernel(kernel, rows) for kernel, rows in by_kernel.items()]
+
+
+def of_kernel(kernel: str, rows: list[dict[str, float]]) -> Counted:
+    def middle(names: tuple[str, ...]) -> float | None:
+        for name in names:
+            if found := [row[name] for row in rows if name in row]:
+                return median(found)
+        return None
+
+    stalls = []
+    for name in rows[0]:
+        stall = STALL.search(name)
+        if stall and stall[1] not in NOT_STALLS and not stall[1].endswith("_not_issued"):
+            value = middle((name,))
+            stalls.append((stall[1], value if value is not None else 0.0))
+    ns = middle(DURATION)
+    longest = tuple(sorted(stalls, key=lambda item: -item[1])[:3])
+    us = ns / 1e3 if ns is not None else None
+    return Counted(kernel, len(rows), us, middle(DRAM), middle(SM), middle(INSTRUCTIONS), longest)
+
+
+def shown(rows: list[Counted]) -> str:
+    def text(value: float | None, digits: int = 1) -> str:
+        return "-" if value is None else f"{value:.{digits}f}"
+
+    cells = [
+        [
+            row.kernel,
+            str(row.launches),
+            text(row.us),
+            text(row.dram_percent, 0),
+            text(row.sm_percent, 0),
+            text(row.instructions / 1e6 if row.instructions is not None else None, 2),
+            ", ".join(f"{name} {value:.1f}" for name, value in row.stalls),
+        ]
+        for row in rows
+    ]
+    return table(["kernel", "launches", "us", "DRAM %", "SM %", "M warp instructions", "stalls"], cells)
+
+
+def main() -> int:
+    for name in sys.argv[1:]:
+        print(f"{name}\n{shown(counted(Path(name)))}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

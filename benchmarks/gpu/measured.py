@@ -1,0 +1,92 @@
+"""The end of `measure.py`, from the files of its folder: what failed, rows beside each competitor, what was counted."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from counters import counted, shown
+from rows import read
+from steps import table
+
+AGAINST = (
+    ("products", ("gemms-half",)),
+    ("compiled", ("compile-autocast-graph", "compile-autocast", "compile")),
+    ("authors", ("authors-autocast", "authors")),
+    ("flash-sinkhorn", ("flash-sinkhorn-tf32", "flash-sinkhorn")),
+)
+Rows = list[dict[str, Any]]
+
+
+def failed_steps(out: Path) -> str:
+    file = out / "steps.json"
+    ended = json.loads(file.read_text()) if file.exists() else {}
+    others = {name: step for name, step in ended.items() if step["status"] != "passed"}
+    return table(["step", "status", "last line"], [[n, s["status"], s["last_line"][:150]] for n, s in others.items()])
+
+
+def ratios(rows: Rows) -> str:
+    """One line per row: median by events, share of the floor, and how many times faster than the best of each kind of
+    competitor; what is wrong or hung has its reason."""
+    head = ["row", "us", "p20", "p80", "wall", "host", "peak MB", "error", "floor us", "share"]
+    head += [f"x {name}" for name, _ in AGAINST] + [""]
+    cells = []
+    for row in rows:
+        if row["status"] != "ok":
+            cells.append([row["competitor"], "FAILING", *[""] * (len(head) - 3), row["reason"][:120]])
+            continue
+        error = row["error_gradient"] if row["error_gradient"] is not None else row["error_P"]
+        cells.append(
+            [
+                row["competitor"],
+                *(us(row[key]) for key in ("median_ms", "p20_ms", "p80_ms", "wall_ms", "host_ms")),
+                "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.1f}",
+                "" if error is None else f"{error:.1e}",
+                us(row["floor_ms"]),
+                f"{row['share_of_floor']:.0%}",
+                *(times_faster(row, rows, kinds) for _, kinds in AGAINST),
+                row["note"],
+            ]
+        )
+    return table(head, cells)
+
+
+def us(ms: float | None) -> str:
+    return "" if ms is None else f"{1e3 * ms:.1f}"
+
+
+def times_faster(row: dict[str, Any], rows: Rows, kinds: tuple[str, ...]) -> str:
+    """Than the fastest competitor of these kinds, by events."""
+    found = [other["median_ms"] for other in rows if other["kind"] in kinds and other["median_ms"]]
+    return f"{min(found) / row['median_ms']:.2f}" if found and row["kind"] not in kinds else ""
+
+
+def summary(out: Path) -> str:
+    parts = ["== Steps that did not pass", failed_steps(out)]
+    file = out / "rows.json"
+    rows: Rows = json.loads(file.read_text()) if file.exists() else []
+    for name in dict.fromkeys(row["problem"] for row in rows):
+        parts += ["", f"== {name}", ratios([row for row in rows if row["problem"] == name])]
+    if not rows:
+        parts += ["", "== No rows"]
+    for file in sorted(out.glob("ncu-*.csv")):
+        parts += ["", f"== {file.name}", shown(counted(file))]
+    return "\n".join(parts)
+
+
+def foretold(out: Path) -> str:
+    """What was foretold of these rows beside what they are."""
+    sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+    from predictions import outcomes, printed
+
+    facts = out / "facts.log"
+    gpu = "H200" if facts.exists() and "H200" in facts.read_text() else "H100"
+    found = [one for one in outcomes(read(out / "rows.jsonl"), gpu) if one["measured"] is not None]
+    held = sum(one["held"] for one in found)
+    return f"{printed(found)}\n{held} of {len(found)} held"
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    print(summary(folder), flush=True)
+    print(f"\n== Predictions\n{foretold(folder)}")

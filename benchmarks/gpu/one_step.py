@@ -1,0 +1,58 @@
+"""One step of each backend for a profiler that starts where it is told: `ncu --profile-from-start off ... one_step.py`.
+
+Kernels are compiled and plans made before. A step goes from 16-bit embeddings, and a teacher's, to the gradient.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks"), str(REPOSITORY / "benchmarks" / "gpu")]
+
+import torch  # noqa: E402
+from sixteen_bit import our_step, sixteen_bit_layout, sixteen_bit_problem  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+
+def ready(backend: str, shape: str, views: int, device: torch.device) -> Callable[[], Tensor]:
+    """A step that has run before."""
+    problem = sixteen_bit_problem(sixteen_bit_layout(shape, views, teacher=True), device)
+    leaf, step = problem.student.requires_grad_(), our_step(problem, backend)
+    for _ in range(3):
+        step(leaf, problem.teacher)
+    wait(device)
+    return lambda: step(leaf, problem.teacher)
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def options_of(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--backends", nargs="+", default=["cuda", "triton"])
+    parser.add_argument("--shape", default="2048x8192x256", help="M x N x D")
+    parser.add_argument("--views", type=int, default=8)
+    return parser
+
+
+def main() -> int:
+    options = options_of(__doc__).parse_args()
+    for backend in options.backends:
+        device = torch.device("cpu" if backend == "cpu" else "cuda")
+        step = ready(backend, options.shape, options.views, device)
+        if device.type == "cuda":
+            torch.cuda.profiler.start()
+        step()
+        wait(device)
+        if device.type == "cuda":
+            torch.cuda.profiler.stop()
+        print(f"{backend}: one step of {options.shape}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
