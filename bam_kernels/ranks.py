@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import torch
 from torch import Tensor
 
+from .constant import constant_in_graphs
 from .header import Header
 
 
@@ -83,6 +84,7 @@ def ranks_named(name: str) -> Ranks:
     return ranks
 
 
+@constant_in_graphs
 def ranks_of(operation: str, group: Any) -> tuple[int, int, str]:
     """(W, rank, name) of `group`; of the default process group where it is None and torch.distributed is initialised.
 
@@ -91,10 +93,6 @@ def ranks_of(operation: str, group: Any) -> tuple[int, int, str]:
     ranks = _resolve(operation, group)
     _named[ranks.name] = ranks
     return ranks.W, ranks.rank, ranks.name
-
-
-# What torch.compiler.assume_constant_result sets. The decorator imports the whole compiler, twice the time of torch.
-ranks_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _resolve(operation: str, group: Any) -> Ranks:

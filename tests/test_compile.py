@@ -2,13 +2,18 @@
 
 import subprocess
 import sys
+from dataclasses import fields
+from types import SimpleNamespace
 
+import emulated
 import pytest
 import torch
 from problems import assert_close, features, needs_cpu_kernels
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bam_kernels import BAMLoss, bam_loss, sinkhorn_attention
+from bam_kernels.backends import cuda
 
 pytestmark = needs_cpu_kernels
 
@@ -200,6 +205,40 @@ def test_differentiable_attention(output):
 
     compiled = gradients(torch.compile(loss, fullgraph=True, backend="aot_eager"))
     assert all(torch.equal(a, b) for a, b in zip(compiled, gradients(loss), strict=True))
+
+
+@pytest.fixture
+def a_device_is_found(monkeypatch):
+    """The extension says that there is a GPU, by functions that the compiler cannot look into."""
+    found = {f.name: getattr(emulated.HOPPER, f.name) for f in fields(emulated.HOPPER) if f.name != "index"}
+    extension = SimpleNamespace(
+        with_cuda=True,
+        cuda_devices=torch.compiler.disable(lambda: (1, "")),
+        cuda_device=torch.compiler.disable(lambda index: found),
+    )
+    monkeypatch.setattr(cuda, "_C", extension)
+    cuda.found_device.cache_clear()
+    yield
+    cuda.found_device.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "way",
+    [{"backend": "cuda"}, {"backend": "triton", "engine": "slab"}, {"backend": "triton", "engine": "flash"}],
+    ids=lambda way: "-".join(way.values()),
+)
+def test_the_choice_of_a_gpu_backend_is_made_outside_the_graph(way, a_device_is_found):
+    """On CUDA tensors without memory: the compiler traces all that is not in the operators."""
+
+    def both(student: Tensor) -> tuple[Tensor, Tensor]:
+        P = sinkhorn_attention(student, mask="block", views=3, backend=way["backend"])
+        return bam_loss(student, views=3, **way), P
+
+    with FakeTensorMode():
+        student = torch.empty(18, 12, device="cuda", requires_grad=True)
+        loss, P = torch.compile(both, fullgraph=True, backend=(counter := Counter()))(student)
+    assert loss.requires_grad and loss.shape == () and P.shape == (18, 18) and loss.is_cuda and P.is_cuda
+    assert counter.graphs == 1
 
 
 def test_the_compiler_is_imported_by_those_who_compile():

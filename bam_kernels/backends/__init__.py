@@ -6,6 +6,7 @@ from typing import Protocol
 
 import torch
 
+from ..constant import constant_in_graphs
 from . import cpu, cuda, triton
 from .interface import RowKernels
 
@@ -69,6 +70,7 @@ def _choose(name: str, backend: str, device: torch.device, dtype: torch.dtype) -
     return backend
 
 
+@constant_in_graphs
 def _cannot_run(backend: str, device: torch.device) -> str | None:
     if backend == "cpu":
         if device.type != "cpu":
