@@ -5,6 +5,8 @@ import math
 import re
 import shutil
 import struct
+import subprocess
+import sys
 from dataclasses import replace
 
 import emulated
@@ -174,3 +176,20 @@ def test_the_emulator_reports_what_a_kernel_may_not_do(kind, fault):
     report = emulated.library().fault_of_broken_kernel
     report.restype = ctypes.c_char_p
     assert re.search(fault, report(kind).decode())
+
+
+@needs_compiler
+def test_threads_resume_where_the_compiler_checks_jumps(tmp_path):
+    """Some systems' compilers turn on checks of longjmp, which abort at one to another stack, as fibers have."""
+    made = {}
+    for name in ("emulator", "device_functions"):
+        source, made[name] = tmp_path / f"{name}.cpp", tmp_path / f"{name}.o"
+        source.write_text(f'#define _FORTIFY_SOURCE 2\n#include "{emulated.EMULATOR / name}.cpp"\n')
+        emulated.compile_source(source, made[name])
+    library = emulated.link(made, "checked.so")
+    program = (
+        f"import ctypes; report = ctypes.CDLL({library!r}).fault_of_broken_kernel; report.restype = ctypes.c_char_p; "
+        "print(report(3).decode())"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ran.stdout == "emulator: a write past the end of shared memory\n", ran.stderr
