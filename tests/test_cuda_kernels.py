@@ -4,7 +4,9 @@ Where there is no GPU the same sources run under the emulator.
 """
 
 import math
+from dataclasses import replace
 
+import cuda_device
 import emulated
 import pytest
 import torch
@@ -84,6 +86,14 @@ def test_one_launch_does_all_iterations(shape, dtype, cluster):
             assert sums.isnan().all()
         else:
             assert_close(sums.cpu(), c, 2e-5)
+
+
+def test_clusters_larger_than_a_device_has_are_skipped(monkeypatch):
+    without = replace(emulated.HOPPER, clusters=(0, 0, 0, 0))
+    monkeypatch.setattr(cuda_device, "DEVICE", torch.device("cuda"))
+    monkeypatch.setattr(cuda_device.cuda, "found_device", lambda index: without)
+    with pytest.raises(pytest.skip.Exception, match="no clusters of 4"):
+        kernels_on(cluster=4)
 
 
 def test_what_fits_on_chip():
