@@ -101,10 +101,11 @@ class MatchTests:
     def test_match(self, kernels, device, dimensions, epsilon, top_k):
         check_match(kernels, device, dimensions, epsilon, top_k)
 
-    @pytest.mark.parametrize("on_device", [False, True])
-    def test_fixed_point_with_a_16_bit_gradient_in_place(self, kernels, device, on_device):
+    # N = 12; N = 48, rows of whole vectors that do not fill their block.
+    @pytest.mark.parametrize(("on_device", "W"), [(False, 3), (True, 3), (False, 12)])
+    def test_fixed_point_with_a_16_bit_gradient_in_place(self, kernels, device, on_device, W):
         step = DeviceNumber(2.0, torch.tensor(STEP / 2, device=device)) if on_device else STEP
-        check_fixed_point(kernels, device, step, torch.float16, 3)
+        check_fixed_point(kernels, device, step, torch.float16, W)
 
     def test_scores_of_a_slab_and_a_teachers_targets(self, kernels, device):
         # Images 1 and 2 of four, targets and sources in tensors of their own, the gradient of int16 scores in float32.

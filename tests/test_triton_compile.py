@@ -47,6 +47,7 @@ def test_every_kernel_compiles_and_the_hot_ones_stay_in_registers(compiled, targ
     hot = re.compile(r"(sinkhorn_pass|match|column_lse|column_products|row_step)(\+epilogue)? ")
     assert len({hot.match(name).group(1) for name in found if hot.match(name)}) == 5
     for name, one in found.items():
+        assert one.wide_fills == 0, name
         if hot.match(name):  # with float32 scores a few numbers of a thread
             assert one.stack <= (16 if "fp32" in name else 0), (name, one)
         assert one.shared <= (64 if "tf32" in name else 48) * 1024, name

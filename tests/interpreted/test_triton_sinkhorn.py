@@ -27,8 +27,9 @@ def device() -> torch.device:
 
 
 class TestSinkhorn(SinkhornTests):
-    # One entry; below, at and above a block of 32 columns and 8 rows; primes; more than one block of 1024 columns.
-    SHAPES = ((1, 1), (7, 31), (8, 32), (9, 33), (17, 97), (3, 1025))
+    # One entry; below, at and above a block of 32 columns and 8 rows; rows of whole vectors that do not fill their
+    # block; primes; more than one block of 1024 columns.
+    SHAPES = ((1, 1), (7, 31), (8, 32), (9, 33), (5, 48), (17, 97), (3, 1025))
     WIDE = 40
 
 

@@ -62,13 +62,14 @@ class Compiled:
     """Registers of a thread, bytes of shared memory of a program and of stack of a thread, and what was spilled:
     instructions that load or store local memory, on AMD registers; None where the code was not disassembled.
     products: instructions for the tensor cores, by name: the machine's, or where it was not disassembled those of the
-    assembler's input."""
+    assembler's input. wide_fills: words of 64 bits given to registers of 32: wrong values outside the mask of a load."""
 
     registers: int
     shared: int
     stack: int
     spills: int | None
     products: dict[str, int]
+    wide_fills: int
 
 
 def _configuration(label: str, kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Configuration:
@@ -231,7 +232,7 @@ def compile_for(one: Configuration, target: GPUTarget, *, disassemble: bool = Tr
         spills = int(re.findall(r"vgpr_spill_count: *(\d+)", text)[0])
         registers = int(re.findall(r"\.vgpr_count: *(\d+)", text)[0])
         stack = int(re.findall(r"private_segment_fixed_size: *(\d+)", text)[0])
-        return Compiled(registers, shared, stack, spills, _counted(r"\bv_mfma\w*", text))
+        return Compiled(registers, shared, stack, spills, _counted(r"\bv_mfma\w*", text), 0)
     return _assembled(kernel.asm["cubin"], kernel.asm["ptx"], shared, disassemble)
 
 
@@ -249,11 +250,13 @@ def _assembled(cubin: bytes, ptx: str, shared: int, disassemble: bool) -> Compil
             [tool, "-res-usage", *(["-sass"] if disassemble else []), path], capture_output=True, text=True, check=True
         ).stdout
     registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", listing)[-1]
+    wide_fills = len(re.findall(r"mov\.[bu]32\s+%r\d+, 0xffffffff[0-9a-f]{8};", ptx))
     if not disassemble:
         in_ptx = _counted(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b", ptx)
-        return Compiled(int(registers), shared, int(stack), None, in_ptx)
+        return Compiled(int(registers), shared, int(stack), None, in_ptx, wide_fills)
     spills = len(re.findall(r"\b(?:STL|LDL)\b", listing))
-    return Compiled(int(registers), shared, int(stack), spills, _counted(r"\b(?:HGMMA|HMMA|UTCHMMA)\b", listing))
+    products = _counted(r"\b(?:HGMMA|HMMA|UTCHMMA)\b", listing)
+    return Compiled(int(registers), shared, int(stack), spills, products, wide_fills)
 
 
 def compile_all(target: str, *, small: bool = False, containing: str = "") -> Iterator[tuple[Configuration, Compiled]]:

@@ -45,8 +45,10 @@ def scale_of(scale, scale_pointer):
 def load_scores(pointers, mask):
     """Scores as float32; masked ones, and those outside `mask`, as MASKED."""
     if pointers.dtype.element_ty == tl.int16:
-        q = tl.load(pointers, mask=mask, other=MASKED_FIXED)
-        return tl.where(q == MASKED_FIXED, MASKED, q.to(tl.float32))
+        # Not `other=MASKED_FIXED`: Triton (3.6 to 3.8) widens a negative constant of 16 bits to 32 with ones, so that
+        # every other score outside `mask` would be -1 where rows are aligned.
+        q = tl.load(pointers, mask=mask, other=0)
+        return tl.where(mask & (q != MASKED_FIXED), q.to(tl.float32), MASKED)
     else:
         return tl.load(pointers, mask=mask, other=MASKED)
 
