@@ -126,22 +126,23 @@ class Contact:
         return made
 
     def driver(self) -> list[Step]:
-        """The first steps of the digits recipe on each backend, in float32."""
+        """The first steps of the digits recipe on each backend, in float32, and in float64 for the truth."""
         missing = [name for name in ("tyro", "docstring_parser") if importlib.util.find_spec(name) is None]
         reason = f"the driver needs {', '.join(missing)}" if missing else None
-        given = ["--optim.epochs=2", "--run.log-every=1", "--model.norm=layer", "--run.dtype=float32"]
-        if self.toy:
-            given = ["--optim.epochs=1", "--run.log-every=1", "--data.batch-size=128"]
+        given = ["--optim.epochs=2", "--run.log-every=1", "--model.norm=layer"]
         made = []
-        for backend in ("reference", *self.backends):
-            command = [PYTHON, str(REPOSITORY / "driver" / "pretrain.py"), *given]
-            command += [f"--run.name={backend}", f"--loss.backend={backend}"]
-            made.append(Step(f"driver-{backend}", command, 120, self.environment(OMP_NUM_THREADS="2"), reason))
+        for name in ("float64", "float32", *self.backends):
+            backend = name if name in self.backends else "reference"
+            command = [PYTHON, str(REPOSITORY / "driver" / "pretrain.py"), *given, f"--run.name={name}"]
+            command += [f"--loss.backend={backend}", f"--run.dtype={'float64' if name == 'float64' else 'float32'}"]
+            made.append(Step(f"driver-{name}", command, 120, self.environment(OMP_NUM_THREADS="2"), reason))
         return made
 
     def curves(self) -> Step:
         reason = None if (self.out / "runs").exists() else "the driver did not run"
-        return Step("driver-curves", script("curves", "reference", *self.backends), 30, self.environment(), reason)
+        return Step(
+            "driver-curves", script("curves", "float64", "float32", *self.backends), 30, self.environment(), reason
+        )
 
     def times(self) -> list[Step]:
         toy = ["--toy"] if self.toy else []

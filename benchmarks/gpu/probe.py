@@ -5,7 +5,8 @@
 
 Each call of a kernel is named before it starts, so that the last line of the output names one that never ends. First
 every launch is waited for; then none is, and where the device can, launches overlap: the results must be the same bits.
-Memory is filled with NaN before, so that what is not written is seen. What is wrong is saved with its operands. Without
+Memory is filled with NaN before, so that what is not written is seen, and outputs lie between zones in which nothing
+may be written. What is wrong is saved with its operands. Without
 a GPU (--toy) the CUDA kernels run under the tests' emulator, the Triton kernels under Triton's interpreter.
 """
 
@@ -151,6 +152,7 @@ def probe(name: str, case: Case, toy: bool, out: Path) -> int:
         torch.manual_seed(0)
         CHECKS[case.check](kernels, device, m, n, found)
         wait()
+        found.check_zones()
         runs.append(found)
     same = all(torch.equal(a, b) for a, b in zip(runs[0].results, runs[1].results, strict=True))
     if not same:

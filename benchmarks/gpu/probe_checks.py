@@ -19,6 +19,7 @@ from bam_kernels.layout import Layout
 
 STEP = 1 / 32768  # a power of two: the scale of int16 scores rounds as that of float32 ones
 EPSILON, TAU = representable(0.05), 0.1
+ZONE, UNTOUCHED = 64, 77  # elements around an output, and what they hold
 
 
 def poison(device: torch.device) -> None:
@@ -34,6 +35,7 @@ class Found:
 
     def __init__(self, prefix: Path) -> None:
         self.prefix = prefix
+        self.guarded: list[Tensor] = []
         self.operands: dict[str, Tensor] = {}
         self.results: list[Tensor] = []
         self.wrong: list[str] = []
@@ -42,6 +44,22 @@ class Found:
     def given(self, **operands: Tensor) -> None:
         """What the checks after this one computed with."""
         self.operands = {name: x.detach().cpu() for name, x in operands.items()}
+
+    def unwritten(self, device: torch.device, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """An output full of NaN, between zones in which nothing may be written."""
+        whole = torch.full((2 * ZONE + math.prod(shape),), UNTOUCHED, dtype=dtype, device=device)
+        self.guarded.append(whole)
+        return whole[ZONE:-ZONE].fill_(math.nan if dtype.is_floating_point else 12345).view(shape)
+
+    def check_zones(self) -> None:
+        """Whether a kernel has written before or past an output."""
+        for whole in self.guarded:
+            touched = (torch.cat((whole[:ZONE], whole[-ZONE:])) != UNTOUCHED).nonzero().flatten().tolist()
+            if touched:
+                places = [place - ZONE if place < ZONE else f"+{place - ZONE}" for place in touched]
+                print(f"    WRONG: written outside an output of {len(whole) - 2 * ZONE} elements, at {places[:8]}")
+                self.wrong.append("written outside an output")
+                return
 
     def check(self, what: str, found: Tensor, expected: Tensor, relative: float, absolute: float = 0.0) -> None:
         """Every element within relative * |expected| + absolute; NaN is not."""
@@ -75,10 +93,6 @@ class Found:
 
 def one(n: int, device: torch.device) -> Potential:
     return Potential(torch.zeros(n, device=device), torch.ones(n, device=device))
-
-
-def unwritten(device: torch.device, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.full(shape, math.nan if dtype.is_floating_point else 12345, dtype=dtype, device=device)
 
 
 def embed(kernels: Any, device: torch.device, m: int, d: int, found: Found) -> None:
@@ -128,12 +142,14 @@ def columns(kernels: Any, device: torch.device, m: int, n: int, found: Found) ->
     mask = layout.to_gathered(layout.positive_mask(layout.M))[:m]
     by_hand = kernels.mask_positives_(s.to(device), positives)
     found.check("masked scores", by_hand, torch.where(mask, MASKED, s), 0, 1e-30)
-    fixed = kernels.quantize(s.to(device), STEP, unwritten(device, m, n, dtype=torch.int16), positives, bias.to(device))
+    fixed = kernels.quantize(
+        s.to(device), STEP, found.unwritten(device, m, n, dtype=torch.int16), positives, bias.to(device)
+    )
     exact = ((s.double() + bias.double()).clamp(STEP - 1, 1 - STEP) / STEP).masked_fill(mask, -32768)
     found.check("fixed point", fixed, exact, 0, 0.51)
     scale, row = LOG2_E / EPSILON * STEP, one(m, device)
-    out = unwritten(device, m, n, dtype=torch.int16)
-    shift, sums = unwritten(device, 2, n)
+    out = found.unwritten(device, m, n, dtype=torch.int16)
+    shift, sums = found.unwritten(device, 2, n)
     kernels.finish_scores(
         s.to(device), bias.to(device), STEP, out, positives, scale, row, shift, sums, accumulate=False
     )
@@ -146,16 +162,18 @@ def columns(kernels: Any, device: torch.device, m: int, n: int, found: Found) ->
         expected = torch.logsumexp(values / EPSILON, 0) * LOG2_E
         if name == "int16":
             found.check("epilogue's column sums", shift.double() + sums.double().log2(), expected, 0, 3e-6)
-        shift, sums = unwritten(device, 2, n)
+        shift, sums = found.unwritten(device, 2, n)
         kernels.column_lse(scores, LOG2_E / EPSILON * factor, row, shift, sums, accumulate=False)
         found.check(f"column sums of {name}", shift.double() + sums.double().log2(), expected, 0, 3e-6)
         potential = kernels.reciprocal_potential(shift, sums)
         found.check(f"their potential, {name}", log2(potential), -expected, 0, 4e-6)
 
 
-def in_both_types(kernels: Any, device: torch.device, s: Tensor) -> list[tuple[str, Tensor, float, Tensor]]:
+def in_both_types(
+    kernels: Any, device: torch.device, s: Tensor, found: Found
+) -> list[tuple[str, Tensor, float, Tensor]]:
     """Name, scores, value of a step, and what the scores are in float64."""
-    q = kernels.quantize(s.to(device), STEP, unwritten(device, *s.shape, dtype=torch.int16))
+    q = kernels.quantize(s.to(device), STEP, found.unwritten(device, *s.shape, dtype=torch.int16))
     values = q.cpu().double()
     exact = torch.where(values == -32768, -math.inf, values * STEP)
     return [("float32", s.to(device), 1.0, masked(s)), ("int16", q, STEP, exact)]
@@ -165,11 +183,11 @@ def sinkhorn_pass(kernels: Any, device: torch.device, m: int, n: int, found: Fou
     s = made_scores(m, n)
     s[m // 2, n - 1] = s[0, 1] = MASKED
     found.given(s=s)
-    for name, scores, step, exact in in_both_types(kernels, device, s):
+    for name, scores, step, exact in in_both_types(kernels, device, s, found):
         for epsilon in (EPSILON, representable(1e-3)):
             g = -exact.amax(0) / epsilon * LOG2_E
             col = Potential(g.floor().float().to(device), torch.exp2(g - g.floor()).float().to(device))
-            row, c = one(m, device), unwritten(device, n)
+            row, c = one(m, device), found.unwritten(device, n)
             kernels.sinkhorn_pass(scores, LOG2_E / epsilon * step, row, col, c, accumulate=False)
             x = exact * LOG2_E / epsilon + log2(col).cpu()
             f = -torch.logsumexp(x / LOG2_E, 1) * LOG2_E
@@ -190,7 +208,7 @@ def match(kernels: Any, device: torch.device, images: int, n: int, found: Found)
     on_device = Potential(col.exponent.to(device), col.mantissa.to(device))
     shape = (V, images, layout.N)
     found.given(scores=scores, exponent=col.exponent, mantissa=col.mantissa)
-    for name, s, step, exact in in_both_types(kernels, device, scores):
+    for name, s, step, exact in in_both_types(kernels, device, scores, found):
         for top_k in (0, 7):
             if top_k and name == "int16":
                 continue  # rounded scores tie
@@ -201,8 +219,8 @@ def match(kernels: Any, device: torch.device, images: int, n: int, found: Found)
             if name == "int16":
                 gradient = kept.view(torch.float16)
                 factor = 2.0 ** (14 - math.ceil(math.log2(1 / (layout.B * TAU))))
-            targets = unwritten(device, L, images, layout.N)
-            row_out = Potential(unwritten(device, images), unwritten(device, images))
+            targets = found.unwritten(device, L, images, layout.N)
+            row_out = Potential(found.unwritten(device, images), found.unwritten(device, images))
             matched = kernels.match(
                 kept[:L],
                 kept,
@@ -258,7 +276,7 @@ def on_chip(kernels: Any, device: torch.device, m: int, n: int, found: Found) ->
     s = made_scores(m, n)
     s[m // 2, n - 1] = s[0, 1] = MASKED
     found.given(s=s)
-    for name, scores, step, exact in in_both_types(kernels, device, s):
+    for name, scores, step, exact in in_both_types(kernels, device, s, found):
         if not kernels.fits_on_chip(m, n, scores.dtype, device):
             print(f"  {name}: {m} x {n} does not fit on this chip")
             continue
