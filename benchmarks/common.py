@@ -219,7 +219,7 @@ def describe(fields: dict[str, Any]) -> str:
 
 def threshold_of(precision: str, epsilon: float, top_k: int) -> float:
     """The largest relative error of P and of the gradient that passes."""
-    bound = {"float32": 1e-5, "tf32": 2e-3, "int16": 1e-3, "autocast": 5e-2}[precision]
+    bound = {"float32": 1e-5, "tf32": 2e-3, "int16": 1e-3, "fp16": 2e-3, "autocast": 5e-2}[precision]
     if top_k and precision != "float32":  # rounded scores choose other columns at the k-th place
         bound = 5e-2
     return 10 * bound if epsilon <= SMALL_EPSILON else bound

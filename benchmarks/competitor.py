@@ -57,7 +57,8 @@ class Competitor:
     """run(*fresh()) is timed, fresh() is not; outputs() is what is compared with the truth, None: nothing to compare.
 
     kind is the name that options and ratios use, name the one printed; held_bytes are outputs given to `run`.
-    precision: float32; tf32, its products; int16, scores of fixed point and all else in fp16; autocast, as torch's.
+    precision: float32; tf32, its products; int16, scores of fixed point and all else in fp16; fp16, embeddings and the
+    gradient that is returned too; autocast, as torch's.
     """
 
     kind: RowName

@@ -4,6 +4,7 @@ f (M), g (N) with P = exp(q kᵀ/eps + f_i + g_j), rows summing to one; q (M, D)
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import metadata
 from typing import Any
 
@@ -62,7 +63,8 @@ def potentials_competitors(problem: Problem, choice: Choice) -> list[Competitor]
             )
 
         rows = Rotation((q.half(), k.half()), choice.cold_bytes) if fixed else fresh
-        made.append(our_competitor(kind, kernels, rows, run, outputs(run, rows), work))
+        competitor = our_competitor(kind, kernels, rows, run, outputs(run, rows), work)
+        made.append(replace(competitor, precision="fp16") if fixed else competitor)
     others: list[tuple[RowName, str, Callable[..., Potentials]]] = [
         ("eager", "eager reference", reference_potentials),
         ("compile", "torch.compile", torch.compile(reference_potentials, fullgraph=True, dynamic=False)),

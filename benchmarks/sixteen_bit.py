@@ -100,7 +100,7 @@ class Competitors:
         engine = "flash" if "flash" in kind else "slab"
         step = our_step(self.problem, backend, engine)
         named = loss_options(self.problem) | {"backend": backend} | ({"engine": engine} if backend == "triton" else {})
-        precision = "int16" if "int16" in kind else "float32"
+        precision = "fp16" if "int16" in kind else "float32"
         name = kind.removesuffix("-graph").replace("-", " ")
 
         def targets() -> Tensor:

@@ -260,7 +260,7 @@ def test_thresholds() -> None:
     assert threshold_of("float32", 0.05, 0) == 1e-5 == threshold_of("float32", 0.05, 3)
     assert threshold_of("float32", 0.005, 0) == 1e-4
     assert threshold_of("int16", 0.05, 0) == 1e-3 and threshold_of("int16", 0.005, 0) == 1e-2
-    assert threshold_of("int16", 0.05, 3) == 5e-2
+    assert threshold_of("int16", 0.05, 3) == 5e-2 and threshold_of("fp16", 0.05, 0) == 2e-3
 
 
 @pytest.mark.parametrize("cold_bytes, buffers", [(0, 1), (1000, 4)])  # 400 bytes a copy: three others between two uses

@@ -78,6 +78,14 @@ class Rows:
             choice = Choice(place.kinds, ("auto",), None, 3 * machine.l2_bytes)
             self.all = {c.kind: c for c in potentials_competitors(self.problem, choice)}
 
+    def present(self, kinds: list[RowName]) -> list[RowName]:
+        """Those that can run here; of the others it is said why not."""
+        reasons = {kind: self.missing(kind) for kind in kinds}
+        for kind, reason in reasons.items():
+            if reason is not None:
+                print(f"{self.place.name} {kind}: left out: {reason}", flush=True)
+        return [kind for kind in kinds if reasons[kind] is None]
+
     def missing(self, kind: RowName) -> str | None:
         """Why there is no such row here."""
         if self.whole:
@@ -157,28 +165,25 @@ def of_place(
     """The rows of one problem; False: the device is lost."""
     begin = time.monotonic()
     record.begin(place, "truth")
+    truth = rows = None
     try:
         rows = Rows(place, machine, options)
-        truth = rows.truth()
+        kinds = rows.present(kinds)
+        truth = rows.truth() if kinds else None
     except Exception as error:
         print(f"{place.name}: no truth: {said(error)}", flush=True)
-        truth = rows = None
     if truth is not None and rows is not None:
-        floors = copy_rate(place, machine)
+        copy_gbs = copy_rate(place, machine)
         print(f"{place.name}: problem and truth in {time.monotonic() - begin:.1f} s", flush=True)
         for kind in kinds:
-            reason = rows.missing(kind)
-            if reason is None and time.monotonic() > end:
-                reason = "time is up"
-            if reason is not None:
-                print(f"{place.name} {kind}: left out: {reason}", flush=True)
+            if time.monotonic() > end:
+                print(f"{place.name} {kind}: left out: time is up", flush=True)
                 continue
             record.begin(place, kind)
-            one_row(rows, kind, truth, floors, record)
+            one_row(rows, kind, truth, copy_gbs, record)
             if not alive(machine):
                 return False
-        if record.of(place.name):
-            print(formatted(record.of(place.name)) + "\n", flush=True)
+        print(formatted(record.of(place.name)) + "\n" if record.of(place.name) else "", flush=True)
     del rows, truth
     free()
     return alive(machine)
