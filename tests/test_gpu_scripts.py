@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import rows  # noqa: E402
 from steps import PYTHON, Run, Step, extension  # noqa: E402
 
 needs_extension = pytest.mark.skipif(_C is None, reason="needs the extension")
+needs_compiler = pytest.mark.skipif(_C is None or not shutil.which("g++"), reason="needs the extension and g++")
 
 
 def program(text: str) -> list[str]:
@@ -144,6 +146,39 @@ def test_outcomes_come_one_by_one_and_a_lost_context_ends_its_worker(tmp_path, w
     after = {row["test"]: row["outcome"] for row in found if "after" in row["test"]}
     # In one process all that follow fail; a new worker runs them.
     assert len(after) == 4 and set(after.values()) == ({"passed"} if workers else {"failed"})
+
+
+# What the emulator's kernel does with each fault, and what contact's summary says of the step that runs it.
+CONSEQUENCES = {
+    "wrong phase": ("probe-cuda-pass-block", "failed with 1"),
+    "write past the end": ("probe-cuda-columns", "failed with 1"),
+    "no end": ("probe-cuda-on-chip-grid", "failed: longer than"),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("fault", CONSEQUENCES)
+def test_contact_names_a_planted_fault_and_goes_on(tmp_path, fault):
+    """A kernel with a wrong phase, one that writes out of bounds, one that never ends: the others still run."""
+    import planted_faults
+
+    planted = planted_faults.FAULTS[fault]
+    step, status = CONSEQUENCES[fault]
+    environment = os.environ | {"BAM_EMULATED": planted_faults.build(planted)}
+    command = [PYTHON, SCRIPTS / "contact.py", "--toy", "--out", tmp_path, "--only", step, "probe-cuda-stats"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
+    assert done.returncode == 1
+    ended = json.loads((tmp_path / "steps.json").read_text())
+    assert ended[step]["status"].startswith(status) and ended["probe-cuda-stats"]["status"] == "passed"
+    failures = (tmp_path / "summary.txt").read_text().split("== ")[1]
+    assert step in failures and "probe-cuda-stats" not in failures
+    log = (tmp_path / f"{step}.log").read_text()
+    expected = {
+        "wrong phase": f"{planted.kernel} ...Traceback",
+        "write past the end": "written outside an output",
+        "no end": f"{planted.kernel} ...",
+    }
+    assert expected[fault] in log and (fault != "no end" or log.rstrip().endswith(expected[fault]))
 
 
 @needs_extension

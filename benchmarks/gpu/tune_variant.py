@@ -7,10 +7,8 @@ A result that is wrong is printed and not timed.
 """
 
 import argparse
-import math
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from rows import Row, Rows
@@ -18,21 +16,10 @@ from times import EPSILON, TAU, Clock, Operands, backends
 from torch import Tensor
 from whole_step import steps_of
 
-from bam_kernels.backends.interface import LOG2_E
-
 SHAPE, VIEWS, TOY_SHAPE, TOY_VIEWS = (2048, 8192, 256), 8, (32, 64, 16), 4
 STEPS, TOY_STEPS = (("2048x8192x256", 8), ("2048x8192x4096", 8)), (("16x32x16", 2),)
 LARGEST_ERROR = 2e-3
 GRADIENT_SCALE = 16384.0  # of Operands.match
-
-
-def operands(kernels: Any, toy: bool, device: torch.device, seed: int) -> Operands:
-    """With scores of at most a half, and guesses of exponents as good as those that a step has."""
-    made = Operands(kernels, *(TOY_SHAPE if toy else SHAPE), TOY_VIEWS if toy else VIEWS, device, seed)
-    for scores in {id(x): x for x in (made.fixed, made.source)}.values():
-        scores.copy_(scores / 2)
-    made.guess.fill_(-math.ceil(LOG2_E / EPSILON / 2))
-    return made
 
 
 def relative(found: Tensor, truth: Tensor) -> float:
@@ -67,7 +54,8 @@ def kernel_rows(clock: Clock, rows: Rows, name: str, toy: bool) -> int:
     kernels = backends(clock.device).get("cpu" if toy else "cuda")
     if kernels is None:
         raise SystemExit("the extension's kernels cannot run here")
-    sets = [operands(kernels, toy, clock.device, seed) for seed in range(2 if toy else 4)]
+    shape, views = (TOY_SHAPE, TOY_VIEWS) if toy else (SHAPE, VIEWS)
+    sets = [Operands(kernels, *shape, views, clock.device, seed) for seed in range(2 if toy else 4)]
     M, N = sets[0].layout.M, sets[0].layout.N
     wrong = 0
     for kernel, error in (("sinkhorn_pass", error_of_pass(sets[0])), ("match", error_of_match(sets[0]))):
