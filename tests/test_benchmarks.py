@@ -123,27 +123,6 @@ def test_accuracy_of_interpreted_kernels(tmp_path: Path) -> None:
         assert (row["error_gradient"] > 1e-5) == kind.endswith("int16")
 
 
-def test_the_script_for_a_gpu_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    """At toy size on any machine: parts that pass are not run again, one that fails is, and an unknown one is named."""
-    part = "ladder-64-teacher-topk"
-    given = ("--out", tmp_path, "--toy", "--parts", part, "tune")
-    first = run("h200.py", *given)
-    assert first.returncode == 0 and f"{part} " in first.stdout and "all done" in first.stdout, first.stderr
-    rows = json.loads((tmp_path / f"{part}.json").read_text())
-    assert all((row["W"], row["R"], row["top_k"]) == (8, 8, 8) for row in rows)
-    parts = json.loads((tmp_path / "parts.json").read_text())
-    assert parts[part]["status"] == "passed" and (tmp_path / f"{part}.log").stat().st_size > 0
-    if not torch.cuda.is_available():
-        assert parts["tune"]["status"] == "not run: torch sees no GPU here"
-    again = run("h200.py", *given)
-    assert again.returncode == 0 and f"{part} " not in again.stdout
-    (tmp_path / "parts.json").write_text(json.dumps({part: {"status": "failed with 1"}}))
-    short = run("h200.py", *given, "--seconds", "1")
-    assert short.returncode == 1 and "more is left" in short.stdout
-    unknown = run("h200.py", *given, "nothing")
-    assert unknown.returncode != 0 and "['nothing'] are none of ['doctor'" in unknown.stderr
-
-
 def measured_row(name: str, backend: str, shape: str, how: str, value: float, **more) -> Row:
     return Row("kernel" if name != "loss and gradient" else "step", name, backend, shape, how, value, **more)
 
