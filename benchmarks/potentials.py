@@ -4,7 +4,6 @@ f (M), g (N) with P = exp(q kᵀ/eps + f_i + g_j), rows summing to one; q (M, D)
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from importlib import metadata
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from bam_kernels import reference, sinkhorn_attention
 
-POTENTIALS: tuple[RowName, ...] = ("cpu", "triton", "triton-int16", "cuda", "cuda-int16")
+POTENTIALS: tuple[RowName, ...] = ("cpu", "triton", "cuda")
 Potentials = tuple[Tensor, Tensor]
 
 
@@ -41,7 +40,7 @@ def potentials_competitors(problem: Problem, choice: Choice) -> list[Competitor]
     passes = sinkhorn_work(layout, options.iterations)
     work = Work(passes.bytes, passes.exps, 2 * layout.M * layout.N * layout.D)
 
-    def outputs(run: Callable[..., Potentials], fresh: Rotation = fresh) -> Callable[[], Truth]:
+    def outputs(run: Callable[..., Potentials]) -> Callable[[], Truth]:
         def plan() -> Truth:
             f, g = run(*fresh())
             return Truth((q.double() @ k.double().T / options.epsilon + f.double()[:, None] + g.double()).exp(), None)
@@ -53,18 +52,13 @@ def potentials_competitors(problem: Problem, choice: Choice) -> list[Competitor]
 
     made = []
     for kind, kernels in choice.ours(problem, POTENTIALS):
-        fixed = kind.endswith("int16")
 
-        def run(
-            q: Tensor, k: Tensor, backend: str = kernels.backend, precision: str = "default" if fixed else "exact"
-        ) -> Potentials:
+        def run(q: Tensor, k: Tensor, backend: str = kernels.backend) -> Potentials:
             return sinkhorn_attention(
-                q, k, **given(problem), normalize=False, output="potentials", precision=precision, backend=backend
+                q, k, **given(problem), normalize=False, output="potentials", precision="exact", backend=backend
             )
 
-        rows = Rotation((q.half(), k.half()), choice.cold_bytes) if fixed else fresh
-        competitor = our_competitor(kind, kernels, rows, run, outputs(run, rows), work)
-        made.append(replace(competitor, precision="fp16") if fixed else competitor)
+        made.append(our_competitor(kind, kernels, fresh, run, outputs(run), work))
     others: list[tuple[RowName, str, Callable[..., Potentials]]] = [
         ("eager", "eager reference", reference_potentials),
         ("compile", "torch.compile", torch.compile(reference_potentials, fullgraph=True, dynamic=False)),

@@ -32,7 +32,7 @@ from problem import Truth  # noqa: E402
 FAILED = "tests/test_layout.py::test_nothing_of_this_name"
 PASSES = "tests/test_layout.py"
 HIDDEN = ("nvtx", "tyro", "docstring_parser", "kornia")
-NAMES = ("32x64x16-teacher", "16x16x16", "potentials-16x32x16")
+NAMES = ("32x64x16-teacher", "16x16x16", "sinkhorn-16x32x16", "potentials-16x32x16")
 
 
 def an_existing_test() -> str:
@@ -77,6 +77,7 @@ def test_every_row_is_right_and_timed(run) -> None:
     assert kinds == {
         "32x64x16-teacher": ["cpu", "gemms-half", "compile-autocast"],
         "16x16x16": ["cpu", "gemms-half"],
+        "sinkhorn-16x32x16": ["cpu", "eager"],
         "potentials-16x32x16": ["cpu", "eager"],
     }
     for row in found:
@@ -263,7 +264,7 @@ def test_ratios_are_to_the_fastest_of_a_kind() -> None:
 
 def test_the_plan_of_a_real_run_fits_its_time() -> None:
     listed = places.places(toy=False)
-    assert sum(place.seconds for place in listed) < 300
+    assert sum(place.seconds for place in listed) < 310  # the largest, which come last, if there is time
     assert sum(place.seconds for place in listed if "524288" not in place.shape) < 240
     assert all(measuring.layout_of(place).M in (512, 2048) for place in listed)
     assert len({place.name for place in listed}) == len(listed)

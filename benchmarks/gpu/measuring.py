@@ -16,10 +16,11 @@ import torch  # noqa: E402
 from common import Row, checked, formatted, layout_fields  # noqa: E402
 from compare import WRONG, Record  # noqa: E402
 from competitor import Choice, Competitor, RowName  # noqa: E402
+from competitors import sinkhorn_competitors  # noqa: E402
 from hardware import Machine  # noqa: E402
 from places import LARGEST_TRUTH, Place, places, predicted  # noqa: E402
 from potentials import potentials_competitors, truth_of_potentials  # noqa: E402
-from problem import Problem, Truth, Work, loss_options, truth_of_embeddings  # noqa: E402
+from problem import Problem, Truth, Work, loss_options, truth_of_embeddings, truth_of_sinkhorn  # noqa: E402
 from rows import Row as Line  # noqa: E402
 from sixteen_bit import Competitors, sixteen_bit_layout, sixteen_bit_problem, unavailable  # noqa: E402
 from torch import Tensor  # noqa: E402
@@ -73,10 +74,15 @@ class Rows:
         if self.whole:
             compiler = "aot_eager" if options.toy else "inductor"  # which takes half a minute of a small machine
             self.made = Competitors(self.problem, Cold(self.problem, machine), self.authors, compiler)
+            return
+        self.problem = Problem.made(replace(layout_of(place), L=1), Options(), machine.device)
+        choice = Choice(place.kinds, ("auto",), self.authors, 3 * machine.l2_bytes)
+        if place.part == "sinkhorn":
+            self.scores = self.problem.scores()[0]
+            listed = sinkhorn_competitors(self.problem, self.scores, choice)
         else:
-            self.problem = Problem.made(replace(layout_of(place), L=1), Options(), machine.device)
-            choice = Choice(place.kinds, ("auto",), None, 3 * machine.l2_bytes)
-            self.all = {c.kind: c for c in potentials_competitors(self.problem, choice)}
+            listed = potentials_competitors(self.problem, choice)
+        self.all = {c.kind: c for c in listed}
 
     def present(self, kinds: list[RowName]) -> list[RowName]:
         """Those that can run here; of the others it is said why not."""
@@ -96,7 +102,9 @@ class Rows:
         return self.made.competitor(kind) if self.whole else self.all[kind]
 
     def truth(self) -> Truth:
-        if not self.whole:
+        if self.place.part == "sinkhorn":
+            return truth_of_sinkhorn(self.scores, self.problem.layout, self.problem.options)
+        if self.place.part == "potentials":
             return truth_of_potentials(self.problem)
         return truth_of_embeddings(self.problem) if self.problem.layout.N <= LARGEST_TRUTH else exact(self.problem)
 
@@ -253,7 +261,7 @@ def write(row: Row, place: Place, machine: Machine, record: Record, more: dict[s
     if not graph:
         hows |= {"wall": more["wall_ms"], "host": more["host_ms"]}
     names = {"gemms-half": "products alone"}
-    name = names.get(kind, "loss and gradient" if whole else "potentials")
+    name = names.get(kind, "loss and gradient" if whole else place.part)
     backend = kind.removesuffix("-graph").removesuffix("-int16") if whole else kind
     backend = "torch" if kind in names else backend
     peak = fields["peak_bytes"] / 1e6 if fields["peak_bytes"] is not None else None

@@ -16,13 +16,17 @@ FLASH = ("triton-flash-int16-graph", "triton-flash-int16")
 OTHERS = ("gemms-half", "compile-autocast-graph", "compile-autocast", "authors-autocast")
 WIDE = (*SLAB, *OTHERS)
 NARROW = (*SLAB, *FLASH, *OTHERS)  # few features, which flash takes
-ALONE = ("cuda-int16", "triton-int16", "cuda", "triton", "compile", "flash-sinkhorn", "flash-sinkhorn-tf32")
+FROM_SCORES = ("cuda-int16", "triton-int16", "cuda", "triton", "compile", "authors")
+FROM_EMBEDDINGS = ("cuda", "triton", "compile", "flash-sinkhorn", "flash-sinkhorn-tf32")
 ON_CPU = ("cpu", "triton-int16", "gemms-half", "compile-autocast", "authors-autocast")  # Triton's if interpreted
 
 
 @dataclass(frozen=True)
 class Place:
-    """One problem, M x N x D, and the kinds of its rows. part: the whole loss, or Sinkhorn alone to the potentials."""
+    """One problem, M x N x D, and the kinds of its rows.
+
+    part: whole, the loss and its gradient; or Sinkhorn alone: sinkhorn, from given scores; potentials, from embeddings.
+    """
 
     shape: str
     views: int
@@ -61,7 +65,8 @@ def places(toy: bool) -> list[Place]:
         Place("2048x8192x4096", 8, False, WIDE),
         Place("2048x8192x256", 8, False, NARROW),
         Place("512x512x256", 2, False, NARROW),
-        Place("2048x8192x256", 8, False, ALONE, "potentials"),
+        Place("2048x8192x256", 8, False, FROM_SCORES, "sinkhorn"),
+        Place("2048x8192x256", 8, False, FROM_EMBEDDINGS, "potentials"),
         Place("2048x8192x1024", 8, True, WIDE),
         Place("2048x65536x1024", 8, False, WIDE),
         Place("2048x524288x1024", 8, True, ("cuda-int16", "triton-int16", "gemms-half")),
@@ -73,6 +78,7 @@ def toy_places() -> list[Place]:
     return [
         Place("32x64x16", 4, True, ON_CPU),
         Place("16x16x16", 2, False, tuple(kind for kind in ON_CPU if kind != "compile-autocast")),
+        Place("16x32x16", 2, False, ("cpu", "eager"), "sinkhorn"),
         Place("16x32x16", 2, False, ("cpu", "eager"), "potentials"),
     ]
 
