@@ -43,18 +43,20 @@ class SimulatedRanks:
             )
 
     def gather(self, own: Tensor, as_sent: Callable[[Tensor], Tensor]) -> Iterator[tuple[int, Tensor]]:
-        n = len(own)
+        n, others = len(own), [(self.rank - step) % self.W for step in range(1, self.W)]
         yield self.rank * n, own
-        for step in range(1, self.W):
-            first = (self.rank - step) % self.W * n
-            unit = self.keys[first : first + n]
-            if self._sent is None:
-                yield first, as_sent(unit)
+        if self._sent is None:
+            for rank in others:
+                yield rank * n, as_sent(self.keys[rank * n : (rank + 1) * n])
+            return
+        # They are there already: as few blocks as there are without this rank's between them.
+        for ranks in (range(self.rank), range(self.rank + 1, self.W)):
+            if not ranks:
                 continue
-            kept = first, own.dtype
+            kept = ranks.start, own.dtype
             if kept not in self._sent:
-                self._sent[kept] = as_sent(unit)
-            yield first, self._sent[kept]
+                self._sent[kept] = torch.cat([as_sent(self.keys[rank * n : (rank + 1) * n]) for rank in ranks])
+            yield ranks.start * n, self._sent[kept]
 
     def sum(self, x: Tensor, meanwhile: Callable[[], None] | None = None) -> Tensor:
         if meanwhile is not None:

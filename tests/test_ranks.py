@@ -186,13 +186,15 @@ def test_what_simulated_ranks_send_can_be_kept():
         made.append(len(unit))
         return 2 * unit
 
-    keys, own = torch.arange(12.0).view(6, 2), torch.ones(2, 2)
-    for keep_sent, calls in ((False, 4), (True, 2)):
-        group = SimulatedRanks(3, 1, keys, keep_sent=keep_sent)
+    keys, own = torch.arange(16.0).view(8, 2), torch.ones(2, 2)
+    # Block by block as ranks would send; what is kept in the fewest blocks.
+    for keep_sent, calls, blocks in ((False, 6, [(2, 2), (0, 2), (6, 2), (4, 2)]), (True, 3, [(2, 2), (0, 2), (4, 4)])):
+        group = SimulatedRanks(4, 1, keys, keep_sent=keep_sent)
         first, second = ([(row, block.clone()) for row, block in group.gather(own, as_sent)] for _ in range(2))
-        assert [row for row, _ in first] == [row for row, _ in second] == [2, 0, 4]
+        assert [(row, len(block)) for row, block in first] == [(row, len(block)) for row, block in second] == blocks
         for (row, block), (_, again) in zip(first, second, strict=True):
-            assert torch.equal(block, again) and torch.equal(block, own if row == 2 else 2 * keys[row : row + 2])
+            expected = own if row == 2 else 2 * keys[row : row + len(block)]
+            assert torch.equal(block, again) and torch.equal(block, expected)
         assert len(made) == calls
         made.clear()
 
