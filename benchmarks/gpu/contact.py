@@ -42,7 +42,7 @@ class Contact:
 
     def probes(self, backend: str) -> list[Step]:
         toy = ["--toy"] if self.toy else []
-        limit = 25.0 if backend == "cuda" else 60.0  # Triton compiles
+        limit = 15.0 if self.toy else 25.0 if backend == "cuda" else 60.0  # Triton compiles
         environment = self.environment(OMP_NUM_THREADS="2")
         return [
             Step(f"probe-{name}", script("probe", name, "--out", self.out, *toy), limit, environment)
