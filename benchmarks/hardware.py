@@ -25,7 +25,10 @@ EXP_PER_CLOCK = 16
 
 @dataclass
 class Machine:
-    """Device, versions and measured ceilings; what every result row carries."""
+    """Device, versions and measured ceilings; what every result row carries.
+
+    The environment's BAM_KERNELS_COMMIT names the commit of a checkout that was copied without its history.
+    """
 
     device: torch.device
     name: str
@@ -49,7 +52,7 @@ class Machine:
             name=torch.cuda.get_device_name(place) if cuda else cpu_name(),
             isa=f"sm_{''.join(map(str, torch.cuda.get_device_capability(place)))}" if cuda else cpu_isa(),
             threads=torch.get_num_threads(),
-            commit=commit_of(REPOSITORY, "bam_kernels", "csrc"),
+            commit=os.environ.get("BAM_KERNELS_COMMIT") or commit_of(REPOSITORY, "bam_kernels", "csrc"),
         )
         machine.measure()
         return machine

@@ -61,7 +61,9 @@ def run(tmp_path_factory) -> SimpleNamespace:
         (folder / "hidden" / name / "__init__.py").write_text("raise ImportError('hidden')")
     command = [sys.executable, str(SCRIPTS / "measure.py"), "--toy", "--out", str(folder / "out")]
     command += ["--archive", str(folder / "measure.tar.gz"), "--before", str(folder / "contact.tar.gz")]
-    environment = os.environ | {"PYTHONPATH": str(folder / "hidden"), "OMP_NUM_THREADS": "1"}
+    environment = (
+        os.environ | {"PYTHONPATH": str(folder / "hidden"), "OMP_NUM_THREADS": "1"} | {"BAM_KERNELS_COMMIT": "abc1234"}
+    )
     finished = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     return SimpleNamespace(folder=folder, out=folder / "out", test=test, finished=finished)
 
@@ -82,7 +84,7 @@ def test_every_row_is_right_and_timed(run) -> None:
     }
     for row in found:
         assert row["status"] == "ok" and 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
-        assert row["wall_ms"] > 0 and row["share_of_floor"] > 0 and row["device"] and row["commit"]
+        assert row["wall_ms"] > 0 and row["share_of_floor"] > 0 and row["device"] and row["commit"] == "abc1234"
         if row["kind"] == "compile-autocast":
             assert 1e-4 < row["error_gradient"] < row["threshold"]  # bf16 products
         elif row["kind"] == "cpu" and row["benchmark"] == "loss":

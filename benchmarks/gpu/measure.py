@@ -5,7 +5,8 @@
 
 What failed in an earlier contact runs again, while races are looked for and the competitors are compiled: nothing is
 timed then. Then one process has the GPU to itself for all rows (compare.py); then Nsight Compute and torch's profiler.
-flash-sinkhorn is compared where it can be imported: a folder with it goes on PYTHONPATH.
+flash-sinkhorn is compared where it can be imported: a folder with it goes on PYTHONPATH. A copy of the checkout without
+its history is named by BAM_KERNELS_COMMIT.
 """
 
 import json
