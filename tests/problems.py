@@ -13,10 +13,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from bam_kernels import bam_loss, reference
 from bam_kernels.backends import cpu
 
 GOLDEN_FILES = sorted((Path(__file__).parent / "golden").glob("*.npz"))
 COSINES = (0.0, 0.9, 0.99, 0.999)  # mean cosine between images: training may start near collapse
+
+# Relative errors of the gradient of 160 images, by the mean cosine: twice what the kernels have on the CPU, or more.
+# Float32 loses by cancellation, and a GPU adds in another order; 2e-4 of float16's are the rounding of the result.
+GRADIENT_ERRORS = {
+    torch.float32: dict(zip(COSINES, (2e-6, 1e-5, 1e-4, 1e-3), strict=True)),
+    torch.float16: dict(zip(COSINES, (1.2e-3, 1.2e-3, 1.4e-3, 1.4e-3), strict=True)),
+}
 
 needs_cpu_kernels = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 golden = pytest.mark.parametrize("golden", GOLDEN_FILES, ids=lambda path: path.stem)
@@ -112,6 +120,24 @@ def loss_and_grad(function, student: Tensor, teacher: Tensor | None = None, **op
     loss = function(leaf, teacher, **options) if teacher is not None else function(leaf, **options)
     (grad,) = torch.autograd.grad(loss, leaf)
     return loss.detach(), grad
+
+
+def check_against_float64(
+    student: Tensor, teacher: Tensor | None, dtype: torch.dtype, cosine: float, **options: Any
+) -> None:
+    """`bam_loss` of the embeddings rounded to dtype, and its gradient, against the reference of the same in float64.
+
+    The loss is scaled as a GradScaler does: near collapse the gradient is too small for float16.
+    """
+    x, y = student.to(dtype), teacher.to(dtype) if teacher is not None else None
+    truth = loss_and_grad(reference.bam_loss, x.double(), y.double() if y is not None else None)
+    scale = 2.0 ** (10 - math.frexp(truth[1].abs().max().item())[1])  # the largest is then below 2^10
+    loss, grad = loss_and_grad(lambda *given, **named: scale * bam_loss(*given, **named), x, y, **options)
+    loss_error = (loss.double() / scale / truth[0] - 1).abs().item()
+    assert loss_error <= 1e-6, f"relative error of the loss {loss_error:.3g}"
+    error = ((grad.double() / scale - truth[1]).norm() / truth[1].norm()).item()
+    bound = GRADIENT_ERRORS[dtype][cosine]
+    assert error <= bound, f"relative error of the gradient {error:.3g}, bound {bound:.3g}"
 
 
 def assert_close(actual: Tensor, expected: Tensor | float, bound: float | Tensor) -> None:

@@ -7,7 +7,7 @@ import emulated
 import pytest
 import torch
 from cuda_device import DEVICE, kernels_on, pytestmark  # noqa: F401
-from problems import FLOAT32, GOLDEN_FILES, assert_close, features, load, loss_and_grad
+from problems import FLOAT32, GOLDEN_FILES, assert_close, check_against_float64, features, load, loss_and_grad
 
 from bam_kernels import bam_loss, bam_targets, reference, sinkhorn_attention
 from bam_kernels.backends import cuda
@@ -59,6 +59,14 @@ def test_sixteen_bit(R, memory_budget, matmul_precision):
     assert_close(found_loss.cpu(), loss, 2e-4 * loss.item())
     assert (found_grad.cpu() - grad).norm() <= 1e-3 * grad.norm()
     assert 1e-6 < (found_P - P).norm() / P.norm() <= 1e-3  # they were int16 scores
+
+
+@pytest.mark.parametrize("R", [0, 2])
+@pytest.mark.parametrize("cosine", [0.0, 0.999])
+def test_float16_embeddings_near_collapse(R, cosine):
+    student = features(4, 160, 200, cosine=cosine).to(DEVICE)
+    teacher = features(R, 160, 200, cosine=cosine, seed=1).to(DEVICE) if R else None
+    check_against_float64(student, teacher, torch.float16, cosine, backend="cuda")
 
 
 @pytest.mark.parametrize("R", [0, 2])
