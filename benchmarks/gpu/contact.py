@@ -146,10 +146,12 @@ class Contact:
 
     def times(self) -> list[Step]:
         toy = ["--toy"] if self.toy else []
-        return [
-            Step("times", script("times", "--rows", self.out / "rows.jsonl", *toy), 120, self.environment()),
-            Step("profile", script("kernel_profile"), 45, self.environment(), self.no_gpu),
-        ]
+        made = [Step("times", script("times", "--rows", self.out / "rows.jsonl", *toy), 120, self.environment())]
+        shapes = {"32x64x16": 4} if self.toy else {"2048x8192x4096": 8, "2048x8192x256": 8, "512x512x256": 2}
+        for shape, views in shapes.items():
+            given = ["--shape", shape, "--views", str(views), "--backends", *self.backends, "--out", self.out]
+            made.append(Step(f"trace-{shape}", script("step_trace", *given), 30, self.environment()))
+        return made
 
     def predictions(self) -> Step:
         """What was foretold of the times beside what they are."""
