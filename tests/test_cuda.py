@@ -184,7 +184,9 @@ def test_threads_resume_where_the_compiler_checks_jumps(tmp_path):
     made = {}
     for name in ("emulator", "device_functions"):
         source, made[name] = tmp_path / f"{name}.cpp", tmp_path / f"{name}.o"
-        source.write_text(f'#define _FORTIFY_SOURCE 2\n#include "{emulated.EMULATOR / name}.cpp"\n')
+        source.write_text(
+            f'#undef _FORTIFY_SOURCE\n#define _FORTIFY_SOURCE 2\n#include "{emulated.EMULATOR / name}.cpp"\n'
+        )
         emulated.compile_source(source, made[name])
     library = emulated.link(made, "checked.so")
     program = (
