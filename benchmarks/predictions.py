@@ -239,9 +239,18 @@ def predictions(gpu: str) -> list[Prediction]:
     return [*ceilings(gpu), *(prediction.on(GPUS[gpu]) for prediction in made)]
 
 
-def outcomes(rows: list[Row], gpu: str = "H100") -> list[dict[str, Any]]:
-    """A dictionary for each prediction; the last row that speaks of it counts. measured and held: None without one."""
-    found = []
+def gpu_of(rows: list[Row]) -> str:
+    """The GPU that the row of the copy's rate names; H100 where it names none that is known."""
+    notes = " ".join(row.note for row in rows if row.kind == "ceiling")
+    return next((name for name in GPUS if name in notes), "H100")
+
+
+def outcomes(rows: list[Row], gpu: str | None = None) -> list[dict[str, Any]]:
+    """A dictionary for each prediction; the last row that speaks of it counts. measured and held: None without one.
+
+    gpu: one of GPUS; None: the rows' own.
+    """
+    found, gpu = [], gpu or gpu_of(rows)
     for p in predictions(gpu):
         values = [value for row in rows if (value := p.value(row)) is not None]
         measured = values[-1] if values else None
@@ -277,7 +286,7 @@ def printed(found: list[dict[str, Any]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, help="rows.jsonl; none: predictions alone")
-    parser.add_argument("--gpu", choices=GPUS, default="H100", help="which one the rows are of (H100)")
+    parser.add_argument("--gpu", choices=GPUS, help="what is foretold of (the one that the rows name, else H100)")
     options = parser.parse_args()
     found = outcomes(read(options.results) if options.results is not None else [], options.gpu)
     print(printed(found))

@@ -20,9 +20,7 @@ class Execution(Protocol):
     def precision(self) -> str: ...
 
 
-_UNVERIFIED = (
-    'no kernels for {device} tensors that a GPU has verified; backend="triton" and "cuda" have some none has run'
-)
+_BY_NAME_ONLY = 'the kernels for {device} tensors are taken where they are named: backend="triton" or backend="cuda"'
 
 
 def row_kernels(backend: str) -> RowKernels:
@@ -61,7 +59,7 @@ def _choose(name: str, backend: str, device: torch.device, dtype: torch.dtype) -
     if backend == "auto":
         if device.type == "cpu" and cpu.unavailable() is None:
             return "cpu"
-        reason = cpu.unavailable() if device.type == "cpu" else _UNVERIFIED.format(device=device.type)
+        reason = cpu.unavailable() if device.type == "cpu" else _BY_NAME_ONLY.format(device=device.type)
         _warn_once(f"bam_kernels: computing with the slow PyTorch reference: {reason}")
         return "reference"
     reason = _cannot_run(backend, device)

@@ -155,9 +155,7 @@ class Contact:
 
     def predictions(self) -> Step:
         """What was foretold of the times beside what they are."""
-        facts = self.out / "facts.log"
-        gpu = "H200" if facts.exists() and "H200" in facts.read_text() else "H100"
-        command = [PYTHON, str(REPOSITORY / "benchmarks" / "predictions.py"), "--gpu", gpu]
+        command = [PYTHON, str(REPOSITORY / "benchmarks" / "predictions.py")]
         return Step("predictions", [*command, "--results", str(self.out / "rows.jsonl")], 30, self.environment())
 
     def run(self, run: Run) -> None:

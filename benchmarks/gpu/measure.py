@@ -97,6 +97,8 @@ class Measure:
         made = []
         for tool in ("racecheck", "synccheck"):
             under = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
+            # Barriers in shared memory that the tool cannot count by itself: those of a block, and more.
+            under += ["--num-cuda-barriers", "64"] if tool == "synccheck" else []
             rows = self.contact.pytest(f"{tool}-rows", files, 60, 0, "-k", CHECKED_TESTS)
             reason = self.contact.no_gpu or missing
             made.append(Step(tool, [*under, *script("tiny", "cuda")], 60, environment, reason))

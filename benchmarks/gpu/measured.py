@@ -79,9 +79,7 @@ def foretold(out: Path) -> str:
     sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
     from predictions import outcomes, printed
 
-    facts = out / "facts.log"
-    gpu = "H200" if facts.exists() and "H200" in facts.read_text() else "H100"
-    found = [one for one in outcomes(read(out / "rows.jsonl"), gpu) if one["measured"] is not None]
+    found = [one for one in outcomes(read(out / "rows.jsonl")) if one["measured"] is not None]
     held = sum(one["held"] for one in found)
     return f"{printed(found)}\n{held} of {len(found)} held"
 

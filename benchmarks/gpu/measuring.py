@@ -145,7 +145,7 @@ def ceilings(machine: Machine, record: Record) -> None:
     on_gpu = machine.device.type == "cuda"
     copied, product = ("8192 MB", "8192x8192x8192") if on_gpu else ("256 MB", "2048x2048x2048")
     half = "fp16" if on_gpu else "bf16"
-    record.lines.add(Line("ceiling", "copy", "torch", copied, "events", machine.copy_gbs, "GB/s"))
+    record.lines.add(Line("ceiling", "copy", "torch", copied, "events", machine.copy_gbs, "GB/s", note=machine.name))
     for name, gflops in ((half, machine.half_gemm_gflops), ("fp32", machine.gemm_gflops)):
         record.lines.add(Line("ceiling", f"product {name}", "torch", product, "events", gflops / 1e3, "TFLOP/s"))
 
@@ -276,8 +276,8 @@ def nothing(kind: RowName) -> Competitor:
 
 
 def copy_rate(place: Place, machine: Machine) -> float:
-    """GB/s of a copy as large as the int16 scores."""
-    return machine.copy_gbs_at(2 * layout_of(place).M * layout_of(place).N)
+    """GB/s of a copy as large as the int16 scores, or of a large one: a launch is most of what a small copy takes."""
+    return max(machine.copy_gbs, machine.copy_gbs_at(2 * layout_of(place).M * layout_of(place).N))
 
 
 def compiled(options: argparse.Namespace) -> int:

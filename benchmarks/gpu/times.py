@@ -113,10 +113,9 @@ def ceilings(clock: Clock, rows: Rows, toy: bool) -> None:
     """The best that the device does in this run."""
     source = torch.empty((1 << 20) if toy else (1 << 30), dtype=torch.float32, device=clock.device).normal_()
     target = torch.empty_like(source)
-    us = clock.wall_us(partial(target.copy_, source))
-    rows.add(
-        Row("ceiling", "copy", "torch", f"{2 * source.nbytes >> 20} MB", "wall", 2 * source.nbytes / us / 1e3, "GB/s")
-    )
+    gbs = 2 * source.nbytes / clock.wall_us(partial(target.copy_, source)) / 1e3
+    device = "CPU" if clock.device.type == "cpu" else torch.cuda.get_device_name()
+    rows.add(Row("ceiling", "copy", "torch", f"{2 * source.nbytes >> 20} MB", "wall", gbs, "GB/s", note=device))
     del source, target
     n = 256 if toy else 8192
     a, b = torch.randn(2, n, n, device=clock.device).half()

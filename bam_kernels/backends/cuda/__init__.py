@@ -1,6 +1,6 @@
 """The CUDA C++ row kernels of csrc/cuda, for Ampere and later.
 
-No GPU has run them yet: `backend="auto"` does not choose them.
+`backend="auto"` does not choose them: they run where they are named.
 """
 
 from functools import cache

@@ -62,7 +62,7 @@ class Compiled:
     """Registers of a thread, bytes of shared memory of a program and of stack of a thread, and what was spilled:
     instructions that load or store local memory, on AMD registers; None where the code was not disassembled.
     products: instructions for the tensor cores, by name: the machine's, or where it was not disassembled those of the
-    assembler's input. wide_fills: words of 64 bits given to registers of 32: wrong values outside the mask of a load."""
+    assembler's input. wide_fills: 64-bit words given to 32-bit registers, wrong values outside the mask of a load."""
 
     registers: int
     shared: int
