@@ -63,7 +63,7 @@ WAITS = "import time; time.sleep(2.5); open('grandchild', 'w')"
 def test_no_step_begins_after_the_end_and_none_outlasts_it(tmp_path):
     with Run(tmp_path, None, seconds=1.6) as run:
         ended = run.steps([Step("long", program("import time; time.sleep(60)"), 50), Step("late", program(""), 5)])
-    assert [step.status for step in ended] == ["failed: longer than 2 s", "not run: time is up"]
+    assert [step.status for step in ended] == ["failed: longer than 2 s", "failed: no time was left for it"]
 
 
 def test_only_what_is_asked_for(tmp_path):

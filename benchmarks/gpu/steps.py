@@ -5,6 +5,7 @@ OUT's small files and is renewed every few seconds, so that a run that is killed
 """
 
 import argparse
+import io
 import json
 import os
 import signal
@@ -23,6 +24,7 @@ GPU_SCRIPTS = REPOSITORY / "benchmarks" / "gpu"
 PYTHON = sys.executable
 ARCHIVE_EVERY_S = 5.0
 LARGEST_ARCHIVED = 4 << 20  # bytes of a file; larger ones are left out and named
+KILLED_S = 5.0  # that a killed process may take to end
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a step ended: "passed", "failed ..." or "not run: ...", and its log's last line."""
+    """How a step ended: "passed", "failed ..." or "not run: ..." where it cannot run here, and its log's last line."""
 
     name: str
     status: str
@@ -83,9 +85,10 @@ class Run:
                 while waiting and len(running) < at_once:
                     step = waiting.pop(0)
                     left = self.end - time.monotonic()
-                    reason = step.needs or (None if left > 1 else "time is up")
-                    if reason is not None:
-                        ended.append(self._note(Outcome(step.name, f"not run: {reason}")))
+                    if step.needs is not None:
+                        ended.append(self._note(Outcome(step.name, f"not run: {step.needs}")))
+                    elif left < 1:
+                        ended.append(self._note(Outcome(step.name, "failed: no time was left for it")))
                     else:
                         running.append(Running(step, self.out, min(step.limit_s, left)))
                 for process in [process for process in running if process.ended()]:
@@ -123,16 +126,30 @@ class Run:
         new = self.archive.with_name(self.archive.name + ".new")
         left_out = []
         with tarfile.open(new, "w:gz", compresslevel=3) as tar:
+
+            def add(name: str, content: bytes) -> None:
+                member = tarfile.TarInfo(name)
+                member.size, member.mtime = len(content), int(time.time())
+                tar.addfile(member, io.BytesIO(content))
+
             for path in sorted(self.out.rglob("*")):
-                if not path.is_file():
-                    continue
-                if path.stat().st_size > LARGEST_ARCHIVED:
-                    left_out.append(f"{path.relative_to(self.out)} ({path.stat().st_size} bytes)")
-                    continue
-                tar.add(path, arcname=str(path.relative_to(self.out)))
-        if left_out:
-            self.write("left_out.txt", "\n".join(left_out) + "\n")
+                name = str(path.relative_to(self.out))
+                try:  # steps write, rename and remove files meanwhile
+                    size = path.stat().st_size if path.is_file() else None
+                    if size is not None and size <= LARGEST_ARCHIVED:
+                        add(name, path.read_bytes())
+                    elif size is not None:
+                        left_out.append(f"{name}: {size} bytes")
+                except OSError as error:
+                    left_out.append(f"{name}: {error.strerror}")
+            if left_out:
+                add("left_out.txt", ("\n".join(left_out) + "\n").encode())
         new.replace(self.archive)
+
+    def shortfalls(self) -> str:
+        """A table of the steps that did not pass."""
+        others = [step for step in self.outcomes if step.status != "passed"]
+        return table(["step", "status", "last line"], [[s.name, s.status, s.last_line[:150]] for s in others])
 
     def check_only(self) -> None:
         """Raises: ValueError if a pattern of `only` named no step."""
@@ -159,26 +176,25 @@ class Running:
             )
 
     def ended(self) -> bool:
-        if self.process.poll() is not None:
+        self.over = self.process.poll() is None and time.monotonic() > self.begin + self.limit_s
+        if self.over or self.process.returncode is not None:
+            self.kill()  # what a command has left running would disturb the steps after it
             return True
-        self.over = time.monotonic() > self.begin + self.limit_s
-        if self.over:
-            self.kill()
-        return self.over
+        return False
 
     def kill(self) -> None:
-        """The command and all that it started."""
+        """End the command and all that it started; one that the system cannot end is left behind."""
         try:
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
+            self.process.wait(KILLED_S)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
             pass
-        self.process.wait()
 
     def outcome(self) -> Outcome:
         code = self.process.returncode
         status = "passed" if code == 0 else f"failed with {code}"
         if self.over:
-            status = f"failed: longer than {self.limit_s:.0f} s"
+            status = f"failed: longer than {self.limit_s:.0f} s" + (", and cannot be ended" if code is None else "")
         return Outcome(self.step.name, status, round(time.monotonic() - self.begin, 1), last_line(self.log))
 
 
@@ -191,6 +207,13 @@ def last_line(log: Path) -> str:
 def script(name: str, *arguments: str | Path) -> list[str]:
     """A script of this folder as a command."""
     return [PYTHON, str(GPU_SCRIPTS / f"{name}.py"), *map(str, arguments)]
+
+
+def checker(tool: str) -> list[str]:
+    """A command under a tool of CUDA's compute-sanitizer: exit status 9 where it has found something."""
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
+    # Barriers of a block in shared memory, which the tool does not count by itself.
+    return [*command, "--num-cuda-barriers", "64"] if tool == "synccheck" else command
 
 
 def parser(description: str, seconds: float) -> argparse.ArgumentParser:
