@@ -1,7 +1,7 @@
 """What a step of the driver is made of: data, backbone, head, loss, optimiser, and the rest.
 
-    python benchmarks/driver.py --json benchmarks/results/cpu_driver.json
-    python benchmarks/driver.py --options="--recipe imagenet-vit-s --data.root PATH --virtual-batch 256"
+    python benchmarks/driver_step.py --json benchmarks/results/cpu_driver.json
+    python benchmarks/driver_step.py --options="--recipe imagenet-vit-s --data.root PATH --virtual-batch 256"
 
 The driver's own parts with the options given, on made-up photographs unless they name a folder. Each part is run alone
 on the inputs that it has in the step; `rest` is what the whole step takes beyond its parts, `overhead` all but data and
