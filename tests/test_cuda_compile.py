@@ -14,7 +14,7 @@ from bam_kernels.backends.extension import _C
 
 if _C is None or not _C.with_cuda:
     pytest.skip("built without CUDA", allow_module_level=True)
-if _C.bounded_waits:
+if getattr(_C, "bounded_waits", False):  # an older extension says nothing of them
     pytest.skip("reports of waits take a stack", allow_module_level=True)
 
 

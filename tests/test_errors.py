@@ -8,6 +8,7 @@ from problems import features, needs_cpu_kernels
 
 from bam_kernels import BAMLoss, backends, bam_loss, bam_targets, reference, sinkhorn_attention
 from bam_kernels.backends import cpu
+from bam_kernels.options import Options
 
 Z = features(2, 5, 4)  # two views of five images
 FLAT = Z.flatten(0, 1)
@@ -304,6 +305,19 @@ def test_missing_extension(monkeypatch):
     with pytest.warns(UserWarning, match="slow PyTorch reference: the extension is not built"):
         assert bam_loss(Z).item() == reference.bam_loss(Z).item()
     assert torch.equal(sinkhorn_attention(Q), reference.sinkhorn_attention(Q))
+
+
+@pytest.mark.parametrize(
+    ("device", "words"),
+    [
+        ("cuda", 'backend="auto" does not choose the GPU kernels; pass backend="triton" or backend="cuda"$'),
+        ("xpu", "there are no kernels for xpu tensors$"),
+    ],
+)
+def test_auto_says_why_it_computes_with_the_reference(device, words):
+    backends._warn_once.cache_clear()
+    with pytest.warns(UserWarning, match=f"slow PyTorch reference: {words}"):
+        assert backends.choose("bam_loss", Options(), torch.device(device), torch.float32) == "reference"
 
 
 def test_all_bad_rows_are_counted():

@@ -20,7 +20,7 @@ class Execution(Protocol):
     def precision(self) -> str: ...
 
 
-_BY_NAME_ONLY = 'the kernels for {device} tensors are taken where they are named: backend="triton" or backend="cuda"'
+_NOT_BY_AUTO = 'backend="auto" does not choose the GPU kernels; pass backend="triton" or backend="cuda"'
 
 
 def row_kernels(backend: str) -> RowKernels:
@@ -57,15 +57,22 @@ def _choose(name: str, backend: str, device: torch.device, dtype: torch.dtype) -
             return "reference"
         raise TypeError(f'{name}: float64 is computed by backend="reference" only, got backend="{backend}"')
     if backend == "auto":
-        if device.type == "cpu" and cpu.unavailable() is None:
+        reason = _not_chosen(device)
+        if reason is None:
             return "cpu"
-        reason = cpu.unavailable() if device.type == "cpu" else _BY_NAME_ONLY.format(device=device.type)
         _warn_once(f"bam_kernels: computing with the slow PyTorch reference: {reason}")
         return "reference"
     reason = _cannot_run(backend, device)
     if reason:
         raise ValueError(f'{name}: backend="{backend}" cannot run here: {reason}')
     return backend
+
+
+def _not_chosen(device: torch.device) -> str | None:
+    """Why "auto" computes tensors of that device with the reference; None: it has kernels for them."""
+    if device.type == "cpu":
+        return cpu.unavailable()
+    return _NOT_BY_AUTO if device.type == "cuda" else f"there are no kernels for {device.type} tensors"
 
 
 @constant_in_graphs

@@ -1,6 +1,7 @@
 """The compiled extension, or why there is none. It is independent of torch, but shares torch's OpenMP runtime.
 
-BAM_KERNELS_EXTENSION=FILE loads that build of it instead of the one that lies in the package.
+BAM_KERNELS_EXTENSION=FILE loads that build of it instead of the one that lies in the package; without the file, or
+with one that does not load, `import bam_kernels` is an ImportError.
 """
 
 import importlib
@@ -17,10 +18,8 @@ _NAME = "bam_kernels._C"
 _FILE = "BAM_KERNELS_EXTENSION"
 
 
-def _load() -> ModuleType:
-    path = os.environ.get(_FILE)
-    if not path:
-        return importlib.import_module(_NAME)
+def _load_asked(path: str) -> ModuleType:
+    """The file that the environment asks for. Raises: ImportError."""
     try:
         return _load_file(os.path.abspath(path))
     except ImportError as error:
@@ -39,7 +38,11 @@ def _load_file(path: str) -> ModuleType:
 
 _C: Any = None
 import_error: ImportError | None = None
-try:
-    _C = _load()
-except ImportError as error:
-    import_error = error
+_asked = os.environ.get(_FILE)
+if _asked:
+    _C = _load_asked(_asked)
+else:
+    try:
+        _C = importlib.import_module(_NAME)
+    except ImportError as error:
+        import_error = error

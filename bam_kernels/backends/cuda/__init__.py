@@ -1,6 +1,6 @@
 """The CUDA C++ row kernels of csrc/cuda, for Ampere and later.
 
-`backend="auto"` does not choose them: they run where they are named.
+They run with `backend="cuda"`; `backend="auto"` does not choose them.
 """
 
 from functools import cache
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..extension import _C, import_error
+from . import shapes
 from .device import Device
 
 if TYPE_CHECKING:
@@ -23,6 +24,9 @@ def unavailable(device: torch.device) -> str | None:
         return f"it takes CUDA tensors, got {device}"
     if _C is None:
         return f"the extension is not built ({import_error}); install it with nvcc: pip install -e ."
+    if shapes.MISSING:
+        lacks = ", ".join(shapes.MISSING)
+        return f"the extension is older than these sources, it lacks {lacks}; rebuild it: pip install -e ."
     if not _C.with_cuda:
         return "the extension was built without CUDA; install it where nvcc is found: pip install -e ."
     if torch.version.hip:

@@ -8,16 +8,27 @@ from typing import NamedTuple
 from ..extension import _C
 from .device import Device
 
-_CONSTANTS = _C.cuda_constants if _C is not None else {}
-OWNED = _CONSTANTS.get("owned", 0)
-MOST_THREADS = _CONSTANTS.get("threads", 0)
-REGISTER_THREADS = _CONSTANTS.get("register_threads", 0)  # for which a multiprocessor has registers
-ON_CHIP_THREADS = _CONSTANTS.get("on_chip_threads", 0)
-STAGES = _CONSTANTS.get("stages", 0)
-GROUP_BYTES = _CONSTANTS.get("group_bytes", 0)
-GROUPS = _CONSTANTS.get("groups", 0)
-POTENTIAL_BYTES = _CONSTANTS.get("potential_bytes", 0)
-SCRATCH_BYTES = _CONSTANTS.get("scratch_bytes", 0)
+# Constants that the extension does not have, as one built from older sources: `cuda.unavailable` refuses it.
+MISSING: list[str] = []
+
+
+def _constant(name: str) -> int:
+    """A constant of csrc/cuda/cuda.h; 0 where there is no extension, or none that has it."""
+    constants = getattr(_C, "cuda_constants", {})
+    if _C is not None and name not in constants:
+        MISSING.append(name)
+    return constants.get(name, 0)
+
+
+OWNED = _constant("owned")
+MOST_THREADS = _constant("threads")
+REGISTER_THREADS = _constant("register_threads")  # threads of whole-row kernels that fit a multiprocessor's registers
+ON_CHIP_THREADS = _constant("on_chip_threads")
+STAGES = _constant("stages")
+GROUP_BYTES = _constant("group_bytes")
+GROUPS = _constant("groups")
+POTENTIAL_BYTES = _constant("potential_bytes")
+SCRATCH_BYTES = _constant("scratch_bytes")
 WARP = 32
 COLUMN_BLOCK = 1024  # columns of a block of the kernels whose threads walk down rows
 COLUMN_ROWS = 4  # rows that those read at once
