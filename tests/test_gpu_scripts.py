@@ -1,5 +1,6 @@
 """The scripts for a GPU that one has for minutes, at toy size: limits, what a kill leaves, what a fault looks like."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -18,8 +19,9 @@ REPOSITORY = Path(__file__).parents[1]
 SCRIPTS = REPOSITORY / "benchmarks" / "gpu"
 sys.path.append(str(SCRIPTS))
 
+import contact  # noqa: E402
 import rows  # noqa: E402
-from steps import PYTHON, Run, Step, extension  # noqa: E402
+from steps import PYTHON, Outcome, Run, Step, extension  # noqa: E402
 
 needs_extension = pytest.mark.skipif(_C is None, reason="needs the extension")
 needs_compiler = pytest.mark.skipif(_C is None or not shutil.which("g++"), reason="needs the extension and g++")
@@ -105,6 +107,57 @@ def test_the_extension_of_a_variant(tmp_path):
     assert extension(tmp_path, "sm_80")["BAM_KERNELS_EXTENSION"].endswith("sm_80/_C.cpython-312-x86_64-linux-gnu.so")
 
 
+def test_a_build_that_is_not_there_runs_under_no_name(tmp_path):
+    """Where a step needs code for sm_80 or bounded waits, the installed extension does not stand in for them."""
+    none = contact.Contact(tmp_path, None, toy=False)
+    for step in (*none.probes_for_older(), none.pytest("tests-sm80", [], 1, 0, variant="sm_80")):
+        assert step.needs == "build.py has not made sm_80 in None"
+    (tmp_path / "sm_80").mkdir()
+    (tmp_path / "sm_80" / "_C.so").touch()
+    made = contact.Contact(tmp_path, tmp_path, toy=False)
+    assert {step.needs for step in made.probes_for_older()} == {None}
+    assert not [step.name for step in made.probes_for_older() if "cluster" in step.name.replace("beyond-clusters", "")]
+    command = [PYTHON, SCRIPTS / "contact.py", "--out", tmp_path / "out", "--extensions", tmp_path]
+    refused = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert refused.returncode == 1 and "there is no sm_90a in it" in refused.stderr
+
+
+def test_a_hung_probe_is_repeated_with_waits_that_end(tmp_path):
+    (tmp_path / "bounded").mkdir()
+    (tmp_path / "bounded" / "_C.so").touch()
+    hung = "failed: longer than 25 s"
+    names = ("probe-cuda-pass-block", "probe-cuda-pass-block-sm80", "probe-triton-pass")
+    probed = [Outcome(name, hung) for name in names] + [Outcome("probe-cuda-stats", "failed with 1")]
+    again = contact.Contact(tmp_path, tmp_path, toy=False).named_waits(probed)
+    assert [step.name for step in again] == ["probe-cuda-pass-block-bounded"] and again[0].needs is None
+    assert again[0].environment["BAM_KERNELS_EXTENSION"].endswith("bounded/_C.so")
+
+
+@needs_compiler
+@pytest.mark.parametrize("wrong", ["form", "nothing was checked"])
+def test_a_probe_that_does_not_run_what_it_is_named_for_is_wrong(wrong, capsys, monkeypatch, tmp_path):
+    import probe
+    import probe_checks
+
+    case = dataclasses.replace(probe.CASES["cuda-stats"], form="")
+    if wrong == "form":
+        case = dataclasses.replace(probe.CASES["cuda-pass-block"], form="long")
+    else:
+        monkeypatch.setitem(probe_checks.CHECKS, "stats", lambda *_: None)
+    assert probe.probe("named", case, True, tmp_path) == 1
+    assert f"named: WRONG: {wrong}" in capsys.readouterr().out
+
+
+def test_what_fails_is_counted(capsys):
+    import times
+
+    written = rows.Rows(None)
+    times.attempt(written, "kernel", "match", "cuda", "2x2", "graph", lambda: 1.0)
+    assert written.failed == 0
+    times.attempt(written, "kernel", "match", "cuda", "2x2", "graph", lambda: [][0])
+    assert written.failed == 1 and "FAILED kernel match cuda 2x2 graph: IndexError" in capsys.readouterr().out
+
+
 def test_rows_are_read_back_up_to_where_they_were_cut_off(tmp_path):
     file = tmp_path / "rows.jsonl"
     written = rows.Rows(file)
@@ -130,6 +183,21 @@ def test_that_loses_the_context():
 def test_after_it(i):
     torch.cuda.synchronize()
 """
+
+
+def test_outcomes_of_what_cannot_be_imported_and_what_is_skipped(tmp_path):
+    (tmp_path / "test_broken.py").write_text("import not_there")
+    (tmp_path / "test_other.py").write_text("import pytest\ndef test_it():\n    pytest.skip('no clusters here')")
+    command = [PYTHON, "-m", "pytest", "-q", "-p", "pytest_gpu", "--outcomes", "found.jsonl", "-p", "no:cacheprovider"]
+    command += ["--continue-on-collection-errors"]
+    (tmp_path / "found.jsonl").write_text('{"test": "of an earlier run"}\n')
+    subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(SCRIPTS)}, capture_output=True)
+    found = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]
+    assert [(row["test"], row["outcome"]) for row in found] == [
+        ("test_broken.py", "failed"),
+        ("test_other.py::test_it", "skipped"),
+    ]
+    assert "not_there" in found[0]["error"] and "no clusters here" in found[1]["error"]
 
 
 @pytest.mark.parametrize("workers", [0, 1])

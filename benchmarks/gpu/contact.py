@@ -15,11 +15,13 @@ from pathlib import Path
 
 import probe
 from rows import Row, read
-from steps import PYTHON, REPOSITORY, Outcome, Run, Step, extension, importing, parser, script, table
+from steps import PYTHON, REPOSITORY, Outcome, Run, Step, checker, extension, importing, parser, script, table
 
 TESTS = REPOSITORY / "tests"
 # Kernels from given operands, over blocks, clusters and long rows, at sizes that a memory checker allows.
 CHECKED_TESTS = "(cluster or long) and (pass or blocks or 132)"
+BASE = "sm_90a"  # the variant of the extension that most steps use
+CHECKED_FILES = [TESTS / "test_cuda_kernels.py", TESTS / "test_cuda_match.py"]
 
 
 class Contact:
@@ -30,8 +32,13 @@ class Contact:
         self.no_gpu = "a toy run has no GPU" if toy else None
         self.backends = ["cpu"] if toy else ["cuda", "triton"]
 
-    def environment(self, variant: str = "sm_90a", **more: str) -> dict[str, str]:
+    def environment(self, variant: str = BASE, **more: str) -> dict[str, str]:
         return importing() | extension(self.extensions, variant) | more
+
+    def missing(self, variant: str) -> str | None:
+        """Why a step that needs a variant of the extension cannot run."""
+        here = bool(extension(self.extensions, variant))
+        return self.no_gpu or (None if here else f"build.py has not made {variant} in {self.extensions}")
 
     def facts(self) -> Step:
         return Step("facts", script("facts"), 40, self.environment(), self.no_gpu)
@@ -51,30 +58,32 @@ class Contact:
             if case.backend == backend and (not self.toy or case.check not in ("step", "flash_step"))
         ]
 
-    def named_waits(self, hung: list[Outcome]) -> list[Step]:
-        """Probes that did not end, by the build whose waits end and say where they were."""
-        environment = self.environment("bounded")
+    def named_waits(self, probed: list[Outcome]) -> list[Step]:
+        """CUDA's probes that did not end, by the build whose waits end and say where they were."""
+        environment, reason = self.environment("bounded"), self.missing("bounded")
+        hung = {outcome.name for outcome in probed if "longer than" in outcome.status}
         return [
-            Step(
-                f"{step.name}-bounded", script("probe", step.name.removeprefix("probe-")), 25, environment, self.no_gpu
-            )
-            for step in hung
+            Step(f"{step.name}-bounded", step.command, 25, environment, reason)
+            for step in self.probes("cuda")
+            if step.name in hung
         ]
 
     def probes_for_older(self) -> list[Step]:
-        """The code for sm_80, which this GPU's driver compiles."""
-        made = []
-        for step in self.probes("cuda"):
-            if probe.CASES[step.name.removeprefix("probe-")].check in ("sinkhorn_pass", "match", "on_chip", "step"):
-                made.append(Step(f"{step.name}-sm80", step.command, 60, self.environment("sm_80"), self.no_gpu))
-        return made
+        """The code for sm_80, which this GPU's driver compiles; it has no clusters."""
+        environment, reason = self.environment("sm_80"), self.missing("sm_80")
+        return [
+            Step(f"{step.name}-sm80", step.command, 60, environment, reason)
+            for step in self.probes("cuda")
+            if probe.CASES[step.name.removeprefix("probe-")].form in ("block", "long", "grid")
+            or step.name == "probe-cuda-step"
+        ]
 
     def pytest(
-        self, name: str, files: list[Path], limit_s: float, workers: int, *more: str, variant: str = "sm_90a"
+        self, name: str, files: list[Path], limit_s: float, workers: int, *more: str, variant: str = BASE
     ) -> Step:
         outcomes = self.out / f"{name}.tests.jsonl"
-        outcomes.unlink(missing_ok=True)
         command = [PYTHON, "-m", "pytest", "-q", "-rf", "--tb=short", "-p", "no:cacheprovider", "-p", "pytest_gpu"]
+        command += ["--continue-on-collection-errors"]
         command += ["-c", str(REPOSITORY / "pyproject.toml"), "--rootdir", str(REPOSITORY), "--outcomes", str(outcomes)]
         if importlib.util.find_spec("xdist") and workers:
             command += ["-n", str(workers)]
@@ -84,7 +93,8 @@ class Contact:
         environment["PYTHONPATH"] += f":{REPOSITORY / 'benchmarks' / 'gpu'}"
         if self.toy:
             environment["TRITON_INTERPRET"] = "1"
-        return Step(name, [*command, *map(str, files), *more], limit_s, environment)
+        reason = None if variant == BASE else self.missing(variant)
+        return Step(name, [*command, *map(str, files), *more], limit_s, environment, reason)
 
     def tests(self) -> list[Step]:
         cuda = [path for path in sorted(TESTS.glob("test_cuda*.py")) if path.stem != "test_cuda_compile"]
@@ -103,14 +113,15 @@ class Contact:
 
     def memory_checks(self) -> list[Step]:
         missing = None if shutil.which("compute-sanitizer") else "compute-sanitizer is not here"
-        checker = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", "--target-processes", "all"]
         # Each tensor is then a piece of memory of its own, so that what lies between two is seen.
         environment = self.environment(PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-        rows = self.pytest("memcheck-rows", sorted(TESTS.glob("test_cuda_[km]*s.py")), 150, 0, "-k", CHECKED_TESTS)
+        rows = self.pytest("memcheck-rows", CHECKED_FILES, 150, 0, "-k", CHECKED_TESTS)
         reason = self.no_gpu or missing
         return [
-            Step("memcheck", [*checker, *script("tiny", "cuda")], 100, environment, reason),
-            Step(rows.name, [*checker, *rows.command], rows.limit_s, environment | rows.environment, reason),
+            Step("memcheck", [*checker("memcheck"), *script("tiny", "cuda")], 100, environment, reason),
+            Step(
+                rows.name, [*checker("memcheck"), *rows.command], rows.limit_s, environment | rows.environment, reason
+            ),
         ]
 
     def ranks(self) -> list[Step]:
@@ -160,14 +171,13 @@ class Contact:
         return Step("predictions", [*command, "--results", str(self.out / "rows.jsonl")], 30, self.environment())
 
     def run(self, run: Run) -> None:
-        run.write("rows.jsonl", "")
         facts = run.steps([self.facts()])
         probes = self.probes("triton") + self.probes("cuda")
         if any(step.failed and step.last_line.startswith("CUDA kernels") for step in facts):
             run.steps([self.build(), *self.probes("triton")], at_once=6)
             probes = self.probes("cuda")
         probed = run.steps([*probes, *self.probes_for_older()], at_once=8 if not self.toy else 2)
-        run.steps(self.named_waits([step for step in probed if "longer than" in step.status]), at_once=6)
+        run.steps(self.named_waits(probed), at_once=6)
         beside = [*self.tests(), *self.memory_checks(), *self.ranks(), *self.driver()]
         beside.append(Step("doctor", [PYTHON, "-m", "bam_kernels"], 90, self.environment()))
         run.steps(beside, at_once=7 if not self.toy else 2)
@@ -208,9 +218,7 @@ def times_table(rows: list[Row]) -> str:
 
 def summary(run: Run) -> str:
     """Failures first, then times: short enough to be read where only the end of the output is to be had."""
-    parts = ["", "== Steps that did not pass"]
-    others = [step for step in run.outcomes if step.status != "passed"]
-    parts.append(table(["step", "status", "last line"], [[s.name, s.status, s.last_line[:150]] for s in others]))
+    parts = ["", "== Steps that did not pass", run.shortfalls()]
     tests = counts(run.out)
     if tests:
         parts += ["", "== Tests", table(["tests", "passed", "failed", "skipped", ""], [[*row, ""] for row in tests])]
@@ -221,11 +229,16 @@ def summary(run: Run) -> str:
     rows = read(run.out / "rows.jsonl")
     if rows:
         parts += ["", "== Times", times_table(rows)]
+    foretold = run.out / "predictions.log"
+    if foretold.exists():
+        parts += ["", "== Predictions", foretold.read_text(errors="replace").rstrip()]
     return "\n".join(parts) + "\n"
 
 
 def main() -> int:
     options = parser(__doc__, seconds=330).parse_args()
+    if options.extensions is not None and not extension(options.extensions, BASE):
+        sys.exit(f"--extensions {options.extensions}: there is no {BASE} in it, which build.py makes")
     with Run(options.out, options.archive, options.only, options.seconds) as run:
         try:
             Contact(options.out, options.extensions, options.toy).run(run)

@@ -5,8 +5,8 @@
 
 Each call of a kernel is named before it starts, so that the last line of the output names one that never ends. First
 every launch is waited for; then none is, and where the device can, launches overlap: the results must be the same bits.
-Memory is filled with NaN before, so that what is not written is seen, and outputs lie between zones in which nothing
-may be written. What is wrong is saved with its operands. Without
+Memory is filled with NaN before, so that what is not written is seen, and outputs that are given lie between zones in
+which nothing may be written. What is wrong is saved with its operands. Without
 a GPU (--toy) the CUDA kernels run under the tests' emulator, the Triton kernels under Triton's interpreter.
 """
 
@@ -24,7 +24,10 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests"), str(REPOSITORY / "be
 
 @dataclass(frozen=True)
 class Case:
-    """check: of probe_checks.py; m x n scores or m rows of n features; limits: what the device is said to have."""
+    """check: of probe_checks.py; m x n scores or m rows of n features; limits: what the device is said to have.
+
+    form: "block", "cluster" or "long" rows, or "grid" of blocks, that int16 scores of this shape must take; "": any.
+    """
 
     backend: str
     check: str
@@ -32,6 +35,7 @@ class Case:
     n: int
     toy: tuple[int, int] = (5, 300)
     limits: dict[str, Any] = field(default_factory=dict)
+    form: str = ""
     threads: int | None = None  # of a block, at most, at toy size: so that short rows need clusters
 
 
@@ -41,20 +45,20 @@ CASES = {
     "cuda-embed": Case("cuda", "embed", 65, 4099, (5, 33)),
     "cuda-symmetrize": Case("cuda", "symmetrize", 1030, 0, (33, 0)),
     "cuda-columns": Case("cuda", "columns", 70, 3004, (7, 300)),
-    "cuda-pass-block": Case("cuda", "sinkhorn_pass", 300, 3001),
-    "cuda-pass-cluster": Case("cuda", "sinkhorn_pass", 300, 20008, (9, 1032), threads=32),
-    "cuda-pass-wide-cluster": Case("cuda", "sinkhorn_pass", 40, 65541, (5, 1031), threads=32),
-    "cuda-pass-long": Case("cuda", "sinkhorn_pass", 40, 3001, limits=LONG),
-    "cuda-pass-beyond-clusters": Case("cuda", "sinkhorn_pass", 20, 200_001, limits=LONG),
-    "cuda-match-block": Case("cuda", "match", 2, 3000, (2, 300)),
-    "cuda-match-cluster": Case("cuda", "match", 2, 20008, (2, 1032), threads=32),
-    "cuda-match-wide-cluster": Case("cuda", "match", 2, 65540, (2, 1036), threads=32),
-    "cuda-match-long": Case("cuda", "match", 2, 3000, (2, 300), LONG),
+    "cuda-pass-block": Case("cuda", "sinkhorn_pass", 300, 3001, form="block"),
+    "cuda-pass-cluster": Case("cuda", "sinkhorn_pass", 300, 20008, (9, 1032), threads=32, form="cluster"),
+    "cuda-pass-wide-cluster": Case("cuda", "sinkhorn_pass", 40, 65541, (5, 1031), threads=32, form="cluster"),
+    "cuda-pass-long": Case("cuda", "sinkhorn_pass", 40, 3001, limits=LONG, form="long"),
+    "cuda-pass-beyond-clusters": Case("cuda", "sinkhorn_pass", 20, 200_001, limits=LONG, form="long"),
+    "cuda-match-block": Case("cuda", "match", 2, 3000, (2, 300), form="block"),
+    "cuda-match-cluster": Case("cuda", "match", 2, 20008, (2, 1032), threads=32, form="cluster"),
+    "cuda-match-wide-cluster": Case("cuda", "match", 2, 65540, (2, 1036), threads=32, form="cluster"),
+    "cuda-match-long": Case("cuda", "match", 2, 3000, (2, 300), LONG, form="long"),
     "cuda-plan": Case("cuda", "plan", 37, 4099, (5, 33)),
     "cuda-stats": Case("cuda", "stats", 700, 1400, (20, 40)),
-    "cuda-on-chip-grid": Case("cuda", "on_chip", 512, 512, (150, 33)),
-    "cuda-on-chip-grid-odd": Case("cuda", "on_chip", 131, 1031, (13, 300), limits=ONE_BLOCK),
-    "cuda-on-chip-cluster": Case("cuda", "on_chip", 100, 130, (30, 20)),
+    "cuda-on-chip-grid": Case("cuda", "on_chip", 512, 512, (150, 33), form="grid"),
+    "cuda-on-chip-grid-odd": Case("cuda", "on_chip", 131, 1031, (13, 300), limits=ONE_BLOCK, form="grid"),
+    "cuda-on-chip-cluster": Case("cuda", "on_chip", 100, 130, (30, 20), form="cluster"),
     "cuda-step": Case("cuda", "step", 130, 72, (9, 8)),
     "triton-embed": Case("triton", "embed", 65, 4099, (5, 33)),
     "triton-symmetrize": Case("triton", "symmetrize", 1030, 0, (33, 0)),
@@ -114,6 +118,21 @@ def kernels_of(case: Case, toy: bool, overlapping: bool) -> Any:
     return CudaKernels(_C.cuda_kernels(), lambda index: device)
 
 
+def form_of(case: Case, m: int, n: int, device: Any) -> str:
+    """The form that int16 scores take on a device."""
+    from bam_kernels.backends.cuda import shapes
+
+    if case.check == "on_chip":
+        found = shapes.on_chip(m, n, 2, device)
+        return "too large for the chip" if found is None else "cluster" if found.team.cluster > 1 else "grid"
+    if case.check == "match":
+        team = shapes.match_team(2, n, 2, device)
+    else:
+        shape = shapes.pass_shape(n, 2, device)
+        team = None if shape is None else shape.team
+    return "long" if team is None else "cluster" if team.cluster > 1 else "block"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("case", nargs="?", choices=CASES, help="which kernel in which form")
@@ -142,30 +161,27 @@ def probe(name: str, case: Case, toy: bool, out: Path) -> int:
     wait = (lambda: None) if toy else torch.cuda.synchronize
     runs = []
     for overlapping in (False, True):
-        print(
-            f"{name}: {m} x {n}, " + ("launches as the device can" if overlapping else "each launch waited for"),
-            flush=True,
-        )
+        how = "launches as the device can" if overlapping else "each launch waited for"
+        print(f"{name}: {m} x {n}, {how}", flush=True)
         poison(device)
         found = Found(out / f"probe-{name}-{'overlapping' if overlapping else 'waiting'}")
-        kernels = Named(kernels_of(case, toy, overlapping), (lambda: None) if overlapping else wait)
+        of_case = kernels_of(case, toy, overlapping)
+        if case.form:
+            found.expect_form(case.form, form_of(case, m, n, of_case._found_device(0)))
         torch.manual_seed(0)
-        CHECKS[case.check](kernels, device, m, n, found)
+        CHECKS[case.check](Named(of_case, (lambda: None) if overlapping else wait), device, m, n, found)
         wait()
         found.check_zones()
         runs.append(found)
-    same = all(torch.equal(a, b) for a, b in zip(runs[0].results, runs[1].results, strict=True))
-    if not same:
-        print("WRONG: other bits where launches overlap, or from run to run")
-    wrong = sum(len(found.wrong) for found in runs)
-    worst = max((found.worst for found in runs), default=0.0)
-    verdict = (
-        "right"
-        if same and not wrong
-        else f"WRONG: {', '.join(dict.fromkeys(w for f in runs for w in f.wrong)) or 'bits'}"
-    )
-    print(f"{name}: {verdict}; largest error {worst:.2g} of its bound")
-    return int(wrong > 0 or not same)
+    first, second = runs
+    if not first.results:
+        first.wrong.append("nothing was checked")
+    if not all(torch.equal(a, b) for a, b in zip(first.results, second.results, strict=True)):
+        second.wrong.append("other bits where launches overlap, or from run to run")
+    wrong = list(dict.fromkeys(first.wrong + second.wrong))
+    worst = max(first.worst, second.worst)
+    print(f"{name}: {'WRONG: ' + ', '.join(wrong) if wrong else 'right'}; largest error {worst:.2g} of its bound")
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":

@@ -51,6 +51,12 @@ class Found:
         self.guarded.append(whole)
         return whole[ZONE:-ZONE].fill_(math.nan if dtype.is_floating_point else 12345).view(shape)
 
+    def expect_form(self, expected: str, found: str) -> None:
+        """Whether the scores take the form that the probe is named for."""
+        if found != expected:
+            print(f"  WRONG: rows in the form {found!r}, not {expected!r}")
+            self.wrong.append(f"form {found}")
+
     def check_zones(self) -> None:
         """Whether a kernel has written before or past an output."""
         for whole in self.guarded:
@@ -214,7 +220,7 @@ def match(kernels: Any, device: torch.device, images: int, n: int, found: Found)
                 continue  # rounded scores tie
             given = torch.where(exact == -math.inf, MASKED, exact)
             P, loss, G, target_entropy, source_entropy = expected_match(layout, given, col, EPSILON, TAU, top_k)
-            kept = s.clone().view(shape)
+            kept = found.unwritten(device, *shape, dtype=s.dtype).copy_(s.view(shape))
             gradient, factor = kept, 1.0
             if name == "int16":
                 gradient = kept.view(torch.float16)

@@ -26,6 +26,13 @@ class Outcomes:
     def __init__(self, file: Path | None) -> None:
         self.file = file
         self.failed: set[str] = set()
+        if file is not None:
+            file.unlink(missing_ok=True)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """A file that cannot be imported."""
+        if report.failed:
+            self.write(report.nodeid, "failed", 0.0, report.longreprtext)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if self.file is None or not (report.when == "call" or report.outcome != "passed"):
@@ -34,9 +41,14 @@ class Outcomes:
             if report.nodeid in self.failed:  # the end of its worker, which is told again as a crash in this test
                 return
             self.failed.add(report.nodeid)
-        row = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 2)}
-        if report.failed:
-            text = report.longreprtext
+        self.write(report.nodeid, report.outcome, report.duration, report.longreprtext)
+
+    def write(self, test: str, outcome: str, seconds: float, text: str) -> None:
+        """A line; of what failed or was skipped also why."""
+        if self.file is None:
+            return
+        row = {"test": test, "outcome": outcome, "seconds": round(seconds, 2)}
+        if outcome != "passed":
             errors = [line for line in text.splitlines() if line.startswith("E ")]
             row |= {"error": (errors or text.splitlines() or [""])[0 if errors else -1][:300], "text": text[-6000:]}
         with self.file.open("a") as file:

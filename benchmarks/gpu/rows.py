@@ -9,9 +9,10 @@ from pathlib import Path
 class Row:
     """A measured number.
 
-    kind: ceiling, kernel or step. how: "graph" (device time of a replay), "wall" (host and device, one call and a
-    synchronisation), "host" (the call alone). shape: M x N or M x N x D. error: relative, of dz or of what the kernel
-    writes, against float64.
+    kind: ceiling, kernel or step. shape: M x N or M x N x D. error: relative, against float64, of dz or of a kernel's
+    output. how: "graph", device time of a replay, of a kernel "cold", with operands larger than the cache in turn, or
+    "warm", with the same again; "events", between two events around an eager call; "wall", an eager call and a wait;
+    "host", the call alone; "first", the first call, which compiles.
     """
 
     kind: str
@@ -28,10 +29,15 @@ class Row:
 
 
 class Rows:
-    """Appends rows to a file and prints them."""
+    """Appends rows to a file and prints them; counts what failed."""
 
     def __init__(self, path: Path | None) -> None:
-        self.path = path
+        self.path, self.failed = path, 0
+
+    def fail(self, what: str) -> None:
+        """Say that there is no row of something."""
+        self.failed += 1
+        print(f"FAILED {what}", flush=True)
 
     def add(self, row: Row) -> None:
         if self.path is not None:
