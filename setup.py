@@ -14,7 +14,7 @@ torch. One ninja file runs all compilers in parallel and recompiles only what ch
     BAM_KERNELS_DEFINES   constants of csrc/cuda/cuda.h to try, e.g. "BAM_THREADS=256 BAM_STAGES=6"
 
 Objects are kept in build/, or where `build_ext --build-temp` says; `--build-lib` says where the extension goes. At run
-time BAM_KERNELS_EXTENSION=FILE loads another build of it than the one that lies in the package:
+time BAM_KERNELS_EXTENSION=FILE loads another build of it than the one that lies in the package, or is an ImportError:
 benchmarks/gpu/build.py makes several.
 """
 

@@ -13,6 +13,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -64,7 +65,10 @@ def watched(process: subprocess.Popen, now: Path) -> int:
 
 
 class Record:
-    """The rows of a folder, old and new; what is being measured is in now.json."""
+    """The rows of a folder, old and new; what is being measured is in now.json, what has no row in not_measured.json.
+
+    missing: why there is no row, by problem and kind.
+    """
 
     def __init__(self, out: Path) -> None:
         from rows import Rows
@@ -72,6 +76,25 @@ class Record:
         self.out, self.file, self.now = out, out / "rows.json", out / "now.json"
         self.rows = json.loads(self.file.read_text()) if self.file.exists() else []
         self.lines = Rows(out / "rows.jsonl")
+        self._missing_file = out / "not_measured.json"
+        self.missing: dict[str, dict[str, str]] = {}
+
+    def expect(self, listed: list[Place]) -> None:
+        """All that has no row yet is missing, unless an earlier process has said why."""
+        said = json.loads(self._missing_file.read_text()) if self._missing_file.exists() else {}
+        for place in listed:
+            kinds = [kind for kind in place.kinds if kind not in self.kinds(place.name)]
+            self.missing[place.name] = {kind: said.get(place.name, {}).get(kind, "not reached") for kind in kinds}
+        self._write_missing()
+
+    def leave_out(self, problem: str, kinds: Iterable[str], why: str) -> None:
+        for kind in kinds:
+            print(f"{problem} {kind}: left out: {why}", flush=True)
+            self.missing.setdefault(problem, {})[kind] = why
+        self._write_missing()
+
+    def _write_missing(self) -> None:
+        self._missing_file.write_text(json.dumps(self.missing, indent=1) + "\n")
 
     def begin(self, place: Place, kind: str) -> None:
         self.now.write_text(json.dumps({"problem": place.name, "kind": kind}))
@@ -96,6 +119,8 @@ class Record:
         self.rows.append(row)
         add_ratios(self.of(row["problem"]))
         write_json(self.file, self.rows)
+        if self.missing.get(row["problem"], {}).pop(row["kind"], None) is not None:
+            self._write_missing()
 
 
 def main() -> int:

@@ -16,8 +16,8 @@ from steps import table
 
 DURATION = ("gpu__time_duration.sum",)
 DRAM = (
-    *("gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed",),
-    *("dram__throughput.avg.pct_of_peak_sustained_elapsed",),
+    "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed",
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed",
 )
 SM = ("sm__throughput.avg.pct_of_peak_sustained_elapsed",)
 INSTRUCTIONS = ("smsp__inst_executed.sum", "sm__inst_executed.sum")

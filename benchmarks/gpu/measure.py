@@ -9,57 +9,27 @@ flash-sinkhorn is compared where it can be imported: a folder with it goes on PY
 its history is named by BAM_KERNELS_COMMIT.
 """
 
-import json
 import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import time
 from dataclasses import replace
 from pathlib import Path
 
 from contact import CHECKED_TESTS, TESTS, Contact
+from earlier import Before, remove
 from places import places
-from steps import REPOSITORY, Run, Step, parser, script
+from steps import REPOSITORY, Run, Step, checker, parser, script
 
 AFTER_ROWS_S = 80.0  # for the profilers
 ROWS_S = 290.0
 KERNELS = "sinkhorn_pass|match|column_lse|merge_lse|add_chunks|normalize|unit_rows|project|quantize"
 SECTIONS = ("SpeedOfLight", "WarpStateStats", "InstructionStats")
 LAUNCHES = 40  # of a step's own kernels about 20
-
-
-class Before:
-    """What failed in an earlier run: its archive, or the folder that it wrote."""
-
-    def __init__(self, source: Path | None) -> None:
-        self.files: dict[str, str] = {}
-        if source is None:
-            return
-        if source.is_dir():
-            self.files = {file.name: file.read_text() for file in source.glob("*.json*")}
-            return
-        with tarfile.open(source) as tar:
-            for member in tar.getmembers():
-                file = tar.extractfile(member) if ".json" in Path(member.name).suffix else None
-                if file is not None:
-                    self.files[member.name] = file.read().decode()
-
-    def steps(self) -> set[str]:
-        """Names of the steps that failed."""
-        ended = json.loads(self.files.get("steps.json", "{}"))
-        return {name for name, step in ended.items() if step["status"].startswith("failed")}
-
-    def tests(self) -> dict[str, list[str]]:
-        """Ids of the tests that failed, by the step that ran them."""
-        found: dict[str, list[str]] = {}
-        for name, text in self.files.items():
-            if name.endswith(".tests.jsonl"):
-                failed = [row["test"] for row in map(json.loads, text.splitlines()) if row["outcome"] == "failed"]
-                if failed:
-                    found[name.removesuffix(".tests.jsonl")] = list(dict.fromkeys(failed))
-        return found
+# Files by the step that writes them: rows are added to those that are there, and the summary reads all of them.
+WRITTEN = {"rows": ("rows.json", "rows.jsonl", "now.json", "not_measured.json")}
+WRITTEN |= {f"ncu-{backend}": (f"ncu-{backend}.csv",) for backend in ("cuda", "triton")}
 
 
 class Measure:
@@ -72,37 +42,58 @@ class Measure:
 
     def again(self, before: Before) -> list[Step]:
         """Each failed test and probe of the earlier run, in the form in which it failed."""
-        made = []
+        made, failed = [], before.steps()
+        found_by_checker = failed.get("memcheck-rows") == "failed with 9"  # then every test may have passed
+        if found_by_checker:
+            made.append(self.rows_under("memcheck", "again-memcheck-rows", 150, "-k", CHECKED_TESTS))
         for name, tests in before.tests().items():
-            listed = self.out / f"again-{name}.txt"
-            listed.write_text("\n".join(tests) + "\n")
+            if name == "memcheck-rows":
+                if not found_by_checker:
+                    made.append(self.rows_under("memcheck", f"again-{name}", 150, *self.listed(name, tests)))
+                continue
             files = sorted({REPOSITORY / test.split("::")[0] for test in tests})
             files = [file for file in files if file.exists()]
             variant = "sm_80" if name.endswith("sm80") else "sm_90a"
-            only = ["-p", "pytest_only", "--only-tests", str(listed)]
             reason = None if files else "none of its files is there"
-            step = self.contact.pytest(f"again-{name}", files, 90, 0, *only, variant=variant)
+            step = self.contact.pytest(f"again-{name}", files, 90, 0, *self.listed(name, tests), variant=variant)
             made.append(replace(step, needs=reason))
         contact = self.contact
         known = [*contact.probes("cuda"), *contact.probes("triton"), *contact.probes_for_older(), *contact.ranks()]
         known += [step for step in contact.memory_checks() if step.name == "memcheck"]
-        failed = before.steps()
         return made + [replace(step, name=f"again-{step.name}") for step in known if step.name in failed]
+
+    def listed(self, name: str, tests: list[str]) -> list[str]:
+        """The options by which pytest runs these tests alone."""
+        file = self.out / f"again-{name}.txt"
+        file.write_text("\n".join(tests) + "\n")
+        return ["-p", "pytest_only", "--only-tests", str(file)]
+
+    def rows_under(self, tool: str, name: str, limit_s: float, *which: str) -> Step:
+        """Tests of rows over blocks and clusters, under a tool of compute-sanitizer."""
+        files = sorted(TESTS.glob("test_cuda_[km]*s.py"))
+        step = self.contact.pytest(name, files, limit_s, 0, *which)
+        return replace(
+            step,
+            command=[*checker(tool), *step.command],
+            environment=self.checked() | step.environment,
+            needs=self.no_checker(),
+        )
+
+    def checked(self) -> dict[str, str]:
+        """Each tensor is then a piece of memory of its own."""
+        return self.contact.environment(PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+
+    def no_checker(self) -> str | None:
+        missing = None if shutil.which("compute-sanitizer") else "compute-sanitizer is not here"
+        return self.contact.no_gpu or missing
 
     def sanitizers(self) -> list[Step]:
         """Races and wrong barriers. Reports on bulk copies are leads only: the tool may not see where they end."""
-        files = sorted(TESTS.glob("test_cuda_[km]*s.py"))
-        missing = None if shutil.which("compute-sanitizer") else "compute-sanitizer is not here"
-        environment = self.contact.environment(PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         made = []
         for tool in ("racecheck", "synccheck"):
-            under = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
-            # Barriers in shared memory that the tool cannot count by itself: those of a block, and more.
-            under += ["--num-cuda-barriers", "64"] if tool == "synccheck" else []
-            rows = self.contact.pytest(f"{tool}-rows", files, 60, 0, "-k", CHECKED_TESTS)
-            reason = self.contact.no_gpu or missing
-            made.append(Step(tool, [*under, *script("tiny", "cuda")], 60, environment, reason))
-            made.append(Step(rows.name, [*under, *rows.command], 60, environment | rows.environment, reason))
+            command = [*checker(tool), *script("tiny", "cuda")]
+            made.append(Step(tool, command, 60, self.checked(), self.no_checker()))
+            made.append(self.rows_under(tool, f"{tool}-rows", 60, "-k", CHECKED_TESTS))
         return made
 
     def compiled(self) -> list[Step]:
@@ -148,16 +139,18 @@ class Measure:
     def trace(self, name: str, *given: str) -> Step:
         return Step(name, script("step_trace", "--out", self.out, *given), 25, self.environment)
 
-    def summary(self) -> str:
+    def summary(self, run: Run) -> str:
         """Whatever has been measured; also where predictions cannot be read."""
+        failed = f"== Steps that did not pass\n{run.shortfalls()}\n\n"
         command, environment = script("measured", self.out), os.environ | self.environment
         try:
             ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=40)
         except subprocess.TimeoutExpired as late:
-            return f"{late}"
-        return ended.stdout + ended.stderr
+            return f"{failed}{late}"
+        return failed + ended.stdout + ended.stderr
 
     def run(self, run: Run, before: Before) -> None:
+        remove(run, WRITTEN)
         run.steps([self.contact.facts()])
         beside = [*self.again(before), *self.compiled(), *self.sanitizers()]
         run.steps(beside, at_once=16 if not self.toy else 2)
@@ -177,7 +170,8 @@ def main() -> int:
             measure.run(run, Before(options.before))
             run.check_only()
         finally:
-            text = measure.summary()
+            run.write_archive()  # the summary may take longer than what has ended the run leaves it
+            text = measure.summary(run)
             run.write("summary.txt", text)
             print(text, flush=True)
     return int(any(step.failed for step in run.outcomes))

@@ -1,7 +1,8 @@
-"""The end of `measure.py`, from the files of its folder: what failed, rows beside each competitor, what was counted."""
+"""Tables of a folder that `measure.py` wrote: rows beside each competitor, what has no row, what was counted, foretold."""
 
 import json
 import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,6 @@ AGAINST = (
     ("flash-sinkhorn", ("flash-sinkhorn-tf32", "flash-sinkhorn")),
 )
 Rows = list[dict[str, Any]]
-
-
-def failed_steps(out: Path) -> str:
-    file = out / "steps.json"
-    ended = json.loads(file.read_text()) if file.exists() else {}
-    others = {name: step for name, step in ended.items() if step["status"] != "passed"}
-    return table(["step", "status", "last line"], [[n, s["status"], s["last_line"][:150]] for n, s in others.items()])
 
 
 def ratios(rows: Rows) -> str:
@@ -62,16 +56,28 @@ def times_faster(row: dict[str, Any], rows: Rows, kinds: tuple[str, ...]) -> str
 
 
 def summary(out: Path) -> str:
-    parts = ["== Steps that did not pass", failed_steps(out)]
     file = out / "rows.json"
     rows: Rows = json.loads(file.read_text()) if file.exists() else []
+    parts = [] if rows else ["== No rows"]
     for name in dict.fromkeys(row["problem"] for row in rows):
-        parts += ["", f"== {name}", ratios([row for row in rows if row["problem"] == name])]
-    if not rows:
-        parts += ["", "== No rows"]
+        parts += [f"== {name}", ratios([row for row in rows if row["problem"] == name]), ""]
+    file = out / "not_measured.json"
+    if file.exists():
+        parts += ["== Not measured", not_measured(json.loads(file.read_text()))]
     for file in sorted(out.glob("ncu-*.csv")):
         parts += ["", f"== {file.name}", shown(counted(file))]
     return "\n".join(parts)
+
+
+def not_measured(reasons: dict[str, dict[str, str]]) -> str:
+    """Rows that there are not: `reasons` by problem and kind. Problems of the same kinds and reason share a line."""
+    problems: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for problem, of_problem in reasons.items():
+        for why in dict.fromkeys(of_problem.values()):
+            kinds = ", ".join(kind for kind in of_problem if of_problem[kind] == why)
+            problems[kinds, why].append(problem)
+    lines = [f"not measured: {kinds} of {', '.join(of)}: {why}" for (kinds, why), of in problems.items()]
+    return "\n".join(lines) or "nothing is missing"
 
 
 def foretold(out: Path) -> str:

@@ -18,6 +18,7 @@ from compare import WRONG, Record  # noqa: E402
 from competitor import Choice, Competitor, RowName  # noqa: E402
 from competitors import sinkhorn_competitors  # noqa: E402
 from hardware import Machine  # noqa: E402
+from one_step import wait  # noqa: E402
 from places import LARGEST_TRUTH, Place, places, predicted  # noqa: E402
 from potentials import potentials_competitors, truth_of_potentials  # noqa: E402
 from problem import Problem, Truth, Work, loss_options, truth_of_embeddings, truth_of_sinkhorn  # noqa: E402
@@ -25,7 +26,7 @@ from rows import Row as Line  # noqa: E402
 from sixteen_bit import Competitors, sixteen_bit_layout, sixteen_bit_problem, unavailable  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from bam_kernels import bam_loss, bam_targets  # noqa: E402
+from bam_kernels import bam_loss, bam_targets, tuned  # noqa: E402
 from bam_kernels.backends import cuda  # noqa: E402
 from bam_kernels.layout import Layout  # noqa: E402
 from bam_kernels.options import Options  # noqa: E402
@@ -84,12 +85,12 @@ class Rows:
             listed = potentials_competitors(self.problem, choice)
         self.all = {c.kind: c for c in listed}
 
-    def present(self, kinds: list[RowName]) -> list[RowName]:
+    def present(self, kinds: list[RowName], record: Record) -> list[RowName]:
         """Those that can run here; of the others it is said why not."""
         reasons = {kind: self.missing(kind) for kind in kinds}
         for kind, reason in reasons.items():
             if reason is not None:
-                print(f"{self.place.name} {kind}: left out: {reason}", flush=True)
+                record.leave_out(self.place.name, [kind], reason)
         return [kind for kind in kinds if reasons[kind] is None]
 
     def missing(self, kind: RowName) -> str | None:
@@ -129,12 +130,13 @@ def measured(options: argparse.Namespace, record: Record) -> int:
     print(machine.line(), flush=True)
     ceilings(machine, record)
     note_unfinished(listed, machine, record)
+    record.expect(listed)
     for place in listed:
         kinds = [kind for kind in place.kinds if kind not in record.kinds(place.name)]
         if not kinds:
             continue
         if time.monotonic() + place.seconds * len(kinds) / len(place.kinds) / 2 > end:
-            print(f"{place.name}: left out, {end - time.monotonic():.0f} s are left", flush=True)
+            record.leave_out(place.name, kinds, "no time was left for the problem")
             continue
         if not of_place(place, kinds, machine, options, record, end):
             return 2
@@ -156,10 +158,14 @@ def note_unfinished(listed: list[Place], machine: Machine, record: Record) -> No
     for place in listed:
         if last is not None and last[0] == place.name:
             kinds = [last[1]] if last[1] in place.kinds else list(place.kinds)
-            for kind in kinds:
-                if kind not in record.kinds(place.name):
-                    row = Row(nothing(kind), "failing", f"its process crashed or hung in {last[1]}")
-                    write(row, place, machine, record)
+            note_failing(place, kinds, f"its process crashed or hung in {last[1]}", machine, record)
+
+
+def note_failing(place: Place, kinds: list[RowName], reason: str, machine: Machine, record: Record) -> None:
+    """A failing row for each kind that has none."""
+    for kind in kinds:
+        if kind not in record.kinds(place.name):
+            write(Row(nothing(kind), "failing", reason), place, machine, record)
 
 
 def of_place(
@@ -176,16 +182,16 @@ def of_place(
     truth = rows = None
     try:
         rows = Rows(place, machine, options)
-        kinds = rows.present(kinds)
+        kinds = rows.present(kinds, record)
         truth = rows.truth() if kinds else None
     except Exception as error:
-        print(f"{place.name}: no truth: {said(error)}", flush=True)
+        note_failing(place, kinds, f"no truth: {said(error)}", machine, record)
     if truth is not None and rows is not None:
         copy_gbs = copy_rate(place, machine)
         print(f"{place.name}: problem and truth in {time.monotonic() - begin:.1f} s", flush=True)
         for kind in kinds:
             if time.monotonic() > end:
-                print(f"{place.name} {kind}: left out: time is up", flush=True)
+                record.leave_out(place.name, [kind], "no time was left")
                 continue
             record.begin(place, kind)
             one_row(rows, kind, truth, copy_gbs, record)
@@ -233,11 +239,11 @@ def timed(row: Row, machine: Machine, pace: Pace) -> dict[str, Any]:
     wall, host, end = [], [], time.perf_counter() + pace.wall_s
     while len(wall) < pace.least or (len(wall) < MOST and time.perf_counter() < end):
         given = c.fresh()
-        wait(machine)
+        wait(machine.device)
         begin = time.perf_counter_ns()
         c.run(*given)
         host.append((time.perf_counter_ns() - begin) / 1e6)
-        wait(machine)
+        wait(machine.device)
         wall.append((time.perf_counter_ns() - begin) / 1e6)
     return {"wall_ms": median(wall), "host_ms": median(host)}
 
@@ -251,6 +257,8 @@ def write(row: Row, place: Place, machine: Machine, record: Record, more: dict[s
     if not whole:
         head |= dict.fromkeys(("L", "R", "temperature", "top_k"))
     fields = row.fields()
+    tiles = tiles_of(row.competitor.kind)
+    fields["note"] = ", ".join(filter(None, (fields["note"], tiles)))
     record.add(head | fields | more | machine.fields())
     if row.status != "ok":
         print(f"{place.name} {row.competitor.name}: FAILING: {row.reason}", flush=True)
@@ -265,9 +273,16 @@ def write(row: Row, place: Place, machine: Machine, record: Record, more: dict[s
     backend = kind.removesuffix("-graph").removesuffix("-int16") if whole else kind
     backend = "torch" if kind in names else backend
     peak = fields["peak_bytes"] / 1e6 if fields["peak_bytes"] is not None else None
-    common = {"teacher": place.teacher, "peak_mb": peak, "error": fields["error_gradient"], "note": kind}
+    common = {"teacher": place.teacher, "peak_mb": peak, "error": fields["error_gradient"]}
+    common["note"] = ", ".join(filter(None, (kind, tiles)))
     for how, ms in hows.items():
         record.lines.add(Line("step", name, backend, place.shape, how, ms * 1e3, **common))
+
+
+def tiles_of(kind: RowName) -> str:
+    """What a row of Triton's kernels must say of their tiles where a tuning run has left a file of them."""
+    file = tuned.path() if kind.startswith("triton") else None
+    return "tuned tiles" if file is not None and file.exists() else ""
 
 
 def nothing(kind: RowName) -> Competitor:
@@ -293,7 +308,7 @@ def compiled(options: argparse.Namespace) -> int:
         try:
             c = rows.competitor(kind)
             c.run(*c.fresh())
-            wait(rows.machine)
+            wait(rows.machine.device)
             print(f"{place.name} {kind}: compiled in {time.monotonic() - begin:.1f} s", flush=True)
         except Exception as error:
             failed += 1
@@ -306,15 +321,10 @@ def said(error: Exception) -> str:
     return f"{type(error).__name__}: {first}"[:300]
 
 
-def wait(machine: Machine) -> None:
-    if machine.device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def alive(machine: Machine) -> bool:
     """Whether the device still takes calls: after some errors of a kernel a process can use it no more."""
     try:
-        wait(machine)
+        wait(machine.device)
     except RuntimeError:
         return False
     return True

@@ -6,6 +6,7 @@ Kernels are compiled and plans made before. A step goes from 16-bit embeddings, 
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -15,15 +16,26 @@ import torch  # noqa: E402
 from sixteen_bit import our_step, sixteen_bit_layout, sixteen_bit_problem  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+INPUTS = 4  # copies of the embeddings, so that one step does not find another's in the cache
+
+
+def steps_of(
+    shape: str, views: int, backend: str, device: torch.device, *, teacher: bool = True, engine: str = "slab"
+) -> list[Callable[[], Tensor]]:
+    """One problem's step, M x N x D, on each of several copies of its embeddings; a call returns the gradient."""
+    problem = sixteen_bit_problem(sixteen_bit_layout(shape, views, teacher), device)
+    step = our_step(problem, backend, engine)
+    leaves = [problem.student.clone().requires_grad_() for _ in range(INPUTS)]
+    return [partial(step, leaf, problem.teacher) for leaf in leaves]
+
 
 def ready(backend: str, shape: str, views: int, device: torch.device) -> Callable[[], Tensor]:
     """A step that has run before."""
-    problem = sixteen_bit_problem(sixteen_bit_layout(shape, views, teacher=True), device)
-    leaf, step = problem.student.requires_grad_(), our_step(problem, backend)
+    step, *_ = steps_of(shape, views, backend, device)
     for _ in range(3):
-        step(leaf, problem.teacher)
+        step()
     wait(device)
-    return lambda: step(leaf, problem.teacher)
+    return step
 
 
 def wait(device: torch.device) -> None:

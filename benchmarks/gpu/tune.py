@@ -68,8 +68,19 @@ class Tuning:
             if winners
         ]
 
+    def forget(self, run: Run) -> None:
+        """Leave an earlier run's rows out that this one measures."""
+
+        def again(row: Row) -> bool:
+            steps = [f"variant-{row.note}"] if row.kind == "kernel" else self.names_of_turns(row.note)
+            return any(will_run(run, step) for step in steps)
+
+        kept = [row for row in read(self.rows) if not again(row)]
+        run.write("rows.jsonl", "".join(json.dumps(asdict(row)) + "\n" for row in kept))
+
     def run(self, run: Run) -> None:
-        run.write("rows.jsonl", "")
+        remove(run, {"tiles": ("tiles.log", "tuned.json")})
+        self.forget(run)
         run.steps(self.compiling(), at_once=self.processes)
         run.steps([self.tiles()])
         run.steps(self.variants())

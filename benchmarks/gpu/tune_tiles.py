@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from one_step import steps_of
 from times import Clock
-from whole_step import steps_of
 
 from bam_kernels import tune, tuned
 from bam_kernels.tuned import Key, Tuned

@@ -11,19 +11,15 @@ import sys
 from pathlib import Path
 
 import torch
+from one_step import steps_of
+from problem import relative_error
 from rows import Row, Rows
 from times import EPSILON, TAU, Clock, Operands, backends
-from torch import Tensor
-from whole_step import steps_of
 
 SHAPE, VIEWS, TOY_SHAPE, TOY_VIEWS = (2048, 8192, 256), 8, (32, 64, 16), 4
 STEPS, TOY_STEPS = (("2048x8192x256", 8), ("2048x8192x4096", 8)), (("16x32x16", 2),)
 LARGEST_ERROR = 2e-3
 GRADIENT_SCALE = 16384.0  # of Operands.match
-
-
-def relative(found: Tensor, truth: Tensor) -> float:
-    return ((found.double() - truth).norm() / truth.norm()).item()
 
 
 def error_of_pass(made: Operands) -> float:
@@ -32,7 +28,7 @@ def error_of_pass(made: Operands) -> float:
     K = torch.exp2(made.fixed.double() * made.scale)
     rows = 1 / K.sum(1)
     potential = torch.exp2(made.row.exponent.double()) * made.row.mantissa.double()
-    return max(relative(potential, rows), relative(made.c, (K * rows[:, None]).sum(0)))
+    return max(relative_error(potential, rows), relative_error(made.c, (K * rows[:, None]).sum(0)))
 
 
 def error_of_match(made: Operands) -> float:
@@ -46,7 +42,7 @@ def error_of_match(made: Operands) -> float:
     weight = 1 / (L * (V - 1))
     truth = torch.stack([A[v] * len(of_v) * weight - P[of_v].sum(0) * weight for v, of_v in enumerate(others)])
     gradient = made.gradient.view(torch.float16) if made.gradient.dtype == torch.int16 else made.gradient
-    return relative(gradient.view_as(truth), truth * GRADIENT_SCALE)
+    return relative_error(gradient.view_as(truth), truth * GRADIENT_SCALE)
 
 
 def kernel_rows(clock: Clock, rows: Rows, name: str, toy: bool) -> int:

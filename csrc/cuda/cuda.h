@@ -76,13 +76,16 @@ struct Rows {
 // How a thread's columns lie: it owns kOwned, in octets that are neighbours' neighbours.
 constexpr int kOctet = 8, kOctets = BAM_OCTETS, kOwned = kOctet * kOctets;
 constexpr int kMostThreads = BAM_THREADS, kMostCluster = 16;
+static_assert(kOctets >= 1, "a thread owns columns");
 static_assert(kMostThreads % 32 == 0 && kMostThreads <= 1024, "whole warps, as many as a block may have");
 // Threads of the kernels with whole rows on chip for whose registers a multiprocessor has room.
 constexpr int kRegisterThreads = BAM_REGISTER_THREADS;
 static_assert(kRegisterThreads % kMostThreads == 0, "whole blocks of the most threads");
+static_assert(kRegisterThreads >= kMostThreads && kRegisterThreads <= 2048, "a block at least, and what runs at once");
 // Of the one-launch form: one rank's problems that fit the chip have no more than 4096 columns, and the rest of the
 // registers keeps all of a thread's numbers in them.
 constexpr int kOnChipThreads = 256;
+static_assert(kOnChipThreads <= kMostThreads, "the scratch of reductions has room for the most threads");
 // The rows of a Sinkhorn pass that share a reduction are a group: kGroupBytes of scores a column, or half of that where
 // the chip has no room for more. kGroups are on chip or on their way, beside the potentials of the columns.
 constexpr int kGroupBytes = 8, kGroups = BAM_GROUPS, kPotentialBytes = 2 * sizeof(float);
@@ -90,6 +93,8 @@ static_assert(kGroups >= 2, "the next group comes while one is summed");
 template <class Score>
 constexpr int kMostRows = kGroupBytes / static_cast<int>(sizeof(Score));
 constexpr int kStages = BAM_STAGES;  // rows of an image that are on chip or on their way
+static_assert(kGroups <= kStages, "the scratch has an arrival for each stage, which groups use too");
+static_assert(kStages <= 32, "each arrival is begun by one thread, and a block may be one warp");
 // Of the reductions of a row: two sets of what warps and blocks have, and of arrivals; then arrivals of the stages.
 constexpr int kPartsBytes = (2 * kMostThreads / 32 + 2 * kMostCluster) * 4 * 4;
 constexpr int kArrivals = 2 + kStages, kScratchBytes = kPartsBytes + (kArrivals + 1) / 2 * 16;
@@ -120,7 +125,7 @@ struct ColumnLse {
   Positives positives;
 };
 
-// How whole rows are spread over blocks: `cluster` blocks of `threads` threads hold a row; 16 * threads * cluster >= n.
+// How whole rows are spread over blocks: `cluster` blocks of `threads` threads hold a row; kOwned * threads * cluster >= n.
 struct Team {
   int threads, cluster;
 };

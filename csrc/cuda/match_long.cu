@@ -7,6 +7,7 @@ namespace bam::cuda {
 namespace {
 
 constexpr int kThreads = 256;
+static_assert(kThreads <= kMostThreads, "the scratch of reductions has room for the most threads");
 constexpr int64_t kTargetBytes = 64 << 10;  // of an octet of every target, for all threads
 
 template <class Score>

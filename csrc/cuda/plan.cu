@@ -8,6 +8,7 @@ namespace bam::cuda {
 namespace {
 
 constexpr int kRowThreads = 256, kColumnThreads = 128, kColumnRows = 4;
+static_assert(kRowThreads <= kMostThreads, "the scratch of reductions has room for the most threads");
 constexpr int kTile = 32, kTileRows = 8;
 
 template <class Params>
