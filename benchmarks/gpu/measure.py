@@ -17,7 +17,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from contact import CHECKED_TESTS, TESTS, Contact
+from contact import CHECKED_FILES, CHECKED_TESTS, Contact
 from earlier import Before, remove
 from places import places
 from steps import REPOSITORY, Run, Step, checker, parser, script
@@ -70,8 +70,7 @@ class Measure:
 
     def rows_under(self, tool: str, name: str, limit_s: float, *which: str) -> Step:
         """Tests of rows over blocks and clusters, under a tool of compute-sanitizer."""
-        files = sorted(TESTS.glob("test_cuda_[km]*s.py"))
-        step = self.contact.pytest(name, files, limit_s, 0, *which)
+        step = self.contact.pytest(name, CHECKED_FILES, limit_s, 0, *which)
         return replace(
             step,
             command=[*checker(tool), *step.command],

@@ -1,4 +1,4 @@
-"""Tables of a folder that `measure.py` wrote: rows beside each competitor, what has no row, what was counted, foretold."""
+"""Tables of a folder of `measure.py`: rows beside each competitor, what is missing, what was counted and foretold."""
 
 import json
 import sys

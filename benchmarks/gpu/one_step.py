@@ -16,7 +16,7 @@ import torch  # noqa: E402
 from sixteen_bit import our_step, sixteen_bit_layout, sixteen_bit_problem  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-INPUTS = 4  # copies of the embeddings, so that one step does not find another's in the cache
+INPUTS = 4  # copies of the embeddings, taken in turn
 
 
 def steps_of(

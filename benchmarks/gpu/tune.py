@@ -8,11 +8,14 @@ is faster than the usual build is tried in whole steps, in turn with it (tune_va
 BAM_KERNELS_TUNED may name; a copy lies where every later process on this kind of GPU finds it.
 """
 
+import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
+from earlier import remove, will_run
 from rows import Row, read
 from steps import Run, Step, extension, importing, parser, script, table
 from variants import TRIED
@@ -57,23 +60,19 @@ class Tuning:
         return Step(step, command, 45, found, missing)
 
     def variants(self) -> list[Step]:
-        return [self.variant(name, f"variant-{name}") for name in (BASE, *TRIED)]
+        return [self.variant(name, variant_step(name)) for name in (BASE, *TRIED)]
 
     def in_turns(self, winners: list[str]) -> list[Step]:
         """Whole steps of the usual build and of each winner, one after another."""
-        return [
-            self.variant(name, f"steps-{turn}-{name}", "--step")
-            for turn in range(TURNS)
-            for name in (BASE, *winners)
-            if winners
-        ]
+        builds = (BASE, *winners) if winners else ()
+        return [self.variant(name, steps_of_turn(turn, name), "--step") for turn in range(TURNS) for name in builds]
 
     def forget(self, run: Run) -> None:
         """Leave an earlier run's rows out that this one measures."""
 
         def again(row: Row) -> bool:
-            steps = [f"variant-{row.note}"] if row.kind == "kernel" else self.names_of_turns(row.note)
-            return any(will_run(run, step) for step in steps)
+            kernels, steps = [variant_step(row.note)], [steps_of_turn(turn, row.note) for turn in range(TURNS)]
+            return any(will_run(run, step) for step in (kernels if row.kind == "kernel" else steps))
 
         kept = [row for row in read(self.rows) if not again(row)]
         run.write("rows.jsonl", "".join(json.dumps(asdict(row)) + "\n" for row in kept))
@@ -85,6 +84,16 @@ class Tuning:
         run.steps([self.tiles()])
         run.steps(self.variants())
         run.steps(self.in_turns(winners(read(self.rows))))
+
+
+def variant_step(name: str) -> str:
+    """Name of the step that times a build's kernels."""
+    return f"variant-{name}"
+
+
+def steps_of_turn(turn: int, name: str) -> str:
+    """Name of the step that takes whole steps of a build."""
+    return f"steps-{turn}-{name}"
 
 
 def us_of(rows: list[Row], name: str, kernel: str) -> float | None:
@@ -119,8 +128,7 @@ def variants_table(rows: list[Row]) -> str:
 
 
 def summary(run: Run, tuning: Tuning) -> str:
-    others = [[step.name, step.status, step.last_line[:150]] for step in run.outcomes if step.status != "passed"]
-    parts = ["", "== Steps that did not pass", table(["step", "status", "last line"], others)]
+    parts = ["", "== Steps that did not pass", run.shortfalls()]
     log = run.out / "tiles.log"
     if log.exists():
         parts += ["", "== Tiles", log.read_text(errors="replace").rstrip()]

@@ -1,0 +1,52 @@
+"""What an earlier run has left: failures that are to be seen again, and files that would pass for a new run's."""
+
+import json
+import tarfile
+from fnmatch import fnmatch
+from pathlib import Path
+
+from steps import Run
+
+
+class Before:
+    """What failed in an earlier run: its archive, or the folder that it wrote."""
+
+    def __init__(self, source: Path | None) -> None:
+        self.files: dict[str, str] = {}
+        if source is None:
+            return
+        if source.is_dir():
+            self.files = {file.name: file.read_text() for file in source.glob("*.json*")}
+            return
+        with tarfile.open(source) as tar:
+            for member in tar.getmembers():
+                file = tar.extractfile(member) if ".json" in Path(member.name).suffix else None
+                if file is not None:
+                    self.files[member.name] = file.read().decode()
+
+    def steps(self) -> dict[str, str]:
+        """How each step ended that failed, by its name."""
+        ended = json.loads(self.files.get("steps.json", "{}"))
+        return {name: step["status"] for name, step in ended.items() if step["status"].startswith("failed")}
+
+    def tests(self) -> dict[str, list[str]]:
+        """Ids of the tests that failed, by the step that ran them."""
+        found: dict[str, list[str]] = {}
+        for name, text in self.files.items():
+            if name.endswith(".tests.jsonl"):
+                failed = [row["test"] for row in map(json.loads, text.splitlines()) if row["outcome"] == "failed"]
+                if failed:
+                    found[name.removesuffix(".tests.jsonl")] = list(dict.fromkeys(failed))
+        return found
+
+
+def will_run(run: Run, step: str) -> bool:
+    """Whether the run's `only` lets a step of this name run."""
+    return not run.only or any(fnmatch(step, pattern) for pattern in run.only)
+
+
+def remove(run: Run, files: dict[str, tuple[str, ...]]) -> None:
+    """Remove an earlier run's files from the run's folder: `files` by the step that writes them, if it will run."""
+    for step, names in files.items():
+        for name in names if will_run(run, step) else ():
+            (run.out / name).unlink(missing_ok=True)
