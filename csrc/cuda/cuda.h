@@ -125,7 +125,8 @@ struct ColumnLse {
   Positives positives;
 };
 
-// How whole rows are spread over blocks: `cluster` blocks of `threads` threads hold a row; kOwned * threads * cluster >= n.
+// How whole rows are spread over blocks: `cluster` blocks of `threads` threads hold a row, whose n columns are no more
+// than kOwned * threads * cluster.
 struct Team {
   int threads, cluster;
 };

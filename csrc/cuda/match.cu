@@ -1,10 +1,10 @@
 // Per image: the targets P of its L rows, and the loss, entropies and gradient of its V source rows against them, every
 // score read and exponentiated once.
 //
-// A block, or a cluster, holds an image. A thread owns kOwned columns of every row: their scores come on chip a few rows
-// ahead; it keeps their targets in shared memory that only it reads, and writes their gradient when the row is on chip,
-// so that the gradient may take the place of the scores. The barriers are those of the row sums, one for two source
-// rows.
+// A block, or a cluster, holds an image. A thread owns kOwned columns of every row: their scores come on chip a few
+// rows ahead; it keeps their targets in shared memory that only it reads, and writes their gradient when the row is on
+// chip, so that the gradient may take the place of the scores. The barriers are those of the row sums, one for two
+// source rows.
 #include "launch.cuh"
 #include "match.cuh"
 #include "pass.cuh"

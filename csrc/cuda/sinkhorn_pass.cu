@@ -1,8 +1,8 @@
 // One Sinkhorn iteration in one read of the scores: a row is on chip, in one block or spread over a cluster, while it
 // is summed and added to the columns.
 //
-// A thread owns kOwned columns, whose sums stay in its registers. Their scores come to shared memory a group of rows ahead;
-// the one barrier of a group is that of its row sums. The chunks' column sums are added by a small kernel, which
+// A thread owns kOwned columns, whose sums stay in its registers. Their scores come to shared memory a group of rows
+// ahead; the one barrier of a group is that of its row sums. The chunks' column sums are added by a small kernel, which
 // divides too: ranks need the sums between two passes, and in the next pass every block would have to read those of
 // all.
 #include "launch.cuh"
