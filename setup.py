@@ -13,6 +13,7 @@ torch. One ninja file runs all compilers in parallel and recompiles only what ch
                           hang; slower. Its objects lie apart from those of other builds
     BAM_KERNELS_DEFINES   constants of csrc/cuda/cuda.h to try, e.g. "BAM_THREADS=256 BAM_STAGES=6"
 
+The last two are errors where no CUDA kernels are built.
 Objects are kept in build/, or where `build_ext --build-temp` says; `--build-lib` says where the extension goes. At run
 time BAM_KERNELS_EXTENSION=FILE loads another build of it than the one that lies in the package, or is an ImportError:
 benchmarks/gpu/build.py makes several.
@@ -50,6 +51,7 @@ X86_ISAS = {
     "avx2": (8, "-mavx2 -mfma"),
     "avx512": (16, "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mprefer-vector-width=512"),
 }
+NO_NVCC = "no nvcc in CUDA_HOME, PATH or /usr/local/cuda"
 WITHOUT_EXTENSION = "To install without the extension: BAM_KERNELS_BUILD=none pip install -e ."
 
 
@@ -70,10 +72,25 @@ def bounded_waits() -> bool:
 def defines() -> str:
     """Flags of the compilers for the constants that are to be tried."""
     asked = os.environ.get("BAM_KERNELS_DEFINES", "").split()
+    known = constants_to_try() if asked else []
     for one in asked:
         if not re.fullmatch(r"BAM_[A-Z_]+=[0-9]+", one):
             sys.exit(f"BAM_KERNELS_DEFINES must be BAM_NAME=NUMBER and more of them, got {one!r}")
+        if one.partition("=")[0] not in known:
+            sys.exit(f"BAM_KERNELS_DEFINES may set {', '.join(known)}, got {one!r}")
     return "".join(f" -D{one}" for one in asked)
+
+
+def constants_to_try() -> list[str]:
+    """Names in csrc/cuda/cuda.h that a build may define."""
+    return re.findall(r"^#ifndef (BAM_\w+)$", (ROOT / "csrc" / "cuda" / "cuda.h").read_text(), re.MULTILINE)
+
+
+def refuse_cuda_options(why: str) -> None:
+    """Exit where an option of the CUDA kernels is set for a build that has none."""
+    for name, asked in (("BAM_KERNELS_BOUNDED_WAITS", bounded_waits()), ("BAM_KERNELS_DEFINES", defines())):
+        if asked:
+            sys.exit(f"{name} is for CUDA kernels, and this build has none: {why}")
 
 
 def find_nvcc() -> Path | None:
@@ -129,13 +146,15 @@ class NinjaBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         import ninja
 
+        nvcc = None if build_mode() == "cpu" else find_nvcc()
+        if build_mode() == "cuda" and nvcc is None:
+            sys.exit(f"BAM_KERNELS_BUILD=cuda, but {NO_NVCC}. {WITHOUT_EXTENSION}")
+        if nvcc is None:
+            refuse_cuda_options("BAM_KERNELS_BUILD=cpu" if build_mode() == "cpu" else NO_NVCC)
         build_dir = self.build_dir()
         build_dir.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        nvcc = None if build_mode() == "cpu" else find_nvcc()
-        if build_mode() == "cuda" and nvcc is None:
-            sys.exit(f"BAM_KERNELS_BUILD=cuda, but no nvcc in CUDA_HOME, PATH or /usr/local/cuda. {WITHOUT_EXTENSION}")
         module = build_dir / target.name
         self.write_ninja(build_dir / "build.ninja", module, nvcc)
         command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(build_dir)]
@@ -216,5 +235,8 @@ class NinjaBuild(build_ext):
         return objects, define, f" -L{libraries} -lcudart_static -ldl -lrt -lpthread"
 
 
-extensions = [] if build_mode() == "none" else [Extension("bam_kernels._C", sources=[])]
+extensions = [Extension("bam_kernels._C", sources=[])]
+if build_mode() == "none":
+    refuse_cuda_options("BAM_KERNELS_BUILD=none")
+    extensions = []
 setup(ext_modules=extensions, cmdclass={"build_ext": NinjaBuild})

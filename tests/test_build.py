@@ -97,6 +97,20 @@ def compilers(tmp_path) -> dict[str, str]:
     return {"CUDA_HOME": str(tmp_path), "CXX": str(tmp_path / "bin" / "g++"), "TORCH_CUDA_ARCH_LIST": "9.0a"}
 
 
+@pytest.mark.parametrize(("name", "value"), [("BOUNDED_WAITS", "1"), ("DEFINES", "BAM_STAGES=6")])
+@pytest.mark.parametrize("mode", ["cpu", "none", "auto"])
+def test_options_of_cuda_kernels_are_errors_without_these(mode, name, value, sources, compilers):
+    """auto: nvcc is not found."""
+    setup = sources / "setup.py"
+    setup.write_text(setup.read_text().replace("/usr/local/cuda/bin/nvcc", "/missing/nvcc"))
+    hidden = {"CUDA_HOME": "", "CUDA_PATH": "", "PATH": "/missing"}
+    environment = compilers | hidden | {"BAM_KERNELS_BUILD": mode, f"BAM_KERNELS_{name}": value}
+    result = build(sources, **environment)
+    why = "no nvcc in CUDA_HOME" if mode == "auto" else f"BAM_KERNELS_BUILD={mode}"
+    assert result.returncode != 0
+    assert f"BAM_KERNELS_{name} is for CUDA kernels, and this build has none: {why}" in result.stderr
+
+
 def test_a_build_with_bounded_waits_has_objects_of_its_own(sources, compilers):
     assert build(sources, **compilers).returncode == 0
     assert build(sources, BAM_KERNELS_BOUNDED_WAITS="1", **compilers).returncode == 0
@@ -116,7 +130,9 @@ def test_builds_for_a_gpu_machine_neither_touch_the_package_nor_compile_twice(so
 
     def run(*arguments: str) -> str:
         command = [sys.executable, str(script), "--out", str(out), *arguments]
-        result = subprocess.run(command, env=os.environ | compilers, capture_output=True, text=True)
+        exported = {"BAM_KERNELS_DEFINES": "BAM_STAGES=6"}  # by a user who has tried it with setup.py
+        environment = os.environ | compilers | exported
+        result = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         return result.stdout
 
@@ -127,7 +143,7 @@ def test_builds_for_a_gpu_machine_neither_touch_the_package_nor_compile_twice(so
         assert str(extension) in printed and extension.read_text() == "made\n"
         ninja = (tmp_path / "out-objects" / variant / "build.ninja").read_text()
         assert f"BAM_CUDA_ARCHITECTURES='\"{architecture}\"'" in ninja
-        assert ("BAM_BOUNDED_WAITS" in ninja) == bounded
+        assert ("BAM_BOUNDED_WAITS" in ninja) == bounded and "BAM_STAGES" not in ninja
     assert not list(sources.glob("bam_kernels/*.so")) and not (sources / "build").exists()
     (sources / "csrc" / "cuda" / "stats.cu").touch()
     assert run("--variants", "sm_80", "bounded").count(" MB ") == 2
@@ -146,3 +162,6 @@ def test_constants_to_try_reach_the_kernels_and_the_bindings(sources, compilers,
     assert {line.split()[0] for line in ninja if wanted in line} == {"nvflags", "more"}
     result = build(sources, BAM_KERNELS_DEFINES="BAM_STAGES=6 BAM_THREADS", **compilers)
     assert result.returncode != 0 and "must be BAM_NAME=NUMBER and more of them, got 'BAM_THREADS'" in result.stderr
+    result = build(sources, BAM_KERNELS_DEFINES="BAM_STAGES=6 BAM_THREAD=256", **compilers)
+    known = "BAM_OCTETS, BAM_THREADS, BAM_REGISTER_THREADS, BAM_GROUPS, BAM_STAGES"
+    assert result.returncode != 0 and f"may set {known}, got 'BAM_THREAD=256'" in result.stderr

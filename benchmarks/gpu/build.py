@@ -19,11 +19,13 @@ from pathlib import Path
 from variants import TRIED
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-# Of each variant what setup.py reads. On a newer GPU the code for sm_80 is compiled by the driver, from PTX.
+# Of each variant what setup.py reads, whatever is exported. On a newer GPU the code for sm_80 is compiled by the
+# driver, from PTX.
+AS_IT_IS = {"BAM_KERNELS_BUILD": "cuda", "BAM_KERNELS_BOUNDED_WAITS": "0", "BAM_KERNELS_DEFINES": ""}
 VARIANTS = {
-    "sm_90a": {"TORCH_CUDA_ARCH_LIST": "9.0a", "BAM_KERNELS_BOUNDED_WAITS": "0"},
-    "sm_80": {"TORCH_CUDA_ARCH_LIST": "8.0+PTX", "BAM_KERNELS_BOUNDED_WAITS": "0"},
-    "bounded": {"TORCH_CUDA_ARCH_LIST": "9.0a", "BAM_KERNELS_BOUNDED_WAITS": "1"},
+    "sm_90a": AS_IT_IS | {"TORCH_CUDA_ARCH_LIST": "9.0a"},
+    "sm_80": AS_IT_IS | {"TORCH_CUDA_ARCH_LIST": "8.0+PTX"},
+    "bounded": AS_IT_IS | {"TORCH_CUDA_ARCH_LIST": "9.0a", "BAM_KERNELS_BOUNDED_WAITS": "1"},
 }
 VARIANTS |= {name: VARIANTS["sm_90a"] | {"BAM_KERNELS_DEFINES": defines} for name, defines in TRIED.items()}
 USUAL = [name for name in VARIANTS if name not in TRIED]
@@ -53,7 +55,7 @@ def build(variant: str, out: Path, python: str) -> Path:
     objects = out.with_name(f"{out.name}-objects") / variant
     library = objects / "library"
     command = [python, "setup.py", "--quiet", "build_ext", f"--build-temp={objects}", f"--build-lib={library}"]
-    environment = os.environ | VARIANTS[variant] | {"BAM_KERNELS_BUILD": "cuda"}
+    environment = os.environ | VARIANTS[variant]
     subprocess.run(command, cwd=ROOT, env=environment, stdout=sys.stderr, check=True)
     (made,) = library.glob("bam_kernels/_C.*.so")
     extension = out / variant / made.name
