@@ -31,10 +31,10 @@ class Ranks(Protocol):
         """Return if all ranks have the same header and none has a fault. Raises: ValueError saying what differs."""
 
     def gather(self, own: Tensor, as_sent: Callable[[Tensor], Tensor]) -> Iterator[tuple[int, Tensor]]:
-        """(first row, (n, D) rows) of every rank's `own`, as they arrive, this rank's first; each valid until the next.
+        """Blocks (first row, rows) of the ranks' `own` as they arrive, this rank's first; each valid until the next.
 
-        To be read to its end, and not to be written to. as_sent: what a rank with these unit rows would call `own`, for
-        ranks that are simulated.
+        rows (k*n, D): those of one rank or of k neighbouring ones. To be read to the end, and not to be written to.
+        as_sent: what a rank with these unit rows would call `own`, for ranks that are simulated.
         """
 
     def sum(self, x: Tensor, meanwhile: Callable[[], None] | None = None) -> Tensor:

@@ -49,7 +49,7 @@ class SimulatedRanks:
             for rank in others:
                 yield rank * n, as_sent(self.keys[rank * n : (rank + 1) * n])
             return
-        # They are there already: as few blocks as there are without this rank's between them.
+        # The other ranks' keys are here already: one block before this rank's rows and one after.
         for ranks in (range(self.rank), range(self.rank + 1, self.W)):
             if not ranks:
                 continue

@@ -4,10 +4,10 @@ python -m bam_kernels.verify_ranks --world 4                        W processes 
 python -m bam_kernels.verify_ranks --world 2 --device cuda          on GPUs: NCCL with one for each rank, else gloo
 torchrun --nproc-per-node 8 -m bam_kernels.verify_ranks             the ranks of torchrun: NCCL where there are GPUs
 
-First the exchanges by themselves, each with a known result: one rank alone makes no other use of its group. Then each
-rank computes its share of a global batch in the group, and the whole batch alone. The ranks' mean loss must be
-that of the whole batch, and their gradients W times its gradient: to 1e-12 in float64 (where the backend has it), 1e-5
-in float32 with exact products, 2e-3 in float16.
+First the exchanges by themselves, each with a known result: a group of one rank is otherwise not used. Then each rank
+computes its share of a global batch in the group, and the whole batch alone. The ranks' mean loss must be that of the
+whole batch, and their gradients W times its gradient: to 1e-12 in float64 (where the backend has it), 1e-5 in float32
+with exact products, 2e-3 in float16.
 """
 
 import argparse
@@ -75,13 +75,17 @@ def main(args: list[str] | None = None) -> int:
     if options.world * options.images < 2:
         parser.error("two images are needed over all ranks")
     try:
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", options.world))
-        place = group_place(options.device, options.group_backend, ranks_here)
+        place = group_place(options.device, options.group_backend, ranks_on_machine(options.world))
     except ValueError as error:
         parser.error(str(error))
     if "RANK" in os.environ:
         return verify(options.images, options.features, options.backend, options.cases, *place)
     return _start(options.world, sys.argv[1:] if args is None else args)
+
+
+def ranks_on_machine(to_start: int) -> int:
+    """How many ranks share this machine. A launcher that says nothing of it is taken to give each rank its own."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if "RANK" in os.environ else to_start
 
 
 def group_place(device: str, backend: str, ranks_here: int) -> tuple[str, str]:
@@ -132,7 +136,7 @@ def verify(images: int, features: int, backend: str, cases: list[str], device_ty
     show = partial(print, flush=True) if dist.get_rank() == 0 else _say_nothing
     show(f"{dist.get_world_size()} ranks of {images} images, {device.type}, {dist.get_backend()}")
     wrong = wrong_exchanges(device)
-    agreed = _most([len(wrong)], device) == [0]
+    agreed = max_over_ranks([len(wrong)], device) == [0]
     for name in wrong:
         print(f"rank {dist.get_rank()}: WRONG {name}", flush=True)
     show(f"the exchanges by themselves: {'right' if agreed else 'WRONG'}")
@@ -144,7 +148,7 @@ def verify(images: int, features: int, backend: str, cases: list[str], device_ty
         texts = []
         for dtype, bound in bounds.items():
             options = options | {"backend": backend, "precision": "default" if dtype == torch.float16 else "exact"}
-            loss, gradient = _most(_errors(V, R, options, images, features, dtype, device, number), device)
+            loss, gradient = max_over_ranks(_errors(V, R, options, images, features, dtype, device, number), device)
             agreed &= loss <= bound and gradient <= bound
             texts.append(f"{loss:>14.1e} {gradient:>9.1e}")
         show(f"{name:<32}{'   '.join(texts)}")
@@ -158,7 +162,7 @@ def _say_nothing(text: str) -> None:
     """What the ranks other than the first print."""
 
 
-def _most(numbers: Sequence[float], device: torch.device) -> list[float]:
+def max_over_ranks(numbers: Sequence[float], device: torch.device) -> list[float]:
     """The largest of the ranks' numbers, place by place."""
     worst = torch.tensor(numbers, dtype=torch.float64, device=device)
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)

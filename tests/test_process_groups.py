@@ -126,6 +126,19 @@ def test_where_ranks_run(device, backend, ranks, gpus, torchrun, expected, monke
         verify_ranks.group_place(device, backend, ranks)
 
 
+@pytest.mark.parametrize("launcher", [{}, {"LOCAL_WORLD_SIZE": "1"}, {"LOCAL_WORLD_SIZE": "2"}])
+def test_a_launcher_may_leave_out_how_many_ranks_a_machine_has(launcher, alone, monkeypatch):
+    """One GPU; not the processes that --world would start."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(verify_ranks, "verify", lambda *arguments: arguments[-2:])
+    shared = launcher.get("LOCAL_WORLD_SIZE") == "2"
+    assert verify_ranks.main(["--device", "cuda"]) == ("cuda", "gloo" if shared else "nccl")
+
+
 def test_nothing_starts_where_it_cannot_run(monkeypatch, capsys):
     monkeypatch.setattr(verify_ranks, "_start", lambda *_: pytest.fail("started"))
     with pytest.raises(SystemExit):

@@ -199,6 +199,27 @@ def test_what_simulated_ranks_send_can_be_kept():
         made.clear()
 
 
+@pytest.mark.parametrize("backend,dtype,tolerance", BACKENDS)
+@pytest.mark.parametrize("R,regather", [(0, False), (2, False), (2, True)])
+def test_kept_blocks_give_the_same_loss_and_gradient(R, regather, backend, dtype, tolerance):
+    """Rank 1 of 4, at the first call, which keeps what ranks send, and at the second, which takes it."""
+    W, V, B, D = 4, 3, 4, 8
+    student, teacher = features(V, B, D).to(dtype), features(R, B, D, seed=1).to(dtype) if R else None
+    keys = torch.nn.functional.normalize(features(1, W * 2 * B, D, seed=2)[0], dim=-1).to(dtype)
+    results = []
+    for keep_sent in (False, True):
+        group = SimulatedRanks(W, 1, keys, keep_sent=keep_sent)
+        for _ in range(1 + keep_sent):
+            leaf = student.clone().requires_grad_()
+            options = {"regather": regather, "backend": backend, "precision": "exact", "key_views": 2}
+            loss = bam_loss(leaf, teacher, group=group, **options)
+            results.append((loss.detach(), torch.autograd.grad(loss, leaf)[0]))
+    (expected_loss, expected_gradient), *kept = results
+    for loss, gradient in kept:
+        assert_close(loss, expected_loss, tolerance)
+        assert_close(gradient, expected_gradient, tolerance)
+
+
 def test_bad_simulation():
     with pytest.raises(ValueError, match=r"keys has 7 rows, not a multiple of W=2"):
         SimulatedRanks(2, 0, torch.ones(7, 3))

@@ -3,7 +3,7 @@
 import triton
 
 
-def let_numbers_be_counted() -> None:
+def patch_interpreter_index() -> None:
     """Triton 3.6's interpreter makes an int of an array of one element where a loop's bound is an argument; numpy 2.4
     and later refuse. Triton 3.7 and later need nothing."""
     if not triton.knobs.runtime.interpret or not triton.__version__.startswith("3.6."):

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ..interface import Positives
-from .interpreter import let_numbers_be_counted
+from .interpreter import patch_interpreter_index
 
 Launch = Callable[..., None]
-let_numbers_be_counted()
+patch_interpreter_index()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
