@@ -227,8 +227,9 @@ def a_device_is_found(monkeypatch):
     [{"backend": "cuda"}, {"backend": "triton", "engine": "slab"}, {"backend": "triton", "engine": "flash"}],
     ids=lambda way: "-".join(way.values()),
 )
-def test_the_choice_of_a_gpu_backend_is_made_outside_the_graph(way, a_device_is_found):
-    """On CUDA tensors without memory: the compiler traces all that is not in the operators."""
+def test_a_step_with_a_gpu_backend_is_one_graph(way, a_device_is_found):
+    """On CUDA tensors without memory: the compiler traces all that is not in the operators. It cannot look into the
+    functions by which backend="cuda" asks for the device."""
 
     def both(student: Tensor) -> tuple[Tensor, Tensor]:
         P = sinkhorn_attention(student, mask="block", views=3, backend=way["backend"])
