@@ -57,7 +57,8 @@ class Counts:
 class Prediction:
     """Between low and high on an H100; `memory` is the share of the time that shrinks with a faster memory.
 
-    kind, name, backend, shape and teacher are those of rows.Row; how is a pattern. of_peak: the row's peak memory.
+    kind, name, backend, shape and teacher are those of rows.Row. how is a pattern of Row.how: the prediction is of each
+    row that it fits, such as that of a warm and that of a cold cache. of_peak: the row's peak memory.
     """
 
     kind: str
@@ -246,14 +247,16 @@ def gpu_of(rows: list[Row]) -> str:
 
 
 def outcomes(rows: list[Row], gpu: str | None = None) -> list[dict[str, Any]]:
-    """A dictionary for each prediction; the last row that speaks of it counts. measured and held: None without one.
+    """A dictionary for each prediction. measured: of the last row of each `how`, the one furthest from the middle of
+    low and high, so that `held` is of all of them; both are None without a row.
 
     gpu: one of GPUS; None: the rows' own.
     """
     found, gpu = [], gpu or gpu_of(rows)
     for p in predictions(gpu):
-        values = [value for row in rows if (value := p.value(row)) is not None]
-        measured = values[-1] if values else None
+        values = {row.how: value for row in rows if (value := p.value(row)) is not None}
+        middle = (p.low + p.high) / 2
+        measured = max(values.values(), key=lambda value, middle=middle: abs(value - middle), default=None)
         floors = p.counts.floors_us(p.shape, GPUS[gpu]) if p.counts is not None else None
         what = " ".join((p.name, p.backend, p.shape, *(["teacher"] if p.teacher else []), p.how.replace("*", "")))
         found.append(

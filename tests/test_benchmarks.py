@@ -157,6 +157,15 @@ def test_predictions_stand_beside_what_was_measured(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("cold, warm, measured, held", [(50, 44, 44, True), (70, 44, 70, False), (50, 20, 20, False)])
+def test_a_prediction_of_two_rows_holds_where_both_are_within(cold, warm, measured, held) -> None:
+    """Between 42 and 56: the one furthest from 49 is shown. An earlier row of the same temperature does not count."""
+    given = "match", "cuda", "2048x8192"
+    values = (("graph, cold", 1.0), ("graph, cold", cold), ("graph, warm", warm))
+    found = outcome_of([measured_row(*given, how, value) for how, value in values], "match cuda 2048x8192 graph")
+    assert (found["measured"], found["held"]) == (measured, held)
+
+
 def test_a_peak_is_that_of_the_plan() -> None:
     what = "peak of loss and gradient cuda 2048x8192x4096 teacher wall"
     mb = plan(views=8, images=256, features=4096, ranks=16, teacher_views=8, sixteen_bit=True).total_bytes / 1e6

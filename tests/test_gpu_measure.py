@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -19,15 +20,19 @@ sys.path.append(str(SCRIPTS))
 
 import compare  # noqa: E402
 import counters  # noqa: E402
+import earlier  # noqa: E402
+import measure  # noqa: E402
 import measured  # noqa: E402
 import measuring  # noqa: E402
 import places  # noqa: E402
 import rows  # noqa: E402
 import step_trace  # noqa: E402
 from common import Row  # noqa: E402
+from earlier import Before  # noqa: E402
 from hardware import Machine  # noqa: E402
-from measure import Before, Measure  # noqa: E402
+from measure import Measure  # noqa: E402
 from problem import Truth  # noqa: E402
+from steps import Outcome, Run  # noqa: E402
 
 FAILED = "tests/test_layout.py::test_nothing_of_this_name"
 PASSES = "tests/test_layout.py"
@@ -44,10 +49,16 @@ def an_existing_test() -> str:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> SimpleNamespace:
-    """A whole run after a contact in which two tests had failed, one of which is no longer there."""
+    """A whole run after a contact in which two tests had failed, one of which is no longer there.
+
+    An earlier run has left a row and counters in its folder.
+    """
     folder = tmp_path_factory.mktemp("measure")
-    contact = folder / "contact"
+    contact, out = folder / "contact", folder / "out"
     contact.mkdir()
+    out.mkdir()
+    (out / "rows.json").write_text(json.dumps([{"problem": "16x16x16", "kind": "cpu", "status": "old"}]))
+    (out / "ncu-cuda.csv").write_text("old")
     test = an_existing_test()
     failed = [{"test": name, "outcome": "failed", "error": ""} for name in (test, FAILED)]
     passed = {"test": "tests/test_loss.py::test_one", "outcome": "passed"}
@@ -107,7 +118,11 @@ def test_what_failed_before_runs_again_and_all_is_archived(run) -> None:
     assert all(ended[name]["status"] == "not run: a toy run has no GPU" for name in ("racecheck", "ncu-cuda"))
     with tarfile.open(run.folder / "measure.tar.gz") as tar:
         assert {"rows.json", "rows.jsonl", "summary.txt", "trace-cpu-32x64x16.json.gz"} <= set(tar.getnames())
-    assert "== 32x64x16-teacher" in run.finished.stdout and "== Predictions" in run.finished.stdout
+    shown = run.finished.stdout
+    assert "== 32x64x16-teacher" in shown and "== Predictions" in shown and "== ncu" not in shown
+    assert "racecheck" in shown.split("== Steps that did not pass")[1].split("\n\n")[0]
+    why = "no checkout of the authors' code was given"
+    assert f"not measured: authors-autocast of 32x64x16-teacher, 16x16x16: {why}\n" in shown
 
 
 def machine() -> Machine:
@@ -141,6 +156,64 @@ def test_a_row_that_is_wrong_is_written_and_not_timed(tmp_path, capsys) -> None:
     assert all(row["median_ms"] is None for row in found) and rows.read(tmp_path / "rows.jsonl") == []
     assert "16x16x16 triton: FAILING: RuntimeError: no such kernel" in capsys.readouterr().out
     assert "FAILING" in measured.ratios(found)
+
+
+@pytest.fixture
+def one_problem(tmp_path, monkeypatch) -> SimpleNamespace:
+    """A process that has one problem to measure."""
+    place = places.places(True)[1]
+    monkeypatch.setattr(measuring, "places", lambda toy: [place])
+    monkeypatch.setattr(measuring.Machine, "found", lambda *_: machine())
+    options = SimpleNamespace(toy=True, authors=None, seconds=60.0)
+    return SimpleNamespace(place=place, options=options, record=compare.Record(tmp_path))
+
+
+@needs_kernels
+def test_a_problem_without_truth_fails_in_all_its_rows(tmp_path, monkeypatch, one_problem) -> None:
+    def broken(rows: measuring.Rows) -> Truth:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(measuring.Rows, "truth", broken)
+    assert measuring.measured(one_problem.options, one_problem.record) == compare.WRONG
+    found = json.loads((tmp_path / "rows.json").read_text())
+    assert {row["kind"] for row in found} >= {"cpu", "gemms-half"}
+    assert {(row["status"], row["reason"]) for row in found} == {("failing", "no truth: RuntimeError: out of memory")}
+
+
+def test_what_has_no_row_is_listed_with_its_reason(tmp_path, one_problem) -> None:
+    """A problem for which there was no time; then rows that a process did not come to, and one that it did."""
+    place, record = one_problem.place, one_problem.record
+    one_problem.options.seconds = 0.0
+    measuring.measured(one_problem.options, record)
+    kinds = ", ".join(place.kinds)
+    assert f"not measured: {kinds} of {place.name}: no time was left for the problem" in measured.summary(tmp_path)
+    (tmp_path / "not_measured.json").unlink()
+    record.expect([place, places.places(True)[2]])
+    record.leave_out(place.name, ["cpu"], "why")
+    again = compare.Record(tmp_path)
+    again.expect([place, places.places(True)[2]])
+    measuring.write(measuring.Row(measuring.nothing("gemms-half"), "failing", ""), place, machine(), again)
+    others = ", ".join(kind for kind in place.kinds if kind not in ("cpu", "gemms-half"))
+    assert measured.summary(tmp_path).split("== Not measured\n")[1].splitlines() == [
+        f"not measured: cpu of {place.name}: why",
+        f"not measured: {others} of {place.name}: not reached",
+        "not measured: cpu, eager of sinkhorn-16x32x16: not reached",
+    ]
+
+
+def test_rows_of_tuned_tiles_say_so(tmp_path, monkeypatch) -> None:
+    file = tmp_path / "tuned.json"
+    monkeypatch.setenv("BAM_KERNELS_TUNED", str(file))
+    record = compare.Record(tmp_path)
+    for kind in ("triton-int16", "cuda-int16", "triton-flash-int16"):
+        c = measuring.nothing(kind)
+        c.note = "note"
+        made = Row(c, times_ms=(1.0,), floor_ms=0.5)
+        measuring.write(made, places.places(True)[0], machine(), record, {"wall_ms": 1.0, "host_ms": 1.0})
+        file.touch()
+    assert [row["note"] for row in record.rows] == ["note", "note", "note, tuned tiles"]
+    lines = {row.note for row in rows.read(tmp_path / "rows.jsonl")}
+    assert lines == {"triton-int16", "cuda-int16", "triton-flash-int16, tuned tiles"}
 
 
 @pytest.mark.parametrize("kind, kinds", [("cpu", ["cpu"]), ("truth", list(places.places(True)[1].kinds))])
@@ -193,6 +266,56 @@ def test_failed_steps_run_again_in_their_own_form(tmp_path) -> None:
     assert set(older) == {"again-tests-sm80", "again-probe-cuda-pass-long-sm80"}
     assert (tmp_path / "again-tests-sm80.txt").read_text() == test["test"] + "\n"
     assert found["again-memcheck"].command[0] == "compute-sanitizer"
+
+
+@pytest.mark.parametrize("code, alone", [(9, False), (1, True)])
+def test_checked_tests_run_again_under_the_checker(tmp_path, code, alone) -> None:
+    """All of them where the checker has found something, for then each may have passed; else those that failed."""
+    contact, out = tmp_path / "contact", tmp_path / "out"
+    for folder in (contact, out):
+        folder.mkdir()
+    (contact / "steps.json").write_text(json.dumps({"memcheck-rows": {"status": f"failed with {code}"}}))
+    test = {"test": "tests/test_cuda_match.py::test_cluster", "outcome": "failed"}
+    (contact / "memcheck-rows.tests.jsonl").write_text(json.dumps(test))
+    (step,) = Measure(out, None, False, None).again(Before(contact))
+    assert step.name == "again-memcheck-rows" and step.environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
+    assert step.command[:3] == ["compute-sanitizer", "--tool", "memcheck"]
+    assert str(out / "again-memcheck-rows.tests.jsonl") in step.command
+    assert ("--only-tests" in step.command) == alone and (measure.CHECKED_TESTS in step.command) != alone
+    if alone:
+        assert (out / "again-memcheck-rows.txt").read_text() == test["test"] + "\n"
+
+
+def test_files_of_steps_that_do_not_run_stay(tmp_path) -> None:
+    files = {"rows": ("rows.json", "rows.jsonl"), "ncu-cuda": ("ncu-cuda.csv",)}
+    for name in ("rows.json", "ncu-cuda.csv"):
+        (tmp_path / name).touch()
+    earlier.remove(Run(tmp_path, None, only=["ncu-*"]), files)
+    assert [file.name for file in tmp_path.iterdir()] == ["rows.json"]
+    earlier.remove(Run(tmp_path, None), files)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_archive_is_written_before_the_summary(tmp_path, monkeypatch) -> None:
+    """The summary takes a while, and what ends the run may not wait for it."""
+    archive = tmp_path / "measure.tar.gz"
+
+    def ended(self: Measure, run: Run, before: Before) -> None:
+        run.outcomes.append(Outcome("rows", "failed with 1"))
+        run.write("rows.log", "so far")
+        raise SystemExit(1)
+
+    def summary(self: Measure, run: Run) -> str:
+        with tarfile.open(archive) as tar:
+            return f"{tar.getnames()}\n{run.shortfalls()}"
+
+    monkeypatch.setattr(Measure, "run", ended)
+    monkeypatch.setattr(Measure, "summary", summary)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["measure.py", "--toy", "--out", str(tmp_path / "out"), "--archive", str(archive)])
+    with pytest.raises(SystemExit):
+        measure.main()
+    assert (tmp_path / "out" / "summary.txt").read_text().startswith("['rows.log']")
 
 
 STALLED = "smsp__average_warps_issue_stalled_{}_per_issue_active.ratio"

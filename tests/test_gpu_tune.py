@@ -24,6 +24,7 @@ import tune  # noqa: E402
 import tune_tiles  # noqa: E402
 import tune_variant  # noqa: E402
 from rows import Row, Rows, read  # noqa: E402
+from steps import Run  # noqa: E402
 from times import Clock  # noqa: E402
 from variants import TRIED  # noqa: E402
 
@@ -106,6 +107,23 @@ def test_a_build_wins_by_one_of_its_kernels():
     table = tune.variants_table([*rows, *steps]).splitlines()
     assert [line.split()[0] for line in table] == ["build,", "sm_90a", *TRIED]
     assert table[3].split()[:4] == ["octets4", "18.0", "70.0", "7.0"] and table[1].split()[1:4] == ["20.0", "50.0", "-"]
+
+
+@pytest.mark.parametrize(
+    "only, kept",
+    [
+        ((), set()),
+        (("variant-deeper",), {("sm_90a", "kernel"), ("deeper", "step")}),
+        (("steps-1-*", "tiles"), {("sm_90a", "kernel"), ("deeper", "kernel")}),
+    ],
+)
+def test_rows_of_an_earlier_run_stay_where_nothing_measures_them_again(tmp_path, only, kept):
+    file = tmp_path / "rows.jsonl"
+    step = Row("step", "loss and gradient", "cuda", "8x8x8", "graph", 5.0, note="deeper")
+    for row in (kernel("sm_90a", "match", 50.0), kernel("deeper", "match", 49.0), step):
+        Rows(file).add(row)
+    tune.Tuning(tmp_path, None, True, 1).forget(Run(tmp_path, None, only))
+    assert {(row.note, row.kind) for row in read(file)} == kept
 
 
 @pytest.mark.parametrize("without, with_them, kept", [(10.0, 9.0, True), (10.0, 11.0, False), (10.0, 10.0, True)])
