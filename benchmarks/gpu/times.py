@@ -21,6 +21,7 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks"), str(REPOSITORY 
 
 import torch  # noqa: E402
 from competitors import GRADIENT_SCALE  # noqa: E402
+from one_step import wait  # noqa: E402
 from problem import Problem, relative_error, truth_of_embeddings  # noqa: E402
 from rows import Row, Rows  # noqa: E402
 from sixteen_bit import our_step, sixteen_bit_layout, sixteen_bit_problem  # noqa: E402
@@ -81,10 +82,10 @@ class Clock:
         times, end = [], time.perf_counter() + self.seconds
         run()
         while len(times) < 5 or time.perf_counter() < end:
-            self.wait()
+            wait(self.device)
             begin = time.perf_counter_ns()
             run()
-            self.wait()
+            wait(self.device)
             times.append((time.perf_counter_ns() - begin) / 1e3)
         return statistics.median(times)
 
@@ -92,17 +93,13 @@ class Clock:
         """One call until the device has ended, and until it returns: medians of the same calls."""
         walls, hosts, end = [], [], time.perf_counter() + 2 * self.seconds
         while len(walls) < 5 or time.perf_counter() < end:
-            self.wait()
+            wait(self.device)
             begin = time.perf_counter_ns()
             run()
             hosts.append((time.perf_counter_ns() - begin) / 1e3)
-            self.wait()
+            wait(self.device)
             walls.append((time.perf_counter_ns() - begin) / 1e3)
         return statistics.median(walls), statistics.median(hosts)
-
-    def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
 
 
 def backends(device: torch.device) -> dict[str, Any]:
@@ -261,7 +258,7 @@ def step_times(clock: Clock, rows: Rows, toy: bool, only: list[str]) -> None:
             begin = time.perf_counter()
             problem = sixteen_bit_problem(sixteen_bit_layout(shape, V, teacher), clock.device)
             truth = truth_of_embeddings(problem).gradient
-            clock.wait()
+            wait(clock.device)
             named = f"{shape}{', a teacher' if teacher else ''}"
             print(f"{named}: problem and float64 truth in {time.perf_counter() - begin:.1f} s", flush=True)
             for backend in backends(clock.device):
@@ -284,7 +281,7 @@ def one_step(
 
     begin = time.perf_counter()
     error = relative_error(step().float() / GRADIENT_SCALE, truth)
-    clock.wait()
+    wait(clock.device)
     first_us = (time.perf_counter() - begin) * 1e6
     assert error is not None
     given, common = ("step", "loss and gradient", backend, shape), {"teacher": teacher, "error": error}
