@@ -122,6 +122,28 @@ def test_a_build_that_is_not_there_runs_under_no_name(tmp_path):
     assert refused.returncode == 1 and "there is no sm_90a in it" in refused.stderr
 
 
+class Recorded:
+    """Stands for a run: what it is given, in order; facts has failed, all else has passed."""
+
+    def __init__(self, facts: str) -> None:
+        self.facts, self.steps_given = facts, []
+
+    def steps(self, steps, at_once=1):
+        self.steps_given += steps
+        return [Outcome(step.name, self.facts if step.name == "facts" else "passed") for step in steps]
+
+
+@pytest.mark.parametrize("facts", ["passed", "failed with 1", "failed with 2"])
+def test_an_extension_that_does_not_load_is_built_there(tmp_path, facts):
+    run, made = Recorded(facts), contact.Contact(tmp_path / "out", tmp_path / "carried", toy=False)
+    made.run(run)
+    names = [step.name for step in run.steps_given]
+    assert ("build" in names) == (facts == "failed with 1") and len(names) == len(set(names))
+    if "build" in names:
+        assert names.index("build") < names.index("probe-triton-pass") < names.index("probe-cuda-pass-block")
+        assert made.extensions == tmp_path / "out-extensions"
+
+
 def test_a_hung_probe_is_repeated_with_waits_that_end(tmp_path):
     (tmp_path / "bounded").mkdir()
     (tmp_path / "bounded" / "_C.so").touch()

@@ -21,7 +21,7 @@ COMMANDS = (
 
 
 def main() -> int:
-    """Exit status 0 where the extension's CUDA kernels can run on the GPU."""
+    """Exit status 0 where the extension's CUDA kernels can run on the GPU, 2 where there is none."""
     print(f"Python {sys.version.split()[0]}, torch {torch.__version__}, CUDA {torch.version.cuda}")
     for command in COMMANDS:
         if shutil.which(command[0]) is None:
@@ -31,7 +31,7 @@ def main() -> int:
         print(found.stdout.strip() or found.stderr.strip())
     if not torch.cuda.is_available():
         print("torch sees no GPU")
-        return 1
+        return 2
     print(torch.cuda.get_device_properties(0))
     print(f"the extension: {getattr(extension._C, '__file__', None)}, {extension.import_error or 'loaded'}")
     reason = cuda.unavailable(torch.device("cuda"))
