@@ -260,7 +260,7 @@ def test_contact_names_a_planted_fault_and_goes_on(tmp_path, fault):
     assert done.returncode == 1
     ended = json.loads((tmp_path / "steps.json").read_text())
     assert ended[step]["status"].startswith(status) and ended["probe-cuda-stats"]["status"] == "passed"
-    failures = (tmp_path / "summary.txt").read_text().split("== ")[1]
+    failures = (tmp_path / "summary.txt").read_text().split("== Steps that did not pass")[1]
     assert step in failures and "probe-cuda-stats" not in failures
     log = (tmp_path / f"{step}.log").read_text()
     expected = {
@@ -281,7 +281,7 @@ def test_contact_at_toy_size(tmp_path):
     assert {name: step["status"] for name, step in json.loads(files["steps.json"]).items()} == dict.fromkeys(
         only, "passed"
     )
-    failures, tests = files["summary.txt"].split("== Tests")
+    tests, failures = files["summary.txt"].split("== Steps that did not pass")
     assert "probe-cuda" not in failures and "tests-cuda       6       0        0" in tests
     measured = rows.read(tmp_path / "out" / "rows.jsonl")
     assert {(row.kind, row.name) for row in measured} >= {("kernel", "match"), ("step", "loss and gradient")}

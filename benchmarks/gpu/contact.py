@@ -15,7 +15,20 @@ from pathlib import Path
 
 import probe
 from rows import Row, read
-from steps import PYTHON, REPOSITORY, Outcome, Run, Step, checker, extension, importing, parser, script, table
+from steps import (
+    PYTHON,
+    REPOSITORY,
+    Outcome,
+    Run,
+    Step,
+    checker,
+    extension,
+    importing,
+    last_line,
+    parser,
+    script,
+    table,
+)
 
 TESTS = REPOSITORY / "tests"
 # Kernels from given operands, over blocks, clusters and long rows, at sizes that a memory checker allows.
@@ -217,8 +230,14 @@ def times_table(rows: list[Row]) -> str:
 
 
 def summary(run: Run) -> str:
-    """Failures first, then times: short enough to be read where only the end of the output is to be had."""
-    parts = ["", "== Steps that did not pass", run.shortfalls()]
+    """Times first, failures last: often only the end of what a run prints is to be had."""
+    parts = []
+    rows = read(run.out / "rows.jsonl")
+    if rows:
+        parts += ["", "== Times", times_table(rows)]
+    foretold = run.out / "predictions.log"
+    if foretold.exists():
+        parts += ["", f"== Predictions: {last_line(foretold)}; predictions.log has them"]
     tests = counts(run.out)
     if tests:
         parts += ["", "== Tests", table(["tests", "passed", "failed", "skipped", ""], [[*row, ""] for row in tests])]
@@ -226,13 +245,7 @@ def summary(run: Run) -> str:
     if failed:
         shown = failed[:60]
         parts += ["", f"== Tests that failed ({len(failed)}; all in the archive)", table(["", "test", "error"], shown)]
-    rows = read(run.out / "rows.jsonl")
-    if rows:
-        parts += ["", "== Times", times_table(rows)]
-    foretold = run.out / "predictions.log"
-    if foretold.exists():
-        parts += ["", "== Predictions", foretold.read_text(errors="replace").rstrip()]
-    return "\n".join(parts) + "\n"
+    return "\n".join([*parts, "", "== Steps that did not pass", run.shortfalls()]) + "\n"
 
 
 def main() -> int:

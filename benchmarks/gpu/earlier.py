@@ -2,7 +2,6 @@
 
 import json
 import tarfile
-from fnmatch import fnmatch
 from pathlib import Path
 
 from steps import Run
@@ -40,13 +39,8 @@ class Before:
         return found
 
 
-def will_run(run: Run, step: str) -> bool:
-    """Whether the run's `only` lets a step of this name run."""
-    return not run.only or any(fnmatch(step, pattern) for pattern in run.only)
-
-
 def remove(run: Run, files: dict[str, tuple[str, ...]]) -> None:
     """Remove an earlier run's files from the run's folder: `files` by the step that writes them, if it will run."""
     for step, names in files.items():
-        for name in names if will_run(run, step) else ():
+        for name in names if run.chosen(step) else ():
             (run.out / name).unlink(missing_ok=True)

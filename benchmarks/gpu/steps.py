@@ -73,12 +73,14 @@ class Run:
         self.write_archive()
 
     def chosen(self, name: str) -> bool:
-        self.known.append(name)
+        """Whether `only` lets a step of this name run."""
         return not self.only or any(fnmatch(name, pattern) for pattern in self.only)
 
     def steps(self, steps: Iterable[Step], at_once: int = 1) -> list[Outcome]:
         """Run the chosen ones, `at_once` at a time, each until its limit or the run's end."""
-        waiting, ended = [step for step in steps if self.chosen(step.name)], []
+        given: list[Step] = list(steps)
+        self.known += [step.name for step in given]
+        waiting, ended = [step for step in given if self.chosen(step.name)], []
         running: list[Running] = []
         try:
             while waiting or running:

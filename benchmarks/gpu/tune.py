@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
-from earlier import remove, will_run
+from earlier import remove
 from rows import Row, read
 from steps import Run, Step, extension, importing, parser, script, table
 from variants import TRIED
@@ -72,7 +72,7 @@ class Tuning:
 
         def again(row: Row) -> bool:
             kernels, steps = [variant_step(row.note)], [steps_of_turn(turn, row.note) for turn in range(TURNS)]
-            return any(will_run(run, step) for step in (kernels if row.kind == "kernel" else steps))
+            return any(run.chosen(step) for step in (kernels if row.kind == "kernel" else steps))
 
         kept = [row for row in read(self.rows) if not again(row)]
         run.write("rows.jsonl", "".join(json.dumps(asdict(row)) + "\n" for row in kept))
