@@ -19,7 +19,7 @@ from pathlib import Path
 from variants import TRIED
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-# Of each variant what setup.py reads, whatever is exported. On a newer GPU the code for sm_80 is compiled by the
+# Environment in which setup.py builds each variant, whatever is exported. On a newer GPU the code for sm_80 is compiled by the
 # driver, from PTX.
 AS_IT_IS = {"BAM_KERNELS_BUILD": "cuda", "BAM_KERNELS_BOUNDED_WAITS": "0", "BAM_KERNELS_DEFINES": ""}
 VARIANTS = {

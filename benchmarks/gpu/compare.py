@@ -54,7 +54,7 @@ def attended(options: argparse.Namespace) -> int:
 
 
 def watched(process: subprocess.Popen, now: Path) -> int:
-    """Its exit status; it is killed where nothing new has begun for too long."""
+    """The process's exit status; it is killed where no new row has begun for too long."""
     begin = time.time()
     while process.poll() is None:
         last = max(begin, now.stat().st_mtime if now.exists() else 0.0)

@@ -27,7 +27,7 @@ NOT_STALLS = ("selected", "not_selected")  # a warp that issues, and one that co
 
 @dataclass(frozen=True)
 class Counted:
-    """Of one kernel; None: not among what was counted. stalls: the longest first."""
+    """Counters of one kernel; None: the profiler has not counted it. stalls: reasons, the longest first."""
 
     kernel: str
     launches: int

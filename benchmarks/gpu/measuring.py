@@ -86,7 +86,7 @@ class Rows:
         self.all = {c.kind: c for c in listed}
 
     def present(self, kinds: list[RowName], record: Record) -> list[RowName]:
-        """Those that can run here; of the others it is said why not."""
+        """The kinds of rows that can run here; prints why the others cannot."""
         reasons = {kind: self.missing(kind) for kind in kinds}
         for kind, reason in reasons.items():
             if reason is not None:

@@ -21,7 +21,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class Outcomes:
-    """Of the process that collects them."""
+    """Writes the outcomes: for pytest's own process, not for its workers."""
 
     def __init__(self, file: Path | None) -> None:
         self.file = file
@@ -56,7 +56,7 @@ class Outcomes:
 
 
 class Worker:
-    """Of a process that runs tests."""
+    """Ends a worker whose CUDA context is lost."""
 
     def __init__(self) -> None:
         self.failed = False

@@ -123,8 +123,10 @@ def chosen_tiles(timer: tune.Timer, device: torch.device, toy: bool) -> dict[Key
 def in_steps(
     chosen: dict[Key, tuple[int, ...]], steps: Steps, clock: Clock, device: torch.device
 ) -> dict[Key, tuple[int, ...]]:
-    """Those of the chosen tiles that `steps` are of, or none of them where the steps are slower with them: each is
-    taken twice without and twice with them, in turn."""
+    """The chosen tiles that these steps use; none where the steps are slower with them.
+
+    Each step is timed twice without and twice with the tiles, in turn.
+    """
     of_steps = {key: tile for key, tile in chosen.items() if steps.takes(key)}
     if not of_steps:
         return {}

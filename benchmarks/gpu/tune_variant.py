@@ -32,7 +32,7 @@ def error_of_pass(made: Operands) -> float:
 
 
 def error_of_match(made: Operands) -> float:
-    """That of the gradient of the scores."""
+    """Relative error of the gradient of the scores."""
     layout = made.layout
     V, L = layout.V, layout.L
     made.match()
