@@ -39,7 +39,7 @@ GPUS = {"H100": Gpu(132, 1.7, 3000), "H200": Gpu(132, 1.7, 4300)}
 
 @dataclass(frozen=True)
 class Counts:
-    """Of one score: instructions of a thread, bytes to and from memory, exponentials (16 a clock)."""
+    """What one score costs: instructions of a thread, bytes to and from memory, exponentials (16 a clock)."""
 
     instructions: float
     bytes: float

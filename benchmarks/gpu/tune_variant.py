@@ -23,7 +23,7 @@ GRADIENT_SCALE = 16384.0  # of Operands.match
 
 
 def error_of_pass(made: Operands) -> float:
-    """The larger of those of the row potential and of the column sums."""
+    """Relative error of the row potential or of the column sums, the larger one."""
     made.sinkhorn_pass()
     K = torch.exp2(made.fixed.double() * made.scale)
     rows = 1 / K.sum(1)
