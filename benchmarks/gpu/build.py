@@ -19,8 +19,8 @@ from pathlib import Path
 from variants import TRIED
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-# Environment in which setup.py builds each variant, whatever is exported. On a newer GPU the driver compiles the code for
-# sm_80, from PTX.
+# Environment in which setup.py builds each variant, whatever is exported. On a newer GPU the driver compiles the code
+# for sm_80, from PTX.
 AS_IT_IS = {"BAM_KERNELS_BUILD": "cuda", "BAM_KERNELS_BOUNDED_WAITS": "0", "BAM_KERNELS_DEFINES": ""}
 VARIANTS = {
     "sm_90a": AS_IT_IS | {"TORCH_CUDA_ARCH_LIST": "9.0a"},
