@@ -129,7 +129,7 @@ def test_one_graph_under_autocast(engine):
 
 
 def test_the_default_compiler_under_autocast(monkeypatch):
-    # Its code is made in this process: starting others, which import torch each, may take a minute.
+    # The compiler works in this process: its worker processes, each of which imports torch, may take a minute to start.
     monkeypatch.setattr("torch._inductor.config.compile_threads", 1)
     check_compiled_under_autocast("slab", "inductor")
 

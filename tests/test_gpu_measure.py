@@ -28,6 +28,7 @@ import places  # noqa: E402
 import rows  # noqa: E402
 import step_trace  # noqa: E402
 from common import Row  # noqa: E402
+from contact import CHECKED_TESTS  # noqa: E402
 from earlier import Before  # noqa: E402
 from hardware import Machine  # noqa: E402
 from measure import Measure  # noqa: E402
@@ -265,6 +266,11 @@ def test_failed_steps_run_again_in_their_own_form(tmp_path) -> None:
     older = [name for name, step in found.items() if "sm_80" in step.environment["BAM_KERNELS_EXTENSION"]]
     assert set(older) == {"again-tests-sm80", "again-probe-cuda-pass-long-sm80"}
     assert (tmp_path / "again-tests-sm80.txt").read_text() == test["test"] + "\n"
+    (tmp_path / "sm_80" / "_C.so").unlink()
+    for name in older:
+        again = Measure(tmp_path, tmp_path, False, None).again(Before(tmp_path))
+        (step,) = [step for step in again if step.name == name]
+        assert step.needs == f"build.py has not made sm_80 in {tmp_path}"  # nothing else runs under that name
     assert found["again-memcheck"].command[0] == "compute-sanitizer"
 
 
@@ -281,7 +287,7 @@ def test_checked_tests_run_again_under_the_checker(tmp_path, code, alone) -> Non
     assert step.name == "again-memcheck-rows" and step.environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
     assert step.command[:3] == ["compute-sanitizer", "--tool", "memcheck"]
     assert str(out / "again-memcheck-rows.tests.jsonl") in step.command
-    assert ("--only-tests" in step.command) == alone and (measure.CHECKED_TESTS in step.command) != alone
+    assert ("--only-tests" in step.command) == alone and (CHECKED_TESTS in step.command) != alone
     if alone:
         assert (out / "again-memcheck-rows.txt").read_text() == test["test"] + "\n"
 

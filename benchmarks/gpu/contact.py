@@ -11,11 +11,13 @@ import importlib.util
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import probe
 from rows import Row, read
 from steps import (
+    BASE,
     PYTHON,
     REPOSITORY,
     Outcome,
@@ -33,7 +35,6 @@ from steps import (
 TESTS = REPOSITORY / "tests"
 # Kernels from given operands, over blocks, clusters and long rows, at sizes that a memory checker allows.
 CHECKED_TESTS = "(cluster or long) and (pass or blocks or 132)"
-BASE = "sm_90a"  # the variant of the extension that most steps use
 CHECKED_FILES = [TESTS / "test_cuda_kernels.py", TESTS / "test_cuda_match.py"]
 
 
@@ -125,17 +126,22 @@ class Contact:
         ]
 
     def memory_checks(self) -> list[Step]:
+        return [self.checked("memcheck", 100), self.checked_rows("memcheck", "memcheck-rows", 150)]
+
+    def checked(self, tool: str, limit_s: float) -> Step:
+        """Small steps under a tool of compute-sanitizer."""
+        return self.under(tool, Step(tool, script("tiny", "cuda"), limit_s, self.environment()))
+
+    def checked_rows(self, tool: str, name: str, limit_s: float, *which: str) -> Step:
+        """Tests of rows over blocks and clusters under a tool: those that `which` says, or all."""
+        return self.under(tool, self.pytest(name, CHECKED_FILES, limit_s, 0, *(which or ("-k", CHECKED_TESTS))))
+
+    def under(self, tool: str, step: Step) -> Step:
+        """Each tensor is then a piece of memory of its own, so that what lies between two is seen."""
         missing = None if shutil.which("compute-sanitizer") else "compute-sanitizer is not here"
-        # Each tensor is then a piece of memory of its own, so that what lies between two is seen.
-        environment = self.environment(PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-        rows = self.pytest("memcheck-rows", CHECKED_FILES, 150, 0, "-k", CHECKED_TESTS)
-        reason = self.no_gpu or missing
-        return [
-            Step("memcheck", [*checker("memcheck"), *script("tiny", "cuda")], 100, environment, reason),
-            Step(
-                rows.name, [*checker("memcheck"), *rows.command], rows.limit_s, environment | rows.environment, reason
-            ),
-        ]
+        environment = step.environment | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        needs = self.no_gpu or missing
+        return replace(step, command=[*checker(tool), *step.command], environment=environment, needs=needs)
 
     def ranks(self) -> list[Step]:
         verify = [PYTHON, "-m", "bam_kernels.verify_ranks"]

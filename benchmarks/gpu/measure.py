@@ -17,10 +17,10 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from contact import CHECKED_FILES, CHECKED_TESTS, Contact
+from contact import Contact
 from earlier import Before, remove
 from places import places
-from steps import REPOSITORY, Run, Step, checker, parser, script
+from steps import BASE, REPOSITORY, Run, Step, parser, script
 
 AFTER_ROWS_S = 80.0  # for the profilers
 ROWS_S = 290.0
@@ -45,21 +45,22 @@ class Measure:
         made, failed = [], before.steps()
         found_by_checker = failed.get("memcheck-rows") == "failed with 9"  # then every test may have passed
         if found_by_checker:
-            made.append(self.rows_under("memcheck", "again-memcheck-rows", 150, "-k", CHECKED_TESTS))
+            made.append(self.contact.checked_rows("memcheck", "again-memcheck-rows", 150))
         for name, tests in before.tests().items():
             if name == "memcheck-rows":
                 if not found_by_checker:
-                    made.append(self.rows_under("memcheck", f"again-{name}", 150, *self.listed(name, tests)))
+                    listed = self.listed(name, tests)
+                    made.append(self.contact.checked_rows("memcheck", f"again-{name}", 150, *listed))
                 continue
             files = sorted({REPOSITORY / test.split("::")[0] for test in tests})
             files = [file for file in files if file.exists()]
-            variant = "sm_80" if name.endswith("sm80") else "sm_90a"
+            variant = "sm_80" if name.endswith("sm80") else BASE
             reason = None if files else "none of its files is there"
             step = self.contact.pytest(f"again-{name}", files, 90, 0, *self.listed(name, tests), variant=variant)
-            made.append(replace(step, needs=reason))
+            made.append(replace(step, needs=step.needs or reason))
         contact = self.contact
         known = [*contact.probes("cuda"), *contact.probes("triton"), *contact.probes_for_older(), *contact.ranks()]
-        known += [step for step in contact.memory_checks() if step.name == "memcheck"]
+        known.append(contact.checked("memcheck", 100))
         return made + [replace(step, name=f"again-{step.name}") for step in known if step.name in failed]
 
     def listed(self, name: str, tests: list[str]) -> list[str]:
@@ -68,32 +69,11 @@ class Measure:
         file.write_text("\n".join(tests) + "\n")
         return ["-p", "pytest_only", "--only-tests", str(file)]
 
-    def rows_under(self, tool: str, name: str, limit_s: float, *which: str) -> Step:
-        """Tests of rows over blocks and clusters, under a tool of compute-sanitizer."""
-        step = self.contact.pytest(name, CHECKED_FILES, limit_s, 0, *which)
-        return replace(
-            step,
-            command=[*checker(tool), *step.command],
-            environment=self.checked() | step.environment,
-            needs=self.no_checker(),
-        )
-
-    def checked(self) -> dict[str, str]:
-        """Each tensor is then a piece of memory of its own."""
-        return self.contact.environment(PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-
-    def no_checker(self) -> str | None:
-        missing = None if shutil.which("compute-sanitizer") else "compute-sanitizer is not here"
-        return self.contact.no_gpu or missing
-
     def sanitizers(self) -> list[Step]:
         """Races and wrong barriers. Reports on bulk copies are leads only: the tool may not see where they end."""
-        made = []
-        for tool in ("racecheck", "synccheck"):
-            command = [*checker(tool), *script("tiny", "cuda")]
-            made.append(Step(tool, command, 60, self.checked(), self.no_checker()))
-            made.append(self.rows_under(tool, f"{tool}-rows", 60, "-k", CHECKED_TESTS))
-        return made
+        tools = ("racecheck", "synccheck")
+        steps = [self.contact.checked(tool, 60) for tool in tools]
+        return steps + [self.contact.checked_rows(tool, f"{tool}-rows", 60) for tool in tools]
 
     def compiled(self) -> list[Step]:
         """The code of compilers that the rows will need, in their caches on disk; a process for each problem."""

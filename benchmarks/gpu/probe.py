@@ -76,7 +76,7 @@ CASES = {
 
 
 class Named:
-    """Kernels that say their name before they run and, `waiting`, wait until they have ended."""
+    """Kernels that print their name before they run, and call `wait` after."""
 
     def __init__(self, kernels: Any, wait: Callable[[], None]) -> None:
         self.kernels, self.wait = kernels, wait

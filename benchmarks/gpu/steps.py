@@ -25,6 +25,7 @@ PYTHON = sys.executable
 ARCHIVE_EVERY_S = 5.0
 LARGEST_ARCHIVED = 4 << 20  # bytes of a file; larger ones are left out and named
 KILLED_S = 5.0  # that a killed process may take to end
+BASE = "sm_90a"  # the variant of the extension that most steps use
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,9 @@ from statistics import median
 
 from earlier import remove
 from rows import Row, read
-from steps import Run, Step, extension, importing, parser, script, table
+from steps import BASE, Run, Step, extension, importing, parser, script, table
 from variants import TRIED
 
-BASE = "sm_90a"
 GAIN = 0.98  # of the usual build's time: less is noise
 TURNS = 2  # times that a winner and the usual build are tried in whole steps
 
