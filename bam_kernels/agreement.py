@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .header import Header
+from .exchanges import Exchanges
+from .header import Header, NonFinite
 from .ranks import Ranks, ranks_named, ranks_of
 
 
@@ -29,14 +30,29 @@ def told(operation: str, group: Any, x: Any) -> Iterator[None]:
 
 
 @contextmanager
-def agreed(ranks: Ranks, operation: str, values: dict[str, Any], device: torch.device) -> Iterator[None]:
-    """Check this rank's input in the block; the other ranks are told of an error before it is raised here."""
-    header = Header(operation, values)
+def agreed(ranks: Ranks | Exchanges, operation: str, values: dict[str, Any], device: torch.device) -> Iterator[None]:
+    """Check this rank's input in the block; the other ranks are told of an error before it is raised here.
+
+    Raises: ValueError, TypeError; NonFinite, on all ranks, only where values have non_finite="nan": the caller's answer
+    is NaN then.
+    """
+    if torch.compiler.is_compiling():  # what is compiled compares when it runs: exchanges.py
+        yield
+        return
+    try:
+        yield from _agree(ranks, Header(operation, values), device)
+    except NonFinite as error:
+        if values.get("non_finite") == "nan":
+            raise
+        raise ValueError(str(error)) from None
+
+
+def _agree(ranks: Ranks | Exchanges, header: Header, device: torch.device) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError) as error:
         if ranks.W > 1:
-            ranks.agree(replace(header, fault=str(error)), device)
+            ranks.agree(replace(header, fault=str(error), non_finite=isinstance(error, NonFinite)), device)
         raise
     if ranks.W > 1:
         ranks.agree(header, device)

@@ -125,8 +125,7 @@ def plan(
         memory_budget=memory_budget,
         regather=regather,
         engine=engine,
-    )
-    options.check("plan")
+    ).checked("plan")
     for name, value, least in (
         ("images", images, 1),
         ("features", features, 1),

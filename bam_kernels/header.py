@@ -13,18 +13,26 @@ FAULT_CHARACTERS = 300
 SCHEDULED = ("epsilon", "temperature")
 
 
+class NonFinite(ValueError):
+    """Input with infinite or NaN values."""
+
+
 @dataclass(frozen=True)
 class Header:
-    """The operation, what must be equal on all ranks, and this rank's own fault if it has one."""
+    """The operation, what must be equal on all ranks, and this rank's own fault if it has one.
+
+    non_finite: the fault is NonFinite input.
+    """
 
     operation: str
     values: dict[str, Any]
     fault: str = ""
+    non_finite: bool = False
 
     def encoded(self) -> bytes:
         """JSON in HEADER_BYTES bytes."""
         fault = self.fault.encode("ascii", "replace").decode()[:FAULT_CHARACTERS]
-        fields = {"operation": self.operation, **self.values, "fault": fault}
+        fields = {"operation": self.operation, **self.values, "fault": fault, "non-finite": self.non_finite}
         text = json.dumps(fields, separators=(",", ":")).encode()
         assert len(text) <= HEADER_BYTES, f"header of {len(text)} bytes"
         return text.ljust(HEADER_BYTES)
@@ -41,7 +49,8 @@ class Header:
         headers = [json.loads(other) for other in encoded]
         for rank, header in enumerate(headers):
             if header["fault"]:
-                raise ValueError(f"{self.operation}: stopped because of rank {rank}, which reports: {header['fault']}")
+                error = NonFinite if header["non-finite"] else ValueError
+                raise error(f"{self.operation}: stopped because of rank {rank}, which reports: {header['fault']}")
         for key in {key: None for header in headers for key in header}:
             by_value: dict[str, list[int]] = {}
             for rank, header in enumerate(headers):

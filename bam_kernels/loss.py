@@ -3,7 +3,9 @@
 Letters are those of layout.py.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any
 
@@ -16,19 +18,13 @@ from .backends import choose, row_kernels
 from .engine import flash, slab
 from .engine.call import Call
 from .engine.cost import Problem, choose_engine, rates
+from .header import NonFinite
 from .layout import Layout
-from .once import differentiable_once
+from .operators import NotTwice, define, differentiable, not_twice
 from .options import Options, as_tensor, check_bool, options_of
 from .precision import float32_products, is_sixteen_bit, product_precision
-from .ranks import ranks_named, ranks_of
+from .ranks import Ranks, ranks_named, ranks_of
 from .stats import BAMStats
-
-_library = torch.library.Library("bam_kernels", "FRAGMENT")
-_library.define(
-    "loss(Tensor student, Tensor? teacher, int[] dimensions, Tensor scales, int iterations, int top_k, "
-    "bool mask_positives, str target_rows, str backend, str engine, str precision, int? memory_budget, bool regather, "
-    "str group, bool needs_grad) -> (Tensor loss, Tensor stats, Tensor dz)"
-)
 
 
 def bam_loss(
@@ -50,6 +46,7 @@ def bam_loss(
     precision: str = "default",
     memory_budget: int | None = None,
     regather: bool = False,
+    non_finite: str = "error",
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, BAMStats]:
     """loss = mean_{t<L} mean_{v != t} mean_i ( -Σ_j P_t,ij log A_v,ij ).
@@ -78,6 +75,8 @@ def bam_loss(
     memory_budget   bytes the engine may use for scores; None: a quarter of the memory that is free
     regather        with several ranks: gather the keys again for the gradient instead of holding them; all scores are
                     then kept
+    non_finite      on CPUs, where a row is infinite or NaN on some rank: "error", a ValueError; "nan", the loss and the
+                    gradient are NaN, so that a gradient scaler skips the step. On GPUs always NaN
     return_stats    also return BAMStats
 
     Returns a scalar, float32 (float64 for float64 input): this rank's mean over its own images. The gradient is that
@@ -103,6 +102,7 @@ def bam_loss(
         precision,
         memory_budget,
         regather,
+        non_finite,
     )
     return _loss(student, teacher, options, return_stats)
 
@@ -111,34 +111,18 @@ def _loss(
     student: Tensor, teacher: Tensor | None, options: Options, return_stats: bool
 ) -> Tensor | tuple[Tensor, BAMStats]:
     with told("bam_loss", options.group, student):
-        options.check("bam_loss")
+        options = options.checked("bam_loss")
         check_bool("bam_loss", "return_stats", return_stats)
         layout = options.layout("bam_loss", student, teacher)
         backend = choose("bam_loss", options, student.device, student.dtype, options.engine)
     if backend == "reference":
-        named = {field.name: getattr(options, field.name) for field in fields(options)}
-        return reference.bam_loss(student, teacher, **named, return_stats=return_stats)
-    loss, stats, _ = torch.ops.bam_kernels.loss(
-        student,
-        teacher.detach() if teacher is not None else None,
-        [layout.V, layout.L, layout.T, layout.R],
-        as_tensor(options.temperature, options.epsilon),
-        options.iterations,
-        options.top_k,
-        options.mask_positives,
-        options.target_rows,
-        backend,
-        options.engine,
-        options.precision,
-        options.memory_budget,
-        options.regather,
-        ranks_of("bam_loss", options.group)[2],
-        student.requires_grad and torch.is_grad_enabled(),
-    )
+        return reference.loss(student, teacher, layout, options, return_stats)
+    problem = _problem(layout, options, backend)
+    needs_grad = student.requires_grad and torch.is_grad_enabled()
+    loss, stats, _ = _loss_operator(student, teacher.detach() if teacher is not None else None, *problem, needs_grad)
     return (loss, BAMStats(*stats.unbind())) if return_stats else loss
 
 
-@torch.no_grad()
 def bam_targets(student: Tensor, teacher: Tensor | None = None, **options: Any) -> Tensor:
     """The targets P of `bam_loss` with the same options (all but return_stats), without gradient.
 
@@ -150,15 +134,65 @@ def bam_targets(student: Tensor, teacher: Tensor | None = None, **options: Any) 
         layout = resolved.layout("bam_targets", student, teacher)
         backend = choose("bam_targets", resolved, student.device, student.dtype, resolved.engine)
     if backend == "reference":
-        return reference.bam_targets(student, teacher, **options)
-    ranks = ranks_named(ranks_of("bam_targets", resolved.group)[2])
-    with product_precision(student.device, resolved.precision):
-        sixteen_bit = is_sixteen_bit(backend, resolved, student.dtype, student.device)
-        engine, resolved = _engine(backend, resolved, layout, student, sixteen_bit, needs_grad=False)
+        return reference.targets(student, teacher, layout, resolved)
+    teacher = teacher.detach() if teacher is not None else None
+    return _targets_operator(student.detach(), teacher, *_problem(layout, resolved, backend))
+
+
+# What an operator takes beside the tensors: dimensions V, L, T, R, W and this rank; temperature and epsilon.
+_PROBLEM = (
+    "SymInt[] dimensions, Tensor scales, int iterations, int top_k, bool mask_positives, str target_rows, str backend, "
+    "str engine, str precision, int? memory_budget, bool regather, str non_finite, str group"
+)
+
+
+def _problem(layout: Layout, options: Options, backend: str) -> tuple[Any, ...]:
+    """The arguments that `_PROBLEM` declares."""
+    return (
+        [layout.V, layout.L, layout.T, layout.R, layout.W, layout.rank],
+        as_tensor(options.temperature, options.epsilon),
+        options.iterations,
+        options.top_k,
+        options.mask_positives,
+        options.target_rows,
+        backend,
+        options.engine,
+        options.precision,
+        options.memory_budget,
+        options.regather,
+        options.non_finite,
+        ranks_of("bam_loss", options.group)[2],
+    )
+
+
+@contextmanager
+def _call(
+    name: str, student: Tensor, teacher: Tensor | None, problem: tuple[Any, ...], ranks: Ranks, *, needs_grad: bool
+) -> Iterator[tuple[Any, Call]]:
+    """The engine and its call, from an operator's arguments; in the block products are set."""
+    (V, L, T, R, _, _), scales, iterations, top_k, mask_positives, target_rows, backend, engine = problem[:8]
+    temperature, epsilon = scales.tolist()
+    options = Options(
+        temperature=temperature,
+        epsilon=epsilon,
+        iterations=iterations,
+        top_k=top_k,
+        mask_positives=mask_positives,
+        target_rows=target_rows,
+        engine=engine,
+        precision=problem[8],
+        memory_budget=problem[9],
+        regather=problem[10],
+        non_finite=problem[11],
+    )
+    D = student.shape[-1]
+    layout = Layout(B=student.numel() // (V * D), V=V, L=L, T=T, D=D, R=R, W=ranks.W, rank=ranks.rank)
+    options.check_keys(name, layout)  # of the ranks that there are now: what is compiled was checked before
+    sixteen_bit = is_sixteen_bit(backend, options, student.dtype, student.device)
+    with product_precision(student.device, options.precision):
+        module, options = _engine(backend, options, layout, student, sixteen_bit, needs_grad=needs_grad)
         kernels = row_kernels(backend)
-        return engine.targets(
-            Call("bam_targets", student, teacher, layout, resolved, ranks, kernels, sixteen_bit=sixteen_bit)
-        )
+        yield module, Call(name, student, teacher, layout, options, ranks, kernels, needs_grad, sixteen_bit)
 
 
 def _engine(
@@ -175,53 +209,22 @@ def _engine(
     return (flash if name == "flash" else slab), replace(options, engine="flash" if name == "flash" else "slab")
 
 
-def _loss_impl(
-    student: Tensor,
-    teacher: Tensor | None,
-    dimensions: list[int],
-    scales: Tensor,
-    iterations: int,
-    top_k: int,
-    mask_positives: bool,
-    target_rows: str,
-    backend: str,
-    engine: str,
-    precision: str,
-    memory_budget: int | None,
-    regather: bool,
-    group: str,
-    needs_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    V, L, T, R = dimensions
-    temperature, epsilon = scales.tolist()
-    options = Options(
-        temperature=temperature,
-        epsilon=epsilon,
-        iterations=iterations,
-        top_k=top_k,
-        mask_positives=mask_positives,
-        target_rows=target_rows,
-        engine=engine,
-        precision=precision,
-        memory_budget=memory_budget,
-        regather=regather,
-    )
-    D, ranks = student.shape[-1], ranks_named(group)
-    layout = Layout(B=student.numel() // (V * D), V=V, L=L, T=T, D=D, R=R, W=ranks.W, rank=ranks.rank)
-    sixteen_bit = is_sixteen_bit(backend, options, student.dtype, student.device)
-    with product_precision(student.device, precision):
-        module, options = _engine(backend, options, layout, student, sixteen_bit, needs_grad=needs_grad)
-        kernels = row_kernels(backend)
-        result = module.evaluate(
-            Call("bam_loss", student, teacher, layout, options, ranks, kernels, needs_grad, sixteen_bit)
-        )
+def _loss_impl(student: Tensor, teacher: Tensor | None, *problem_and_needs_grad: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *problem, needs_grad = problem_and_needs_grad
+    ranks = ranks_named(problem[-1])
+    try:
+        with _call("bam_loss", student, teacher, tuple(problem), ranks, needs_grad=needs_grad) as (engine, call):
+            result = engine.evaluate(call)
+    except NonFinite:
+        loss, stats, dz = _loss_fake(student, teacher, *problem_and_needs_grad)
+        return loss.fill_(math.nan), stats.fill_(math.nan), dz.fill_(math.nan)
     dz = result.dz if result.dz is not None else student.new_empty(0, dtype=torch.float32)
     return result.loss.float(), result.stats.float(), dz
 
 
-def _loss_fake(student: Tensor, teacher: Tensor | None, dimensions: list[int], *options: Any):
+def _loss_fake(student: Tensor, teacher: Tensor | None, *problem_and_needs_grad: Any) -> tuple[Tensor, Tensor, Tensor]:
     D = student.shape[-1]
-    needs_grad = options[-1]
+    needs_grad = problem_and_needs_grad[-1]
     return (
         student.new_empty((), dtype=torch.float32),
         student.new_empty(6, dtype=torch.float32),
@@ -230,22 +233,62 @@ def _loss_fake(student: Tensor, teacher: Tensor | None, dimensions: list[int], *
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    """dz stays differentiable: a derivative of the gradient goes to `_backward` by it, and is an error there."""
     student, (_, stats, dz) = inputs[0], output
     ctx.set_materialize_grads(False)  # no zeros for stats and dz
-    ctx.mark_non_differentiable(stats, dz)
+    ctx.mark_non_differentiable(stats)
     ctx.save_for_backward(dz)
     ctx.shape, ctx.dtype = student.shape, student.dtype
 
 
-def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    (dz,) = ctx.saved_tensors
+def _setup_compiled(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    """The compiler asks for the derivatives of all differentiable outputs: dz must not be one."""
+    _setup_context(ctx, inputs, output)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(output[2], inputs[0])
+
+
+def _backward(ctx: Any, grad_loss: Tensor | None, _: None, grad_dz: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_dz is not None:
+        not_twice()
+    if grad_loss is None:
+        return (None,) * 16
+    dz, *student = ctx.saved_tensors
     grad = (grad_loss * dz).to(ctx.dtype).view(ctx.shape)
-    return (differentiable_once(grad), *[None] * 14)
+    if student and torch.is_grad_enabled():
+        grad = NotTwice.apply(grad.detach(), student[0])
+    return (grad, *[None] * 15)
 
 
-_library.impl("loss", _loss_impl, "CompositeExplicitAutograd")
-torch.library.register_fake("bam_kernels::loss", _loss_fake, lib=_library)
-torch.library.register_autograd("bam_kernels::loss", _backward, setup_context=_setup_context, lib=_library)
+def _targets_impl(student: Tensor, teacher: Tensor | None, *problem: Any) -> Tensor:
+    *_, W, rank = problem[0]
+    ranks = ranks_named(problem[-1], W, rank)
+    try:
+        with _call("bam_targets", student, teacher, problem, ranks, needs_grad=False) as (engine, call):
+            return engine.targets(call)
+    except NonFinite:
+        return _targets_fake(student, teacher, *problem).fill_(math.nan)
+
+
+def _targets_fake(student: Tensor, teacher: Tensor | None, dimensions: list[int], *rest: Any) -> Tensor:
+    V, L, T, _, W = dimensions[:5]
+    B = student.numel() // (V * student.shape[-1])
+    return student.new_empty((L * B, T * B * W), dtype=torch.float32)
+
+
+_loss_operator = differentiable(
+    define(
+        f"loss(Tensor student, Tensor? teacher, {_PROBLEM}, bool needs_grad) -> (Tensor loss, Tensor stats, Tensor dz)",
+        _loss_impl,
+        _loss_fake,
+    ),
+    _backward,
+    _setup_context,
+    setup_compiled=_setup_compiled,
+)
+_targets_operator = define(
+    f"targets(Tensor student, Tensor? teacher, {_PROBLEM}) -> Tensor", _targets_impl, _targets_fake
+)
 
 
 class BAMLoss(nn.Module):
@@ -263,7 +306,7 @@ class BAMLoss(nn.Module):
         self.options = options_of("BAMLoss", options)
         check_bool("BAMLoss", "return_stats", return_stats)
         if not callable(epsilon):
-            Options(epsilon=epsilon).check("BAMLoss")
+            Options(epsilon=epsilon).checked("BAMLoss")
 
     def forward(
         self, student: Tensor, teacher: Tensor | None = None, step: int | None = None

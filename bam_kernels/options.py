@@ -1,15 +1,17 @@
 """Options of the public functions, checked in one place. Letters are those of layout.py."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .header import NonFinite
 from .layout import Layout
 from .precision import LEAST_EPSILON_OF_ONE_SUM
 from .ranks import ranks_of
+from .saved_group import to_save
 
 FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
@@ -39,9 +41,28 @@ class Options:
     precision: str = "default"
     memory_budget: int | None = None
     regather: bool = False
+    non_finite: str = "error"
 
-    def check(self, name: str) -> None:
-        """Check what can be checked without tensors. Raises: ValueError, TypeError."""
+    def __deepcopy__(self, memo: Any) -> "Options":
+        return self  # it never changes, and a process group cannot be copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"group": to_save(self.group)}
+
+    def checked(self, name: str) -> "Options":
+        """With Python's numbers for those of numpy and 0-d tensors, after all checks that need no other tensors.
+
+        Raises: ValueError, TypeError.
+        """
+        plain = {field: _plain(name, field, getattr(self, field)) for field in NUMBERS if not self._is_plain(field)}
+        options = replace(self, **plain) if plain else self
+        options._check(name)
+        return options
+
+    def _is_plain(self, field: str) -> bool:
+        return type(getattr(self, field)) in (int, float, bool, type(None))
+
+    def _check(self, name: str) -> None:
         for field in ("views", "target_views", "key_views", "memory_budget"):
             if getattr(self, field) is not None:
                 _check_int(name, field, getattr(self, field), 1)
@@ -53,6 +74,7 @@ class Options:
         check_bool(name, "regather", self.regather)
         _check_choice(name, "target_rows", self.target_rows, ("teacher", "student"))
         _check_choice(name, "engine", self.engine, ENGINES)
+        _check_choice(name, "non_finite", self.non_finite, ("error", "nan"))
         check_execution(name, self.backend, self.precision)
         if self.engine == "flash" and self.backend not in ("auto", "triton"):
             raise ValueError(f'{name}: engine="flash" exists for backend="triton" only, got backend="{self.backend}"')
@@ -70,12 +92,16 @@ class Options:
         L, T = self.view_counts(name, V, R)
         W, rank, _ = ranks_of(name, self.group)
         layout = Layout(B=B, V=V, L=L, T=T, D=D, R=R, W=W, rank=rank)
-        if self.mask_positives and layout.N <= T:
+        self.check_keys(name, layout)
+        return layout
+
+    def check_keys(self, name: str, layout: Layout) -> None:
+        """Raises: ValueError where every key of a row is masked."""
+        if self.mask_positives and layout.N <= layout.T:
             raise ValueError(
                 f"{name}: nothing left to attend to: N={layout.N} keys, all of them views of the one image; "
                 "give at least 2 images over all ranks, or mask_positives=False"
             )
-        return layout
 
     def header(
         self, layout: Layout, student: Tensor, teacher: Tensor | None, backend: str, needs_grad: bool
@@ -94,6 +120,7 @@ class Options:
             "target_rows": self.target_rows if teacher is not None else None,
             "precision": self.precision,
             "regather": self.regather,
+            "non_finite": self.non_finite,
             "backend": backend,
             "engine": self.engine,
             "needs_grad": needs_grad,
@@ -131,14 +158,27 @@ class Options:
         return L, T
 
 
+NAMES = tuple(field.name for field in fields(Options))
+NUMBERS = (
+    "views",
+    "target_views",
+    "key_views",
+    "temperature",
+    "epsilon",
+    "iterations",
+    "top_k",
+    "mask_positives",
+    "memory_budget",
+    "regather",
+)
+
+
 def options_of(name: str, given: dict[str, Any]) -> Options:
-    """Options from keywords. Raises: TypeError naming the operation and the keyword it has not."""
-    unknown = given.keys() - {field.name for field in fields(Options)}
-    if unknown:
-        raise TypeError(f"{name}() got an unexpected keyword argument {min(unknown)!r}")
-    options = Options(**given)
-    options.check(name)
-    return options
+    """Options from keywords, checked. Raises: TypeError naming the operation and the keyword it has not."""
+    for keyword in given:
+        if keyword not in NAMES:
+            raise TypeError(f"{name}() got an unexpected keyword argument {keyword!r}")
+    return Options(**given).checked(name)
 
 
 def as_tensor(*numbers: float) -> Tensor:
@@ -161,6 +201,11 @@ class AttentionOptions:
     group: Any
     backend: str
     precision: str
+
+    def plain(self, name: str) -> "AttentionOptions":
+        """With Python's numbers for those of numpy and 0-d tensors. Raises: ValueError."""
+        numbers = ("epsilon", "iterations", "views", "key_views", "normalize", "differentiable")
+        return replace(self, **{field: _plain(name, field, getattr(self, field)) for field in numbers})
 
     def layout(self, name: str, q: Tensor, k: Tensor | None) -> Layout:
         """Check everything and return the dimensions; rows and columns of an unmasked problem are B = n, V = T = 1."""
@@ -190,7 +235,7 @@ class AttentionOptions:
             raise ValueError(f'{name}: views and key_views belong to mask="block", got mask="{self.mask}"')
         if self.mask == "self" and k is not None:
             raise ValueError(f'{name}: mask="self" is for k=None, where row i and key i are the same')
-        n = len(q) if k is None else len(k)
+        n = q.shape[0] if k is None else k.shape[0]
         layout = Layout(B=n, V=1, L=1, T=1, D=q.shape[1], W=W, rank=rank)
         if self.mask == "self" and layout.N < 2:
             raise ValueError(f'{name}: nothing left to attend to: mask="self" with {layout.N} key')
@@ -209,13 +254,13 @@ class AttentionOptions:
 
     def _block_layout(self, name: str, q: Tensor, k: Tensor | None, W: int, rank: int) -> Layout:
         V, T = self.views, self.views if self.key_views is None else self.key_views
-        if len(q) % V:
-            raise ValueError(f"{name}: q has {len(q)} rows, not a multiple of views={V}")
-        B = len(q) // V
+        if q.shape[0] % V:
+            raise ValueError(f"{name}: q has {q.shape[0]} rows, not a multiple of views={V}")
+        B = q.shape[0] // V
         if k is None and T > V:
             raise ValueError(f"{name}: key_views={T} must be at most views={V} where k is None")
-        if k is not None and len(k) != T * B:
-            raise ValueError(f"{name}: k has {len(k)} rows, must have key_views * B = {T} * {B}")
+        if k is not None and k.shape[0] != T * B:
+            raise ValueError(f"{name}: k has {k.shape[0]} rows, must have key_views * B = {T} * {B}")
         layout = Layout(B=B, V=V, L=V, T=T, D=q.shape[1], W=W, rank=rank)
         if layout.N <= T:
             raise ValueError(f"{name}: nothing left to attend to: N={layout.N} keys, all of them views of one image")
@@ -246,6 +291,13 @@ def check_tensor(name: str, argument: str, x: Tensor, dims: tuple[int, ...]) -> 
     """A floating tensor with one of the numbers of dimensions."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: {argument} must be a torch.Tensor, got {type(x).__name__}")
+    if hasattr(x, "to_local"):
+        raise TypeError(
+            f"{name}: {argument} is a {type(x).__name__} of shape {tuple(x.shape)} spread over ranks; give this rank's "
+            f"rows, {argument}.to_local(): the other ranks' keys are gathered here"
+        )
+    if x.layout != torch.strided:
+        raise TypeError(f"{name}: {argument} must be a dense tensor, got {x.layout}")
     if x.dtype not in FLOAT_TYPES:
         raise TypeError(f"{name}: {argument} must be float32, float16, bfloat16 or float64, got {x.dtype}")
     if x.dim() not in dims:
@@ -270,9 +322,18 @@ def check_finite(name: str, argument: str, x: Tensor) -> None:
     finite = torch.isfinite(x)
     bad = (~(finite if x.dim() == 1 else finite.flatten(0, -2).all(1))).nonzero()
     if len(bad):
-        raise ValueError(
+        raise NonFinite(
             f"{name}: {argument} has {len(bad)} row(s) with non-finite values, the first is row {int(bad[0])}"
         )
+
+
+def _plain(name: str, field: str, value: Any) -> Any:
+    """The Python number of a numpy scalar, a 0-d array or a 0-d tensor; anything else as it is."""
+    if type(value) in (int, float, bool, type(None)):
+        return value
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise ValueError(f"{name}: {field} is an option, without gradient; got a tensor that requires grad: detach it")
+    return value.item() if getattr(value, "shape", None) == () else value
 
 
 def check_bool(name: str, field: str, value: Any) -> None:

@@ -7,6 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .operators import define, differentiable
+
 LEAST_EPSILON_OF_FIXED_SCORES = 0.003
 # Below this a float64 sum of per-rank column sums can no longer hold the range of exp(1/epsilon) on both sides.
 LEAST_EPSILON_OF_ONE_SUM = 0.0029
@@ -92,6 +94,47 @@ def _unrounded(device: torch.device) -> Iterator[None]:
         for name, value in before.items():
             if _fp32_precision(name) != value:
                 _PRODUCTS[name].fp32_precision = value
+
+
+def product(a: Tensor, b: Tensor, precision: str) -> Tensor:
+    """a b (m, n) outside autocast, as `product_precision` says, and so are the products of its derivatives."""
+    return _differentiable_product(a, b, precision)
+
+
+def _product_impl(a: Tensor, b: Tensor, precision: str) -> Tensor:
+    with product_precision(a.device, precision):
+        return a @ b
+
+
+def _keep_factors(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
+    a, b, ctx.precision = inputs
+    ctx.save_for_backward(a, b)
+    ctx.save_for_forward(a, b)
+
+
+def _product_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    a, b = ctx.saved_tensors
+    da = product(grad, b.T, ctx.precision) if ctx.needs_input_grad[0] else None
+    db = product(a.T, grad, ctx.precision) if ctx.needs_input_grad[1] else None
+    return da, db, None
+
+
+def _product_jvp(ctx: Any, da: Tensor | None, db: Tensor | None, _: None) -> Tensor | None:
+    a, b = ctx.saved_tensors
+    parts = [product(x, y, ctx.precision) for x, y in ((da, b), (a, db)) if x is not None and y is not None]
+    return sum(parts[1:], parts[0])
+
+
+_differentiable_product = differentiable(
+    define(
+        "product(Tensor a, Tensor b, str precision) -> Tensor",
+        _product_impl,
+        lambda a, b, precision: a.new_empty(a.shape[0], b.shape[1]),
+    ),
+    _product_backward,
+    _keep_factors,
+    jvp=_product_jvp,
+)
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .constant import constant_in_graphs
 from .header import Header
+from .saved_group import SavedGroup
 
 
 class Ranks(Protocol):
@@ -25,7 +26,7 @@ class Ranks(Protocol):
     W: int
     rank: int
     name: str
-    """Under which `ranks_named` finds them: operators take strings."""
+    """Under which `ranks_named` finds them: operators take strings. Never empty."""
 
     def agree(self, header: Header, device: torch.device) -> None:
         """Return if all ranks have the same header and none has a fault. Raises: ValueError saying what differs."""
@@ -53,7 +54,7 @@ class OneRank:
 
     W = 1
     rank = 0
-    name = ""
+    name = "one"
 
     def agree(self, header: Header, device: torch.device) -> None:
         pass
@@ -72,15 +73,25 @@ class OneRank:
 
 
 ONE_RANK = OneRank()
-_named: WeakValueDictionary[str, Ranks] = WeakValueDictionary({"": ONE_RANK})
+DEFAULT_GROUP = ""  # the name of the default process group, or of one rank where there is none: at every call anew
+_named: WeakValueDictionary[str, Ranks] = WeakValueDictionary({ONE_RANK.name: ONE_RANK})
 _of_groups: WeakKeyDictionary[Any, Ranks] = WeakKeyDictionary()  # with what they have agreed on, as long as the groups
 
 
-def ranks_named(name: str) -> Ranks:
-    """The ranks that `ranks_of` has returned under this name. Raises: RuntimeError where their group has gone."""
-    ranks = _named.get(name)
+def ranks_named(name: str, W: int | None = None, rank: int | None = None) -> Ranks:
+    """The ranks of a name that `ranks_of` has returned. W, rank: what a function was compiled, or a graph made, for.
+
+    Raises: RuntimeError where their group has gone, or is another than it was then.
+    """
+    ranks = _resolve("bam_kernels", None) if name == DEFAULT_GROUP else _named.get(name)
     if ranks is None:
         raise RuntimeError(f"bam_kernels: the process group {name} has been destroyed")
+    if (W, rank) not in ((None, None), (ranks.W, ranks.rank)):
+        raise RuntimeError(
+            f"bam_kernels: compiled or recorded as rank {rank} of {W}, but this process is now rank {ranks.rank} of "
+            f"{ranks.W}: the process group has been made or destroyed since. Call a compiled function only after "
+            "init_process_group, or discard what has been compiled with torch.compiler.reset()"
+        )
     return ranks
 
 
@@ -88,11 +99,12 @@ def ranks_named(name: str) -> Ranks:
 def ranks_of(operation: str, group: Any) -> tuple[int, int, str]:
     """(W, rank, name) of `group`; of the default process group where it is None and torch.distributed is initialised.
 
-    A compiled function keeps what it was compiled with. Raises: ValueError, TypeError naming the operation.
+    A compiled function keeps the answer: operators take the name, and W and rank where something follows from them.
+    Raises: ValueError, TypeError naming the operation.
     """
     ranks = _resolve(operation, group)
     _named[ranks.name] = ranks
-    return ranks.W, ranks.rank, ranks.name
+    return ranks.W, ranks.rank, ranks.name if group is not None else DEFAULT_GROUP
 
 
 def _resolve(operation: str, group: Any) -> Ranks:
@@ -102,11 +114,15 @@ def _resolve(operation: str, group: Any) -> Ranks:
         return group
     distributed = torch.distributed
     if not distributed.is_available() or not distributed.is_initialized():
+        if isinstance(group, SavedGroup):
+            group.found(operation)  # raises
         if group is not None:
             raise ValueError(f"{operation}: group is given, but torch.distributed is not initialised")
         return ONE_RANK
     from .distributed import GroupRanks
 
+    if isinstance(group, SavedGroup):
+        group = group.found(operation)
     if group is None:
         group = distributed.group.WORLD
     if group is distributed.GroupMember.NON_GROUP_MEMBER:
@@ -119,25 +135,3 @@ def _resolve(operation: str, group: Any) -> Ranks:
     if known is None:
         _of_groups[group] = known = GroupRanks(group)
     return known
-
-
-class _Gathered(torch.autograd.Function):
-    """All ranks' rows; backwards, every rank gets the sum of what its rows have contributed."""
-
-    @staticmethod
-    def forward(ctx: Any, own: Tensor, ranks: Ranks) -> Tensor:
-        ctx.ranks = ranks
-        whole = own.new_empty(ranks.W * len(own), own.shape[1])
-        for first, rows in ranks.gather(own, lambda unit: unit.to(own.dtype)):
-            whole[first : first + len(rows)] = rows
-        return whole
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        blocks = grads[0].chunk(ctx.ranks.W)
-        return ctx.ranks.scatter(lambda r: blocks[r].clone(memory_format=torch.contiguous_format)), None
-
-
-def gather(own: Tensor, ranks: Ranks) -> Tensor:
-    """(N, D) in gathered order from (n, D); its gradient is scattered and summed over the ranks."""
-    return own if ranks.W == 1 else _Gathered.apply(own, ranks)

@@ -1,7 +1,8 @@
 """BAM in plain PyTorch: the specification, written to be read. Any float type, any device.
 
 Letters are those of layout.py; tau is the temperature of the source attention, eps the Sinkhorn regularisation.
-16-bit input is computed in float32. Same names and signatures as the public functions.
+16-bit input is computed in float32. Same names and signatures as the public functions. All derivatives are autograd's,
+of any order, forward and reverse; the targets are constants in each of them.
 
 Source: Shalam and Korman, "Unsupervised Representation Learning by Balanced Self Attention Matching", ECCV 2024.
 """
@@ -13,10 +14,13 @@ import torch
 from torch import Tensor
 
 from .agreement import agreed
+from .exchanges import ALONE, Exchanges
+from .header import NonFinite
 from .layout import Layout
+from .operators import define
 from .options import AttentionOptions, Options, check_finite, options_of
-from .precision import product_precision
-from .ranks import ONE_RANK, Ranks, gather, ranks_named, ranks_of
+from .precision import product
+from .ranks import ranks_of
 from .stats import BAMStats
 
 NORM_FLOOR = 1e-12
@@ -41,6 +45,7 @@ def bam_loss(
     precision: str = "default",
     memory_budget: int | None = None,
     regather: bool = False,
+    non_finite: str = "error",
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, BAMStats]:
     """loss = mean_{t<L} mean_{v != t} mean_i ( -Σ_j P_t,ij log A_v,ij ), differentiable by autograd.
@@ -64,12 +69,22 @@ def bam_loss(
         precision,
         memory_budget,
         regather,
-    )
-    options.check("bam_loss")
-    layout = options.layout("bam_loss", student, teacher)
-    ranks = ranks_named(ranks_of("bam_loss", group)[2])
-    source, target = _scores("bam_loss", student, teacher, layout, options, ranks)
-    loss, stats = loss_from_scores(source, target, layout, options, ranks, wants_stats=return_stats)
+        non_finite,
+    ).checked("bam_loss")
+    return loss(student, teacher, options.layout("bam_loss", student, teacher), options, return_stats)
+
+
+def loss(
+    student: Tensor, teacher: Tensor | None, layout: Layout, options: Options, wants_stats: bool
+) -> Tensor | tuple[Tensor, BAMStats]:
+    """`bam_loss` after its arguments have been checked."""
+    ranks = Exchanges(*ranks_of("bam_loss", options.group))
+    try:
+        source, target = _scores("bam_loss", student, teacher, layout, options, ranks)
+    except NonFinite:
+        loss = student.flatten().to(_dtype(student)).sum() * math.nan
+        return (loss, BAMStats(*loss.detach().expand(6))) if wants_stats else loss
+    loss, stats = loss_from_scores(source, target, layout, options, ranks, wants_stats=wants_stats)
     return (loss, stats) if stats is not None else loss
 
 
@@ -78,13 +93,13 @@ def loss_from_scores(
     target: Tensor,
     layout: Layout,
     options: Options,
-    ranks: Ranks = ONE_RANK,
+    ranks: Exchanges = ALONE,
     *,
     wants_stats: bool = False,
 ) -> tuple[Tensor, BAMStats | None]:
     """The loss and its statistics from source scores (M, N) and target scores (rows, N); P carries no gradient."""
     with torch.no_grad():
-        log_P, column_residual = log_targets(target, layout, options, ranks)
+        log_P, column_residual = log_targets(target.detach(), layout, options, ranks)
         P = log_P.exp().view(layout.L, layout.B, layout.N)
     log_A = _log_source(source, layout, options).view(layout.V, layout.B, layout.N)
     loss = source.new_zeros(())
@@ -94,27 +109,56 @@ def loss_from_scores(
     if not wants_stats:
         return loss, None
     with torch.no_grad():
-        return loss, _stats(loss, P, log_A, column_residual, layout, options)
+        return loss, _stats(loss.detach(), P, log_A.detach(), column_residual, layout, options)
 
 
-@torch.no_grad()
 def bam_targets(student: Tensor, teacher: Tensor | None = None, **options: Any) -> Tensor:
     """The targets P (L*B, N) of `bam_loss` with the same options, columns in public order."""
     resolved = options_of("bam_targets", options)
-    layout = resolved.layout("bam_targets", student, teacher)
-    ranks = ranks_named(ranks_of("bam_targets", resolved.group)[2])
-    _, target = _scores("bam_targets", student, teacher, layout, resolved, ranks)
-    return log_targets(target, layout, resolved, ranks)[0].exp()
+    return targets(student, teacher, resolved.layout("bam_targets", student, teacher), resolved)
+
+
+@torch.no_grad()
+def targets(student: Tensor, teacher: Tensor | None, layout: Layout, options: Options) -> Tensor:
+    """`bam_targets` after its arguments have been checked."""
+    ranks = Exchanges(*ranks_of("bam_targets", options.group))
+    try:
+        _, target = _scores("bam_targets", student.detach(), teacher, layout, options, ranks)
+    except NonFinite:
+        return student.new_full((layout.L * layout.B, layout.N), math.nan, dtype=_dtype(student))
+    return log_targets(target, layout, options, ranks)[0].exp()
+
+
+def _dtype(x: Tensor) -> torch.dtype:
+    """The type that x is computed in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def normalize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x/|x| over the last dimension and |x|, the norm floored at 1e-12. A row below the floor has gradient 0."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float64)
-    kept = torch.where(norm < NORM_FLOOR, x.detach(), x)
-    return kept / norm.clamp_min(NORM_FLOOR).to(x.dtype), norm
+    """x/|x| over the last dimension, the norm floored at 1e-12, and the largest |x_i|, whose inverse is a factor of the
+    norm: so that it neither overflows nor underflows. A row whose norm is below the floor has gradient 0."""
+    most = x.detach().abs().amax(-1, keepdim=True)
+    scale = torch.where(most > 0, most, 1.0)
+    scaled = x / scale
+    norm = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True, dtype=torch.float64)
+    small = norm.detach() * scale < NORM_FLOOR
+    return torch.where(small, x.detach() / NORM_FLOOR, scaled / torch.where(small, 1.0, norm).to(x.dtype)), most
 
 
-def log_sinkhorn(log_K: Tensor, iterations: int, ranks: Ranks = ONE_RANK) -> tuple[Tensor, Tensor, Tensor]:
+def _check_finite(name: str, argument: str, x: Tensor) -> None:
+    """`check_finite` as an operator: fake tensors and elements of torch.func.vmap come here too."""
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        _finite_operator(x, name, argument)
+
+
+_finite_operator = define(
+    "check_finite(Tensor x, str name, str argument) -> ()",
+    lambda x, name, argument: check_finite(name, argument, x),
+    lambda x, name, argument: None,
+)
+
+
+def log_sinkhorn(log_K: Tensor, iterations: int, ranks: Exchanges = ALONE) -> tuple[Tensor, Tensor, Tensor]:
     """Sinkhorn-Knopp in log space: log P_ij = log K_ij + f_i + g_j, columns first, rows last.
 
     Starts from f = 0; `iterations` times g_j = -log Σ_i exp(log K_ij + f_i), f_i = -log Σ_j exp(log K_ij + g_j).
@@ -129,46 +173,49 @@ def log_sinkhorn(log_K: Tensor, iterations: int, ranks: Ranks = ONE_RANK) -> tup
     return f, g, torch.exp(before - g)
 
 
-def _column_logsumexp(x: Tensor, ranks: Ranks) -> Tensor:
+def _column_logsumexp(x: Tensor, ranks: Exchanges) -> Tensor:
     """log Σ_i exp(x_ij) over the rows i of all ranks."""
     own = torch.logsumexp(x, dim=0)
     if ranks.W == 1:
         return own
-    most = ranks.max(own.clone())
+    most = ranks.max(own)
     return most + torch.log(ranks.sum(torch.exp(own - most)))
 
 
 def _embeddings(name: str, student: Tensor, teacher: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Unit rows of student (M, D) and teacher (R*B, D), float32 at least."""
-    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
-    z, norm = normalize(student.flatten(0, -2).to(dtype))
-    check_finite(name, "student", norm)
+    z, most = normalize(student.flatten(0, -2).to(_dtype(student)))
+    _check_finite(name, "student", most)
     if teacher is None:
         return z, None
-    y, norm = normalize(teacher.detach().flatten(0, -2).to(dtype))
-    check_finite(name, "teacher", norm)
+    y, most = normalize(teacher.detach().flatten(0, -2).to(_dtype(student)))
+    _check_finite(name, "teacher", most)
     return z, y
 
 
 def _scores(
-    name: str, student: Tensor, teacher: Tensor | None, layout: Layout, options: Options, ranks: Ranks
+    name: str, student: Tensor, teacher: Tensor | None, layout: Layout, options: Options, ranks: Exchanges
 ) -> tuple[Tensor, Tensor]:
     """Source scores z kᵀ (M, N) and target scores, the same or y kᵀ (R*B, N), columns in public order."""
     needs_grad = student.requires_grad and torch.is_grad_enabled()
     header = options.header(layout, student, teacher, "reference", needs_grad)
-    with product_precision(student.device, options.precision):
-        with agreed(ranks, name, header, student.device):
-            z, y = _embeddings(name, student, teacher)
-        keys = layout.to_public(gather((z if y is None else y)[: layout.T * layout.B], ranks).T).T
-        source = z @ keys.T
-        return source, source if y is None or options.target_rows == "student" else y @ keys.T
+    with agreed(ranks, name, header, student.device):
+        z, y = _embeddings(name, student, teacher)
+    problem = f"{name} {options.iterations} {options.top_k} {options.mask_positives} {options.target_rows} {y is None}"
+    own = (z if y is None else y)[: layout.T * layout.B]
+    gathered = ranks.gather(own, problem, (options.temperature, options.epsilon))
+    keys = layout.to_public(gathered.T)
+    source = product(z, keys, options.precision)
+    if y is None or options.target_rows == "student":
+        return source, source
+    return source, product(y, keys, options.precision)
 
 
-def log_targets(scores: Tensor, layout: Layout, options: Options, ranks: Ranks = ONE_RANK) -> tuple[Tensor, Tensor]:
+def log_targets(scores: Tensor, layout: Layout, options: Options, ranks: Exchanges = ALONE) -> tuple[Tensor, Tensor]:
     """log P (L*B, N) of the target views and the column residual: Sinkhorn on all rows of (rows, N) scores, top-k."""
     log_K = scores / options.epsilon
     if options.mask_positives:
-        log_K = log_K.masked_fill(layout.positive_mask(len(scores), scores.device), -math.inf)
+        log_K = log_K.masked_fill(layout.positive_mask(scores.shape[0], scores.device), -math.inf)
     f, g, c = log_sinkhorn(log_K, options.iterations, ranks)
     kept = layout.L * layout.B
     log_P = log_K[:kept] + f[:kept, None] + g
@@ -202,7 +249,7 @@ def _stats(
     if options.mask_positives:
         A = A.masked_fill(layout.positive_mask(layout.M, A.device).view_as(A), 0.0)
     attended = layout.N - layout.T if options.mask_positives else layout.N
-    uniform_loss = loss.new_full((), math.log(attended))
+    uniform_loss = loss.new_full((), attended, dtype=torch.float64).log().to(loss.dtype)
     return BAMStats(
         target_entropy=target_entropy,
         source_entropy=-(A * log_A).sum(-1).mean(),
@@ -246,27 +293,30 @@ def sinkhorn_attention(
         backend,
         precision,
     )
+    options = options.plain("sinkhorn_attention")
     return attention(q, k, options.layout("sinkhorn_attention", q, k), options)
 
 
 def attention(q: Tensor, k: Tensor | None, layout: Layout, options: AttentionOptions) -> Tensor | tuple[Tensor, Tensor]:
     """`sinkhorn_attention` after its arguments have been checked."""
-    ranks = ranks_named(ranks_of("sinkhorn_attention", options.group)[2])
-    with torch.set_grad_enabled(options.differentiable and torch.is_grad_enabled()):
-        with product_precision(q.device, options.precision):
-            with agreed(ranks, "sinkhorn_attention", options.header(layout, q, k, "reference"), q.device):
-                rows = _attention_rows("q", q, options.normalize)
-                own = rows[: layout.T * layout.B] if k is None else _attention_rows("k", k, options.normalize)
-            keys = layout.to_public(gather(own, ranks).T).T
-            log_K = rows @ keys.T / options.epsilon
-        if options.mask != "none":
-            log_K = log_K.masked_fill(layout.positive_mask(len(rows), rows.device), -math.inf)
-        f, g, _ = log_sinkhorn(log_K, options.iterations, ranks)
-        return (log_K + f[:, None] + g).exp() if options.output == "plan" else (f, g)
+    ranks = Exchanges(*ranks_of("sinkhorn_attention", options.group))
+    if not options.differentiable:
+        q, k = q.detach(), k.detach() if k is not None else None
+    header = options.header(layout, q, k, "reference")
+    with agreed(ranks, "sinkhorn_attention", header, q.device):
+        rows = _attention_rows("q", q, options.normalize)
+        own = rows[: layout.T * layout.B] if k is None else _attention_rows("k", k, options.normalize)
+    problem = f"sinkhorn_attention {options.iterations} {options.mask} {options.normalize}"
+    keys = layout.to_public(ranks.gather(own, problem, (options.epsilon,)).T)
+    log_K = product(rows, keys, options.precision) / options.epsilon
+    if options.mask != "none":
+        log_K = log_K.masked_fill(layout.positive_mask(rows.shape[0], rows.device), -math.inf)
+    f, g, _ = log_sinkhorn(log_K, options.iterations, ranks)
+    return (log_K + f[:, None] + g).exp() if options.output == "plan" else (f, g)
 
 
 def _attention_rows(argument: str, x: Tensor, unit: bool) -> Tensor:
-    x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    rows, norm = normalize(x)
-    check_finite("sinkhorn_attention", argument, norm)
+    x = x.to(_dtype(x))
+    rows, most = normalize(x)
+    _check_finite("sinkhorn_attention", argument, most)
     return rows if unit else x

@@ -13,21 +13,10 @@ from .agreement import told
 from .backends import choose, row_kernels
 from .engine import attention
 from .layout import Layout
-from .once import differentiable_once
+from .operators import define, differentiable, not_twice
 from .options import AttentionOptions, as_tensor
 from .precision import product_precision
-from .ranks import ONE_RANK, ranks_named, ranks_of
-
-_library = torch.library.Library("bam_kernels", "FRAGMENT")
-_PROBLEM = "Tensor q, Tensor? k, Tensor epsilon, int iterations, str mask, int[] dimensions, bool normalize"
-_library.define(
-    f"sinkhorn_attention({_PROBLEM}, bool plan, str precision, str backend, str group) "
-    "-> (Tensor plan, Tensor f, Tensor g)"
-)
-_library.define(
-    f"sinkhorn_attention_backward({_PROBLEM}, str precision, str backend, Tensor? plan, Tensor? grad_plan, "
-    "Tensor? grad_f, Tensor? grad_g) -> (Tensor dq, Tensor dk)"
-)
+from .ranks import ranks_named, ranks_of
 
 
 def sinkhorn_attention(
@@ -84,20 +73,21 @@ def sinkhorn_attention(
         precision,
     )
     with told("sinkhorn_attention", group, q):
+        options = options.plain("sinkhorn_attention")
         layout = options.layout("sinkhorn_attention", q, k)
         backend_chosen = choose("sinkhorn_attention", options, q.device, q.dtype)
     if backend_chosen == "reference":
         return reference.attention(q, k, layout, options)
-    if not differentiable:
+    if not options.differentiable:
         q, k = q.detach(), k.detach() if k is not None else None
-    plan, f, g = torch.ops.bam_kernels.sinkhorn_attention(
+    plan, f, g = _attention_operator(
         q,
         k,
-        as_tensor(epsilon),
-        iterations,
+        as_tensor(options.epsilon),
+        options.iterations,
         mask,
-        [layout.V, layout.T],
-        normalize,
+        [layout.V, layout.T, layout.W, layout.rank],
+        options.normalize,
         output == "plan",
         precision,
         backend_chosen,
@@ -106,11 +96,10 @@ def sinkhorn_attention(
     return plan if output == "plan" else (f, g)
 
 
-def _layout(q: Tensor, k: Tensor | None, mask: str, dimensions: list[int], group: str) -> Layout:
-    V, T = dimensions
-    B = len(q) // V if mask == "block" else len(q if k is None else k)
-    ranks = ranks_named(group)
-    return Layout(B=B, V=V, L=V, T=T, D=q.shape[1], W=ranks.W, rank=ranks.rank)
+def _layout(q: Tensor, k: Tensor | None, mask: str, dimensions: list[int]) -> Layout:
+    V, T, W, rank = dimensions
+    B = q.shape[0] // V if mask == "block" else (q if k is None else k).shape[0]
+    return Layout(B=B, V=V, L=V, T=T, D=q.shape[1], W=W, rank=rank)
 
 
 def _options(
@@ -144,10 +133,10 @@ def _attention_impl(
     backend: str,
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    layout = _layout(q, k, mask, dimensions, group)
+    layout, ranks = _layout(q, k, mask, dimensions), ranks_named(group, *dimensions[2:])
     options = _options(epsilon, iterations, mask, dimensions, normalize, plan, precision)
     with product_precision(q.device, precision):
-        return attention.forward(q, k, layout, options, ranks_named(group), row_kernels(backend))
+        return attention.forward(q, k, layout, options, ranks, row_kernels(backend))
 
 
 def _attention_fake(
@@ -163,8 +152,8 @@ def _attention_fake(
     backend: str,
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    N = _layout(q, k, mask, dimensions, group).N
-    m = len(q)
+    N = _layout(q, k, mask, dimensions).N
+    m = q.shape[0]
     return (
         q.new_empty((m, N) if plan else 0, dtype=torch.float32),
         q.new_empty(m, dtype=torch.float32),
@@ -187,7 +176,7 @@ def _backward_impl(
     grad_f: Tensor | None,
     grad_g: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    layout = _layout(q, k, mask, dimensions, ONE_RANK.name)
+    layout = _layout(q, k, mask, dimensions)
     options = _options(epsilon, iterations, mask, dimensions, normalize, plan is not None, precision)
     with product_precision(q.device, precision):
         dq, dk = attention.backward(q, k, layout, options, row_kernels(backend), plan, (grad_plan, grad_f, grad_g))
@@ -207,14 +196,27 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, epsilon, plan = ctx.saved_tensors
-    dq, dk = torch.ops.bam_kernels.sinkhorn_attention_backward(q, k, epsilon, *ctx.problem, plan, *grads)
-    return (differentiable_once(dq), differentiable_once(dk) if k is not None else None, *[None] * 9)
+    dq, dk = _backward_operator(q, k, epsilon, *ctx.problem, plan, *grads)
+    return (dq, dk if k is not None else None, *[None] * 9)
 
 
-_library.impl("sinkhorn_attention", _attention_impl, "CompositeExplicitAutograd")
-_library.impl("sinkhorn_attention_backward", _backward_impl, "CompositeExplicitAutograd")
-torch.library.register_fake("bam_kernels::sinkhorn_attention", _attention_fake, lib=_library)
-torch.library.register_fake("bam_kernels::sinkhorn_attention_backward", _backward_fake, lib=_library)
-torch.library.register_autograd(
-    "bam_kernels::sinkhorn_attention", _backward, setup_context=_setup_context, lib=_library
+_PROBLEM = "Tensor q, Tensor? k, Tensor epsilon, int iterations, str mask, SymInt[] dimensions, bool normalize"
+_attention_operator = differentiable(
+    define(
+        f"sinkhorn_attention({_PROBLEM}, bool plan, str precision, str backend, str group) "
+        "-> (Tensor plan, Tensor f, Tensor g)",
+        _attention_impl,
+        _attention_fake,
+    ),
+    _backward,
+    _setup_context,
+)
+_backward_operator = differentiable(
+    define(
+        f"sinkhorn_attention_backward({_PROBLEM}, str precision, str backend, Tensor? plan, Tensor? grad_plan, "
+        "Tensor? grad_f, Tensor? grad_g) -> (Tensor dq, Tensor dk)",
+        _backward_impl,
+        _backward_fake,
+    ),
+    not_twice,
 )

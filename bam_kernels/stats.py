@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from torch import Tensor
+from torch.utils import _pytree
 
 
 @dataclass(frozen=True)
@@ -24,3 +25,7 @@ class BAMStats:
     column_residual: Tensor
     uniform_loss: Tensor
     collapse_gap: Tensor
+
+
+# torch.export and torch.func.vmap return it like a tuple of tensors.
+_pytree.register_dataclass(BAMStats, serialized_type_name="bam_kernels.BAMStats")

@@ -49,8 +49,7 @@ def evaluated(options: AccuracyOptions, machine: Machine, cosine: float, epsilon
     layout = layout_of(M, M, options.D, V=options.views, L=options.views, T=options.views)
     named = Options(
         epsilon=epsilon, temperature=options.temperature, iterations=options.iterations, top_k=options.top_k
-    )
-    named.check("accuracy")
+    ).checked("accuracy")
     torch.compiler.reset()
     problem = Problem.made(layout, named, machine.device, cosine=cosine)
     truth = truth_of_embeddings(problem)

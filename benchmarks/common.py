@@ -62,8 +62,7 @@ class BenchmarkOptions:
     def problems(self, machine: Machine, *, L: int, R: int = 0, **options: Any) -> Iterator[Problem]:
         for text in self.shapes:
             layout = layout_of(*parse_shape(text), V=self.views, L=L, T=self.key_views, R=R)
-            named = Options(epsilon=self.epsilon, iterations=self.iterations, **options)
-            named.check("benchmark")
+            named = Options(epsilon=self.epsilon, iterations=self.iterations, **options).checked("benchmark")
             torch.compiler.reset()
             yield Problem.made(layout, named, machine.device)
 

@@ -41,7 +41,7 @@ def test_opcheck_of_the_loss(needs_grad, R, target_rows, dimensions):
     args = (
         leaf(student, needs_grad),
         teacher,
-        [3, 2, 2, R],
+        [3, 2, 2, R, 1, 0],
         SCALES,
         3,
         0,
@@ -52,6 +52,7 @@ def test_opcheck_of_the_loss(needs_grad, R, target_rows, dimensions):
         "exact",
         None,
         False,
+        "error",
         "",
     )
     torch.library.opcheck(torch.ops.bam_kernels.loss.default, (*args, needs_grad))
@@ -59,7 +60,22 @@ def test_opcheck_of_the_loss(needs_grad, R, target_rows, dimensions):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_opcheck_of_the_loss_in_16_bit(dtype):
-    args = ([3, 2, 2, 2], SCALES, 3, 4, True, "teacher", "cpu", "auto", "default", 10**6, False, "", True)
+    args = (
+        [3, 2, 2, 2, 1, 0],
+        SCALES,
+        3,
+        4,
+        True,
+        "teacher",
+        "cpu",
+        "auto",
+        "default",
+        10**6,
+        False,
+        "error",
+        "",
+        True,
+    )
     student, teacher = features(3, 6, 8).to(dtype), features(2, 6, 8, seed=1).to(dtype)
     torch.library.opcheck(torch.ops.bam_kernels.loss.default, (leaf(student), teacher, *args))
 
@@ -69,7 +85,7 @@ def test_opcheck_of_the_loss_in_16_bit(dtype):
 @pytest.mark.parametrize("requires_grad", [True, False])
 def test_opcheck_of_attention(requires_grad, wants_plan, keys):
     q, k = features(1, 18, 8)[0], features(1, 12, 8, seed=1)[0] if keys else None
-    args = (leaf(q, requires_grad), leaf(k, requires_grad) if keys else None, EPSILON, 3, "block", [3, 2])
+    args = (leaf(q, requires_grad), leaf(k, requires_grad) if keys else None, EPSILON, 3, "block", [3, 2, 1, 0])
     torch.library.opcheck(
         torch.ops.bam_kernels.sinkhorn_attention.default, (*args, True, wants_plan, "exact", "cpu", "")
     )
@@ -81,7 +97,7 @@ def test_opcheck_of_attention_backward(keys, by_columns):
     q, k = features(1, 18, 8)[0], features(1, 12, 8, seed=1)[0] if keys else None
     if by_columns:
         q = q.T.contiguous().T
-    problem = (EPSILON, 3, "block", [3, 2], True, "exact", "cpu")
+    problem = (EPSILON, 3, "block", [3, 2, 1, 0], True, "exact", "cpu")
     plan, f, g = torch.ops.bam_kernels.sinkhorn_attention(q, k, *problem[:5], True, "exact", "cpu", "")
     for given in ((plan, torch.ones_like(plan), None, None), (None, None, torch.ones_like(f), torch.ones_like(g))):
         torch.library.opcheck(torch.ops.bam_kernels.sinkhorn_attention_backward.default, (q, k, *problem, *given))

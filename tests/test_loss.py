@@ -419,7 +419,7 @@ def test_newer_precision_flag(matmul_precision, flag):
 
 def operator(student, teacher, needs_grad):
     """torch.ops.bam_kernels.loss with default options."""
-    dimensions = [len(student), 2, 2, len(teacher) if teacher is not None else 0]
+    dimensions = [len(student), 2, 2, len(teacher) if teacher is not None else 0, 1, 0]
     options = (
         torch.tensor([0.1, 0.05], dtype=torch.float64),
         3,
@@ -431,6 +431,7 @@ def operator(student, teacher, needs_grad):
         "exact",
         None,
         False,
+        "error",
         "",
     )
     return torch.ops.bam_kernels.loss(student, teacher, dimensions, *options, needs_grad)

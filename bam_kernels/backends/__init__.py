@@ -49,6 +49,7 @@ def choose(name: str, options: Execution, device: torch.device, dtype: torch.dty
     return backend
 
 
+@constant_in_graphs
 def _choose(name: str, backend: str, device: torch.device, dtype: torch.dtype) -> str:
     if backend == "reference":
         return backend
@@ -70,13 +71,14 @@ def _choose(name: str, backend: str, device: torch.device, dtype: torch.dtype) -
 
 def _not_chosen(device: torch.device) -> str | None:
     """Why "auto" computes tensors of that device with the reference; None: it has kernels for them."""
-    if device.type == "cpu":
+    if device.type in ("cpu", "meta"):
         return cpu.unavailable()
     return _NOT_BY_AUTO if device.type == "cuda" else f"there are no kernels for {device.type} tensors"
 
 
-@constant_in_graphs
 def _cannot_run(backend: str, device: torch.device) -> str | None:
+    if device.type == "meta":  # nothing runs: the operators say what shapes there would be
+        return None
     if backend == "cpu":
         if device.type != "cpu":
             return f'the tensors are on {device}, it takes CPU tensors; use backend="auto"'

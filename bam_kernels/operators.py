@@ -1,0 +1,104 @@
+"""Operators of torch.library, for torch.compile and fake tensors, and their derivatives.
+
+In eager mode an operator is differentiated by an autograd.Function, which torch.func's transforms understand; under
+torch.compile by what is registered with the operator. Both have the same formula.
+"""
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+library = torch.library.Library("bam_kernels", "FRAGMENT")
+
+
+def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator of a schema; `fake` gives outputs of the right shapes. torch.func.vmap calls it once per element."""
+    library.define(schema)
+    name = schema.partition("(")[0]
+    library.impl(name, implementation, "CompositeExplicitAutograd")
+    operator = getattr(torch.ops.bam_kernels, name)
+    torch.library.register_fake(f"bam_kernels::{name}", fake, lib=library)
+    torch.library.register_vmap(f"bam_kernels::{name}", _one_by_one(operator), lib=library)
+    return operator
+
+
+def differentiable(
+    operator: Any,
+    backward: Callable[..., Any],
+    setup_context: Callable[..., None] | None = None,
+    *,
+    setup_compiled: Callable[..., None] | None = None,
+    jvp: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """The operator as a function with derivatives. Without `jvp` forward mode is a NotImplementedError.
+
+    setup_compiled: the setup_context under torch.compile, where it is another.
+    """
+    name = operator.__name__
+    setup = setup_compiled or setup_context
+    torch.library.register_autograd(f"bam_kernels::{name}", backward, setup_context=setup, lib=library)
+
+    def no_forward_mode(*_: Any) -> Any:
+        raise NotImplementedError(
+            f'bam_kernels: {name} has no forward-mode derivative (jvp, jacfwd, hessian); backend="reference" has'
+        )
+
+    members = {
+        "forward": staticmethod(lambda *args: operator(*args)),
+        "setup_context": staticmethod(setup_context or (lambda ctx, inputs, output: None)),
+        "backward": staticmethod(backward),
+        "jvp": staticmethod(jvp or no_forward_mode),
+        "generate_vmap_rule": True,
+    }
+    function: Any = types.new_class(name, (torch.autograd.Function,), exec_body=lambda body: body.update(members))
+
+    def call(*args: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            return function.apply(*args)
+        if jvp is None and torch.autograd.forward_ad._current_level >= 0:  # a compiled operator would drop tangents
+            no_forward_mode()
+        return operator(*args)
+
+    return call
+
+
+def not_twice(*_: Any) -> Any:
+    """The backward of a gradient. Raises: RuntimeError."""
+    raise RuntimeError(
+        "bam_kernels: the gradient of a kernel is not differentiable, and a derivative of it was asked for (a gradient "
+        'penalty, a Hessian); backend="reference" is differentiable twice'
+    )
+
+
+class NotTwice(torch.autograd.Function):
+    """Passes a gradient on; a derivative of it by `anchor` is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, anchor: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        not_twice()
+
+
+def _one_by_one(operator: Callable[..., Any]) -> Callable[..., Any]:
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        def element(i: int) -> Any:
+            chosen = (
+                x.select(dim, i) if isinstance(x, Tensor) and dim is not None else x
+                for x, dim in zip(args, in_dims, strict=True)
+            )
+            return operator(*chosen)
+
+        results = [element(i) for i in range(info.batch_size)]
+        if results[0] is None:
+            return None, None
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
+
+    return rule

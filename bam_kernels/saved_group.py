@@ -1,0 +1,43 @@
+"""A process group in a file: torch cannot pickle one, so what finds it again is written in its place."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class SavedGroup:
+    """The group of this name and these members (ranks of the default group); no name: the default group."""
+
+    name: str
+    members: tuple[int, ...]
+
+    def found(self, operation: str) -> Any:
+        """The group in this process. Raises: ValueError where it has none of that name with those members."""
+        distributed = torch.distributed
+        if not distributed.is_available() or not distributed.is_initialized():
+            raise ValueError(f"{operation}: {self._saved()}, but torch.distributed is not initialised")
+        if not self.name:
+            return distributed.group.WORLD
+        try:
+            resolve: Any = distributed.distributed_c10d._resolve_process_group
+            group = resolve(self.name)
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise ValueError(f"{operation}: {self._saved()}; this process has none of that name") from error
+        members = tuple(distributed.get_process_group_ranks(group))
+        if members != self.members:
+            raise ValueError(f"{operation}: {self._saved()}; here the group of that name has ranks {list(members)}")
+        return group
+
+    def _saved(self) -> str:
+        return f"group was saved as the process group {self.name or 'of all ranks'!r} with ranks {list(self.members)}"
+
+
+def to_save(group: Any) -> Any:
+    """What stands for `group` in a file; what is no process group, as it is."""
+    distributed = torch.distributed
+    if not distributed.is_available() or not isinstance(group, distributed.ProcessGroup):
+        return group
+    members = tuple(distributed.get_process_group_ranks(group))
+    return SavedGroup("" if group is distributed.group.WORLD else group.group_name, members)
