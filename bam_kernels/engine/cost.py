@@ -141,7 +141,6 @@ def flash_can(layout: Layout, top_k: int, regather: bool) -> bool:
     return layout.D <= FLASH_FEATURES and not top_k and not (regather and layout.W > 1)
 
 
-@lru_cache
 def choose_engine(x: Problem, top_k: int, budget: int | None, device: torch.device, rates: Rates) -> str:
     """The engine that takes less time at these rates: "slab" or "flash"; every rank's the same.
 
@@ -157,6 +156,11 @@ def choose_engine(x: Problem, top_k: int, budget: int | None, device: torch.devi
         slabs = slabs_of("", x, budget, device)
     except ValueError:  # the scores of one image do not fit
         return "flash"
+    return _faster_engine(x, slabs, rates)
+
+
+@lru_cache
+def _faster_engine(x: Problem, slabs: SlabPlan, rates: Rates) -> str:
     margin = KEPT_MARGIN if slabs.cached else 1.0
     flash, slab = (sum(s.values()) for s in (flash_seconds(x, rates), slab_seconds(x, slabs, rates)))
     return "flash" if margin * flash < slab else "slab"

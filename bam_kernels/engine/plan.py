@@ -1,13 +1,18 @@
 """How much of the score matrix is held at once. Letters are those of layout.py."""
 
-import os
+import sys
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 
+from . import memory
+
 DEFAULT_SHARE = 0.25  # of the memory that is free
+# Scores that may always be taken: libraries take more memory for themselves, and on a CPU a step over as many takes
+# hundreds of times as long as reading what is free.
+ALWAYS_BYTES = 64 << 20
+BUDGET_BITS = 4  # a budget that was read keeps its leading bits: a plan outlasts small changes of what is free
 FLASH_FEATURES = 512  # the flash engine takes: beyond, making scores again costs more than reading them
 PRODUCT_ROWS = 1024  # rows from which a library product no longer gains by having more
 LEAST_PRODUCT_ROWS = 512  # rows below which it loses
@@ -31,19 +36,6 @@ class SlabPlan:
     score_bytes: int
 
 
-def free_bytes(device: torch.device) -> int:
-    """Memory that can be taken without swapping."""
-    if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for what comes
-        return torch.cuda.mem_get_info(device)[0] + kept
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) << 10
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-
 def product_rows(columns: int, device: torch.device) -> int:
     """Float32 rows that int16 scores are made from at once: few enough to be read where the product left them, in L2.
 
@@ -56,8 +48,31 @@ def product_rows(columns: int, device: torch.device) -> int:
     return min(held, PRODUCT_ROWS) if held >= LEAST_PRODUCT_ROWS else PRODUCT_ROWS
 
 
+def plan_slabs(name: str, *, budget: int | None, device: torch.device, **shape: int) -> SlabPlan:
+    """Choose slabs within `budget` bytes of scores (None: a quarter of the memory that is free at this call).
+
+    shape: what `_plan_within` takes. Where keeping everything needs no more than ALWAYS_BYTES it is kept, whatever is
+    free, and nothing is read.
+    Raises: ValueError if the budget does not hold one image, or with regather all scores.
+    """
+    if budget is not None:
+        return _plan_within(name, budget=budget, device=device, **shape)
+    whole = _plan_within(name, budget=sys.maxsize, device=device, **shape)
+    if whole.score_bytes <= ALWAYS_BYTES:
+        return whole
+    free = memory.free_bytes(device)
+    budget = sys.maxsize if free is None else _default_budget(free)
+    return whole if budget >= whole.score_bytes else _plan_within(name, budget=budget, device=device, **shape)
+
+
+def _default_budget(free: int) -> int:
+    share = int(free * DEFAULT_SHARE)
+    dropped = max(0, share.bit_length() - BUDGET_BITS)
+    return max(ALWAYS_BYTES, share >> dropped << dropped)
+
+
 @lru_cache
-def plan_slabs(
+def _plan_within(
     name: str,
     *,
     rows: int,
@@ -69,19 +84,16 @@ def plan_slabs(
     sixteen_bit: bool,
     ranks: int,
     regather: bool,
-    budget: int | None,
+    budget: int,
     device: torch.device,
 ) -> SlabPlan:
-    """Choose slabs within `budget` bytes of scores (None: a quarter of the memory that is free).
+    """The slabs of a shape within `budget` bytes, made once.
 
     rows x columns are the target scores; an image's match takes `target_views` rows of them and `source_views` rows of
     source scores, the same rows where `shared`. sixteen_bit: scores are int16, made from a float32 slab, and their
     gradient takes their place. With several ranks source scores are kept too where they fit: they are made while the
     ranks add up columns. regather: all must be kept.
-    Raises: ValueError if the budget does not hold one image, or with regather all scores. Made once per shape.
     """
-    if budget is None:
-        budget = int(free_bytes(device) * DEFAULT_SHARE)
     row_bytes, made_bytes = (2 * columns, 4 * columns) if sixteen_bit else (4 * columns, 0)
     kept = rows * row_bytes
     source = 0 if shared else source_views * images * row_bytes

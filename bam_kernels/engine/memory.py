@@ -1,0 +1,111 @@
+"""How much memory is free, read anew at every call: on GPUs from the driver, else from the machine and its cgroups."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+UNLIMITED = 1 << 62  # cgroup v1 writes "no limit" as the largest whole number of pages in an int64
+
+
+@dataclass(frozen=True)
+class Controller:
+    """The files of a cgroup's memory controller. reclaimable: the entry of memory.stat that is given up on demand."""
+
+    limit: str
+    used: str
+    reclaimable: str
+
+
+V1 = Controller("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+V2 = Controller("memory.max", "memory.current", "inactive_file")
+
+_last_read: dict[torch.device, int] = {}
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory of the device that can be taken without swapping.
+
+    The driver is not asked while the current stream is captured: that gives what the device had when it was read last,
+    or None if it never was.
+    """
+    if device.type != "cuda":
+        return host_free_bytes()
+    if not torch.cuda.is_current_stream_capturing():
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for what comes
+        _last_read[device] = torch.cuda.mem_get_info(device)[0] + kept
+    return _last_read.get(device)
+
+
+def host_free_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """The least of what the machine has available and what each cgroup of this process leaves under its limit."""
+    return min([_available_bytes(proc / "meminfo"), *_left_by_cgroups(proc / "self" / "cgroup", cgroups)])
+
+
+def _available_bytes(meminfo: Path) -> int:
+    available = _entry(meminfo, "MemAvailable:")
+    if available is not None:
+        return available << 10
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _left_by_cgroups(memberships: Path, cgroups: Path) -> Iterator[int]:
+    for line in _text(memberships).splitlines():
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if "memory" in controllers.split(","):
+            yield from _left_by_ancestors(V1, cgroups / "memory", path)
+        elif number == "0" and not controllers:
+            yield from _left_by_ancestors(V2, cgroups, path)
+
+
+def _left_by_ancestors(files: Controller, mount: Path, path: str) -> Iterator[int]:
+    """Of the cgroup at `path` and all above it, as far as they are mounted.
+
+    A container often sees its own cgroup as the mount's root, beside a path of the host's or one that leads above it.
+    """
+    parts = [part for part in path.split("/") if part]
+    if ".." in parts:
+        parts = []
+    for depth in range(len(parts), -1, -1):
+        left = _left(files, mount.joinpath(*parts[:depth]))
+        if left is not None:
+            yield left
+
+
+def _left(files: Controller, cgroup: Path) -> int | None:
+    """None: no limit, or none that can be read."""
+    limit = _number(_text(cgroup / files.limit))
+    if limit is None or limit >= UNLIMITED:
+        return None
+    used = _number(_text(cgroup / files.used))
+    if used is None:
+        return None
+    return max(0, limit - max(0, used - (_entry(cgroup / "memory.stat", files.reclaimable) or 0)))
+
+
+def _entry(file: Path, name: str) -> int | None:
+    """The number behind a name that begins a line."""
+    for line in _text(file).splitlines():
+        words = line.split()
+        if len(words) > 1 and words[0] == name:
+            return _number(words[1])
+    return None
+
+
+def _number(text: str) -> int | None:
+    """A whole number that is not negative; "max" and anything else: None."""
+    try:
+        number = int(text)
+    except ValueError:
+        return None
+    return number if number >= 0 else None
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(errors="replace")
+    except OSError:
+        return ""
