@@ -62,6 +62,17 @@ def test_every_ancestor_counts_v1(machine, level):
     assert memory.host_free_bytes(proc, cgroups) == 3 * GIB
 
 
+def test_where_no_limit_is_set_little_is_read(machine, monkeypatch):
+    proc, cgroups = machine
+    write(proc / "self" / "cgroup", "4:memory:/a\n0::/a\n")
+    v1_group(cgroups / "memory" / "a", UNLIMITED)
+    v2_group(cgroups / "a", "max")
+    read, text = [], memory._text
+    monkeypatch.setattr(memory, "_text", lambda file: read.append(file.name) or text(file))
+    assert memory.host_free_bytes(proc, cgroups) == 8 * GIB
+    assert read == ["meminfo", "cgroup", *2 * ["memory.limit_in_bytes"], *2 * ["memory.max"]]
+
+
 def test_the_least_of_all_limits_and_of_the_machine(machine):
     proc, cgroups = machine
     write(proc / "self" / "cgroup", "4:memory:/c\n0::/a/b\n")
@@ -127,7 +138,9 @@ def test_without_statistics_all_that_is_used_counts(machine, text):
     assert memory.host_free_bytes(proc, cgroups) == GIB
 
 
-@pytest.mark.parametrize("memberships", ["", "\n\n", "0:\n", "memory\n", "0::\n", "x:y:z:/a\n", "\0\n", "1:memory"])
+@pytest.mark.parametrize(
+    "memberships", ["", "\n\n", "0:\n", "memory\n", "0::\n", "x:y:z:/a\n", "x::/a\n", "\0\n", "1:memory"]
+)
 def test_odd_memberships_are_none(machine, memberships):
     proc, cgroups = machine
     v2_group(cgroups / "a", "1")
