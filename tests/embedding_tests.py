@@ -1,16 +1,81 @@
-"""Embedding rows, and what their scores and gradients need, against float64: what every GPU backend passes.
+"""Embedding rows, and what their scores and gradients need, against float64: NormTests are of every backend,
+EmbeddingTests of those for GPUs.
 
 As sinkhorn_tests.py; the form of rows of scores makes no difference here.
 """
 
 import pytest
 import torch
-from row_problems import assert_close, log2, representable
+from row_problems import assert_close, log2, representable, rows_of_any_norm
 
 from bam_kernels.backends.interface import HALF_UNIT, LOG2_E
 
+FLOOR = 1e-12  # shorter rows are divided by this
+LEAST = 2**-149  # float32's
 
-class EmbeddingTests:
+
+def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
+    """The rows x (m, d) as they are, with features apart, or as (3, m/3, d) in strides of their own."""
+    if layout == "transposed":
+        return x.T.contiguous().T
+    if layout == "views":
+        return x.view(3, -1, x.shape[1]).permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    return x
+
+
+def unit_and_norm(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Unit rows (m, d) and norms (m, 1) in float64."""
+    rows = x.double().flatten(0, -2)
+    norm = rows.norm(dim=1, keepdim=True)
+    return rows / norm.clamp_min(FLOOR), norm
+
+
+def check_projected(projected: torch.Tensor, d: torch.Tensor, x: torch.Tensor, factor: float) -> None:
+    """Bound: roundings of the largest entry of a row of d, and of the result and factor / norm to float32's least."""
+    unit, norm = unit_and_norm(x)
+    inverse = torch.where(norm < FLOOR, 0.0, factor / norm)
+    along = (unit * d.double()).sum(1, keepdim=True)
+    most = d.abs().amax(1, keepdim=True)
+    assert_close(projected, (d.double() - unit * along) * inverse, 0, most * (2e-6 * inverse + LEAST) + LEAST)
+
+
+class NormTests:
+    # One feature; a tail of every vector; enough for float32's largest numbers to have a norm beyond float32; beyond a
+    # turn of a row's block.
+    @pytest.mark.parametrize(
+        ("d", "layout"), [(1, "contiguous"), (7, "views"), (100, "transposed"), (100, "contiguous"), (4099, "views")]
+    )
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    def test_rows_of_any_norm(self, whole, device, d, layout, dtype):
+        most = torch.finfo(dtype).max
+        x = laid_out(rows_of_any_norm(d).clamp(-most, most).to(device, dtype), layout)
+        unit, norm = unit_and_norm(x)
+        found = whole.normalize(x)
+        assert_close(found.norm, norm[:, 0], 1e-12)
+        assert_close(found.read, unit, 2e-7, LEAST)
+        for factor in (1.0, 0.25):
+            gradient = torch.randn(unit.shape).to(device)
+            projected = whole.project_(gradient.clone(), found, factor)
+            assert (projected[norm[:, 0] < FLOOR] == 0).all()
+            check_projected(projected, gradient, x, factor)
+
+
+class EmbeddingTests(NormTests):
+    @pytest.mark.parametrize("layout", ["contiguous", "transposed", "views"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_centred_half_rows_of_any_norm(self, whole, device, layout, dtype):
+        x = laid_out(rows_of_any_norm(100).to(device, dtype), layout)
+        unit, norm = unit_and_norm(x)
+        centre = unit.mean(0).float()
+        half, potential = whole.half_rows(x, centre, representable(0.05))
+        along = unit @ centre.double()
+        assert_close(half.norm, norm[:, 0], 1e-12)
+        assert_close(half.read.double() / HALF_UNIT, unit - centre, 2**-11, 1e-6)
+        assert_close(half.bias.double() / HALF_UNIT**2, (unit - centre) @ centre.double(), 1e-6, 1e-12)
+        assert_close(log2(potential), along / representable(0.05) * LOG2_E, 0, 1e-6)
+        gradient = torch.randn(unit.shape).to(device)
+        check_projected(whole.project_(gradient.clone(), half, 0.25), gradient, x, 0.25)
+
     # Within a tile of 32, at its edge and past it; the same of 64, and more than two tiles.
     @pytest.mark.parametrize("m", [1, 32, 33, 64, 65, 130])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -20,16 +85,6 @@ class EmbeddingTests:
         sums = whole.symmetrize_(G)
         assert torch.equal(G, expected.to(dtype))
         assert_close(sums, expected.double().sum(1), 0, 1e-5 * max(1, m**0.5))
-
-    @pytest.mark.parametrize("magnitude", [1e-30, 1.0, 1e30])
-    @pytest.mark.parametrize("transposed", [False, True])
-    def test_normalize_any_magnitude_and_stride(self, whole, device, magnitude, transposed):
-        x = torch.randn(21, 5).to(device).T * magnitude
-        x = x if transposed else x.contiguous()
-        unit, norm, *_ = whole.normalize(x)
-        expected = x.double().norm(dim=1)
-        assert_close(norm, expected, 1e-12)
-        assert_close(unit, x.double() / expected.clamp_min(1e-12)[:, None], 1e-6, 1e-30)
 
     # 7 images of 3 views, in strides of their own; rows as a matrix; features beyond a turn of a row's block.
     @pytest.mark.parametrize(("shape", "order"), [((3, 7, 5), (1, 0, 2)), ((5, 3, 7), (2, 1, 0)), ((9, 4097), (0, 1))])
@@ -48,25 +103,6 @@ class EmbeddingTests:
         gradient = torch.randn(rows.shape).to(device)
         expected = 0.25 * (gradient - unit * (unit * gradient).sum(1, keepdim=True)) / rows.norm(dim=1, keepdim=True)
         assert_close(whole.project_(gradient.clone(), half, 0.25), expected, 1e-5, 1e-8)
-
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-    def test_normalize_16_bit_rows(self, whole, device, dtype):
-        x = torch.randn(3, 33).to(device, dtype)
-        unit, norm, *_ = whole.normalize(x)
-        assert_close(norm, x.double().norm(dim=1), 1e-12)
-        assert_close(unit, x.double() / x.double().norm(dim=1, keepdim=True), 1e-6)
-
-    @pytest.mark.parametrize("d", [1, 33, 4099])  # one feature; a tail; beyond a turn of a row's block
-    def test_project_and_a_zero_row(self, whole, device, d):
-        x = torch.randn(3, d).to(device)
-        x[1] = 0
-        unit, norm, *_ = rows = whole.normalize(x)
-        assert (unit[1] == 0).all() and norm[1] == 0
-        gradient = torch.randn(3, d).to(device)
-        ud, gd = unit.double(), gradient.double()
-        expected = (gd - ud * (ud * gd).sum(1, keepdim=True)) / norm[:, None].clamp_min(1e-30)
-        expected[1] = 0
-        assert_close(whole.project_(gradient, rows), expected, 1e-5, 1e-5)
 
     # Keys that differ little and rows that differ much, the other way round, and keys that do not differ at all.
     @pytest.mark.parametrize("spreads", [(0.02, 1.0), (1.0, 0.02), (0.3, 0.2), (0.0, 0.5)])

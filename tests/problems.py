@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from row_problems import rows_of_any_norm
 from torch import Tensor
 
 from bam_kernels import bam_loss, reference
@@ -138,6 +139,32 @@ def check_against_float64(
     error = ((grad.double() / scale - truth[1]).norm() / truth[1].norm()).item()
     bound = GRADIENT_ERRORS[dtype][cosine]
     assert error <= bound, f"relative error of the gradient {error:.3g}, bound {bound:.3g}"
+
+
+def check_rows_of_any_norm(
+    dtype: torch.dtype, R: int, device: torch.device, errors: tuple[float, float], **options: Any
+) -> None:
+    """`bam_loss` of rows whose squares overflow or underflow, beside ordinary ones, against the reference in float64.
+
+    That is given unit rows: the loss does not depend on the length of a row above the floor, and the gradient by that
+    row falls with it. errors: of the loss, relatively, and of the gradient by unit rows, relative to its largest.
+    """
+    student = rows_of_any_norm(100).view(3, 4, 100).to(device, dtype)
+    teacher = rows_of_any_norm(100).roll(5, 0).view(3, 4, 100)[:R].to(device, dtype) if R else None
+    norm = norm_above_floor(student)
+    y = teacher.double() / norm_above_floor(teacher) if R else None
+    truth, truth_grad = loss_and_grad(reference.bam_loss, student.double() / norm, y)
+    loss, grad = loss_and_grad(bam_loss, student, teacher, **options)
+    assert_close(loss, truth, errors[0] * truth.item())
+    least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    bound = errors[1] * truth_grad.abs().max() + least * norm
+    assert_close(grad.double() * norm, truth_grad, bound)
+
+
+def norm_above_floor(x: Tensor) -> Tensor:
+    """(..., 1) float64; 1 for rows that are shorter than the floor: they keep their length."""
+    norm = x.double().norm(dim=-1, keepdim=True)
+    return torch.where(norm < 1e-12, 1.0, norm)
 
 
 def assert_close(actual: Tensor, expected: Tensor | float, bound: float | Tensor) -> None:

@@ -30,6 +30,25 @@ def log2(p: Potential) -> torch.Tensor:
     return p.exponent.double() + p.mantissa.double().log2()
 
 
+def rows_of_any_norm(d: int) -> torch.Tensor:
+    """(12, d) finite float32 rows: a norm beyond float32, squares beyond it, norms about the floor of 1e-12, others."""
+    x = torch.randn(12, d)
+    signs = x.sign()
+    unit = x / x.norm(dim=1, keepdim=True)
+    x[0] = 3e38 * signs[0]
+    x[2] = 3e38 * signs[2]
+    x[2, 1::2] = 1e-38 * signs[2, 1::2]  # squares that overflow beside squares that vanish
+    x[3, 0] = 3e38  # an entry that outweighs the others
+    x[4] = 1e19 * unit[4]  # the norm's square overflows, the norm does not
+    x[5] = 1.02e-12 * unit[5]
+    x[6] = 0.98e-12 * unit[6]
+    x[7] = 1e-13 * unit[7]
+    x[8] = 1e-20 * unit[8]
+    x[9] = 1e-42 * signs[9]  # no normal numbers
+    x[10] = 0
+    return x  # 1 and 11 as they were
+
+
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, relative: float, absolute: float = 0.0) -> None:
     error = (actual.double() - expected.double()).abs()
     assert (error <= relative * expected.double().abs() + absolute).all(), error.max()

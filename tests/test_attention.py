@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from problems import COSINES, assert_close, features, needs_cpu_kernels
+from problems import COSINES, assert_close, features, needs_cpu_kernels, norm_above_floor
+from row_problems import rows_of_any_norm
 from torch import Tensor
 
 from bam_kernels import reference, sinkhorn_attention
@@ -134,12 +135,8 @@ def test_potentials_in_slabs(monkeypatch):
         assert_close(a, b.double(), 1e-5)
 
 
-@pytest.mark.parametrize("length", [1e20, 1e-20, 0.0])
-def test_rows_of_unusual_length(length):
-    q, k = rows(9, 13)
-    q[3] *= length
-    k[5] *= length
-    check_values(q, k, epsilon=0.05, normalize=True)
+def test_rows_of_any_norm():
+    check_values(rows_of_any_norm(16), rows_of_any_norm(16).roll(5, 0), epsilon=0.05, normalize=True)
 
 
 def test_outlier_and_duplicates():
@@ -215,6 +212,18 @@ def test_gradient_of_a_zero_row_is_zero():
     dq, dk = gradients(sinkhorn_attention, q, k, weights, **EXACT)
     assert (dq[3] == 0).all() and (dk[5] == 0).all()
     check_gradients(q, k, "plan", epsilon=0.05, normalize=True)
+
+
+def test_gradients_by_rows_of_any_norm():
+    """Those by unit rows, over the norm; 0 below the floor."""
+    given = [rows_of_any_norm(16), rows_of_any_norm(16).roll(5, 0)]
+    norms = [norm_above_floor(x) for x in given]
+    weights = [torch.randn(12, 12)]
+    unit = [x.double() / norm for x, norm in zip(given, norms, strict=True)]
+    expected = gradients(reference.sinkhorn_attention, *unit, weights, epsilon=0.05)
+    actual = gradients(sinkhorn_attention, *given, weights, epsilon=0.05, **EXACT)
+    for grad, norm, truth in zip(actual, norms, expected, strict=True):
+        assert_close(grad.double() * norm, truth, 2e-5 * truth.abs().max() + 2**-149 * norm)
 
 
 def test_gradient_with_respect_to_one_argument():

@@ -7,7 +7,16 @@ import emulated
 import pytest
 import torch
 from cuda_device import DEVICE, kernels_on, pytestmark  # noqa: F401
-from problems import FLOAT32, GOLDEN_FILES, assert_close, check_against_float64, features, load, loss_and_grad
+from problems import (
+    FLOAT32,
+    GOLDEN_FILES,
+    assert_close,
+    check_against_float64,
+    check_rows_of_any_norm,
+    features,
+    load,
+    loss_and_grad,
+)
 
 from bam_kernels import bam_loss, bam_targets, reference, sinkhorn_attention
 from bam_kernels.backends import cuda
@@ -67,6 +76,13 @@ def test_float16_embeddings_near_collapse(R, cosine):
     student = features(4, 160, 200, cosine=cosine).to(DEVICE)
     teacher = features(R, 160, 200, cosine=cosine, seed=1).to(DEVICE) if R else None
     check_against_float64(student, teacher, torch.float16, cosine, backend="cuda")
+
+
+@pytest.mark.parametrize("R", [0, 2])
+def test_rows_of_any_norm(R):
+    """float32 scores, and fp16 rows with int16 scores."""
+    check_rows_of_any_norm(torch.float32, R, DEVICE, (1e-6, 2e-6), **EXACT)
+    check_rows_of_any_norm(torch.bfloat16, R, DEVICE, (2e-4, 2**-8), backend="cuda")
 
 
 @pytest.mark.parametrize("R", [0, 2])

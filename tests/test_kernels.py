@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from embedding_tests import NormTests
 from row_problems import (
     MASKED,
     assert_close,
@@ -228,22 +229,14 @@ def test_plan_operator(kernels, n):
     assert_close(x, expected, 1e-5, 1e-5)
 
 
-@pytest.mark.parametrize("magnitude", [1e-30, 1.0, 1e30])
-def test_normalize_any_magnitude(kernels, magnitude):
-    x = torch.randn(9, 21) * magnitude
-    unit, norm, *_ = kernels.normalize(x)
-    expected = x.double().norm(dim=1)
-    assert_close(norm, expected, 1e-12)
-    assert_close(unit, x.double() / expected.clamp_min(1e-12)[:, None], 1e-6, 1e-30)
+class TestNorms(NormTests):
+    @pytest.fixture
+    def whole(self, kernels):
+        return kernels
 
-
-def test_normalize_zero_row_and_its_gradient(kernels):
-    x = torch.zeros(2, 5)
-    x[1] = 1
-    rows = kernels.normalize(x)
-    assert (rows.read[0] == 0).all()
-    d = kernels.project_(torch.randn(2, 5), rows)
-    assert (d[0] == 0).all() and (d[1] != 0).any()
+    @pytest.fixture
+    def device(self):
+        return torch.device("cpu")
 
 
 @pytest.mark.parametrize("d", [1, 7, 8, 9, 64, 129])

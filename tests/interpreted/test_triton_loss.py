@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from problems import FLOAT32, GOLDEN_FILES, assert_close, features, load, loss_and_grad
+from problems import FLOAT32, GOLDEN_FILES, assert_close, check_rows_of_any_norm, features, load, loss_and_grad
 from triton_device import DEVICE, pytestmark  # noqa: F401
 
 from bam_kernels import bam_loss, bam_targets, reference, sinkhorn_attention
@@ -33,6 +33,14 @@ def test_flash_engine(R):
         assert_close(actual.cpu(), truth, 1e-5)
     P = bam_targets(*on_device, engine="flash", **EXACT)
     assert_close(P.cpu(), bam_targets(student.double(), teacher.double() if R else None), 1e-5)
+
+
+@pytest.mark.parametrize("engine", ["slab", "flash"])
+@pytest.mark.parametrize("R", [0, 2])
+def test_rows_of_any_norm(engine, R):
+    """float32 scores, and those of fp16 rows."""
+    check_rows_of_any_norm(torch.float32, R, DEVICE, (1e-6, 2e-6), engine=engine, **EXACT)
+    check_rows_of_any_norm(torch.bfloat16, R, DEVICE, (2e-4, 2**-8), engine=engine, backend="triton")
 
 
 def test_flash_engine_says_what_it_cannot():
