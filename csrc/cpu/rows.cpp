@@ -30,9 +30,8 @@ void normalize(const Normalize& p) {
     const double norm = sqrt(dot(x, x, p.d));
     p.norm[i] = norm;
     const double inverse = 1.0 / (norm > kNormFloor ? norm : kNormFloor);
-    const bool in_range = inverse < 1e38 && inverse > 1e-37;
     const float factor = (float)inverse;
-    if (in_range) {
+    if (inverse > 1e-37) {  // a normal float32
       for (int64_t k = 0; k < p.d; ++k) unit[k] = x[k] * factor;
     } else {
       for (int64_t k = 0; k < p.d; ++k) unit[k] = (float)(x[k] * inverse);
