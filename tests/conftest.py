@@ -6,7 +6,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-pytest.register_assert_rewrite("problems", "row_problems", "match_tests", "sinkhorn_tests", "embedding_tests")
+pytest.register_assert_rewrite(
+    "problems", "row_problems", "match_tests", "sinkhorn_tests", "embedding_tests", "derivative_tests"
+)
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ import emulated
 import pytest
 import torch
 from cuda_device import DEVICE, kernels_on, pytestmark  # noqa: F401
+from derivative_tests import check_errors, check_transforms
 from problems import (
     FLOAT32,
     GOLDEN_FILES,
@@ -191,3 +192,9 @@ def test_the_launches_of_a_small_step(in_use, request, R, monkeypatch, matmul_pr
     own = [name for name in launched if name in dir(_C.CudaKernels)]
     assert emulated.library().emulator_launches() - before == KERNELS[form, R]
     assert len(launched) - len(own) + KERNELS[form, R] == LAUNCHES[form, R]
+
+
+def test_derivatives():
+    """What the kernels have not is an error; torch.func's transforms are right."""
+    check_errors(DEVICE, **EXACT)
+    check_transforms(DEVICE, **EXACT)

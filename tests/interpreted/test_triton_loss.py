@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from derivative_tests import check_errors, check_transforms
 from problems import FLOAT32, GOLDEN_FILES, assert_close, check_rows_of_any_norm, features, load, loss_and_grad
 from triton_device import DEVICE, pytestmark  # noqa: F401
 
@@ -82,3 +83,9 @@ def test_one_rank_of_two(R):
     (expected_loss, expected_grad), (loss, grad) = results
     assert_close(loss.cpu(), expected_loss.cpu(), 1e-5)
     assert_close(grad.cpu(), expected_grad.cpu(), 1e-5)
+
+
+def test_derivatives():
+    """What the kernels have not is an error; torch.func's transforms are right."""
+    check_errors(DEVICE, **EXACT)
+    check_transforms(DEVICE, **EXACT)
