@@ -20,7 +20,7 @@ from .engine.call import Call
 from .engine.cost import Problem, choose_engine, rates
 from .header import NonFinite
 from .layout import Layout
-from .operators import NotTwice, define, differentiable, not_twice
+from .operators import define, differentiable, not_twice
 from .options import Options, as_tensor, check_bool, options_of
 from .precision import float32_products, is_sixteen_bit, product_precision
 from .ranks import Ranks, ranks_named, ranks_of
@@ -242,7 +242,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _setup_compiled(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    """The compiler asks for the derivatives of all differentiable outputs: dz must not be one."""
+    """The compiler asks for the derivatives of all differentiable outputs: dz must not be one. Instead the gradient
+    comes from an operator that takes the student."""
     _setup_context(ctx, inputs, output)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(output[2], inputs[0])
@@ -254,10 +255,12 @@ def _backward(ctx: Any, grad_loss: Tensor | None, _: None, grad_dz: Tensor | Non
     if grad_loss is None:
         return (None,) * 16
     dz, *student = ctx.saved_tensors
-    grad = (grad_loss * dz).to(ctx.dtype).view(ctx.shape)
-    if student and torch.is_grad_enabled():
-        grad = NotTwice.apply(grad.detach(), student[0])
+    grad = _gradient_operator(grad_loss, dz, *student) if student else _scaled(grad_loss, dz, ctx.dtype, ctx.shape)
     return (grad, *[None] * 15)
+
+
+def _scaled(grad_loss: Tensor, dz: Tensor, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+    return (grad_loss * dz).to(dtype).view(shape)
 
 
 def _targets_impl(student: Tensor, teacher: Tensor | None, *problem: Any) -> Tensor:
@@ -276,6 +279,14 @@ def _targets_fake(student: Tensor, teacher: Tensor | None, dimensions: list[int]
     return student.new_empty((L * B, T * B * W), dtype=torch.float32)
 
 
+_gradient_operator = differentiable(
+    define(
+        "loss_backward(Tensor grad_loss, Tensor dz, Tensor student) -> Tensor",
+        lambda grad_loss, dz, student: _scaled(grad_loss, dz, student.dtype, student.shape),
+        lambda grad_loss, dz, student: student.new_empty(student.shape),
+    ),
+    not_twice,
+)
 _loss_operator = differentiable(
     define(
         f"loss(Tensor student, Tensor? teacher, {_PROBLEM}, bool needs_grad) -> (Tensor loss, Tensor stats, Tensor dz)",

@@ -73,18 +73,6 @@ def not_twice(*_: Any) -> Any:
     )
 
 
-class NotTwice(torch.autograd.Function):
-    """Passes a gradient on; a derivative of it by `anchor` is an error."""
-
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor, anchor: Tensor) -> Tensor:
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        not_twice()
-
-
 def _one_by_one(operator: Callable[..., Any]) -> Callable[..., Any]:
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         def element(i: int) -> Any:

@@ -12,7 +12,7 @@ from problems import assert_close, features, needs_cpu_kernels
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bam_kernels import BAMLoss, bam_loss, sinkhorn_attention
+from bam_kernels import BAMLoss, bam_loss, bam_targets, sinkhorn_attention
 from bam_kernels.backends import cuda
 
 pytestmark = needs_cpu_kernels
@@ -221,6 +221,120 @@ def test_differentiable_attention(output):
 
     compiled = gradients(torch.compile(loss, fullgraph=True, backend="aot_eager"))
     assert all(torch.equal(a, b) for a, b in zip(compiled, gradients(loss), strict=True))
+
+
+OPERATIONS = {
+    "loss": lambda z, **options: bam_loss(z, **options),
+    "statistics": lambda z, **options: BAMLoss(return_stats=True, **options)(z)[1].kl,
+    "targets": lambda z, **options: bam_targets(z, **options),
+    "attention": lambda z, **options: sinkhorn_attention(z[0], z[1], differentiable=True, **options),
+    "potentials": lambda z, **options: sinkhorn_attention(z[0], mask="self", output="potentials", **options)[1],
+}
+of_operations = pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
+WAYS = {
+    "cpu": (torch.float32, {"backend": "cpu"}),
+    "reference": (torch.float32, {"backend": "reference"}),
+    "float64": (torch.float64, {}),
+    "bfloat16": (torch.bfloat16, {"backend": "reference"}),
+    "exact reference": (torch.float32, {"backend": "reference", "precision": "exact"}),
+}
+in_every_way = pytest.mark.parametrize("dtype,options", WAYS.values(), ids=WAYS)
+
+
+@of_operations
+@in_every_way
+def test_every_operation_is_one_graph(operation, dtype, options):
+    """The eager values bit for bit, and the eager gradients."""
+    z = features(2, 7, 5).to(dtype)
+    compiled = torch.compile(lambda x: operation(x, **options), fullgraph=True, backend="aot_eager")
+    actual, expected = leaf(z), leaf(z)
+    a, b = compiled(actual), operation(expected, **options)
+    assert torch.equal(a, b) and a.requires_grad == b.requires_grad
+    if b.requires_grad:
+        weights = torch.randn(b.shape, dtype=b.dtype)
+        (a * weights).sum().backward()
+        (b * weights).sum().backward()
+        tolerance = 0.0 if options.get("backend") == "cpu" else 1e-6  # gradients may be added in another order
+        assert ((actual.grad - expected.grad).abs() <= tolerance * expected.grad.abs().max()).all()
+
+
+@of_operations
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_any_number_of_images(operation, backend):
+    """Exported with a dynamic number of images, by both exporters."""
+
+    class Exported(nn.Module):
+        def forward(self, z: Tensor) -> Tensor:
+            return operation(z, backend=backend)
+
+    for strict in (True, False):
+        shapes = ({1: torch.export.Dim("images", min=2)},)
+        program = torch.export.export(Exported(), (features(2, 7, 5),), dynamic_shapes=shapes, strict=strict)
+        other = features(2, 12, 5)
+        assert torch.equal(program.module()(other), operation(other, backend=backend))
+
+
+def test_statistics_are_exported():
+    program = torch.export.export(BAMLoss(return_stats=True), (features(2, 7, 5),))
+    loss, stats = program.module()(features(2, 7, 5))
+    assert stats == BAMLoss(return_stats=True)(features(2, 7, 5))[1] and loss.isfinite()
+
+
+@of_operations
+@pytest.mark.parametrize("backend", ["auto", "cpu", "reference", "triton", "cuda"])
+def test_without_memory(operation, backend):
+    """Tensors of the device meta, and fake ones, have results of the right shape and type."""
+    expected = operation(leaf(features(2, 7, 5)), backend="reference")
+    given = [torch.empty(2, 7, 5, device="meta", requires_grad=True)]
+    results = [operation(given[0], backend=backend)]
+    if backend in ("auto", "cpu", "reference"):
+        with FakeTensorMode():
+            given.append(torch.empty(2, 7, 5, requires_grad=True))
+            results.append(operation(given[1], backend=backend))
+    for z, result in zip(given, results, strict=True):
+        assert (result.shape, result.dtype, result.device) == (expected.shape, expected.dtype, z.device)
+        assert result.requires_grad == expected.requires_grad
+
+
+@of_operations
+@pytest.mark.filterwarnings("ignore:bam_kernels. computing with the slow PyTorch reference")
+def test_the_choice_of_a_backend_is_one_graph(operation):
+    with FakeTensorMode():
+        z = torch.empty(2, 7, 5, device="cuda", requires_grad=True)
+        compiled = torch.compile(operation, fullgraph=True, backend=(counter := Counter()))
+        assert compiled(z).is_cuda and counter.graphs == 1
+
+
+@pytest.mark.parametrize("later", ["highest", "medium"])
+def test_exact_products_whatever_the_flag_is_later(later, matmul_precision):
+    """The flag counts when a compiled function runs, and precision="exact" has no use for it."""
+    z = features(2, 40, 64)
+    for options in ({"backend": "reference", "precision": "exact"}, {"backend": "cpu", "precision": "exact"}):
+        compiled = torch.compile(lambda x, o=options: bam_loss(x, **o), fullgraph=True, backend="aot_eager")
+        torch.set_float32_matmul_precision("highest")
+        expected, actual = leaf(z), leaf(z)
+        loss = bam_loss(expected, **options)
+        loss.backward()
+        compiled(leaf(z))
+        torch.set_float32_matmul_precision(later)
+        found = compiled(actual)
+        found.backward()
+        assert torch.equal(found, loss) and torch.equal(actual.grad, expected.grad)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_no_derivative_is_lost(fullgraph, backend):
+    """A compiled operator cannot carry tangents, and its gradient has no derivative."""
+    z, t = features(2, 7, 5), features(2, 7, 5, seed=1)
+    loss = lambda x: bam_loss(x, backend="cpu")  # noqa: E731
+    compiled = torch.compile(lambda x: torch.func.jvp(loss, (x,), (t,))[1], fullgraph=fullgraph, backend=backend)
+    with pytest.raises(Exception, match=r"forward-mode|NotImplementedError"):
+        compiled(z)
+    x = leaf(z)
+    (g,) = torch.autograd.grad(torch.compile(loss, backend=backend)(x), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"is not differentiable|double backward"):
+        torch.autograd.grad(g.sum(), x)
 
 
 @pytest.fixture
