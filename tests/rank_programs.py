@@ -3,13 +3,17 @@
 RANK and WORLD_SIZE come from the environment; a program's result goes to FOLDER/RANK.json.
 """
 
+import copy
+import io
 import json
 import os
+import pickle
 import sys
 import time
 import weakref
 from collections import Counter
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -17,7 +21,8 @@ import torch
 import torch.distributed as dist
 from problems import features
 
-from bam_kernels import bam_loss, sinkhorn_attention
+from bam_kernels import BAMLoss, bam_loss, bam_targets, sinkhorn_attention
+from bam_kernels.saved_group import SavedGroup
 
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 V, B, D = 3, 4, 8
@@ -169,6 +174,95 @@ def compiled() -> dict:
     return {"eager": results[0], "compiled": results[1]}
 
 
+def operations() -> dict:
+    """By name: (eager, compiled whole), every operation on every backend that runs here."""
+
+    def made(backend: str) -> dict:
+        return {
+            f"{backend} loss": lambda z: bam_loss(z, backend=backend),
+            f"{backend} targets": lambda z: bam_targets(z, backend=backend),
+            f"{backend} plan": lambda z: sinkhorn_attention(z[0], backend=backend),
+            f"{backend} potentials": lambda z: sinkhorn_attention(z[0], output="potentials", backend=backend)[1],
+        }
+
+    eager = made("cpu") | made("reference") | {"float64 loss": lambda z: bam_loss(z.double())}
+    compile_whole = partial(torch.compile, fullgraph=True, backend="aot_eager")
+    return {name: (function, compile_whole(function)) for name, function in eager.items()}
+
+
+def compiled_operations() -> dict:
+    results = {}
+    for name, functions in operations().items():
+        values = []
+        for function in functions:
+            z = embeddings(V).requires_grad_()
+            value = function(z)
+            if value.requires_grad:
+                value.backward()
+            values.append((value.detach(), z.grad))
+        (value, grad), (compiled_value, compiled_grad) = values
+        same = torch.equal(value, compiled_value)
+        if grad is not None:
+            same &= bool(((grad - compiled_grad).abs() <= 1e-6 * grad.abs().max()).all())
+        results[name] = same
+    different = {"iterations": 3 + RANK, "epsilon": 0.05 + RANK / 100}
+    for option, number in different.items():
+        try:
+            torch.compile(lambda z, o={option: number}: bam_loss(z, backend="reference", **o), fullgraph=True)(
+                embeddings(V)
+            )
+            results[f"different {option}"] = "no error"
+        except ValueError as error:
+            results[f"different {option}"] = str(error)
+    return results
+
+
+def compiled_before(compiled: dict) -> dict:
+    """What functions say or do that were compiled and called before there was a group; then without it again."""
+    results = {}
+    for name, (eager, compiled_function) in compiled.items():
+        z = embeddings(V)
+        try:
+            results[name] = "right" if torch.equal(compiled_function(z), eager(z)) else "wrong"
+        except RuntimeError as error:
+            results[name] = str(error)
+    eager, compiled_function = compiled["cpu loss"]
+    dist.barrier()
+    dist.destroy_process_group()
+    results["alone again"] = torch.equal(compiled_function(embeddings(V)), eager(embeddings(V)))
+    return results
+
+
+def saved() -> dict:
+    """Copies of a module with a process group have that group, or say which one they have lost."""
+    pair = dist.new_group([0, 1])
+    z = embeddings(V)
+    if RANK == 2:
+        return {}
+    results = {}
+    for name, group in (("pair", pair), ("all", dist.group.WORLD if WORLD == 2 else pair)):
+        loss, file = BAMLoss(group=group), io.BytesIO()
+        torch.save(loss, file)
+        file.seek(0)
+        copies = (
+            copy.copy(loss),
+            copy.deepcopy(torch.nn.ModuleDict({"loss": loss}))["loss"],
+            pickle.loads(pickle.dumps(loss)),
+            torch.load(file, weights_only=False),
+        )
+        results[name] = [other(z).item() == loss(z).item() for other in copies]
+    kept = pickle.dumps(BAMLoss(group=pair))
+    lost = kept.replace(pair.group_name.encode(), b"x" * len(pair.group_name))
+    moved = SavedGroup(pair.group_name, (0, 1, 2))
+    for name, make in (("lost", lambda: pickle.loads(lost)), ("other members", lambda: BAMLoss(group=moved))):
+        try:
+            make()(z)
+            results[name] = "no error"
+        except ValueError as error:
+            results[name] = str(error)
+    return results
+
+
 def subgroup() -> dict:
     """Ranks 0 and 2 share a batch; rank 1 has its own and no part in theirs."""
     pair, alone = dist.new_group([0, 2]), dist.new_group([1])
@@ -230,6 +324,11 @@ def destruction() -> dict:
 if __name__ == "__main__":
     program, folder = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
+    prepared = []
+    if program == "compiled_before":
+        prepared.append(operations())
+        for _, compiled_function in prepared[0].values():
+            compiled_function(embeddings(V))
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/meeting",
@@ -237,7 +336,7 @@ if __name__ == "__main__":
         world_size=WORLD,
         timeout=timedelta(seconds=TIMEOUT_S),
     )
-    (folder / f"{RANK}.json").write_text(json.dumps(globals()[program]()))
-    if program not in ("death", "absence", "destruction"):
+    (folder / f"{RANK}.json").write_text(json.dumps(globals()[program](*prepared)))
+    if program not in ("death", "absence", "destruction", "compiled_before"):
         dist.barrier()
     os._exit(0)  # a group whose peers have gone may abort while it is torn down

@@ -238,6 +238,32 @@ def test_compiled_step(tmp_path):
         assert result["compiled"] == result["eager"]
 
 
+def test_compiled_operations(tmp_path):
+    """Also what the reference exchanges; ranks that differ are told so when a compiled function runs."""
+    for result in run("compiled_operations", 2, tmp_path).values():
+        iterations, epsilon = result.pop("different iterations"), result.pop("different epsilon")
+        assert "ranks disagree on problem: 'bam_loss 3" in iterations
+        assert "ranks disagree on scales: [0.1, 0.05] on rank 0; [0.1, 0.06" in epsilon
+        assert all(result.values()), result
+
+
+def test_what_was_compiled_before_the_group(tmp_path):
+    """The loss has the ranks that there are; what has a size that follows from them says that it was made for one."""
+    for rank, result in run("compiled_before", 2, tmp_path).items():
+        assert result.pop("cpu loss") == "right" and result.pop("alone again") is True
+        said = f"compiled or recorded as rank 0 of 1, but this process is now rank {rank} of 2"
+        assert all(said in message for message in result.values()), result
+
+
+@pytest.mark.parametrize("W", [2, 3])
+def test_a_module_with_a_group_is_copied_and_saved(W, tmp_path):
+    results = run("saved", W, tmp_path)
+    for rank in (0, 1):
+        assert results[rank]["pair"] == results[rank]["all"] == [True] * 4
+        assert "this process has none of that name" in results[rank]["lost"]
+        assert "with ranks [0, 1, 2]; here the group of that name has ranks [0, 1]" in results[rank]["other members"]
+
+
 def test_subgroups(tmp_path):
     ranks = run("subgroup", 3, tmp_path)
     whole = bam_loss(features(V, 2 * B, D)).item()
