@@ -300,3 +300,56 @@ def test_same_signatures_as_the_public_functions():
     for name in ("bam_loss", "bam_targets", "sinkhorn_attention"):
         public = inspect.signature(getattr(bam_kernels, name))
         assert inspect.signature(getattr(reference, name)) == public
+
+
+SIZES = [
+    (torch.float32, 3e38),
+    (torch.bfloat16, 3e38),
+    (torch.float64, 1e300),
+    (torch.float64, 1e160),
+    (torch.float32, 1e25),
+    (torch.float32, 1e-8),
+]
+
+
+@pytest.mark.parametrize("dtype,size", SIZES)
+@pytest.mark.parametrize("R", [0, 2])
+def test_norms_beyond_the_type(R, dtype, size):
+    """Finite rows of 100 features whose norm, or whose squares, the type cannot hold; a row's length does not matter to
+    the loss, and divides its gradient."""
+    student = features(2, 8, 100).sign().double()
+    student[0, 3] *= torch.linspace(0, 1, 100)  # entries of all sizes
+    student[1, 5] *= 1e-3
+    teacher = features(R, 8, 100, seed=1).sign().double() if R else None
+    expected = loss_and_grad(reference.bam_loss, student.to(dtype).double(), teacher)
+    given = (student.to(dtype).double() * size).to(dtype)
+    loss, grad = loss_and_grad(reference.bam_loss, given, (teacher * size).to(dtype) if R else None)
+    tolerance = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}[dtype]
+    assert_close(loss, expected[0], tolerance * expected[0].item())
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # gradients of rows this long are denormal
+    bound = tolerance * expected[1].abs().amax(-1, keepdim=True) + smallest * size
+    assert ((grad.double() * size - expected[1]).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("precision", ["default", "exact"])
+def test_a_backward_pass_under_autocast_loses_no_digits(precision, matmul_precision):
+    """Products of the gradient are those that the options say, wherever the backward pass is called."""
+    z, weights = features(2, 20, 64), features(1, 20, 20, seed=1)[0]
+    functions = {
+        "loss": lambda x: reference.bam_loss(x, precision=precision),
+        "attention": lambda x: (reference.sinkhorn_attention(
+            x[0], x[1], differentiable=True, precision=precision) * weights).sum(),
+    }  # fmt: skip
+    for function in functions.values():
+        expected, inside, second = (z.clone().requires_grad_() for _ in range(3))
+        (g,) = torch.autograd.grad(function(expected), expected, create_graph=True)
+        g.pow(2).sum().backward()
+        value = function(inside)
+        if precision == "exact":
+            torch.set_float32_matmul_precision("medium")
+        with torch.autocast("cpu", torch.bfloat16):
+            value.backward()
+            (h,) = torch.autograd.grad(function(second), second, create_graph=True)
+            h.pow(2).sum().backward()
+        torch.set_float32_matmul_precision("highest")
+        assert torch.equal(inside.grad, g) and torch.equal(h, g) and torch.equal(second.grad, expected.grad)
