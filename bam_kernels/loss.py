@@ -53,7 +53,9 @@ def bam_loss(
 
     A = softmax(z kᵀ / temperature) is each view's attention over the images of the global batch; P is the same
     attention after `iterations` of Sinkhorn normalisation of columns and rows at regularisation epsilon, taken as a
-    constant. z, k are L2-normalised embeddings and keys; a row does not attend to the views of its own image.
+    constant. z, k are L2-normalised embeddings and keys; a row does not attend to the views of its own image. All V views
+    of the student (all R of a teacher) are rows of the Sinkhorn problem, and only the first L give targets; for V = 1 the
+    view is matched to its own target. A row with a norm below 1e-12 is divided by 1e-12 and gets no gradient.
 
     student         (V*B, D) embeddings, row v*B + i is view v of image i, or (V, B, D); float32, float16, bfloat16, or
                     float64 (reference)
@@ -64,7 +66,8 @@ def bam_loss(
     temperature     tau, of the source attention A
     epsilon         Sinkhorn regularisation of the target P, at least 1e-6; float32 is accurate down to 1e-3
     iterations      Sinkhorn iterations, columns then rows
-    top_k           keep the k largest columns of each image's mean target, in all its target views; 0: all
+    top_k           keep the k largest columns of each image's mean target, in all its target views, whose rows then sum
+                    to one again; 0, or N and more: all
     mask_positives  leave the views of a row's own image out of A and P
     target_rows     with a teacher, whose rows are balanced: "teacher" or "student"
     group           torch.distributed process group over whose ranks the batch is spread, with the same number of images
@@ -72,7 +75,7 @@ def bam_loss(
     backend         auto | reference | cpu | triton | cuda; auto takes the best that can run here
     engine          auto | slab | flash (triton only)
     precision       default | exact (float32 products whatever torch's flags) | fp8 (where a backend has it)
-    memory_budget   bytes the engine may use for scores; None: a quarter of the memory that is free
+    memory_budget   bytes the engine may use for scores; None: a quarter of the memory that is free, 64 MiB at least
     regather        with several ranks: gather the keys again for the gradient instead of holding them; all scores are
                     then kept
     non_finite      on CPUs, where a row is infinite or NaN on some rank: "error", a ValueError; "nan", the loss and the
@@ -81,8 +84,9 @@ def bam_loss(
 
     Returns a scalar, float32 (float64 for float64 input): this rank's mean over its own images. The gradient is that
     of the sum of all ranks' losses by this rank's embeddings, so that the mean over ranks that
-    DistributedDataParallel makes of parameter gradients is the gradient of the mean loss. It is computed with the loss
-    and is differentiable once. Every rank must call, with the same options; ranks that differ raise ValueError.
+    DistributedDataParallel makes of parameter gradients is the gradient of the mean loss. It is computed with the loss.
+    The kernels have no second derivatives and no forward mode: those are errors; the reference has both, P a constant.
+    Every rank must call, with the same options; ranks that differ raise ValueError.
     Raises: ValueError or TypeError naming the argument, what must hold and what came.
     Source: Shalam and Korman, "Unsupervised Representation Learning by Balanced Self Attention Matching", ECCV 2024.
     """
