@@ -53,9 +53,9 @@ def bam_loss(
 
     A = softmax(z kᵀ / temperature) is each view's attention over the images of the global batch; P is the same
     attention after `iterations` of Sinkhorn normalisation of columns and rows at regularisation epsilon, taken as a
-    constant. z, k are L2-normalised embeddings and keys; a row does not attend to the views of its own image. All V views
-    of the student (all R of a teacher) are rows of the Sinkhorn problem, and only the first L give targets; for V = 1 the
-    view is matched to its own target. A row with a norm below 1e-12 is divided by 1e-12 and gets no gradient.
+    constant. z, k are L2-normalised embeddings and keys; a row does not attend to the views of its own image. All V
+    views of the student (all R of a teacher) are rows of the Sinkhorn problem, and only the first L give targets; for
+    V = 1 the view is matched to its own target. A row with a norm below 1e-12 is divided by 1e-12 and gets no gradient.
 
     student         (V*B, D) embeddings, row v*B + i is view v of image i, or (V, B, D); float32, float16, bfloat16, or
                     float64 (reference)

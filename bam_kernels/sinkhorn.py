@@ -49,8 +49,8 @@ def sinkhorn_attention(
                     first key_views*B rows of q)
     normalize       L2-normalise rows of q and k first
     output          "plan": P (m, N); "potentials": natural-log f (m,) and g (N,), in memory linear in m + N
-    differentiable  exact gradient through the unrolled iterations, by recomputation; otherwise the result is a constant.
-                    Second derivatives and forward mode: the reference's alone, else an error
+    differentiable  exact gradient through the unrolled iterations, by recomputation, which only the reference can
+                    differentiate again (else an error); otherwise the result is a constant
     group           torch.distributed process group over whose ranks q and k are spread, with the same number of keys on
                     each; None: the default group where there is one. With several ranks the result is a constant
     backend         auto | reference | cpu | triton | cuda
