@@ -3,13 +3,14 @@
 V views, b images in a micro-batch, B images in all micro-batches of this rank, D features.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+
+from .parallel_model import buffers_broadcast, buffers_kept, check_number, gradients_kept
 
 _OPERATION = "GradientCache"
 
@@ -28,8 +29,9 @@ class GradientCache:
         loss, stats = cache(micro_batches, step=step)  # adds to .grad, as loss.backward() does
         optimizer.step()
 
-    model      nn.Module, or one in DistributedDataParallel (which then synchronises once, in the last micro-batch);
-               micro-batch -> (V, b, D), or (V*b, D) with `views`
+    model      nn.Module. DistributedDataParallel, the model or any module in it, broadcasts buffers once a call, before
+               the first micro-batch, and exchanges gradients once, in the last; a model's own `no_sync` is entered
+               in all others
     criterion  called once as criterion(z, **options), or criterion(z, y, **options) with a teacher; z (V, B, D), the
                images in the order of the micro-batches. Returns the loss, or a tuple that begins with it
     teacher    micro-batch -> (R, b, D) or (R*b, D); called once for each, without gradient
@@ -39,8 +41,13 @@ class GradientCache:
     A micro-batch is whatever the model takes, for example a list of crops of two sizes; they may differ in b. Call it
     inside `torch.autocast` if the model runs so. The buffers and torch's random numbers (dropout, drop-path; not those
     of `random` or numpy) end as a single pass over the micro-batches leaves them. BatchNorm normalises each micro-batch
-    by its own statistics, SyncBatchNorm by those of one micro-batch of every rank (then all ranks need the same number
-    of micro-batches): with them the result depends on the micro-batches' size, with anything per image it does not.
+    by its own statistics, SyncBatchNorm by those of one micro-batch of every rank: with them the result depends on the
+    micro-batches' size, with anything per image it does not.
+
+    Ranks may have different numbers of micro-batches, except where the model (or the teacher, if a module) exchanges in
+    every pass: SyncBatchNorm in training, sharded parameters (FSDP, DTensor), and, in its first step alone,
+    DistributedDataParallel(static_graph=True), which exchanges gradients in its first micro-batch too, as torch needs.
+    There the ranks compare their numbers at each call, and a difference is an error on all of them.
 
     Source: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", RepL4NLP 2021.
     """
@@ -63,18 +70,25 @@ class GradientCache:
         if not hasattr(micro_batches, "__len__") or isinstance(micro_batches, Tensor):
             came = type(micro_batches).__name__
             raise TypeError(f"{_OPERATION}: micro_batches must be a sequence of micro-batches, read twice; got {came}")
-        if len(micro_batches) == 0:
-            raise ValueError(f"{_OPERATION}: micro_batches is empty")
         if not torch.is_grad_enabled():
             raise ValueError(f"{_OPERATION}: gradients are switched off here (no_grad or inference_mode)")
+        models = [model for model in (self.model, self.teacher) if isinstance(model, nn.Module)]
+        check_number(_OPERATION, models, len(micro_batches))
+        if len(micro_batches) == 0:
+            raise ValueError(f"{_OPERATION}: micro_batches is empty")
+        with buffers_broadcast(self.model):
+            return (self._in_one if len(micro_batches) == 1 else self._in_parts)(micro_batches, options)
 
-        if len(micro_batches) == 1:
-            z = self._embed(micro_batches[0], 0)
-            return self._backward_of_loss(z, self._teach(micro_batches[0], 0, z.shape[1]), options)
+    def _in_one(self, micro_batches: Sequence[Any], options: dict[str, Any]) -> Any:
+        """One micro-batch, embedded once, with its graph."""
+        z = self._embed(micro_batches[0], 0)
+        return self._backward_of_loss(z, self._teach(micro_batches[0], 0, z.shape[1]), options)
 
+    def _in_parts(self, micro_batches: Sequence[Any], options: dict[str, Any]) -> Any:
+        """Several micro-batches, each embedded twice: without a graph for the loss, then with one for the gradient."""
         devices = {p.device for p in self.model.parameters() if p.device.type != "cpu"}
         parts, taught, random = [], [], []
-        with torch.no_grad(), _unchanged(self.model):
+        with torch.no_grad(), buffers_kept(self.model):
             for m, batch in enumerate(micro_batches):
                 random.append(_random_state(devices))
                 parts.append(self._embed(batch, m))
@@ -91,7 +105,7 @@ class GradientCache:
         dz = z.grad.split(sizes, dim=1)
         for m, batch in enumerate(micro_batches):
             _set_random_state(random[m])
-            with self._synchronised(m == len(micro_batches) - 1):
+            with nullcontext() if m == len(micro_batches) - 1 else gradients_kept(self.model):
                 z_m = self._embed(batch, m)
                 if not z_m.requires_grad:
                     raise ValueError(f"{_OPERATION}: the model's output for micro-batch {m} has no graph")
@@ -131,10 +145,6 @@ class GradientCache:
             return loss.detach()
         return tuple(part.detach() if isinstance(part, Tensor) else part for part in result)
 
-    def _synchronised(self, last: bool) -> AbstractContextManager[Any]:
-        no_sync = getattr(self.model, "no_sync", None)
-        return nullcontext() if last or no_sync is None else no_sync()
-
 
 def _by_view(out: Any, whose: str, m: int, views: int | None = None, b: int | None = None) -> Tensor:
     """(V, b, D) from that or (V*b, D), of which views or b must be known; what is known must hold."""
@@ -164,20 +174,6 @@ def _joined(parts: list[Any], whose: str) -> Tensor:
                 f"{tuple(first.shape)} {first.dtype} for micro-batch 0, {tuple(part.shape)} {part.dtype} for {m}"
             )
     return torch.cat(parts, dim=1)
-
-
-@contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Buffers end as they began, and DistributedDataParallel broadcasts them in the next pass, as it was about to."""
-    before = [buffer.clone() for buffer in model.buffers()]
-    broadcast = isinstance(model, DistributedDataParallel) and model.require_forward_param_sync
-    try:
-        yield
-    finally:
-        for buffer, value in zip(model.buffers(), before, strict=True):
-            buffer.copy_(value)
-        if isinstance(model, DistributedDataParallel):
-            model.require_forward_param_sync = broadcast
 
 
 def _random_state(devices: set[torch.device]) -> list[tuple[torch.device, Tensor]]:

@@ -1,14 +1,11 @@
 """GradientCache against one plain backward pass over the whole batch, and against a loop over micro-batches by hand."""
 
-import copy
-import os
 import re
+from contextlib import contextmanager
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from bam_kernels import BAMLoss
 from bam_kernels.gradient_cache import GradientCache
@@ -172,7 +169,7 @@ class DropPath(nn.Module):
     """Drops the branch of a whole image."""
 
     def forward(self, x):
-        return x + x.square() * torch.rand(len(x), 1, dtype=x.dtype).lt(0.5)
+        return x + x.square() * torch.rand(len(x), 1, dtype=x.dtype, device=x.device).lt(0.5)
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -308,58 +305,50 @@ def test_gradient_scaler(count):
     close(gradients(model), expected_grads, 1e-12)
 
 
-# Ranks
+# Surroundings
 
 
-def two_ranks(rank: int, folder: str) -> None:
-    """Two steps of DistributedDataParallel on one rank: exchanges counted, gradients and buffers written to a file."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    own = images()[:, rank * 12 : (rank + 1) * 12]
-    parts = own.split((4, 4, 4), dim=1)
+def test_the_models_own_no_sync_is_entered_for_all_but_the_last():
+    """A model that exchanges gradients by itself, such as FullyShardedDataParallel, and is not torch's replica."""
 
-    model, exchanges = DistributedDataParallel(encoder()), []
+    class Engine(Encoder):
+        within, seen = False, ()
 
-    def exchange(_, bucket):
-        exchanges.append(bucket.index())
-        total = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
-        return total.then(lambda done: done.value()[0] / 2)
+        @contextmanager
+        def no_sync(self):
+            self.within = True
+            yield
+            self.within = False
 
-    model.register_comm_hook(None, exchange)
-    GradientCache(model, BAMLoss())(parts)
-    once = len(exchanges)
+        def forward(self, x):
+            self.seen += ((torch.is_grad_enabled(), self.within),)
+            return super().forward(x)
 
-    norm = DistributedDataParallel(encoder(nn.BatchNorm1d(11)))
-    hand = DistributedDataParallel(copy.deepcopy(norm.module))
-    for _ in range(2):
-        GradientCache(norm, BAMLoss())(parts)
-        with hand.no_sync():
-            for part in parts[:-1]:
-                hand(part).sum().backward()
-        hand(parts[-1]).sum().backward()
-    result = {
-        "exchanges": once,
-        "gradients": gradients(model),
-        "buffers": list(norm.module.buffers()),
-        "buffers by hand": list(hand.module.buffers()),
-    }
-    torch.save(result, f"{folder}/{rank}.pt")
-    dist.barrier()
-    os._exit(0)  # gloo may abort where Python ends while its threads let go of tensors
+    for model in (Engine().double(), torch.compile(Engine().double(), backend="eager")):
+        GradientCache(model, BAMLoss())(images().chunk(3, dim=1))
+        assert model.seen == (*[(False, False)] * 3, (True, True), (True, True), (True, False))
 
 
-@pytest.mark.skipif(not dist.is_available(), reason="no torch.distributed")
-def test_distributed_data_parallel_synchronises_once(tmp_path):
-    """The gradient of the mean loss, in one exchange; buffers as in a loop that accumulates by hand."""
-    torch.multiprocessing.spawn(two_ranks, (str(tmp_path),), nprocs=2)
-    model = encoder()
-    _, expected = whole(model, images(), BAMLoss())
-    for rank in range(2):
-        result = torch.load(tmp_path / f"{rank}.pt")
-        assert result["exchanges"] == 1
-        close(result["gradients"], expected, 1e-12)
-        assert len(result["buffers"]) == 3
-        assert all(map(torch.equal, result["buffers"], result["buffers by hand"]))
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_torchs_default_dtype_and_device_are_not_followed(count, dtype):
+    model, hand, x = (*(encoder(nn.BatchNorm1d(11), DropPath(), dtype=dtype) for _ in range(2)), images(dtype))
+    parts = x.chunk(count, dim=1)
+    torch.manual_seed(7)
+    expected = torch.cat([hand(part) for part in parts], dim=1).exp().mean()
+    expected.backward()
+    torch.manual_seed(7)
+    torch.set_default_dtype(torch.float16)
+    try:
+        with torch.device("meta"):
+            loss = GradientCache(model, lambda z: z.exp().mean())(parts)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    bound = 1e-12 if dtype == torch.float64 else 1e-5
+    assert loss.dtype == dtype
+    close(loss, expected.detach(), bound)
+    close(gradients(model), gradients(hand), bound)
+    assert all(map(torch.equal, model.buffers(), hand.buffers()))
 
 
 # Memory
