@@ -6,6 +6,7 @@ graph kept; buffers of rank 0 go to all ranks before each step, and gradients ar
 
 import copy
 import os
+import time
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,12 +21,19 @@ from torch.nn.parallel import DistributedDataParallel
 from bam_kernels import BAMLoss, GradientCache
 
 TIMEOUT_S = 20  # of the group, where a rank ends or stays away
+LIMIT_S = 150  # of all programs: groups that torch makes for a mesh have a time-out of half an hour
 V, B, D, STEPS = 2, 12, 5, 3  # B images on each rank
 
 
 def run(programs: tuple[Callable[[int], dict], ...], world: int, folder: Path) -> dict[str, list[dict]]:
     """The results of each program by rank; the programs run one after another in the same processes."""
-    torch.multiprocessing.spawn(_process, (programs, world, str(folder)), nprocs=world)
+    context = torch.multiprocessing.spawn(_process, (programs, world, str(folder)), nprocs=world, join=False)
+    end = time.monotonic() + LIMIT_S
+    while not context.join(max(0.0, end - time.monotonic())):
+        if time.monotonic() >= end:
+            for process in context.processes:
+                process.kill()
+            raise TimeoutError(f"the ranks had not ended after {LIMIT_S} s")
     ranks = [torch.load(folder / f"{rank}.pt") for rank in range(world)]
     return {program.__name__: [results[program.__name__] for results in ranks] for program in programs}
 
@@ -280,9 +288,7 @@ def sharded(*shape: int) -> nn.Module:
 
     shape = shape or (dist.get_world_size(),)
     mesh = dist.init_device_mesh("cpu", shape, mesh_dim_names=("copies", "shards")[-len(shape) :])
-    model = made(Encoder, nn.LayerNorm)
-    fully_shard(model.backbone, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    return fully_shard(made(Encoder, nn.LayerNorm), mesh=mesh)
 
 
 @contextmanager
@@ -329,14 +335,17 @@ def allowed(rank: int) -> dict:
     frozen = made(Encoder, nn.SyncBatchNorm)
     frozen.backbone.eval()
     of_one_rank = made(Encoder, lambda features: nn.SyncBatchNorm(features, process_group=alone))
-    plain = DistributedDataParallel(made(Encoder))
+    models = {
+        "DDP": DistributedDataParallel(made(Encoder)),
+        "SyncBatchNorm in evaluation": frozen,
+        "SyncBatchNorm of a rank alone": Within(of_one_rank),
+    }
+    models["SyncBatchNorm of a rank alone"].other = DistributedDataParallel(nn.Linear(2, 2))
     parts, results = micro_batches((12,) if rank else (4, 8)), {}
-    for name, model in {"DDP": plain, "SyncBatchNorm in evaluation": frozen}.items():
+    for name, model in models.items():
         with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduced:
             message = told(lambda model=model: GradientCache(model, square)(parts))
         results[name] = (message, reduced.call_count)
-    # SyncBatchNorm trains on GPUs only: torch's words come from the forward pass.
-    results["SyncBatchNorm of a rank alone"] = told(lambda: GradientCache(of_one_rank, square)(parts))
     return results
 
 
