@@ -68,9 +68,9 @@ def _report(name: str, unavailable: str | None, device: str, loss: Callable[...,
 
 def _gradient_error(loss: Callable[..., Any], with_teacher: bool, device: str) -> float:
     """|dz - dz_reference| / |dz_reference| of a small problem in float32, the truth in float64."""
-    generator = torch.Generator().manual_seed(0)
-    student = torch.randn(4, 24, 40, generator=generator).to(device)
-    teacher = torch.randn(2, 24, 40, generator=generator).to(device) if with_teacher else None
+    drawn = partial(torch.randn, generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float32, device="cpu")
+    student = drawn(4, 24, 40).to(device)
+    teacher = drawn(2, 24, 40).to(device) if with_teacher else None
     exact = student.double().requires_grad_()
     exact_loss: Any = reference.bam_loss(exact, teacher.double() if teacher is not None else None)
     (expected,) = torch.autograd.grad(exact_loss, exact)

@@ -53,13 +53,13 @@ class Layout:
     def gathered_column(self, view: int, rank: int, image: int) -> int:
         return (rank * self.T + view) * self.B + image
 
-    def positive_mask(self, rows: int, device: torch.device | None = None) -> Tensor:
+    def positive_mask(self, rows: int, device: torch.device | str = "cpu") -> Tensor:
         """(rows, N) bool, public order: True where row v*B + i meets a key of its own image.
 
         The reference's form of the mask; kernels use the same arithmetic column by column.
         """
-        image = torch.arange(rows, device=device) % self.B + self.rank * self.B
-        column_image = torch.arange(self.N, device=device) % (self.B * self.W)
+        image = torch.arange(rows, dtype=torch.int64, device=device) % self.B + self.rank * self.B
+        column_image = torch.arange(self.N, dtype=torch.int64, device=device) % (self.B * self.W)
         return image[:, None] == column_image[None, :]
 
     def to_public(self, columns: Tensor) -> Tensor:

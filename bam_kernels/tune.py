@@ -44,10 +44,10 @@ def jobs(M: int, N: int, D: int, device: torch.device) -> Iterator[Job]:
     layout = Layout(B=M // 2, V=2, L=2, T=2, D=D, W=max(N // M, 1))
     generator = torch.Generator(device).manual_seed(0)
     s = torch.randint(-32000, 32000, (M, N), generator=generator, device=device, dtype=torch.int16)
-    step, ones = 1 / 32000, Potential(torch.zeros(M, device=device), torch.ones(M, device=device))
-    col = Potential(torch.zeros(N, device=device), torch.ones(N, device=device))
+    step, ones = 1 / 32000, Potential.one(M, device)
+    col = Potential.one(N, device)
     kernels, scale = triton.kernels(), LOG2_E / 0.1 * step
-    shift, sums = torch.empty(2, N, device=device)
+    shift, sums = torch.empty(2, N, dtype=torch.float32, device=device)
 
     def row() -> Tensor:
         at = Potential(ones.exponent.clone(), ones.mantissa.clone())
@@ -59,7 +59,7 @@ def jobs(M: int, N: int, D: int, device: torch.device) -> Iterator[Job]:
         return shift + sums.log2()
 
     def image() -> Tensor:
-        views, P = s.view(2, -1, N), torch.empty(2, M // 2, N, device=device)
+        views, P = s.view(2, -1, N), torch.empty(2, M // 2, N, dtype=torch.float32, device=device)
         guess = ones.exponent.view(2, -1)
         kernels.match(views, views, layout, col, guess, epsilon=0.1, temperature=0.1, step=step, targets=P)
         return P
@@ -78,22 +78,24 @@ def jobs(M: int, N: int, D: int, device: torch.device) -> Iterator[Job]:
 
 def _flash_jobs(layout: Layout, generator: torch.Generator, device: torch.device) -> Iterator[Job]:
     def unit(rows: int) -> Tensor:
-        x = torch.randn(rows, layout.D, generator=generator, device=device)
+        x = torch.randn(rows, layout.D, generator=generator, dtype=torch.float32, device=device)
         return (torch.nn.functional.normalize(x, dim=1) * HALF_UNIT).half()
 
     z, M, N = unit(layout.M), layout.M, layout.N
-    kernels = triton.flash()(unit(N), torch.zeros(N, device=device), layout, masked=True, unit=HALF_UNIT)
-    col = Potential(torch.zeros(N, device=device), torch.ones(N, device=device))
+    bias = torch.zeros(N, dtype=torch.float32, device=device)
+    kernels = triton.flash()(unit(N), bias, layout, masked=True, unit=HALF_UNIT)
+    col = Potential.one(N, device)
     # Below the largest score's exponential, log2(e)/0.1: P and A stay within 1, as finished potentials make them.
-    row = Potential(torch.full((M,), -15.0, device=device), torch.ones(M, device=device))
+    row = Potential.one(M, device)
+    row.exponent.fill_(-15.0)
 
     def rows() -> Tensor:
-        found = Potential(*torch.empty(2, M, device=device))
+        found = Potential.empty(M, device)
         kernels.row_step(z, kernels.score_scale(0.1), col, found)
         return found.natural_log()
 
     def columns() -> Tensor:
-        sums = torch.empty(N, device=device)
+        sums = torch.empty(N, dtype=torch.float32, device=device)
         kernels.column_sums(z, kernels.score_scale(0.1), row, col, sums)
         return sums
 
@@ -172,8 +174,9 @@ def best(job: Job, timer: Timer) -> tuple[tuple[int, ...], float, float]:
 
 def measured_rates(device: torch.device, timer: Timer, size: int = 8192) -> dict[str, float]:
     """Of fp16 products, products in a flash kernel, a copy, and exponentials of scores that lie in the cache."""
-    a = torch.randn(size, size, device=device).half()
-    product, copy = torch.empty(size, size, device=device), torch.empty(size, size, device=device)
+    a = torch.randn(size, size, dtype=torch.float32, device=device).half()
+    product = torch.empty(size, size, dtype=torch.float32, device=device)
+    copy = torch.empty_like(product)
     flash = next(job for job in jobs(size // 4, size, 256, device) if job.key[0] == "flash")
     scores = next(job for job in jobs(size // 8, size, 1024, device) if job.key[0] == "column")
     return {

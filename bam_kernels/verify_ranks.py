@@ -190,7 +190,8 @@ def wrong_exchanges(device: torch.device) -> list[str]:
     for dtype in BOUNDS:
         blocks = [(first, rows.clone()) for first, rows in ranks.gather(full(rank + 1, dtype), lambda unit: unit)]
         arrived = torch.cat([rows for _, rows in sorted(blocks, key=lambda block: block[0])])
-        right[f"gathering of {dtype}"] = arrived == torch.arange(1, W + 1, device=device).repeat_interleave(3)[:, None]
+        senders = torch.arange(1, W + 1, dtype=torch.int64, device=device).repeat_interleave(3)
+        right[f"gathering of {dtype}"] = arrived == senders[:, None]
     return [name for name, equal in right.items() if not equal.all()]
 
 
@@ -199,12 +200,15 @@ def _errors(
 ) -> tuple[float, float]:
     """Relative errors of the mean loss and of this rank's gradient; NaN counts as infinite."""
     W, rank = dist.get_world_size(), dist.get_rank()
-    generator = torch.Generator().manual_seed(seed)
-    common = torch.randn(D, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(seed)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(*shape, D, generator=generator, dtype=torch.float32, device="cpu")
+
+    common = drawn()
 
     def embeddings(views: int) -> Tensor:
-        x = common + torch.randn(1, W * B, D, generator=generator) + torch.randn(views, W * B, D, generator=generator)
-        return x.to(device, dtype)
+        return (common + drawn(1, W * B) + drawn(views, W * B)).to(device, dtype)
 
     z, y = embeddings(V), embeddings(R) if R else None
     own = slice(rank * B, (rank + 1) * B)

@@ -70,7 +70,7 @@ def link(objects_by_name: dict[str, Path], name: str) -> str:
 
 
 def kernels(device: Device = HOPPER) -> CudaKernels:
-    return CudaKernels(_C.cuda_kernels_at(library().cuda_table()), lambda index: device)
+    return CudaKernels(_C.cuda_kernels_at(library().cuda_table()), lambda index: device, "cpu")
 
 
 def run_threads_backwards(backwards: bool) -> None:

@@ -57,4 +57,4 @@ def test_no_result_depends_on_the_order_of_threads(kernels):  # noqa: F811
 def test_scales_are_those_of_the_other_kernels():
     # A scale that rounds differently here and in sinkhorn_pass would cost P accuracy at small eps.
     for step in (1.0, 0.7 / 32000):
-        assert launch_match.number(step, LOG2_E / 1e-3)[0] == LOG2_E / 1e-3 * step
+        assert launch_match.number(step, DEVICE, LOG2_E / 1e-3)[0] == LOG2_E / 1e-3 * step

@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from ..layout import Layout
+from .addresses import FLOAT64, INT16, address, pair, scores_of
 from .extension import _C, import_error
 from .interface import LOG2_E, Matched, Positives, Potential, UnitRows
+
+CPU = torch.device("cpu")
 
 
 def unavailable() -> str | None:
@@ -22,23 +25,9 @@ def unavailable() -> str | None:
     return None
 
 
-NO_POTENTIAL = (0, 0)
-NO_SCORES = (0, False, 0, 0)
-
-
-def _address(potential: Potential) -> tuple[int, int]:
-    return potential.exponent.data_ptr(), potential.mantissa.data_ptr()
-
-
 def _threads(elements: int) -> int:
     """torch's number of threads, one where starting them would take longer than the work."""
     return 1 if elements < 16384 else torch.get_num_threads()
-
-
-def _scores(s: Tensor) -> tuple[int, bool, int, int]:
-    assert s.stride(-1) == 1 and s.dtype in (torch.float32, torch.int16)
-    view_stride = s.stride(0) if s.dim() == 3 else 0
-    return s.data_ptr(), s.dtype == torch.int16, view_stride, s.stride(-2)
 
 
 class CpuKernels:
@@ -56,16 +45,19 @@ class CpuKernels:
         if x.stride(-1) != 1:
             x = x.contiguous()
         m, d = x.shape
-        unit, norm = torch.empty(m, d), torch.empty(m, dtype=torch.float64)
-        self._kernels.normalize(x.data_ptr(), m, d, x.stride(0), unit.data_ptr(), norm.data_ptr(), _threads(m * d))
+        unit = torch.empty(m, d, dtype=torch.float32, device=CPU)
+        norm = torch.empty(m, dtype=torch.float64, device=CPU)
+        self._kernels.normalize(
+            address(x, CPU), m, d, x.stride(0), address(unit, CPU), address(norm, CPU, FLOAT64), _threads(m * d)
+        )
         return UnitRows(unit, norm, unit)
 
     def centre_potential(self, read: Tensor, centre: Tensor, epsilon: float) -> Potential:
         """The row potential exp(<unit_i, centre>/eps) that scores against centred keys start from."""
         m, d = read.shape
-        row = Potential(torch.empty(m), torch.empty(m))
+        row = Potential.empty(m, CPU)
         self._kernels.centre_potential(
-            read.data_ptr(), centre.data_ptr(), m, d, LOG2_E / epsilon, _address(row), _threads(m * d)
+            address(read, CPU), address(centre, CPU), m, d, LOG2_E / epsilon, pair(row, CPU), _threads(m * d)
         )
         return row
 
@@ -73,24 +65,23 @@ class CpuKernels:
         """d (m, D) <- factor * (d - unit <unit, d>) / norm, 0 for a row with norm below 1e-12."""
         m, features = d.shape
         assert d.is_contiguous() and rows.x.is_contiguous()
-        self._kernels.project(
-            d.data_ptr(), rows.x.data_ptr(), rows.norm.data_ptr(), factor, m, features, _threads(m * features)
-        )
+        norm = address(rows.norm, CPU, FLOAT64)
+        self._kernels.project(address(d, CPU), address(rows.x, CPU), norm, factor, m, features, _threads(m * features))
         return d
 
     def symmetrize_(self, G: Tensor) -> Tensor:
         """G (m, m) <- G + Gᵀ; returns its row sums (m,)."""
         m = len(G)
         assert G.shape == (m, m) and G.stride(1) == 1
-        sums = torch.empty(m)
-        self._kernels.symmetrize(G.data_ptr(), m, G.stride(0), sums.data_ptr(), _threads(m * m))
+        sums = torch.empty(m, dtype=torch.float32, device=CPU)
+        self._kernels.symmetrize(address(G, CPU), m, G.stride(0), address(sums, CPU), _threads(m * m))
         return sums
 
     def mask_positives_(self, scores: Tensor, positives: Positives) -> Tensor:
         """Write the masked score where rows of (m, N) float32 scores meet keys of their own image."""
         layout = positives.layout
         _C.mask_positives(
-            scores.data_ptr(),
+            address(scores, CPU),
             len(scores),
             scores.stride(0),
             positives.first,
@@ -106,7 +97,7 @@ class CpuKernels:
         """rint(scores/step) clamped to +-32767 into `out` (m, N) int16; masked scores as -32768."""
         assert scores.is_contiguous() and out.is_contiguous()
         m, n = scores.shape
-        self._kernels.quantize(scores.data_ptr(), m, n, 1 / step, out.data_ptr(), _threads(m * n))
+        self._kernels.quantize(address(scores, CPU), m, n, 1 / step, address(out, CPU, INT16), _threads(m * n))
         return out
 
     def column_lse(
@@ -115,13 +106,13 @@ class CpuKernels:
         """Per column Σ_i 2^(scale*s_ij) row_i = sums_j * 2^shift_j, added to what is there if `accumulate`."""
         m, n = scores.shape
         self._kernels.column_lse(
-            _scores(scores),
+            scores_of(scores, CPU),
             m,
             n,
             scale,
-            _address(row),
-            shift.data_ptr(),
-            sums.data_ptr(),
+            pair(row, CPU),
+            address(shift, CPU),
+            address(sums, CPU),
             accumulate,
             _threads(m * n),
         )
@@ -129,12 +120,12 @@ class CpuKernels:
     def reciprocal_potential(self, shift: Tensor, sums: Tensor) -> Potential:
         """1 / (sums * 2^shift)."""
         col = Potential(torch.empty_like(shift), torch.empty_like(shift))
-        _C.reciprocal_potential(_address(col), shift.data_ptr(), sums.data_ptr(), len(shift))
+        _C.reciprocal_potential(pair(col, CPU), address(shift, CPU), address(sums, CPU), len(shift))
         return col
 
     def divide_potential_(self, col: Potential, c: Tensor) -> None:
         """col <- col / c."""
-        _C.divide_potential(_address(col), c.data_ptr(), len(c))
+        _C.divide_potential(pair(col, CPU), address(c, CPU), len(c))
 
     def sinkhorn_pass(
         self,
@@ -152,13 +143,13 @@ class CpuKernels:
         """
         m, n = scores.shape
         self._kernels.sinkhorn_pass(
-            _scores(scores),
+            scores_of(scores, CPU),
             m,
             n,
             scale,
-            _address(row),
-            _address(col),
-            c.data_ptr(),
+            pair(row, CPU),
+            pair(col, CPU),
+            address(c, CPU),
             accumulate,
             _threads(m * n),
         )
@@ -189,30 +180,29 @@ class CpuKernels:
         """
         L, b, n = target.shape
         V = len(source) if source is not None else 0
-        per_image = torch.zeros(3, b, dtype=torch.float64)
-        address: dict[str, Any] = {
-            "target": _scores(target),
-            "source": _scores(source) if source is not None else NO_SCORES,
-            "row_exponent": row_exponent.data_ptr(),
+        assert row_exponent.stride(1) == 1 and (targets is None or targets.stride()[1:] == (n, 1))
+        per_image = torch.zeros(3, b, dtype=torch.float64, device=CPU)
+        col_log2 = col.mantissa.log2()
+        addresses: dict[str, Any] = {
+            "target": scores_of(target, CPU),
+            "source": scores_of(source, CPU),
+            "row_exponent": address(row_exponent, CPU),
             "row_view_stride": row_exponent.stride(0),
-            "col": _address(col),
-            "col_log2": 0,
-            "loss": per_image[0].data_ptr(),
-            "target_entropy": per_image[1].data_ptr(),
-            "source_entropy": per_image[2].data_ptr(),
-            "targets": targets.data_ptr() if targets is not None else 0,
+            "col": pair(col, CPU),
+            "col_log2": address(col_log2, CPU),
+            "loss": address(per_image[0], CPU, FLOAT64),
+            "target_entropy": address(per_image[1], CPU, FLOAT64),
+            "source_entropy": address(per_image[2], CPU, FLOAT64),
+            "targets": address(targets, CPU),
             "targets_view_stride": targets.stride(0) if targets is not None else 0,
-            "row_out": _address(row_out) if row_out is not None else NO_POTENTIAL,
-            "gradient": gradient.data_ptr() if gradient is not None else 0,
+            "row_out": pair(row_out, CPU),
+            "gradient": address(gradient, CPU),
             "gradient_view_stride": gradient.stride(0) if gradient is not None else 0,
             "gradient_row_stride": gradient.stride(1) if gradient is not None else 0,
         }
-        assert row_exponent.stride(1) == 1 and (targets is None or targets.stride()[1:] == (n, 1))
-        col_log2 = col.mantissa.log2()
-        address["col_log2"] = col_log2.data_ptr()
         self._kernels.match(
             dict(
-                address,
+                addresses,
                 L=L,
                 V=V,
                 b=b,
@@ -235,18 +225,19 @@ class CpuKernels:
     ) -> tuple[Tensor, Tensor]:
         """E v (m,) and Eᵀ u (N,), E_ij = 2^(scale*s_ij) row_i col_j; empty where v or u is None."""
         m, n = scores.shape
-        y, w = torch.empty(m if v is not None else 0), torch.empty(n if u is not None else 0)
+        y = torch.empty(m if v is not None else 0, dtype=torch.float32, device=CPU)
+        w = torch.empty(n if u is not None else 0, dtype=torch.float32, device=CPU)
         self._kernels.plan_products(
-            _scores(scores),
+            scores_of(scores, CPU),
             m,
             n,
             scale,
-            _address(row),
-            _address(col),
-            v.data_ptr() if v is not None else 0,
-            u.data_ptr() if u is not None else 0,
-            y.data_ptr(),
-            w.data_ptr(),
+            pair(row, CPU),
+            pair(col, CPU),
+            address(v, CPU),
+            address(u, CPU),
+            address(y, CPU),
+            address(w, CPU),
             _threads(m * n),
         )
         return y, w
@@ -264,15 +255,15 @@ class CpuKernels:
         """x_ij <- x_ij - E_ij (u_i + v_j)."""
         m, n = scores.shape
         self._kernels.plan_subtract(
-            _scores(scores),
+            scores_of(scores, CPU),
             m,
             n,
             scale,
-            _address(row),
-            _address(col),
-            u.data_ptr() if u is not None else 0,
-            v.data_ptr() if v is not None else 0,
-            x.data_ptr(),
+            pair(row, CPU),
+            pair(col, CPU),
+            address(u, CPU),
+            address(v, CPU),
+            address(x, CPU),
             _threads(m * n),
         )
 

@@ -87,8 +87,13 @@ class Potential(NamedTuple):
     mantissa: Tensor
 
     @staticmethod
-    def one(n: int, device: torch.device | None = None) -> "Potential":
-        return Potential(torch.zeros(n, device=device), torch.ones(n, device=device))
+    def one(n: int, device: torch.device | str = "cpu") -> "Potential":
+        zero = torch.zeros(n, dtype=torch.float32, device=device)
+        return Potential(zero, torch.ones_like(zero))
+
+    @staticmethod
+    def empty(n: int, device: torch.device) -> "Potential":
+        return Potential(*torch.empty(2, n, dtype=torch.float32, device=device).unbind())
 
     def rows(self, first: int, last: int) -> "Potential":
         return Potential(self.exponent[first:last], self.mantissa[first:last])

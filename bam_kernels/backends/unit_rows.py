@@ -21,7 +21,8 @@ class UnitRowsKernels:
         assert centre.is_contiguous() and centre.dtype == torch.float32
         rows = _empty_rows(x, torch.float16)
         m = len(rows.read)
-        rows, row = rows._replace(bias=torch.empty(m, device=x.device)), Potential(*torch.empty(2, m, device=x.device))
+        rows = rows._replace(bias=torch.empty(m, dtype=torch.float32, device=x.device))
+        row = Potential.empty(m, x.device)
         self._read_rows(rows, centre, row, LOG2_E / epsilon)
         return rows, row
 

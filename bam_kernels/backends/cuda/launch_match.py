@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from ...layout import Layout
+from ..addresses import address, pair, scores_of
 from ..interface import LOG2_E, Matched, Number, Potential
-from .launch import FLOAT_TYPES, NO_POTENTIAL, NO_SCORES, Launcher, address, number, pair, scores_of
+from .launch import FLOAT_TYPES, Launcher, number
 from .shapes import IMAGES_AT_ONCE, LONG, match_team
 
 
@@ -40,36 +41,46 @@ class MatchKernels(Launcher):
         assert row_exponent.stride(1) == 1 and (targets is None or targets.stride()[1:] == (n, 1))
         assert gradient is None or (source is not None and gradient.stride(2) == 1)
         # Without sources only the targets' entropies are written.
-        per_image = (torch.empty if V else torch.zeros)(3, b, device=target.device)
+        device = target.device
+        per_image = torch.empty(3, b, dtype=torch.float32, device=device)
+        if not V:
+            per_image.zero_()
         top_k = top_k if top_k < n else 0
         team = match_team(L, n, target.element_size(), self._device(target)) or LONG
         images = min(b, IMAGES_AT_ONCE) if team == LONG and top_k else b
-        means = torch.empty(images if team == LONG and top_k else 0, n, device=target.device)
+        means = torch.empty(images if team == LONG and top_k else 0, n, dtype=torch.float32, device=device)
         for first in range(0, b, images):
             part = slice(first, min(first + images, b))
             g = gradient[:, part] if gradient is not None else None
             self._kernels.match(
-                scores_of(target[:, part]),
-                scores_of(source[:, part]) if source is not None else NO_SCORES,
+                scores_of(target[:, part], device),
+                scores_of(source[:, part] if source is not None else None, device),
                 (L, V, part.stop - first, n, layout.W, layout.T, layout.B, top_k),
                 (
-                    number(step, LOG2_E / epsilon),
-                    number(step, LOG2_E / temperature),
-                    number(step, 1 / temperature),
+                    number(step, device, LOG2_E / epsilon),
+                    number(step, device, LOG2_E / temperature),
+                    number(step, device, 1 / temperature),
                 ),
                 gradient_factor / (layout.B * temperature),
                 1.0 if V <= 1 else 1 / (L * (V - 1)),
-                row_exponent[:, part].data_ptr(),
+                address(row_exponent[:, part], device),
                 row_exponent.stride(0),
-                pair(col),
-                per_image[:, part].data_ptr(),
+                pair(col, device),
+                address(per_image[:, part], device),
                 b,
-                address(targets[:, part] if targets is not None else None),
+                address(targets[:, part] if targets is not None else None, device),
                 targets.stride(0) if targets is not None else 0,
-                pair(row_out.rows(first, part.stop)) if row_out is not None else NO_POTENTIAL,
-                (g.data_ptr(), FLOAT_TYPES[g.dtype], g.stride(0), g.stride(1)) if g is not None else (0, 0, 0, 0),
+                pair(row_out.rows(first, part.stop) if row_out is not None else None, device),
+                gradient_of(g, device),
                 team,
-                address(means),
+                address(means, device),
                 self._where(target),
             )
         return Matched(per_image)
+
+
+def gradient_of(g: Tensor | None, device: torch.device) -> tuple[int, int, int, int]:
+    """Address, type, strides of views and images."""
+    if g is None:
+        return 0, 0, 0, 0
+    return address(g, device, FLOAT_TYPES), FLOAT_TYPES[g.dtype], g.stride(0), g.stride(1)

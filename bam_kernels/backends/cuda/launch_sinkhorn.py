@@ -5,8 +5,9 @@ import math
 import torch
 from torch import Tensor
 
+from ..addresses import INT16, address, pair, scores_of
 from ..interface import Number, Positives, Potential
-from .launch import NO_POTENTIAL, Launcher, address, number, pair, positives_of, scores_of
+from .launch import Launcher, number, positives_of
 from .shapes import column_rows, on_chip, pass_rows, pass_shape
 
 
@@ -63,38 +64,41 @@ class SinkhornKernels(Launcher):
         positives: Positives | None,
     ) -> None:
         """out None: the scores are finished; shift None: no sums."""
-        assert out is None or (s.dtype == torch.float32 and out.dtype == torch.int16 and out.stride(1) == 1)
+        assert out is None or (s.dtype == torch.float32 and out.stride(1) == 1)
         m, n = s.shape
+        device = s.device
         rows = column_rows(m, n, self._device(s))
-        partial = torch.empty(2, -(-m // rows) if shift is not None else 0, n, device=s.device)
+        partial = torch.empty(2, -(-m // rows) if shift is not None else 0, n, dtype=torch.float32, device=device)
         self._kernels.column_lse(
-            scores_of(s),
+            scores_of(s, device),
             m,
             n,
-            number(scale),
-            pair(row) if row is not None else NO_POTENTIAL,
-            address(shift),
-            address(sums),
+            number(scale, device),
+            pair(row, device),
+            address(shift, device),
+            address(sums, device),
             accumulate,
-            partial.data_ptr(),
+            address(partial, device),
             rows,
-            address(bias),
-            address(out),
+            address(bias, device),
+            address(out, device, INT16),
             out.stride(0) if out is not None else 0,
-            number(step),
+            number(step, device),
             positives_of(positives),
             self._where(s),
         )
 
     def reciprocal_potential(self, shift: Tensor, sums: Tensor) -> Potential:
         """1 / (sums * 2^shift)."""
+        device, n = shift.device, len(shift)
         col = Potential(torch.empty_like(shift), torch.empty_like(shift))
-        self._kernels.reciprocal_potential(shift.data_ptr(), sums.data_ptr(), pair(col), len(shift), self._where(shift))
+        at = address(shift, device), address(sums, device), pair(col, device)
+        self._kernels.reciprocal_potential(*at, n, self._where(shift))
         return col
 
     def divide_potential_(self, col: Potential, c: Tensor) -> None:
         """col <- col / c."""
-        self._kernels.divide_potential(pair(col), c.data_ptr(), len(c), self._where(c))
+        self._kernels.divide_potential(pair(col, c.device), address(c, c.device), len(c), self._where(c))
 
     def sinkhorn_pass(
         self,
@@ -112,27 +116,23 @@ class SinkhornKernels(Launcher):
         the scores where a row fits in a block or a cluster, else two.
         """
         m, n = s.shape
-        device, where = self._device(s), self._where(s)
-        shape = pass_shape(n, s.element_size(), device)
+        found, device, where = self._device(s), s.device, self._where(s)
+        given = scores_of(s, device), m, n, number(scale, device), pair(row, device), pair(col, device)
+        shape = pass_shape(n, s.element_size(), found)
         if shape is None:
-            self._kernels.row_step(scores_of(s), m, n, number(scale), pair(row), pair(col), where)
+            self._kernels.row_step(*given, where)
             self._column_products(s, scale, row, col, None, c, accumulate)
             if divide:
                 self.divide_potential_(col, c)
             return
-        rows = pass_rows(m, shape, device)
-        partial = torch.empty(-(-m // rows), n, device=s.device)
+        rows = pass_rows(m, shape, found)
+        partial = torch.empty(-(-m // rows), n, dtype=torch.float32, device=device)
         self._kernels.sinkhorn_pass(
-            scores_of(s),
-            m,
-            n,
-            number(scale),
-            pair(row),
-            pair(col),
-            c.data_ptr(),
+            *given,
+            address(c, device),
             accumulate,
             divide,
-            partial.data_ptr(),
+            address(partial, device),
             rows,
             shape.team,
             shape.group,
@@ -152,18 +152,21 @@ class SinkhornKernels(Launcher):
         m, n = s.shape
         shape = on_chip(m, n, s.element_size(), self._device(s))
         assert shape is not None
-        col = Potential(*torch.empty(2, n, device=s.device))
-        c = torch.empty(n, device=s.device) if iterations > 1 else torch.full((n,), math.nan, device=s.device)
-        partial = torch.empty(2, shape.blocks, n, device=s.device)
+        device = s.device
+        col = Potential.empty(n, device)
+        c = torch.empty(n, dtype=torch.float32, device=device)
+        if iterations == 1:
+            c.fill_(math.nan)
+        partial = torch.empty(2, shape.blocks, n, dtype=torch.float32, device=device)
         self._kernels.sinkhorn_on_chip(
-            scores_of(s),
+            scores_of(s, device),
             m,
             n,
-            number(scale),
-            pair(row),
-            pair(col),
-            c.data_ptr(),
-            partial.data_ptr(),
+            number(scale, device),
+            pair(row, device),
+            pair(col, device),
+            address(c, device),
+            address(partial, device),
             shape.rows,
             shape.team,
             iterations,
@@ -189,21 +192,22 @@ class SinkhornKernels(Launcher):
         accumulate: bool,
     ) -> None:
         m, n = s.shape
+        device = s.device
         rows = column_rows(m, n, self._device(s))
-        partial = torch.empty(-(-m // rows) if w is not None else 0, n, device=s.device)
+        partial = torch.empty(-(-m // rows) if w is not None else 0, n, dtype=torch.float32, device=device)
         self._kernels.plan_products(
-            scores_of(s),
+            scores_of(s, device),
             m,
             n,
-            number(scale),
-            pair(row),
-            pair(col),
-            address(v),
-            address(u),
-            address(y),
-            address(w),
+            number(scale, device),
+            pair(row, device),
+            pair(col, device),
+            address(v, device),
+            address(u, device),
+            address(y, device),
+            address(w, device),
             accumulate,
-            partial.data_ptr(),
+            address(partial, device),
             rows,
             self._where(s),
         )

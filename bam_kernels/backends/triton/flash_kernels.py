@@ -76,7 +76,7 @@ class FlashKernels(SinkhornKernels):
     def row_step(self, x: Tensor, scale: Number, col: Potential | None, row: Potential) -> None:
         """row_i = 1 / Σ_j 2^(scale * x_i·k_j) col_j; `col` None: 1."""
         m = len(x)
-        shift, sums = torch.empty(2, m, device=x.device)
+        shift, sums = torch.empty(2, m, dtype=torch.float32, device=x.device)
         self._lse(x, self.keys, col, scale, shift, sums, keys_are_own=False)
         self._run(sinkhorn.reciprocal_potential_kernel, (-(-m // 256),), shift, sums, *row, m, BLOCK=256, num_warps=4)
 
@@ -95,7 +95,7 @@ class FlashKernels(SinkhornKernels):
         tile = self._tile(m, n)
         tiles = -(-m // tile.block_m)
         chunks, rows = split(tiles, n, tile.block_n)
-        partial = torch.empty(2, chunks, m, device=own.device)
+        partial = torch.empty(2, chunks, m, dtype=torch.float32, device=own.device)
         self._run(
             flash_sinkhorn.flash_lse_kernel,
             (tiles, chunks),
@@ -135,7 +135,7 @@ class FlashKernels(SinkhornKernels):
         tile = self._tile(m, n)
         tiles = -(-m // tile.block_m)
         chunks, rows = split(tiles, n, tile.block_n)
-        partial = torch.empty(chunks, m, device=x.device)
+        partial = torch.empty(chunks, m, dtype=torch.float32, device=x.device)
         self._run(
             flash_sinkhorn.flash_column_sums_kernel,
             (tiles, chunks),
@@ -200,8 +200,8 @@ class FlashKernels(SinkhornKernels):
         tile = flash_tile(B, n, layout.D, wide=True, sixteen_bit=z.element_size() == 2)
         tiles = -(-B // tile.block_m) * -(-layout.D // tile.block_out)
         chunks, rows = split(tiles * V, n, tile.block_n)
-        sums = torch.empty(chunks, 3, layout.M, device=z.device)
-        dz = torch.empty(chunks, layout.M, layout.D, device=z.device) if needs_grad else None
+        sums = torch.empty(chunks, 3, layout.M, dtype=torch.float32, device=z.device)
+        dz = torch.empty(chunks, layout.M, layout.D, dtype=torch.float32, device=z.device) if needs_grad else None
         self._run(
             flash_match.flash_match_kernel,
             (tiles, V, chunks),
@@ -259,8 +259,8 @@ class FlashKernels(SinkhornKernels):
         tile = flash_tile(layout.N, layout.B, layout.D, wide=True, sixteen_bit=z.element_size() == 2)
         tiles = -(-layout.N // tile.block_m) * -(-layout.D // tile.block_out)
         chunks, images = split(tiles, layout.B, tile.block_n)
-        dk = torch.empty(chunks, layout.N, layout.D, device=z.device)
-        partial = torch.empty(chunks, layout.N, device=z.device)
+        dk = torch.empty(chunks, layout.N, layout.D, dtype=torch.float32, device=z.device)
+        partial = torch.empty(chunks, layout.N, dtype=torch.float32, device=z.device)
         self._run(
             flash_keys.flash_dk_kernel,
             (tiles, chunks),

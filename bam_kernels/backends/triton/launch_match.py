@@ -46,7 +46,7 @@ class MatchKernels(Launcher):
         assert row_exponent.stride(1) == 1 and (targets is None or targets.stride()[1:] == (n, 1))
         assert gradient is None or (source is not None and gradient.stride(2) == 1)
         factor, step_pointer = number(step)
-        per_image = torch.zeros(3, b, device=target.device)
+        per_image = torch.zeros(3, b, dtype=torch.float32, device=target.device)
         top_k = top_k if top_k < n else 0
         on_chip = image_tile(L, n)
         long = on_chip is None
@@ -54,8 +54,9 @@ class MatchKernels(Launcher):
         images = min(b, IMAGES_AT_ONCE) if long and top_k else b
         workspace: tuple[Any, ...] = ()
         if long:
-            source_rows = torch.empty(images, V, 2, device=target.device) if V else None
-            workspace = (source_rows, torch.empty(images, n, device=target.device) if top_k else None)
+            source_rows = torch.empty(images, V, 2, dtype=torch.float32, device=target.device) if V else None
+            means = torch.empty(images, n, dtype=torch.float32, device=target.device) if top_k else None
+            workspace = (source_rows, means)
         for first in range(0, b, images):
             part = slice(first, min(first + images, b))
             g = gradient[:, part] if gradient is not None else None

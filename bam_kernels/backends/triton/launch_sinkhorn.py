@@ -52,7 +52,7 @@ class SinkhornKernels(Launcher):
         check_scores(s)
         m, n = s.shape
         tile = column_tile(m, n)
-        partial = torch.empty(2, tile.chunks, n, device=s.device)
+        partial = torch.empty(2, tile.chunks, n, dtype=torch.float32, device=s.device)
         self._run(
             sinkhorn.column_lse_kernel,
             (-(-n // tile.block_n), tile.chunks),
@@ -157,7 +157,7 @@ class SinkhornKernels(Launcher):
             self._column_products(s, scale, row, col, None, c, accumulate)
             return
         tile = row_tile(m, n)
-        partial = torch.empty(tile.chunks, n, device=s.device)
+        partial = torch.empty(tile.chunks, n, dtype=torch.float32, device=s.device)
         self._run(
             sinkhorn.sinkhorn_pass_kernel,
             (tile.chunks,),
@@ -181,7 +181,7 @@ class SinkhornKernels(Launcher):
     ) -> None:
         m, n = s.shape
         tile = column_tile(m, n)
-        partial = torch.empty(tile.chunks, n, device=s.device)
+        partial = torch.empty(tile.chunks, n, dtype=torch.float32, device=s.device)
         self._run(
             plan.column_products_kernel,
             (-(-n // tile.block_n), tile.chunks),

@@ -55,7 +55,7 @@ class TritonKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
 
     def product_step(self, centre: Tensor, key_bias: Tensor, row_bias: Tensor) -> DeviceNumber:
         """The product of half rows, bias added, that is one step of fixed point; biases of all keys and of rows."""
-        step = torch.empty(1, device=centre.device)
+        step = torch.empty(1, dtype=torch.float32, device=centre.device)
         d, n, m = len(centre), len(key_bias), len(row_bias)
         block = block_of(max(d, n, m), 4096)
         self._run(
@@ -79,7 +79,7 @@ class TritonKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
         """The row potential exp(<unit_i, centre>/eps) that scores against centred keys start from; float32 rows."""
         m, d = read.shape
         assert read.stride(1) == 1 and centre.is_contiguous()
-        row = Potential(*torch.empty(2, m, device=read.device))
+        row = Potential.empty(m, read.device)
         block = block_of(d)
         self._run(
             embed.centre_potential_kernel,
@@ -117,7 +117,8 @@ class TritonKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
         m, tile = len(G), 64
         assert G.shape == (m, m) and G.stride(1) == 1
         tiles = -(-m // tile)
-        partial, sums = torch.empty(tiles, m, device=G.device), torch.empty(m, device=G.device)
+        partial = torch.empty(tiles, m, dtype=torch.float32, device=G.device)
+        sums = torch.empty(m, dtype=torch.float32, device=G.device)
         self._run(plan.symmetrize_kernel, (tiles, tiles), G, partial, m, G.stride(0), TILE=tile, num_warps=8)
         self._add_chunks(partial, None, sums, False)
         return sums
@@ -174,8 +175,8 @@ class TritonKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
         """E v (m,) and Eᵀ u (N,), E_ij = 2^(scale*s_ij) row_i col_j; empty where v or u is None."""
         check_scores(s)
         m, n = s.shape
-        y = torch.empty(m if v is not None else 0, device=s.device)
-        w = torch.empty(n if u is not None else 0, device=s.device)
+        y = torch.empty(m if v is not None else 0, dtype=torch.float32, device=s.device)
+        w = torch.empty(n if u is not None else 0, dtype=torch.float32, device=s.device)
         if v is not None:
             block = block_of(n)
             self._run(

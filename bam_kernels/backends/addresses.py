@@ -1,0 +1,43 @@
+"""Addresses of tensors for compiled kernels, which know nothing of types and devices: both are checked here."""
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from .interface import Potential
+
+FLOAT32 = (torch.float32,)
+FLOAT64 = (torch.float64,)
+INT16 = (torch.int16,)
+SCORES = (torch.float32, torch.int16)
+
+
+def address(x: Tensor | None, device: torch.device, dtypes: Collection[torch.dtype] = FLOAT32) -> int:
+    """Where x lies; 0 for None.
+
+    Raises: TypeError where x is on another device than the kernel runs on, or of a type that it does not take.
+    """
+    if x is None:
+        return 0
+    if x.device != device or x.dtype not in dtypes:
+        raise TypeError(
+            f"a kernel on {device} takes a tensor of {' or '.join(map(str, dtypes))} there, "
+            f"got one of {x.dtype}, shape {tuple(x.shape)}, on {x.device}"
+        )
+    return x.data_ptr()
+
+
+def pair(potential: Potential | None, device: torch.device) -> tuple[int, int]:
+    """Exponent and mantissa."""
+    if potential is None:
+        return 0, 0
+    return address(potential.exponent, device), address(potential.mantissa, device)
+
+
+def scores_of(s: Tensor | None, device: torch.device) -> tuple[int, bool, int, int]:
+    """Address, whether fixed point, strides of views and rows."""
+    if s is None:
+        return 0, False, 0, 0
+    assert s.stride(-1) == 1
+    return address(s, device, SCORES), s.dtype == torch.int16, s.stride(0) if s.dim() == 3 else 0, s.stride(-2)
