@@ -5,10 +5,21 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch_defaults
 
 pytest.register_assert_rewrite(
     "problems", "row_problems", "match_tests", "sinkhorn_tests", "embedding_tests", "derivative_tests"
 )
+
+
+def pytest_addoption(parser) -> None:
+    help = "run the library's functions while this dtype, or device, is torch's default; the tests' tensors keep theirs"
+    parser.addoption("--torch-default", choices=torch_defaults.NAMES, help=help)
+
+
+def pytest_configure(config) -> None:
+    if config.getoption("torch_default"):
+        torch_defaults.install(config.getoption("torch_default"))
 
 
 @pytest.fixture(autouse=True)

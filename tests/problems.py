@@ -103,16 +103,18 @@ def load(path: Path) -> Problem:
 def features(views: int, images: int, D: int, *, cosine: float = 0.0, seed: int = 0) -> Tensor:
     """(views, images, D) float32 rows of lengths around 3; two images have the given cosine in the mean.
 
-    Half of what does not belong to all rows is the image's own, half the view's.
+    Half of what does not belong to all rows is the image's own, half the view's. The type is named: ranks that are
+    threads call this while another rank may have set another default.
     """
+    float32 = {"dtype": torch.float32, "device": "cpu"}
     generator = torch.Generator().manual_seed(seed)
 
     def unit(*shape: int) -> Tensor:
-        return torch.nn.functional.normalize(torch.randn(*shape, D, generator=generator), dim=-1)
+        return torch.nn.functional.normalize(torch.randn(*shape, D, generator=generator, **float32), dim=-1)
 
     rest = math.sqrt((1 - cosine) / 2)
     x = math.sqrt(cosine) * unit(1, 1) + rest * unit(1, images) + rest * unit(views, images)
-    return x * (2 + 2 * torch.rand(views, images, 1, generator=generator))
+    return x * (2 + 2 * torch.rand(views, images, 1, generator=generator, **float32))
 
 
 def loss_and_grad(function, student: Tensor, teacher: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:

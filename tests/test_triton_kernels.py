@@ -16,11 +16,13 @@ MODULES = sorted((Path(__file__).parent / "interpreted").glob("test_*.py"))
 
 
 @pytest.fixture(scope="module")
-def running() -> Iterator[dict[Path, subprocess.Popen]]:
+def running(request) -> Iterator[dict[Path, subprocess.Popen]]:
     """All modules at once: each is one thread of numpy."""
     pytest.importorskip("triton")
     env = dict(os.environ, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    if default := request.config.getoption("torch_default"):
+        command.append(f"--torch-default={default}")
     processes = {
         module: subprocess.Popen(
             [*command, module], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

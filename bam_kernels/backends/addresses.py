@@ -35,9 +35,11 @@ def pair(potential: Potential | None, device: torch.device) -> tuple[int, int]:
     return address(potential.exponent, device), address(potential.mantissa, device)
 
 
-def scores_of(s: Tensor | None, device: torch.device) -> tuple[int, bool, int, int]:
+def scores_of(
+    s: Tensor | None, device: torch.device, dtypes: Collection[torch.dtype] = SCORES
+) -> tuple[int, bool, int, int]:
     """Address, whether fixed point, strides of views and rows."""
     if s is None:
         return 0, False, 0, 0
     assert s.stride(-1) == 1
-    return address(s, device, SCORES), s.dtype == torch.int16, s.stride(0) if s.dim() == 3 else 0, s.stride(-2)
+    return address(s, device, dtypes), s.dtype == torch.int16, s.stride(0) if s.dim() == 3 else 0, s.stride(-2)

@@ -18,7 +18,7 @@ class UnitRowsKernels:
     def half_rows(self, x: Tensor, centre: Tensor, epsilon: float) -> tuple[UnitRows, Potential]:
         """As `normalize`, but the unit rows, less `centre` (D,), are fp16 times HALF_UNIT, with their bias; and the row
         potential exp(<unit_i, centre>/eps) that scores against centred keys start from."""
-        assert centre.is_contiguous() and centre.dtype == torch.float32
+        assert centre.is_contiguous()
         rows = _empty_rows(x, torch.float16)
         m = len(rows.read)
         rows = rows._replace(bias=torch.empty(m, dtype=torch.float32, device=x.device))

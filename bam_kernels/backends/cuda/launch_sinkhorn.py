@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..addresses import INT16, address, pair, scores_of
+from ..addresses import FLOAT32, INT16, SCORES, address, pair, scores_of
 from ..interface import Number, Positives, Potential
 from .launch import Launcher, number, positives_of
 from .shapes import column_rows, on_chip, pass_rows, pass_shape
@@ -64,13 +64,13 @@ class SinkhornKernels(Launcher):
         positives: Positives | None,
     ) -> None:
         """out None: the scores are finished; shift None: no sums."""
-        assert out is None or (s.dtype == torch.float32 and out.stride(1) == 1)
+        assert out is None or out.stride(1) == 1
         m, n = s.shape
         device = s.device
         rows = column_rows(m, n, self._device(s))
         partial = torch.empty(2, -(-m // rows) if shift is not None else 0, n, dtype=torch.float32, device=device)
         self._kernels.column_lse(
-            scores_of(s, device),
+            scores_of(s, device, SCORES if out is None else FLOAT32),
             m,
             n,
             number(scale, device),
