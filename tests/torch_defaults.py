@@ -27,7 +27,7 @@ class Default:
 
     def __init__(self, name: str) -> None:
         self.device = torch.device("meta") if name == "meta" else None
-        self.dtype = getattr(torch, name) if self.device is None else torch.float32
+        self.dtype = getattr(torch, name) if self.device is None else torch.get_default_dtype()
         self.before = torch.float32
         self.blocks = 0
         self.lock = threading.Lock()
