@@ -1,7 +1,10 @@
 """The library follows none of torch's defaults: dtype, device, the legacy tensor type, what is in an empty tensor."""
 
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
+from pathlib import Path
 
 import cuda_device
 import pytest
@@ -141,3 +144,26 @@ def test_an_entry_sees_the_default(default):
     x = seen()
     assert (x.device.type if default == "meta" else str(x.dtype)) in ("meta", f"torch.{default}")
     assert torch.zeros(1).dtype == torch.float32 and torch.zeros(1).device.type == "cpu"
+
+
+def test_the_option_reaches_every_entry():
+    """In a process of its own: what is replaced stays so."""
+    code = """
+import torch, torch_defaults
+torch_defaults.install("float64")
+from bam_kernels import BAMLoss, GradientCache, bam_loss, bam_targets, loss, reference, sinkhorn_attention
+from bam_kernels.backends.cpu import CpuKernels
+from bam_kernels.backends.cuda.row_kernels import CudaKernels
+from bam_kernels.engine import slab
+for entry in (bam_loss, loss.bam_loss, bam_targets, sinkhorn_attention, reference.bam_loss, slab.from_scores,
+              BAMLoss.forward, CpuKernels.match, CudaKernels.match, CudaKernels.sinkhorn_pass, CudaKernels.half_rows,
+              torch.Tensor.backward, torch.autograd.grad):
+    assert hasattr(entry, "__wrapped__"), entry
+seen = []
+def criterion(z):
+    seen.append(torch.get_default_dtype())
+    return z.sum()
+GradientCache(torch.nn.Linear(2, 2), criterion)([torch.ones(1, 1, 2)])
+assert seen == [torch.float64] and torch.get_default_dtype() == torch.float32
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)

@@ -90,7 +90,7 @@ def _classes() -> set[type]:
     from bam_kernels import BAMLoss, GradientCache
     from bam_kernels.backends.cpu import CpuKernels
     from bam_kernels.backends.cuda.row_kernels import CudaKernels
-    from bam_kernels.backends.interface import Matched, Potential
+    from bam_kernels.backends.interface import Potential
     from bam_kernels.layout import Layout
 
     kernels = {CpuKernels, *CudaKernels.__mro__}
@@ -99,7 +99,7 @@ def _classes() -> set[type]:
         from bam_kernels.backends.triton.row_kernels import TritonKernels
 
         kernels |= {*FlashKernels.__mro__, *TritonKernels.__mro__}
-    return (kernels - {object}) | {BAMLoss, GradientCache, Layout, Matched, Potential}
+    return (kernels - {object}) | {BAMLoss, GradientCache, Layout, Potential}
 
 
 def _functions() -> set[Callable[..., Any]]:
