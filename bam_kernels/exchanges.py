@@ -74,6 +74,7 @@ def _all_reduce_impl(x: Tensor, most: bool, place: list[int], name: str) -> Tens
 
 def _keep_place(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.place = inputs[-2:]
+    ctx.ranks = ranks_named(inputs[-1])  # which a name alone would not keep until the backward pass
 
 
 def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
