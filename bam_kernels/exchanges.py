@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .header import Header
-from .operators import define, differentiable
-from .ranks import ONE_RANK, Ranks, ranks_named
+from .header import SCHEDULED, Header
+from .operators import as_tensor, define, differentiable
+from .options import check_positive
+from .ranks import ONE_RANK, ranks_named
 
 
 @dataclass(frozen=True)
@@ -22,84 +23,106 @@ class Exchanges:
     name: str
 
     def agree(self, header: Header, device: torch.device) -> None:
-        """As `Ranks.agree`."""
+        """Return if all ranks have the same header and none has a fault. Raises: ValueError saying what differs."""
         ranks_named(self.name).agree(header, device)
 
-    def gather(self, own: Tensor, problem: str, scales: tuple[float, ...]) -> Tensor:
+    def gather(self, own: Tensor, operation: str, problem: dict[str, Any]) -> Tensor:
         """(N, D) in gathered order from (n, D); its gradient is scattered and summed over the ranks.
 
-        problem, scales: what must be equal on all ranks. A compiled function, which keeps what it was compiled with,
-        compares it here; else it has been compared before.
+        problem: what must be equal on all ranks, and has been compared; a compiled function checks and compares it here
+        at every call.
         """
-        compiling = torch.compiler.is_compiling()
-        if self.W == 1 and not compiling:
-            return own
-        told = torch.tensor(scales, dtype=torch.float64, device="cpu")
-        return _differentiable_gather(own, told, problem if compiling else "", [self.W, self.rank], self.name)
+        world = [self.W, self.rank]
+        if not torch.compiler.is_compiling():
+            return own if self.W == 1 else _differentiable_gather(own, _no_numbers(), "", world, self.name)
+        apart = (*SCHEDULED, "one sum", "B")  # numbers that follow from these or from the keys' shape
+        text = ", ".join(f"{key}={value}" for key, value in problem.items() if key not in apart)
+        numbers = as_tensor(*(problem[key] for key in SCHEDULED if key in problem))
+        return _differentiable_gather(own, numbers, f"{operation}: {text}", world, self.name)
 
     def sum(self, x: Tensor) -> Tensor:
         """Sum over the ranks, without gradient."""
-        return x if self.W == 1 else _all_reduce(x, False, [self.W, self.rank], self.name)
+        return x if self.W == 1 else _all_reduce(x, "sum", [self.W, self.rank], self.name)
 
     def max(self, x: Tensor) -> Tensor:
         """Maximum over the ranks, without gradient."""
-        return x if self.W == 1 else _all_reduce(x, True, [self.W, self.rank], self.name)
+        return x if self.W == 1 else _all_reduce(x, "max", [self.W, self.rank], self.name)
 
 
 ALONE = Exchanges(1, 0, ONE_RANK.name)
 
 
-def _gather_impl(own: Tensor, scales: Tensor, problem: str, place: list[int], name: str) -> Tensor:
-    ranks = ranks_named(name, *place)
-    if problem and ranks.W > 1:
-        values = {"shape": list(own.shape), "type": str(own.dtype), "problem": problem, "scales": scales.tolist()}
-        ranks.agree(Header("a compiled function", values), own.device)
+# Of every operator: world, [W, rank] for which it was compiled or a graph was made; name, of the ranks.
+
+
+def _gather_impl(own: Tensor, numbers: Tensor, problem: str, world: list[int], name: str) -> Tensor:
+    """problem, and the numbers of SCHEDULED: what is checked and compared first; "": nothing."""
+    ranks = ranks_named(name, *world)
+    if problem:
+        operation, _, text = problem.partition(": ")
+        given = dict(zip(SCHEDULED, numbers.tolist(), strict=False))
+        for field, number in given.items():
+            check_positive(operation, field, number)
+        if ranks.W > 1:
+            values = dict(pair.split("=", 1) for pair in text.split(", ")) | given
+            ranks.agree(Header(operation, values | {"keys": list(own.shape)}), own.device)
     whole = own.new_empty(ranks.W * len(own), own.shape[1])
     for first, rows in ranks.gather(own.contiguous(), lambda unit: unit.to(own.dtype)):
         whole[first : first + len(rows)] = rows
     return whole
 
 
-def _scatter_impl(whole: Tensor, place: list[int], name: str) -> Tensor:
+def _scatter_impl(whole: Tensor, world: list[int], name: str) -> Tensor:
     """Σ over ranks of this rank's (n, D) of their (N, D)."""
-    blocks = whole.chunk(place[0])
-    return ranks_named(name, *place).scatter(lambda r: blocks[r].clone(memory_format=torch.contiguous_format))
+    blocks = whole.chunk(world[0])
+    return ranks_named(name, *world).scatter(lambda r: blocks[r].clone(memory_format=torch.contiguous_format))
 
 
-def _all_reduce_impl(x: Tensor, most: bool, place: list[int], name: str) -> Tensor:
-    ranks: Ranks = ranks_named(name, *place)
+def _all_reduce_impl(x: Tensor, operation: str, world: list[int], name: str) -> Tensor:
+    ranks = ranks_named(name, *world)
     own = x.clone(memory_format=torch.contiguous_format)
-    return ranks.max(own) if most else ranks.sum(own)
+    return ranks.max(own) if operation == "max" else ranks.sum(own)
 
 
-def _keep_place(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.place = inputs[-2:]
+def _keep_ranks(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.world_and_name = inputs[-2:]
     ctx.ranks = ranks_named(inputs[-1])  # which a name alone would not keep until the backward pass
 
 
 def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return _differentiable_scatter(grad, *ctx.place), None, None, None, None
+    return _differentiable_scatter(grad, *ctx.world_and_name), None, None, None, None
 
 
 def _scatter_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    place, name = ctx.place
-    return _differentiable_gather(grad, grad.new_empty(0), "", place, name), None, None
+    return _differentiable_gather(grad, _no_numbers(), "", *ctx.world_and_name), None, None
+
+
+def _gather_jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+    return _differentiable_gather(tangent, _no_numbers(), "", *ctx.world_and_name)
+
+
+def _scatter_jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+    return _differentiable_scatter(tangent, *ctx.world_and_name)
+
+
+def _no_numbers() -> Tensor:
+    return torch.empty(0, dtype=torch.float64, device="cpu")
 
 
 _gather = define(
-    "gather(Tensor own, Tensor scales, str problem, int[] place, str name) -> Tensor",
+    "gather(Tensor own, Tensor numbers, str problem, int[] world, str name) -> Tensor",
     _gather_impl,
-    lambda own, scales, problem, place, name: own.new_empty(place[0] * own.shape[0], own.shape[1]),
+    lambda own, numbers, problem, world, name: own.new_empty(world[0] * own.shape[0], own.shape[1]),
 )
 _scatter = define(
-    "scatter(Tensor whole, int[] place, str name) -> Tensor",
+    "scatter(Tensor whole, int[] world, str name) -> Tensor",
     _scatter_impl,
-    lambda whole, place, name: whole.new_empty(whole.shape[0] // place[0], whole.shape[1]),
+    lambda whole, world, name: whole.new_empty(whole.shape[0] // world[0], whole.shape[1]),
 )
 _all_reduce = define(
-    "all_reduce(Tensor x, bool most, int[] place, str name) -> Tensor",
+    "all_reduce(Tensor x, str operation, int[] world, str name) -> Tensor",
     _all_reduce_impl,
-    lambda x, most, place, name: torch.empty_like(x, memory_format=torch.contiguous_format),
+    lambda x, operation, world, name: torch.empty_like(x, memory_format=torch.contiguous_format),
 )
-_differentiable_gather = differentiable(_gather, _gather_backward, _keep_place)
-_differentiable_scatter = differentiable(_scatter, _scatter_backward, _keep_place)
+_differentiable_gather = differentiable(_gather, _gather_backward, _keep_ranks, jvp=_gather_jvp)
+_differentiable_scatter = differentiable(_scatter, _scatter_backward, _keep_ranks, jvp=_scatter_jvp)

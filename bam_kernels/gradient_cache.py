@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .options import plain
 from .parallel_model import buffers_broadcast, buffers_kept, check_number, gradients_kept
 
 _OPERATION = "GradientCache"
@@ -61,6 +62,7 @@ class GradientCache:
         *,
         views: int | None = None,
     ) -> None:
+        views = plain(_OPERATION, "views", views)
         if views is not None and (not isinstance(views, int) or views < 1):
             raise ValueError(f"{_OPERATION}: views must be a positive integer or None, got {views!r}")
         self.model, self.criterion, self.teacher, self.scaler, self.views = model, criterion, teacher, scaler, views

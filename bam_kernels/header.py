@@ -44,13 +44,17 @@ class Header:
 
     def check(self, encoded: list[bytes]) -> None:
         """Raise what the ranks' headers tell. This rank's own fault is for the caller to raise. ValueError."""
-        if self.fault or all(other == encoded[0] for other in encoded):
+        if (self.fault and not self.non_finite) or all(other == encoded[0] for other in encoded):
             return
         headers = [json.loads(other) for other in encoded]
-        for rank, header in enumerate(headers):
-            if header["fault"]:
-                error = NonFinite if header["non-finite"] else ValueError
-                raise error(f"{self.operation}: stopped because of rank {rank}, which reports: {header['fault']}")
+        faults = [
+            (header["non-finite"], rank, header["fault"]) for rank, header in enumerate(headers) if header["fault"]
+        ]
+        for non_finite, rank, fault in sorted(faults):  # NaN last: it need not end the run, and a fault does
+            if self.fault and non_finite:
+                return
+            error = NonFinite if non_finite else ValueError
+            raise error(f"{self.operation}: stopped because of rank {rank}, which reports: {fault}")
         for key in {key: None for header in headers for key in header}:
             by_value: dict[str, list[int]] = {}
             for rank, header in enumerate(headers):

@@ -20,8 +20,8 @@ from .engine.call import Call
 from .engine.cost import Problem, choose_engine, rates
 from .header import NonFinite
 from .layout import Layout
-from .operators import define, differentiable, not_twice
-from .options import Options, as_tensor, check_bool, options_of
+from .operators import anchored, as_tensor, define, differentiable, not_twice, wants_gradient
+from .options import Options, check_bool, options_of, plain
 from .precision import float32_products, is_sixteen_bit, product_precision
 from .ranks import Ranks, ranks_named, ranks_of
 from .stats import BAMStats
@@ -116,14 +116,15 @@ def _loss(
 ) -> Tensor | tuple[Tensor, BAMStats]:
     with told("bam_loss", options.group, student):
         options = options.checked("bam_loss")
+        return_stats = plain("bam_loss", "return_stats", return_stats)
         check_bool("bam_loss", "return_stats", return_stats)
         layout = options.layout("bam_loss", student, teacher)
         backend = choose("bam_loss", options, student.device, student.dtype, options.engine)
     if backend == "reference":
         return reference.loss(student, teacher, layout, options, return_stats)
     problem = _problem(layout, options, backend)
-    needs_grad = student.requires_grad and torch.is_grad_enabled()
-    loss, stats, _ = _loss_operator(student, teacher.detach() if teacher is not None else None, *problem, needs_grad)
+    teacher = teacher.detach() if teacher is not None else None
+    loss, stats, _ = _loss_operator(anchored(student), teacher, *problem, wants_gradient(student))
     return (loss, BAMStats(*stats.unbind())) if return_stats else loss
 
 
@@ -188,7 +189,7 @@ def _call(
         memory_budget=problem[9],
         regather=problem[10],
         non_finite=problem[11],
-    )
+    ).checked(name)  # a compiled function may have had tensors, not numbers
     D = student.shape[-1]
     layout = Layout(B=student.numel() // (V * D), V=V, L=L, T=T, D=D, R=R, W=ranks.W, rank=ranks.rank)
     options.check_keys(name, layout)  # of the ranks that there are now: what is compiled was checked before
@@ -246,11 +247,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _setup_compiled(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    """The compiler asks for the derivatives of all differentiable outputs: dz must not be one. Instead the gradient
-    comes from an operator that takes the student."""
+    """The compiler asks for the derivatives of all differentiable outputs: dz must not be one."""
     _setup_context(ctx, inputs, output)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(output[2], inputs[0])
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, _: None, grad_dz: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -258,13 +257,8 @@ def _backward(ctx: Any, grad_loss: Tensor | None, _: None, grad_dz: Tensor | Non
         not_twice()
     if grad_loss is None:
         return (None,) * 16
-    dz, *student = ctx.saved_tensors
-    grad = _gradient_operator(grad_loss, dz, *student) if student else _scaled(grad_loss, dz, ctx.dtype, ctx.shape)
-    return (grad, *[None] * 15)
-
-
-def _scaled(grad_loss: Tensor, dz: Tensor, dtype: torch.dtype, shape: torch.Size) -> Tensor:
-    return (grad_loss * dz).to(dtype).view(shape)
+    (dz,) = ctx.saved_tensors
+    return ((grad_loss * dz).to(ctx.dtype).view(ctx.shape), *[None] * 15)
 
 
 def _targets_impl(student: Tensor, teacher: Tensor | None, *problem: Any) -> Tensor:
@@ -283,14 +277,6 @@ def _targets_fake(student: Tensor, teacher: Tensor | None, dimensions: list[int]
     return student.new_empty((L * B, T * B * W), dtype=torch.float32)
 
 
-_gradient_operator = differentiable(
-    define(
-        "loss_backward(Tensor grad_loss, Tensor dz, Tensor student) -> Tensor",
-        lambda grad_loss, dz, student: _scaled(grad_loss, dz, student.dtype, student.shape),
-        lambda grad_loss, dz, student: student.new_empty(student.shape),
-    ),
-    not_twice,
-)
 _loss_operator = differentiable(
     define(
         f"loss(Tensor student, Tensor? teacher, {_PROBLEM}, bool needs_grad) -> (Tensor loss, Tensor stats, Tensor dz)",
@@ -317,9 +303,9 @@ class BAMLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.epsilon = epsilon
-        self.return_stats = return_stats
+        self.return_stats = plain("BAMLoss", "return_stats", return_stats)
         self.options = options_of("BAMLoss", options)
-        check_bool("BAMLoss", "return_stats", return_stats)
+        check_bool("BAMLoss", "return_stats", self.return_stats)
         if not callable(epsilon):
             Options(epsilon=epsilon).checked("BAMLoss")
 

@@ -55,14 +55,48 @@ def differentiable(
     }
     function: Any = types.new_class(name, (torch.autograd.Function,), exec_body=lambda body: body.update(members))
 
+    def eager(*args: Any) -> Any:
+        return torch.compiler.disable(function.apply)(*args)
+
+    # As torch.compiler.disable, which would import the compiler here.
+    eager._torchdynamo_disable = True  # type: ignore[attr-defined]
+
     def call(*args: Any) -> Any:
         if not torch.compiler.is_compiling():
             return function.apply(*args)
-        if jvp is None and torch.autograd.forward_ad._current_level >= 0:  # a compiled operator would drop tangents
-            no_forward_mode()
-        return operator(*args)
+        # A compiled operator would drop tangents, and knows nothing of torch.func's transforms.
+        return eager(*args) if _differentiating() else operator(*args)
 
     return call
+
+
+def _differentiating() -> bool:
+    """Whether the compiler is within a forward-mode derivative or a transform of torch.func."""
+    return torch.autograd.forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None
+
+
+def as_tensor(*numbers: Any) -> Tensor:
+    """Numbers that may be scheduled, floats or 0-d tensors, for an operator.
+
+    A float in an operator, or in torch.tensor, would have torch.compile compile afresh for every value.
+    """
+    if not torch.compiler.is_compiling():
+        return torch.tensor(numbers, dtype=torch.float64, device="cpu")
+    one = torch.ones((), dtype=torch.float64, device="cpu")
+    return torch.stack([one * number for number in numbers])
+
+
+def wants_gradient(x: Tensor) -> bool:
+    """Whether a gradient by x may be asked for; within torch.func's transforms tensors do not always say so."""
+    if not torch.is_grad_enabled():
+        return False
+    return x.requires_grad or torch._C._functorch.maybe_current_level() is not None
+
+
+def anchored(x: Tensor) -> Tensor:
+    """x. In a compiled function a copy, whose gradient has no derivative: the compiler, which would drop it without a
+    word, finds that it depends on x."""
+    return _anchor(x) if torch.compiler.is_compiling() and wants_gradient(x) else x
 
 
 def not_twice(*_: Any) -> Any:
@@ -90,3 +124,22 @@ def _one_by_one(operator: Callable[..., Any]) -> Callable[..., Any]:
         return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
 
     return rule
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+_anchor_backward = differentiable(
+    define(
+        "anchor_backward(Tensor grad, Tensor x) -> Tensor",
+        lambda grad, x: grad.clone(),
+        lambda grad, x: x.new_empty(x.shape),
+    ),
+    not_twice,
+)
+_anchor = differentiable(
+    define("anchor(Tensor x) -> Tensor", lambda x: x.clone(), lambda x: x.new_empty(x.shape)),
+    lambda ctx, grad: _anchor_backward(grad, *ctx.saved_tensors),
+    _keep,
+)

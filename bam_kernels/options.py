@@ -1,13 +1,15 @@
 """Options of the public functions, checked in one place. Letters are those of layout.py."""
 
-import math
+import sys
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
-from .header import NonFinite
+from .header import SCHEDULED, NonFinite
 from .layout import Layout
 from .precision import LEAST_EPSILON_OF_ONE_SUM
 from .ranks import ranks_of
@@ -19,6 +21,7 @@ ENGINES = ("auto", "slab", "flash")
 PRECISIONS = ("default", "exact", "fp8")
 MASKS = ("none", "self", "block")
 OUTPUTS = ("plan", "potentials")
+LARGEST_SCALE = sys.float_info.max
 LEAST_SCALE = 1e-6  # float32 holds the exponents of exp(1/eps) as exact integers down to 2e-7
 
 
@@ -54,13 +57,9 @@ class Options:
 
         Raises: ValueError, TypeError.
         """
-        plain = {field: _plain(name, field, getattr(self, field)) for field in NUMBERS if not self._is_plain(field)}
-        options = replace(self, **plain) if plain else self
+        options = _with_plain_numbers(self, name)
         options._check(name)
         return options
-
-    def _is_plain(self, field: str) -> bool:
-        return type(getattr(self, field)) in (int, float, bool, type(None))
 
     def _check(self, name: str) -> None:
         for field in ("views", "target_views", "key_views", "memory_budget"):
@@ -68,8 +67,8 @@ class Options:
                 _check_int(name, field, getattr(self, field), 1)
         _check_int(name, "iterations", self.iterations, 1)
         _check_int(name, "top_k", self.top_k, 0)
-        _check_positive(name, "temperature", self.temperature)
-        _check_positive(name, "epsilon", self.epsilon)
+        check_positive(name, "temperature", self.temperature)
+        check_positive(name, "epsilon", self.epsilon)
         check_bool(name, "mask_positives", self.mask_positives)
         check_bool(name, "regather", self.regather)
         _check_choice(name, "target_rows", self.target_rows, ("teacher", "student"))
@@ -113,7 +112,7 @@ class Options:
             "teacher's type": str(teacher.dtype) if teacher is not None else None,
             "temperature": self.temperature,
             "epsilon": self.epsilon,
-            "one sum": self.epsilon >= LEAST_EPSILON_OF_ONE_SUM,
+            "one sum": _one_sum(self.epsilon),
             "iterations": self.iterations,
             "top_k": self.top_k,
             "mask_positives": self.mask_positives,
@@ -159,18 +158,6 @@ class Options:
 
 
 NAMES = tuple(field.name for field in fields(Options))
-NUMBERS = (
-    "views",
-    "target_views",
-    "key_views",
-    "temperature",
-    "epsilon",
-    "iterations",
-    "top_k",
-    "mask_positives",
-    "memory_budget",
-    "regather",
-)
 
 
 def options_of(name: str, given: dict[str, Any]) -> Options:
@@ -179,11 +166,6 @@ def options_of(name: str, given: dict[str, Any]) -> Options:
         if keyword not in NAMES:
             raise TypeError(f"{name}() got an unexpected keyword argument {keyword!r}")
     return Options(**given).checked(name)
-
-
-def as_tensor(*numbers: float) -> Tensor:
-    """Numbers that may be scheduled, for an operator: torch.compile would compile afresh for every value of a float."""
-    return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
 
 @dataclass(frozen=True)
@@ -204,12 +186,11 @@ class AttentionOptions:
 
     def plain(self, name: str) -> "AttentionOptions":
         """With Python's numbers for those of numpy and 0-d tensors. Raises: ValueError."""
-        numbers = ("epsilon", "iterations", "views", "key_views", "normalize", "differentiable")
-        return replace(self, **{field: _plain(name, field, getattr(self, field)) for field in numbers})
+        return _with_plain_numbers(self, name)
 
     def layout(self, name: str, q: Tensor, k: Tensor | None) -> Layout:
         """Check everything and return the dimensions; rows and columns of an unmasked problem are B = n, V = T = 1."""
-        _check_positive(name, "epsilon", self.epsilon)
+        check_positive(name, "epsilon", self.epsilon)
         _check_int(name, "iterations", self.iterations, 1)
         _check_int(name, "views", self.views, 1)
         if self.key_views is not None:
@@ -248,7 +229,7 @@ class AttentionOptions:
             "q's type": str(q.dtype),
             "k's type": str(k.dtype) if k is not None else None,
             **{field: getattr(self, field) for field in ("epsilon", "iterations", "mask", "normalize", "precision")},
-            "one sum": self.epsilon >= LEAST_EPSILON_OF_ONE_SUM,
+            "one sum": _one_sum(self.epsilon),
             "backend": backend,
         }
 
@@ -265,6 +246,11 @@ class AttentionOptions:
         if layout.N <= T:
             raise ValueError(f"{name}: nothing left to attend to: N={layout.N} keys, all of them views of one image")
         return layout
+
+
+def _one_sum(epsilon: float) -> bool | None:
+    """How columns are added up over ranks; a compiled function does not know yet where epsilon is a tensor."""
+    return None if isinstance(epsilon, Tensor) else epsilon >= LEAST_EPSILON_OF_ONE_SUM
 
 
 def _teacher_views(name: str, teacher: Tensor, B: int) -> int:
@@ -296,7 +282,7 @@ def check_tensor(name: str, argument: str, x: Tensor, dims: tuple[int, ...]) -> 
             f"{name}: {argument} is a {type(x).__name__} of shape {tuple(x.shape)} spread over ranks; give this rank's "
             f"rows, {argument}.to_local(): the other ranks' keys are gathered here"
         )
-    if x.layout != torch.strided:
+    if x.layout != torch.strided or x.is_nested:
         raise TypeError(f"{name}: {argument} must be a dense tensor, got {x.layout}")
     if x.dtype not in FLOAT_TYPES:
         raise TypeError(f"{name}: {argument} must be float32, float16, bfloat16 or float64, got {x.dtype}")
@@ -327,13 +313,46 @@ def check_finite(name: str, argument: str, x: Tensor) -> None:
         )
 
 
-def _plain(name: str, field: str, value: Any) -> Any:
-    """The Python number of a numpy scalar, a 0-d array or a 0-d tensor; anything else as it is."""
-    if type(value) in (int, float, bool, type(None)):
+NUMBERS = (
+    "views",
+    "target_views",
+    "key_views",
+    "temperature",
+    "epsilon",
+    "iterations",
+    "top_k",
+    "mask_positives",
+    "memory_budget",
+    "regather",
+    "normalize",
+    "differentiable",
+)
+Given = TypeVar("Given", Options, AttentionOptions)
+
+
+def _with_plain_numbers(options: Given, name: str) -> Given:
+    changed = {}
+    for field in NUMBERS:
+        value = getattr(options, field, None)
+        if type(value) not in (int, float, bool, type(None)):
+            changed[field] = plain(name, field, value)
+    return replace(options, **changed) if changed else options
+
+
+def plain(name: str, field: str, value: Any) -> Any:
+    """The Python number of a numpy scalar, a 0-d array or a 0-d tensor; anything else as it is.
+
+    Within a compiled function temperature and epsilon stay tensors, which no graph reads.
+    Raises: ValueError for a tensor with a gradient or a tangent.
+    """
+    if getattr(value, "shape", None) != ():
         return value
-    if isinstance(value, Tensor) and value.requires_grad:
-        raise ValueError(f"{name}: {field} is an option, without gradient; got a tensor that requires grad: detach it")
-    return value.item() if getattr(value, "shape", None) == () else value
+    if isinstance(value, Tensor) and (value.requires_grad or unpack_dual(value).tangent is not None):
+        raise ValueError(f"{name}: {field} is an option, without derivatives; got a tensor that has one: detach it")
+    if torch.compiler.is_compiling() and field in SCHEDULED:
+        return torch.as_tensor(value)
+    number = value.item()
+    return float(number) if isinstance(number, np.floating) else number
 
 
 def check_bool(name: str, field: str, value: Any) -> None:
@@ -348,13 +367,15 @@ def _check_int(name: str, field: str, value: Any, least: int) -> None:
         raise ValueError(f"{name}: {field} must be at least {least}, got {value}")
 
 
-def _check_positive(name: str, field: str, value: Any) -> None:
+def check_positive(name: str, field: str, value: Any) -> None:
+    if torch.compiler.is_compiling() and isinstance(value, Tensor):  # checked when it runs
+        return
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name}: {field} must be a number, got {value!r}")
-    if not LEAST_SCALE <= value < math.inf:
+    if not LEAST_SCALE <= value <= LARGEST_SCALE:
         raise ValueError(f"{name}: {field} must be positive and finite (at least {LEAST_SCALE}), got {value}")
 
 
 def _check_choice(name: str, field: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}: {field} must be one of {', '.join(choices)}, got {value!r}")

@@ -110,6 +110,8 @@ def ranks_of(operation: str, group: Any) -> tuple[int, int, str]:
 def _resolve(operation: str, group: Any) -> Ranks:
     from .simulated import SimulatedRanks, ThreadRanks
 
+    group = getattr(group, "real_obj", group)  # torch.compile may hand over the group in a wrapper of its own
+
     if isinstance(group, (OneRank, SimulatedRanks, ThreadRanks)):
         return group
     distributed = torch.distributed
@@ -125,7 +127,7 @@ def _resolve(operation: str, group: Any) -> Ranks:
         group = group.found(operation)
     if group is None:
         group = distributed.group.WORLD
-    if group is distributed.GroupMember.NON_GROUP_MEMBER:
+    if group == distributed.GroupMember.NON_GROUP_MEMBER:  # a number, of which a file has a copy
         raise ValueError(f"{operation}: this process is not a member of group")
     if not isinstance(group, distributed.ProcessGroup):
         raise TypeError(f"{operation}: group must be a torch.distributed process group, got {type(group).__name__}")

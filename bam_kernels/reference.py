@@ -17,7 +17,7 @@ from .agreement import agreed
 from .exchanges import ALONE, Exchanges
 from .header import NonFinite
 from .layout import Layout
-from .operators import define
+from .operators import anchored, define, wants_gradient
 from .options import AttentionOptions, Options, check_finite, options_of
 from .precision import product
 from .ranks import ranks_of
@@ -139,10 +139,13 @@ def normalize(x: Tensor) -> tuple[Tensor, Tensor]:
     norm: so that it neither overflows nor underflows. A row whose norm is below the floor has gradient 0."""
     most = x.detach().abs().amax(-1, keepdim=True)
     scale = torch.where(most > 0, most, 1.0)
-    scaled = x / scale
-    norm = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True, dtype=torch.float64)
-    small = norm.detach() * scale < NORM_FLOOR
-    return torch.where(small, x.detach() / NORM_FLOOR, scaled / torch.where(small, 1.0, norm).to(x.dtype)), most
+    small = _norm(x.detach() / scale) * scale < NORM_FLOOR
+    scaled = torch.where(small, 1.0, x / scale)  # whose norm has all derivatives
+    return torch.where(small, x.detach() / NORM_FLOOR, scaled / _norm(scaled).to(x.dtype)), most
+
+
+def _norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float64)
 
 
 def _check_finite(name: str, argument: str, x: Tensor) -> None:
@@ -197,14 +200,11 @@ def _scores(
     name: str, student: Tensor, teacher: Tensor | None, layout: Layout, options: Options, ranks: Exchanges
 ) -> tuple[Tensor, Tensor]:
     """Source scores z kᵀ (M, N) and target scores, the same or y kᵀ (R*B, N), columns in public order."""
-    needs_grad = student.requires_grad and torch.is_grad_enabled()
-    header = options.header(layout, student, teacher, "reference", needs_grad)
+    header = options.header(layout, student, teacher, "reference", wants_gradient(student))
     with agreed(ranks, name, header, student.device):
-        z, y = _embeddings(name, student, teacher)
-    problem = f"{name} {options.iterations} {options.top_k} {options.mask_positives} {options.target_rows} {y is None}"
+        z, y = _embeddings(name, anchored(student), teacher)
     own = (z if y is None else y)[: layout.T * layout.B]
-    gathered = ranks.gather(own, problem, (options.temperature, options.epsilon))
-    keys = layout.to_public(gathered.T)
+    keys = layout.to_public(ranks.gather(own, name, header).T)
     source = product(z, keys, options.precision)
     if y is None or options.target_rows == "student":
         return source, source
@@ -302,12 +302,12 @@ def attention(q: Tensor, k: Tensor | None, layout: Layout, options: AttentionOpt
     ranks = Exchanges(*ranks_of("sinkhorn_attention", options.group))
     if not options.differentiable:
         q, k = q.detach(), k.detach() if k is not None else None
+    q, k = anchored(q), anchored(k) if k is not None else None
     header = options.header(layout, q, k, "reference")
     with agreed(ranks, "sinkhorn_attention", header, q.device):
         rows = _attention_rows("q", q, options.normalize)
         own = rows[: layout.T * layout.B] if k is None else _attention_rows("k", k, options.normalize)
-    problem = f"sinkhorn_attention {options.iterations} {options.mask} {options.normalize}"
-    keys = layout.to_public(ranks.gather(own, problem, (options.epsilon,)).T)
+    keys = layout.to_public(ranks.gather(own, "sinkhorn_attention", header).T)
     log_K = product(rows, keys, options.precision) / options.epsilon
     if options.mask != "none":
         log_K = log_K.masked_fill(layout.positive_mask(rows.shape[0], rows.device), -math.inf)

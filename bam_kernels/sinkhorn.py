@@ -13,8 +13,8 @@ from .agreement import told
 from .backends import choose, row_kernels
 from .engine import attention
 from .layout import Layout
-from .operators import define, differentiable, not_twice
-from .options import AttentionOptions, as_tensor
+from .operators import anchored, as_tensor, define, differentiable, not_twice
+from .options import AttentionOptions, check_positive
 from .precision import product_precision
 from .ranks import ranks_named, ranks_of
 
@@ -82,8 +82,8 @@ def sinkhorn_attention(
     if not options.differentiable:
         q, k = q.detach(), k.detach() if k is not None else None
     plan, f, g = _attention_operator(
-        q,
-        k,
+        anchored(q),
+        anchored(k) if k is not None else None,
         as_tensor(options.epsilon),
         options.iterations,
         mask,
@@ -106,8 +106,10 @@ def _layout(q: Tensor, k: Tensor | None, mask: str, dimensions: list[int]) -> La
 def _options(
     epsilon: Tensor, iterations: int, mask: str, dimensions: list[int], normalize: bool, plan: bool, precision: str
 ) -> AttentionOptions:
+    value = epsilon.item()
+    check_positive("sinkhorn_attention", "epsilon", value)  # a compiled function may have had a tensor
     return AttentionOptions(
-        epsilon=epsilon.item(),
+        epsilon=value,
         iterations=iterations,
         mask=mask,
         views=dimensions[0],

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from problems import features
 
 from bam_kernels import BAMLoss, bam_loss, bam_targets, sinkhorn_attention
+from bam_kernels.ranks import ONE_RANK
 from bam_kernels.saved_group import SavedGroup
 
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -205,15 +206,35 @@ def compiled_operations() -> dict:
         if grad is not None:
             same &= bool(((grad - compiled_grad).abs() <= 1e-6 * grad.abs().max()).all())
         results[name] = same
-    different = {"iterations": 3 + RANK, "epsilon": 0.05 + RANK / 100}
+    different = {"iterations": 3 + RANK, "epsilon": 0.05 + RANK / 100, "key_views": 1 + RANK}
     for option, number in different.items():
+        z = embeddings(V, images=B // (1 + RANK) if option == "key_views" else B)
         try:
-            torch.compile(lambda z, o={option: number}: bam_loss(z, backend="reference", **o), fullgraph=True)(
-                embeddings(V)
-            )
+            torch.compile(lambda z, o={option: number}: bam_loss(z, backend="reference", **o), fullgraph=True)(z)
             results[f"different {option}"] = "no error"
         except ValueError as error:
             results[f"different {option}"] = str(error)
+    return results
+
+
+def compiled_with_a_group() -> dict:
+    """A group that a compiled function meets first, given in each way; then in eager mode."""
+    z = embeddings(V)
+    expected = bam_loss(z).item()
+    results = {}
+    for backend in ("cpu", "reference"):
+        group = dist.new_group(list(range(WORLD)))
+        module = BAMLoss(group=group, backend=backend)
+        ways = {
+            "closure": lambda x, g=group, b=backend: bam_loss(x, group=g, backend=b),
+            "module": module,
+            "eager": lambda x, g=group, b=backend: bam_loss(x, group=g, backend=b),
+        }
+        for way, function in ways.items():
+            run = function if way == "eager" else torch.compile(function, fullgraph=True, backend="aot_eager")
+            results[f"{backend} {way}"] = abs(run(z).item() / expected - 1) < 1e-5
+        argument = torch.compile(lambda x, g, b=backend: bam_loss(x, group=g, backend=b), backend="aot_eager")
+        results[f"{backend} argument"] = abs(argument(z, dist.group.WORLD).item() / expected - 1) < 1e-5
     return results
 
 
@@ -231,6 +252,19 @@ def compiled_before(compiled: dict) -> dict:
     dist.destroy_process_group()
     results["alone again"] = torch.equal(compiled_function(embeddings(V)), eager(embeddings(V)))
     return results
+
+
+def forward_mode() -> dict:
+    """The tangents of the others' keys count: against one process."""
+    z, t = embeddings(V).double(), embeddings(V, seed=1).double()
+    own = torch.func.jvp(lambda x: bam_loss(x, backend="reference"), (z,), (t,))[1]
+    whole = torch.func.jvp(
+        lambda x: bam_loss(x, group=ONE_RANK),
+        tuple(features(V, WORLD * B, D, seed=seed).double() for seed in (0,)),
+        tuple(features(V, WORLD * B, D, seed=seed).double() for seed in (1,)),
+    )[1]
+    dist.all_reduce(own)
+    return {"mean": own.item() / WORLD, "whole": whole.item()}
 
 
 def saved() -> dict:

@@ -6,6 +6,7 @@ from dataclasses import fields
 from types import SimpleNamespace
 
 import emulated
+import numpy as np
 import pytest
 import torch
 from problems import assert_close, features, needs_cpu_kernels
@@ -322,19 +323,82 @@ def test_exact_products_whatever_the_flag_is_later(later, matmul_precision):
         assert torch.equal(found, loss) and torch.equal(actual.grad, expected.grad)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("fullgraph", [True, False])
-def test_no_derivative_is_lost(fullgraph, backend):
-    """A compiled operator cannot carry tangents, and its gradient has no derivative."""
+@pytest.mark.parametrize("kernels", ["cpu", "reference"])
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("operation", ["loss", "attention"])
+def test_no_derivative_is_lost(operation, compiler, kernels):
+    """What a compiled operator cannot carry is an error, or runs in eager mode where it may."""
     z, t = features(2, 7, 5), features(2, 7, 5, seed=1)
-    loss = lambda x: bam_loss(x, backend="cpu")  # noqa: E731
-    compiled = torch.compile(lambda x: torch.func.jvp(loss, (x,), (t,))[1], fullgraph=fullgraph, backend=backend)
-    with pytest.raises(Exception, match=r"forward-mode|NotImplementedError"):
-        compiled(z)
+
+    def value(x: Tensor) -> Tensor:
+        return OPERATIONS[operation](x, backend=kernels).square().sum()
+
+    tangent = lambda x: torch.func.jvp(value, (x,), (t,))[1]  # noqa: E731
+    for transform in (tangent, torch.func.vmap(torch.func.grad(value)), torch.func.vmap(value)):
+        torch.compiler.reset()
+        with pytest.raises(Exception, match=r"NotImplementedError|Unsupported|Observed exception|non-Tensor"):
+            torch.compile(transform, fullgraph=True, backend=compiler)(
+                z if transform is tangent else torch.stack((z, t))
+            )
+    torch.compiler.reset()
+    if compiler != "eager":  # torch 2.14 fails there within torch.func.grad, whatever the function
+        grad = torch.compile(torch.func.grad(value), backend=compiler)(z)
+        assert_close(grad, torch.func.grad(value)(z).double(), 1e-5)
+    many = torch.compile(torch.func.vmap(value), backend=compiler)(torch.stack((z, t)))
+    assert_close(many, torch.stack((value(z), value(t))).double(), 1e-5)
+    if kernels == "reference":
+        assert_close(torch.compile(tangent, backend=compiler)(z), tangent(z).double(), 1e-5)
+    else:
+        with pytest.raises(NotImplementedError, match="has no forward-mode derivative"):
+            torch.compile(tangent, backend=compiler)(z)
+    expected = tangent(z).double() if kernels == "reference" else None
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(z, t)
+        try:
+            found = torch.autograd.forward_ad.unpack_dual(torch.compile(value, backend=compiler)(dual)).tangent
+            assert_close(found, expected, 1e-5)
+        except NotImplementedError:
+            assert kernels == "cpu"
+
+
+@pytest.mark.parametrize("kernels", ["cpu", "reference"])
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("operation", ["loss", "attention"])
+def test_no_second_derivative_is_lost(operation, compiler, kernels):
+    """By what a compiled function is given; of its own intermediates the compiler keeps no graph."""
+    functions = {
+        "loss": (features(2, 7, 5), lambda x: bam_loss(x, backend=kernels)),
+        "attention": (
+            features(1, 7, 5)[0],
+            lambda x: sinkhorn_attention(x, differentiable=True, backend=kernels).square().sum(),
+        ),
+    }
+    z, function = functions[operation]
     x = leaf(z)
-    (g,) = torch.autograd.grad(torch.compile(loss, backend=backend)(x), x, create_graph=True)
+    (g,) = torch.autograd.grad(torch.compile(function, backend=compiler)(x), x, create_graph=True)
     with pytest.raises(RuntimeError, match=r"is not differentiable|double backward"):
         torch.autograd.grad(g.sum(), x)
+
+
+@pytest.mark.parametrize("kernels", ["cpu", "reference"])
+def test_numbers_of_every_kind_are_one_graph(kernels):
+    """A temperature that is a float, numpy's or a 0-d tensor may change at every call."""
+    z = features(2, 7, 5)
+
+    def value(x: Tensor, temperature) -> Tensor:
+        loss = bam_loss(x, temperature=temperature, epsilon=temperature / 2, backend=kernels)
+        return loss + sinkhorn_attention(x[0], epsilon=temperature, backend=kernels)[0, 0]
+
+    for number in (float, np.float32, torch.tensor):
+        torch.compiler.reset()
+        compiled = torch.compile(value, fullgraph=True, backend=(counter := Counter()))
+        for step in range(12):
+            given = number(0.05 + step / 64)
+            assert_close(compiled(z, given), value(z, given).double(), 1e-5)
+        assert counter.graphs <= 2
+    for wrong in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(Exception, match=r"(temperature|epsilon) must be positive and finite"):
+            compiled(z, torch.tensor(wrong))
 
 
 @pytest.fixture

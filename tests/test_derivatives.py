@@ -113,6 +113,17 @@ def test_statistics_and_constants_have_no_tangents(differentiable):
     assert bool(tangent.any()) == differentiable
 
 
+@pytest.mark.parametrize("name", ["bam_loss", "sinkhorn_attention"])
+def test_second_derivatives_at_a_zero_row(name):
+    """Its gradient is zero, and so are all derivatives of that."""
+    z, t = features(2, 6, 5).double(), features(2, 6, 5, seed=1).double()
+    z[0, 1] = 0
+    f = functions(CPU, backend="reference")[name]
+    for way in ("gradient penalty", "functional.hvp", "grad of grad"):
+        found = twice(f)[way](z, t)
+        assert found.isfinite().all() and not found[0, 1].any() and found.any()
+
+
 @pytest.mark.parametrize("W", [1, 2, 3])
 def test_second_derivatives_over_ranks(W):
     """Those of the sum of the ranks' losses: of one process with all images, times W."""

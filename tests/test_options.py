@@ -24,6 +24,7 @@ BACKENDS = [pytest.param("cpu", marks=needs_cpu_kernels), "reference"]
 def test_scalars_of_numpy_and_torch(backend, scalar):
     z = features(3, 6, 5)
     epsilon, temperature = scalar(0.0625), scalar(0.25)  # which every type holds
+    assert len(bam_loss(z, return_stats=np.bool_(True), backend=backend)) == 2
     whole = {"iterations": np.int64(2), "top_k": torch.tensor(3), "mask_positives": np.bool_(True)}
     given = {"epsilon": epsilon, "temperature": temperature, "backend": backend, "views": np.int32(3)} | whole
     plain = {"epsilon": 0.0625, "temperature": 0.25, "iterations": 2, "top_k": 3, "backend": backend}
@@ -50,11 +51,19 @@ def test_scalars_are_checked(value):
         bam_loss(features(2, 6, 5), iterations=np.float32(2))
 
 
-def test_an_option_has_no_gradient():
+def test_an_option_has_no_derivative():
     """A temperature that is learned would stay as it is, without a word."""
+    z, value = features(2, 6, 5), torch.tensor(0.1)
+    for loss in (bam_loss, reference.bam_loss):
+        with pytest.raises(ValueError, match="temperature is an option, without derivatives"):
+            torch.func.jvp(lambda t, loss=loss: loss(z, temperature=t), (value,), (value,))
+    with pytest.raises(ValueError, match="epsilon is an option, without derivatives"):
+        torch.func.grad(lambda e: sinkhorn_attention(z[0], epsilon=e).sum())(value)
     learned = torch.tensor(0.1, requires_grad=True)
     for function in (bam_loss, reference.bam_loss, lambda z, **o: BAMLoss(**o)(z)):
-        with pytest.raises(ValueError, match="temperature is an option, without gradient; got a tensor that requires"):
+        with pytest.raises(
+            ValueError, match="temperature is an option, without derivatives; got a tensor that has one"
+        ):
             function(features(2, 6, 5), temperature=learned)
 
 
@@ -168,6 +177,18 @@ def test_a_gradient_scaler_skips_the_step():
         scaler.update()
         assert torch.equal(model.weight, before) != moved
     assert scaler.get_scale() == 32.0
+
+
+def test_not_finite_hides_no_fault_of_another_rank():
+    """The rank with NaN does not go on alone."""
+    z = features(2, 6, 5)
+
+    def step(group) -> None:
+        own = (z[:, :3] if group.rank else spoilt(math.nan)[:, 3:])[..., : 5 - group.rank]
+        with pytest.raises(ValueError, match=r"no room|disagree|rank 1, which reports|target_views=3 must be at most"):
+            bam_loss(own, group=group, non_finite="nan", target_views=2 + group.rank)
+
+    run_ranks(2, step)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -242,9 +242,20 @@ def test_compiled_operations(tmp_path):
     """Also what the reference exchanges; ranks that differ are told so when a compiled function runs."""
     for result in run("compiled_operations", 2, tmp_path).values():
         iterations, epsilon = result.pop("different iterations"), result.pop("different epsilon")
-        assert "ranks disagree on problem: 'bam_loss 3" in iterations
-        assert "ranks disagree on scales: [0.1, 0.05] on rank 0; [0.1, 0.06" in epsilon
+        assert "bam_loss: ranks disagree on iterations: '3' on rank 0; '4' on rank 1" in iterations
+        assert "bam_loss: ranks disagree on epsilon: 0.05 on rank 0; 0.06" in epsilon
+        assert "bam_loss: ranks disagree on T: '1' on rank 0; '2' on rank 1" in result.pop("different key_views")
         assert all(result.values()), result
+
+
+def test_a_compiled_function_with_a_group(tmp_path):
+    for result in run("compiled_with_a_group", 2, tmp_path).values():
+        assert all(result.values()), result
+
+
+def test_forward_mode(tmp_path):
+    for result in run("forward_mode", 2, tmp_path).values():
+        assert result["mean"] == pytest.approx(result["whole"], rel=1e-10)
 
 
 def test_what_was_compiled_before_the_group(tmp_path):

@@ -55,6 +55,8 @@ def _prepare(
         )
         q_rows = _rows("q", q, options.normalize, kernels)
         k_rows = q_rows.views(layout.T, layout.B) if k is None else _rows("k", k, options.normalize, kernels)
+        if not options.normalize:
+            _check_products(q_rows.norm, k_rows.norm, options.epsilon)
     keys = Keys(k_rows, k_rows.read.mean(0), ranks)
     scores = Scores(keys, layout, masked, plan, kernels)
     start = kernels.centre_potential(q_rows.read, keys.centre, options.epsilon)
@@ -65,6 +67,18 @@ def _rows(argument: str, x: Tensor, normalize: bool, kernels: RowKernels) -> Uni
     rows = kernels.normalize(x)
     check_finite("sinkhorn_attention", argument, rows.norm)
     return rows if normalize else rows._replace(read=x.float().contiguous())
+
+
+def _check_products(q_norm: Tensor, k_norm: Tensor, epsilon: float) -> None:
+    """Raise if float32 may not hold q·k/epsilon for rows of such norms; on the CPU only, elsewhere it would wait."""
+    if q_norm.device.type != "cpu":
+        return
+    largest, most = (q_norm.max() * k_norm.max()).item() / epsilon, torch.finfo(torch.float32).max
+    if not largest < most:
+        raise ValueError(
+            f"sinkhorn_attention: products of q and k over epsilon={epsilon} may be {largest:.1e}, and float32 holds "
+            f"up to {most:.1e}; give shorter rows or normalize=True"
+        )
 
 
 def forward(
