@@ -332,3 +332,16 @@ def test_bitwise_repeatable():
     first = [sinkhorn_attention(q, k, **EXACT), *gradients(sinkhorn_attention, q, k, weights, **EXACT)]
     again = [sinkhorn_attention(q, k, **EXACT), *gradients(sinkhorn_attention, q, k, weights, **EXACT)]
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("keys", [True, False])
+def test_products_beyond_float32_are_refused(keys):
+    """Rows that are not normalised may have scores that are not numbers: no zeros for an answer."""
+    q = 3e19 * torch.eye(4, 5)
+    k = q.clone() if keys else None
+    with pytest.raises(
+        ValueError, match=r"products of q and k over epsilon=0.05 may be 1\.8e\+4[12], and float32 holds"
+    ):
+        sinkhorn_attention(q * 1e1, k, normalize=False, backend="cpu")
+    assert sinkhorn_attention(q * 1e-2, k, normalize=False, backend="cpu").isfinite().all()
+    assert sinkhorn_attention(q * 1e18, k, backend="cpu").isfinite().all()
