@@ -20,7 +20,7 @@ from .engine.call import Call
 from .engine.cost import Problem, choose_engine, rates
 from .header import NonFinite
 from .layout import Layout
-from .operators import anchored, as_tensor, define, differentiable, not_twice, wants_gradient
+from .operators import as_tensor, define, differentiable, not_twice, wants_gradient
 from .options import Options, check_bool, options_of, plain
 from .precision import float32_products, is_sixteen_bit, product_precision
 from .ranks import Ranks, ranks_named, ranks_of
@@ -124,7 +124,7 @@ def _loss(
         return reference.loss(student, teacher, layout, options, return_stats)
     problem = _problem(layout, options, backend)
     teacher = teacher.detach() if teacher is not None else None
-    loss, stats, _ = _loss_operator(anchored(student), teacher, *problem, wants_gradient(student))
+    loss, stats, _ = _loss_operator(student, teacher, *problem, wants_gradient(student))
     return (loss, BAMStats(*stats.unbind())) if return_stats else loss
 
 
@@ -247,9 +247,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _setup_compiled(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    """The compiler asks for the derivatives of all differentiable outputs: dz must not be one."""
+    """The compiler asks for the derivatives of all differentiable outputs: dz must not be one. The gradient comes from
+    an operator that takes the student, so that the compiler knows what it depends on."""
     _setup_context(ctx, inputs, output)
     ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(output[2], inputs[0])
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, _: None, grad_dz: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -257,8 +259,13 @@ def _backward(ctx: Any, grad_loss: Tensor | None, _: None, grad_dz: Tensor | Non
         not_twice()
     if grad_loss is None:
         return (None,) * 16
-    (dz,) = ctx.saved_tensors
-    return ((grad_loss * dz).to(ctx.dtype).view(ctx.shape), *[None] * 15)
+    dz, *student = ctx.saved_tensors
+    grad = _gradient_operator(grad_loss, dz, *student) if student else _scaled(grad_loss, dz, ctx.dtype, ctx.shape)
+    return (grad, *[None] * 15)
+
+
+def _scaled(grad_loss: Tensor, dz: Tensor, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+    return (grad_loss * dz).to(dtype).view(shape)
 
 
 def _targets_impl(student: Tensor, teacher: Tensor | None, *problem: Any) -> Tensor:
@@ -277,6 +284,14 @@ def _targets_fake(student: Tensor, teacher: Tensor | None, dimensions: list[int]
     return student.new_empty((L * B, T * B * W), dtype=torch.float32)
 
 
+_gradient_operator = differentiable(
+    define(
+        "loss_backward(Tensor grad_loss, Tensor dz, Tensor student) -> Tensor",
+        lambda grad_loss, dz, student: _scaled(grad_loss, dz, student.dtype, student.shape),
+        lambda grad_loss, dz, student: student.new_empty(student.shape),
+    ),
+    not_twice,
+)
 _loss_operator = differentiable(
     define(
         f"loss(Tensor student, Tensor? teacher, {_PROBLEM}, bool needs_grad) -> (Tensor loss, Tensor stats, Tensor dz)",

@@ -94,8 +94,8 @@ def wants_gradient(x: Tensor) -> bool:
 
 
 def anchored(x: Tensor) -> Tensor:
-    """x. In a compiled function a copy, whose gradient has no derivative: the compiler, which would drop it without a
-    word, finds that it depends on x."""
+    """x. In a compiled function a copy, whose backward pass reads x: so the compiler says that it has no second
+    derivatives, where it would else take the gradient for a constant."""
     return _anchor(x) if torch.compiler.is_compiling() and wants_gradient(x) else x
 
 
@@ -133,13 +133,17 @@ def _keep(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
 _anchor_backward = differentiable(
     define(
         "anchor_backward(Tensor grad, Tensor x) -> Tensor",
-        lambda grad, x: grad.clone(),
+        lambda grad, x: grad.clone(memory_format=torch.contiguous_format),
         lambda grad, x: x.new_empty(x.shape),
     ),
     not_twice,
 )
 _anchor = differentiable(
-    define("anchor(Tensor x) -> Tensor", lambda x: x.clone(), lambda x: x.new_empty(x.shape)),
+    define(
+        "anchor(Tensor x) -> Tensor",
+        lambda x: x.clone(memory_format=torch.contiguous_format),
+        lambda x: x.new_empty(x.shape),
+    ),
     lambda ctx, grad: _anchor_backward(grad, *ctx.saved_tensors),
     _keep,
 )

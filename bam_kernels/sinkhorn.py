@@ -13,7 +13,7 @@ from .agreement import told
 from .backends import choose, row_kernels
 from .engine import attention
 from .layout import Layout
-from .operators import anchored, as_tensor, define, differentiable, not_twice
+from .operators import as_tensor, define, differentiable, not_twice
 from .options import AttentionOptions, check_positive
 from .precision import product_precision
 from .ranks import ranks_named, ranks_of
@@ -82,8 +82,8 @@ def sinkhorn_attention(
     if not options.differentiable:
         q, k = q.detach(), k.detach() if k is not None else None
     plan, f, g = _attention_operator(
-        anchored(q),
-        anchored(k) if k is not None else None,
+        q,
+        k,
         as_tensor(options.epsilon),
         options.iterations,
         mask,
