@@ -144,11 +144,21 @@ def bam_targets(student: Tensor, teacher: Tensor | None = None, **options: Any) 
     return _targets_operator(student.detach(), teacher, *_problem(layout, resolved, backend))
 
 
-# What an operator takes beside the tensors: dimensions V, L, T, R, W and this rank; temperature and epsilon.
-_PROBLEM = (
-    "SymInt[] dimensions, Tensor scales, int iterations, int top_k, bool mask_positives, str target_rows, str backend, "
-    "str engine, str precision, int? memory_budget, bool regather, str non_finite, str group"
-)
+# What an operator takes beside the tensors: dimensions V, L, T, R, W and this rank; temperature and epsilon; the ranks'
+# name; and the fields of Options that are left, the backend chosen.
+_FIELDS = {
+    "iterations": "int",
+    "top_k": "int",
+    "mask_positives": "bool",
+    "target_rows": "str",
+    "backend": "str",
+    "engine": "str",
+    "precision": "str",
+    "memory_budget": "int?",
+    "regather": "bool",
+    "non_finite": "str",
+}
+_PROBLEM = "SymInt[] dimensions, Tensor scales, str group, " + ", ".join(f"{t} {name}" for name, t in _FIELDS.items())
 
 
 def _problem(layout: Layout, options: Options, backend: str) -> tuple[Any, ...]:
@@ -156,17 +166,8 @@ def _problem(layout: Layout, options: Options, backend: str) -> tuple[Any, ...]:
     return (
         [layout.V, layout.L, layout.T, layout.R, layout.W, layout.rank],
         as_tensor(options.temperature, options.epsilon),
-        options.iterations,
-        options.top_k,
-        options.mask_positives,
-        options.target_rows,
-        backend,
-        options.engine,
-        options.precision,
-        options.memory_budget,
-        options.regather,
-        options.non_finite,
         ranks_of("bam_loss", options.group)[2],
+        *[backend if name == "backend" else getattr(options, name) for name in _FIELDS],
     )
 
 
@@ -175,22 +176,12 @@ def _call(
     name: str, student: Tensor, teacher: Tensor | None, problem: tuple[Any, ...], ranks: Ranks, *, needs_grad: bool
 ) -> Iterator[tuple[Any, Call]]:
     """The engine and its call, from an operator's arguments; in the block products are set."""
-    (V, L, T, R, _, _), scales, iterations, top_k, mask_positives, target_rows, backend, engine = problem[:8]
+    (V, L, T, R, _, _), scales, _, *fields_given = problem
     temperature, epsilon = scales.tolist()
-    options = Options(
-        temperature=temperature,
-        epsilon=epsilon,
-        iterations=iterations,
-        top_k=top_k,
-        mask_positives=mask_positives,
-        target_rows=target_rows,
-        engine=engine,
-        precision=problem[8],
-        memory_budget=problem[9],
-        regather=problem[10],
-        non_finite=problem[11],
-    ).checked(name)  # a compiled function may have had tensors, not numbers
-    D = student.shape[-1]
+    named = dict(zip(_FIELDS, fields_given, strict=True))
+    # Checked again: a compiled function may have had tensors, not numbers.
+    options = Options(temperature=temperature, epsilon=epsilon, **named).checked(name)
+    backend, D = options.backend, student.shape[-1]
     layout = Layout(B=student.numel() // (V * D), V=V, L=L, T=T, D=D, R=R, W=ranks.W, rank=ranks.rank)
     options.check_keys(name, layout)  # of the ranks that there are now: what is compiled was checked before
     sixteen_bit = is_sixteen_bit(backend, options, student.dtype, student.device)
@@ -216,7 +207,7 @@ def _engine(
 
 def _loss_impl(student: Tensor, teacher: Tensor | None, *problem_and_needs_grad: Any) -> tuple[Tensor, Tensor, Tensor]:
     *problem, needs_grad = problem_and_needs_grad
-    ranks = ranks_named(problem[-1])
+    ranks = ranks_named(problem[2])
     try:
         with _call("bam_loss", student, teacher, tuple(problem), ranks, needs_grad=needs_grad) as (engine, call):
             result = engine.evaluate(call)
@@ -258,10 +249,10 @@ def _backward(ctx: Any, grad_loss: Tensor | None, _: None, grad_dz: Tensor | Non
     if grad_dz is not None:
         not_twice()
     if grad_loss is None:
-        return (None,) * 16
+        return (None,) * len(ctx.needs_input_grad)
     dz, *student = ctx.saved_tensors
     grad = _gradient_operator(grad_loss, dz, *student) if student else _scaled(grad_loss, dz, ctx.dtype, ctx.shape)
-    return (grad, *[None] * 15)
+    return (grad, *[None] * (len(ctx.needs_input_grad) - 1))
 
 
 def _scaled(grad_loss: Tensor, dz: Tensor, dtype: torch.dtype, shape: torch.Size) -> Tensor:
@@ -269,8 +260,8 @@ def _scaled(grad_loss: Tensor, dz: Tensor, dtype: torch.dtype, shape: torch.Size
 
 
 def _targets_impl(student: Tensor, teacher: Tensor | None, *problem: Any) -> Tensor:
-    *_, W, rank = problem[0]
-    ranks = ranks_named(problem[-1], W, rank)
+    (*_, W, rank), _, group = problem[:3]
+    ranks = ranks_named(group, W, rank)
     try:
         with _call("bam_targets", student, teacher, problem, ranks, needs_grad=False) as (engine, call):
             return engine.targets(call)

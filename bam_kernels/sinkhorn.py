@@ -200,7 +200,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, epsilon, plan = ctx.saved_tensors
     dq, dk = _backward_operator(q, k, epsilon, *ctx.problem, plan, *grads)
-    return (dq, dk if k is not None else None, *[None] * 9)
+    return (dq, dk if k is not None else None, *[None] * (len(ctx.needs_input_grad) - 2))
 
 
 _PROBLEM = "Tensor q, Tensor? k, Tensor epsilon, int iterations, str mask, SymInt[] dimensions, bool normalize"

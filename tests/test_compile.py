@@ -44,6 +44,7 @@ def test_opcheck_of_the_loss(needs_grad, R, target_rows, dimensions):
         teacher,
         [3, 2, 2, R, 1, 0],
         SCALES,
+        "",
         3,
         0,
         True,
@@ -54,7 +55,6 @@ def test_opcheck_of_the_loss(needs_grad, R, target_rows, dimensions):
         None,
         False,
         "error",
-        "",
     )
     torch.library.opcheck(torch.ops.bam_kernels.loss.default, (*args, needs_grad))
 
@@ -64,6 +64,7 @@ def test_opcheck_of_the_loss_in_16_bit(dtype):
     args = (
         [3, 2, 2, 2, 1, 0],
         SCALES,
+        "",
         3,
         4,
         True,
@@ -74,7 +75,6 @@ def test_opcheck_of_the_loss_in_16_bit(dtype):
         10**6,
         False,
         "error",
-        "",
         True,
     )
     student, teacher = features(3, 6, 8).to(dtype), features(2, 6, 8, seed=1).to(dtype)

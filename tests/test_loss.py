@@ -423,6 +423,7 @@ def operator(student, teacher, needs_grad):
     dimensions = [len(student), 2, 2, len(teacher) if teacher is not None else 0, 1, 0]
     options = (
         torch.tensor([0.1, 0.05], dtype=torch.float64),
+        "",
         3,
         0,
         True,
@@ -433,7 +434,6 @@ def operator(student, teacher, needs_grad):
         None,
         False,
         "error",
-        "",
     )
     return torch.ops.bam_kernels.loss(student, teacher, dimensions, *options, needs_grad)
 
