@@ -350,7 +350,7 @@ def plain(name: str, field: str, value: Any) -> Any:
     if isinstance(value, Tensor) and (value.requires_grad or unpack_dual(value).tangent is not None):
         raise ValueError(f"{name}: {field} is an option, without derivatives; got a tensor that has one: detach it")
     if torch.compiler.is_compiling() and field in SCHEDULED:
-        return torch.as_tensor(value)
+        return value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64, device="cpu")
     number = value.item()
     return float(number) if isinstance(number, np.floating) else number
 
