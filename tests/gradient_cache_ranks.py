@@ -5,14 +5,13 @@ graph kept; buffers of rank 0 go to all ranks before each step, and gradients ar
 """
 
 import copy
-import os
 import time
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from unittest import mock
 
+import gloo
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -39,17 +38,10 @@ def run(programs: tuple[Callable[[int], dict], ...], world: int, folder: Path) -
 
 
 def _process(rank: int, programs: tuple[Callable[[int], dict], ...], world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/meeting",
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=TIMEOUT_S),
-    )
+    gloo.meet(Path(folder), rank, world, TIMEOUT_S)
     torch.save({program.__name__: program(rank) for program in programs}, f"{folder}/{rank}.pt")
     dist.barrier()
-    os._exit(0)  # gloo may abort where Python ends while its threads let go of tensors
+    gloo.leave()
 
 
 class Encoder(nn.Module):

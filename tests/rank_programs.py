@@ -12,11 +12,11 @@ import sys
 import time
 import weakref
 from collections import Counter
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from unittest import mock
 
+import gloo
 import torch
 import torch.distributed as dist
 from problems import features
@@ -363,14 +363,8 @@ if __name__ == "__main__":
         prepared.append(operations())
         for _, compiled_function in prepared[0].values():
             compiled_function(embeddings(V))
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/meeting",
-        rank=RANK,
-        world_size=WORLD,
-        timeout=timedelta(seconds=TIMEOUT_S),
-    )
+    gloo.meet(folder, RANK, WORLD, TIMEOUT_S)
     (folder / f"{RANK}.json").write_text(json.dumps(globals()[program](*prepared)))
     if program not in ("death", "absence", "destruction", "compiled_before"):
         dist.barrier()
-    os._exit(0)  # a group whose peers have gone may abort while it is torn down
+    gloo.leave()
