@@ -21,7 +21,7 @@ from .engine.cost import Problem, choose_engine, rates
 from .header import NonFinite
 from .layout import Layout
 from .operators import as_tensor, define, differentiable, not_twice, wants_gradient
-from .options import Options, check_bool, options_of, plain
+from .options import Options, check_bool, check_positive, options_of, plain
 from .precision import float32_products, is_sixteen_bit, product_precision
 from .ranks import Ranks, ranks_named, ranks_of
 from .stats import BAMStats
@@ -179,8 +179,9 @@ def _call(
     (V, L, T, R, _, _), scales, _, *fields_given = problem
     temperature, epsilon = scales.tolist()
     named = dict(zip(_FIELDS, fields_given, strict=True))
-    # Checked again: a compiled function may have had tensors, not numbers.
-    options = Options(temperature=temperature, epsilon=epsilon, **named).checked(name)
+    for field, value in (("temperature", temperature), ("epsilon", epsilon)):
+        check_positive(name, field, value)  # a compiled function may have had tensors, whose values were not checked
+    options = Options(temperature=temperature, epsilon=epsilon, **named)
     backend, D = options.backend, student.shape[-1]
     layout = Layout(B=student.numel() // (V * D), V=V, L=L, T=T, D=D, R=R, W=ranks.W, rank=ranks.rank)
     options.check_keys(name, layout)  # of the ranks that there are now: what is compiled was checked before

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..interface import Positives
+from .. import interface
+from ..interface import Number, Positives
 from .interpreter import patch_interpreter_index
 
 Launch = Callable[..., None]
@@ -29,6 +30,13 @@ def image_index(positives: Positives | None) -> tuple[int, int, int, int, int]:
         return 0, 1, 1, 1, 0
     layout = positives.layout
     return positives.first, positives.period, layout.B, layout.T, layout.own_columns
+
+
+def number(x: Number) -> tuple[float, Tensor | None]:
+    """The two factors of x, as kernels read them; None: 1."""
+    factor, scalar = interface.number(x)
+    assert scalar is None or scalar.dtype == torch.float32
+    return factor, scalar
 
 
 def check_scores(s: Tensor) -> None:

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ...layout import Layout
-from ..interface import LOG2_E, Matched, Number, Potential, number
+from ..interface import LOG2_E, Matched, Number, Potential
 from . import match, match_long
-from .launch import Launcher, check_scores
+from .launch import Launcher, check_scores, number
 from .tiles import IMAGES_AT_ONCE, image_tile, long_image_tile
 
 

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from ..interface import Number, Positives, Potential, number
+from ..interface import Number, Positives, Potential
 from . import plan, sinkhorn
-from .launch import Launcher, check_scores, image_index
+from .launch import Launcher, check_scores, image_index, number
 from .tiles import LONGEST_ROW, block_of, column_tile, row_tile
 
 

@@ -20,11 +20,10 @@ from ..interface import (
     Positives,
     Potential,
     UnitRows,
-    number,
 )
 from ..unit_rows import UnitRowsKernels
 from . import embed, plan, scores
-from .launch import check_scores, image_index
+from .launch import check_scores, image_index, number
 from .launch_match import MatchKernels
 from .launch_sinkhorn import SinkhornKernels
 from .tiles import block_of, warps
@@ -36,6 +35,7 @@ class TritonKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
     backend = "triton"
 
     def _read_rows(self, rows: UnitRows, centre: Tensor | None, row: Potential | None, scale: float) -> None:
+        assert centre is None or centre.dtype == torch.float32
         block = block_of(rows.x.shape[-1])
         self._run(
             embed.unit_rows_kernel,
