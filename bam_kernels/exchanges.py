@@ -52,7 +52,8 @@ class Exchanges:
 ALONE = Exchanges(1, 0, ONE_RANK.name)
 
 
-# Of every operator: world, [W, rank] for which it was compiled or a graph was made; name, of the ranks.
+# Arguments of all operators below: `world` is [W, rank] when the function was compiled, or the autograd graph made;
+# `name` is what `ranks_named` finds the ranks by.
 
 
 def _gather_impl(own: Tensor, numbers: Tensor, problem: str, world: list[int], name: str) -> Tensor:

@@ -63,7 +63,7 @@ def shared(prefix: str) -> dict[str, dict]:
 
 
 def of_cuda() -> dict[str, dict]:
-    """Those that the CPU lacks, and numbers that lie on the device."""
+    """Arguments of each method of the CUDA row kernels, by name; scales and steps are scalars on the device."""
     scale, column = DeviceNumber(1.0, made(1)), {"row": one(M), "shift": made(N), "sums": made(N)}
     epilogue = {"s": made(M, N), "bias": made(N), "step": scale, "out": fixed(M, N), "positives": None}
     return shared("s") | {

@@ -215,7 +215,7 @@ def test_gradient_of_a_zero_row_is_zero():
 
 
 def test_gradients_by_rows_of_any_norm():
-    """Those by unit rows, over the norm; 0 below the floor."""
+    """The gradient by a row is the gradient by its unit row, divided by the row's norm; 0 for norms below 1e-12."""
     given = [rows_of_any_norm(16), rows_of_any_norm(16).roll(5, 0)]
     norms = [norm_above_floor(x) for x in given]
     weights = [torch.randn(12, 12)]

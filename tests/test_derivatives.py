@@ -115,7 +115,7 @@ def test_statistics_and_constants_have_no_tangents(differentiable):
 
 @pytest.mark.parametrize("name", ["bam_loss", "sinkhorn_attention"])
 def test_second_derivatives_at_a_zero_row(name):
-    """Its gradient is zero, and so are all derivatives of that."""
+    """The gradient by an all-zero row is zero, and so is every derivative of that gradient."""
     z, t = features(2, 6, 5).double(), features(2, 6, 5, seed=1).double()
     z[0, 1] = 0
     f = functions(CPU, backend="reference")[name]
@@ -126,7 +126,7 @@ def test_second_derivatives_at_a_zero_row(name):
 
 @pytest.mark.parametrize("W", [1, 2, 3])
 def test_second_derivatives_over_ranks(W):
-    """Those of the sum of the ranks' losses: of one process with all images, times W."""
+    """Second derivatives of the sum of the ranks' losses: W times those of one process that holds all images."""
     z, t = features(2, 6, 5).double(), features(2, 6, 5, seed=1).double()
 
     def hvp(x: Tensor, direction: Tensor, **options) -> Tensor:

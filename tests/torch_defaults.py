@@ -86,7 +86,7 @@ def install(name: str) -> None:
 
 
 def _classes() -> set[type]:
-    """Those whose methods tests call: modules, caches, row kernels of every backend, and what holds their numbers."""
+    """Classes whose methods the tests call: BAMLoss, GradientCache, row kernels, Layout and Potential."""
     from bam_kernels import BAMLoss, GradientCache
     from bam_kernels.backends.cpu import CpuKernels
     from bam_kernels.backends.cuda.row_kernels import CudaKernels

@@ -62,7 +62,7 @@ def _left_by_cgroups(memberships: Path, cgroups: Path) -> Iterator[int]:
 
 
 def _left_by_ancestors(files: Controller, mount: Path, path: str) -> Iterator[int]:
-    """Of the cgroup at `path` and all above it, as far as they are mounted.
+    """Bytes left under the limit of the cgroup at `path`, and under that of each of its ancestors that is mounted.
 
     A container often sees its own cgroup as the mount's root, beside a path of the host's or one that leads above it.
     """
