@@ -9,25 +9,35 @@ from .world import World
 
 
 def exit_code(run: Callable[[World], int], interrupted: str = "interrupted") -> int:
-    """That of `run` on this rank, the first of which alone prints; 1 for a UserError, 130 for Ctrl-C."""
+    """That of `run` on this rank, the first of which alone prints; 1 for a UserError, 130 for Ctrl-C.
+
+    Several ranks of which one has failed are not waited for: the process ends here, with that code.
+    """
     world = World.from_environment()
     if not world.first:
         sys.stdout = open(os.devnull, "w")
     try:
         code = run(world)
-        if not world.failed():  # else nobody waits: the others are where this rank left them
+        if not world.failed():
             world.end()
-        return code
+            return code
     except UserError as error:
+        code = 1
         if world.first_to_fail():
             # A loader's worker wraps its error in a traceback; the user's part is the end.
-            print(f"\nerror: {str(error).rsplit('UserError: ', 1)[-1]}", file=sys.stderr)
-        return 1
+            say(f"error: {str(error).rsplit('UserError: ', 1)[-1]}")
     except KeyboardInterrupt:
+        code = 130
         if world.first:
-            print(f"\n{interrupted}", file=sys.stderr)
-        return 130
+            say(interrupted)
     except RuntimeError:
-        if world.failed():  # this rank missed the one that failed, which has said why
-            return 1
-        raise
+        if not world.failed():
+            raise
+        code = 1  # this rank missed the one that failed, which has said why
+    world.abandon(code)
+    return code
+
+
+def say(text: str) -> None:
+    """Write a line below the progress bar's, as one piece: another rank may write to the same terminal just now."""
+    sys.stderr.write(f"\n{text}\n")

@@ -16,7 +16,7 @@ if __name__ == "__main__":  # the driver is run from its repository, not install
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from driver.command import parse
-from driver.ending import exit_code
+from driver.ending import exit_code, say
 from driver.signals import STOPPED, Stopped
 from driver.train import pretrain
 from driver.world import World
@@ -32,13 +32,13 @@ def main(args: list[str] | None = None) -> int:
             pretrain(world.from_first("options", lambda: parse(args)), world)
         except Stopped as stopped:
             if world.first:
-                print(f"\n{stopped}", file=sys.stderr)
+                say(str(stopped))
             return STOPPED
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
             if world.first_to_fail():
-                print(f"\nerror: {error}: the disk is full; a checkpoint that was written stays whole", file=sys.stderr)
+                say(f"error: {error}: the disk is full; a checkpoint that was written stays whole")
             return 1
         return 0
 

@@ -1,6 +1,7 @@
 """The ranks of a run: one process alone, or those that torchrun has started, each with its own device."""
 
 import gc
+import multiprocessing
 import os
 import pickle
 import sys
@@ -95,6 +96,19 @@ class World:
             gc.collect()
             dist.barrier()
             dist.destroy_process_group()
+
+    def abandon(self, code: int) -> None:
+        """With several ranks, end the process with that exit code: the others are in the midst of something.
+
+        Not by Python's own end, which a thread of gloo that still holds a tensor would abort.
+        """
+        if not dist.is_initialized():
+            return
+        for worker in multiprocessing.active_children():  # of a loader, which Python's own end would stop
+            worker.terminate()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
     def parallel(self, network: nn.Module) -> nn.Module:
         """The network, its gradients averaged over ranks."""

@@ -1,5 +1,6 @@
 """Evaluation of frozen features: k-NN, linear, spread, video segmentation, and their scripts."""
 
+import io
 import os
 import subprocess
 import sys
@@ -412,3 +413,23 @@ def test_an_interrupted_script_says_so(capsys):
 
     assert frozen.run_script(knn.Options, main, []) == 130
     assert capsys.readouterr().err == "\ninterrupted\n"
+
+
+def test_an_error_is_written_in_one_piece(monkeypatch):
+    """Ranks write to one terminal: a line that comes in pieces is torn by another rank's."""
+    pieces = []
+
+    class Terminal(io.RawIOBase):
+        def writable(self) -> bool:
+            return True
+
+        def write(self, data) -> int:
+            pieces.append(bytes(data))
+            return len(data)
+
+    def main(options: knn.Options, world: World) -> None:
+        raise UserError("no such thing")
+
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BufferedWriter(Terminal()), line_buffering=True))
+    assert frozen.run_script(knn.Options, main, []) == 1
+    assert pieces == [b"\nerror: no such thing\n"]
