@@ -7,6 +7,7 @@ from sinkhorn_tests import SinkhornTests
 from triton_device import DEVICE, pytestmark  # noqa: F401
 
 from bam_kernels.backends import triton as backend
+from bam_kernels.backends.interface import DeviceNumber, Potential
 from bam_kernels.backends.triton import launch_sinkhorn, tiles
 
 
@@ -35,3 +36,16 @@ class TestSinkhorn(SinkhornTests):
 
 class TestEmbeddings(EmbeddingTests):
     pass
+
+
+def test_scalars_and_the_centre_are_float32(whole):
+    """A launcher says so before Triton compiles a form of the kernel that nobody has tried."""
+    wrong = torch.ones(1, dtype=torch.float64, device=DEVICE)
+    s, sums = torch.ones(2, 3, device=DEVICE), torch.ones(3, device=DEVICE)
+    row = Potential(torch.zeros(2, device=DEVICE), torch.zeros(2, device=DEVICE))
+    with pytest.raises(AssertionError):
+        whole.column_lse(s, DeviceNumber(1.0, wrong), row, sums, sums.clone(), accumulate=False)
+    with pytest.raises(AssertionError):
+        whole.half_rows(s, sums.double(), epsilon=0.1)
+    whole.column_lse(s, DeviceNumber(1.0, wrong.float()), row, sums, sums.clone(), accumulate=False)
+    whole.half_rows(s, sums, epsilon=0.1)
