@@ -16,6 +16,7 @@ if __name__ == "__main__":  # the driver is run from its repository, not install
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from driver.command import parse
+from driver.config import UserError
 from driver.ending import exit_code, say
 from driver.signals import STOPPED, Stopped
 from driver.train import pretrain
@@ -37,9 +38,7 @@ def main(args: list[str] | None = None) -> int:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
-            if world.first_to_fail():
-                say(f"error: {error}: the disk is full; a checkpoint that was written stays whole")
-            return 1
+            raise UserError(f"{error}: the disk is full; a checkpoint that was written stays whole") from error
         return 0
 
     return exit_code(run, "interrupted; --run.resume RUN_DIR goes on from the last checkpoint")
