@@ -122,7 +122,7 @@ def _loss(
         backend = choose("bam_loss", options, student.device, student.dtype, options.engine)
     if backend == "reference":
         return reference.loss(student, teacher, layout, options, return_stats)
-    problem = _problem(layout, options, backend)
+    problem = _problem("bam_loss", layout, options, backend)
     teacher = teacher.detach() if teacher is not None else None
     loss, stats, _ = _loss_operator(student, teacher, *problem, wants_gradient(student))
     return (loss, BAMStats(*stats.unbind())) if return_stats else loss
@@ -141,7 +141,7 @@ def bam_targets(student: Tensor, teacher: Tensor | None = None, **options: Any) 
     if backend == "reference":
         return reference.targets(student, teacher, layout, resolved)
     teacher = teacher.detach() if teacher is not None else None
-    return _targets_operator(student.detach(), teacher, *_problem(layout, resolved, backend))
+    return _targets_operator(student.detach(), teacher, *_problem("bam_targets", layout, resolved, backend))
 
 
 # What an operator takes beside the tensors: dimensions V, L, T, R, W and this rank; temperature and epsilon; the ranks'
@@ -161,13 +161,13 @@ _FIELDS = {
 _PROBLEM = "SymInt[] dimensions, Tensor scales, str group, " + ", ".join(f"{t} {name}" for name, t in _FIELDS.items())
 
 
-def _problem(layout: Layout, options: Options, backend: str) -> tuple[Any, ...]:
-    """The arguments that `_PROBLEM` declares."""
+def _problem(name: str, layout: Layout, options: Options, backend: str) -> tuple[Any, ...]:
+    """Arguments of an operator, in the order in which `_PROBLEM` declares them."""
     return (
         [layout.V, layout.L, layout.T, layout.R, layout.W, layout.rank],
         as_tensor(options.temperature, options.epsilon),
-        ranks_of("bam_loss", options.group)[2],
-        *[backend if name == "backend" else getattr(options, name) for name in _FIELDS],
+        ranks_of(name, options.group)[2],
+        *[backend if field == "backend" else getattr(options, field) for field in _FIELDS],
     )
 
 
