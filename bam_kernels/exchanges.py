@@ -16,7 +16,7 @@ from .ranks import ONE_RANK, ranks_named
 
 @dataclass(frozen=True)
 class Exchanges:
-    """W ranks, this one `rank`; `name` as `ranks_of` gives it."""
+    """Exchanges of this process with all W ranks, of which it is `rank`; `name` is the name `ranks_of` returned."""
 
     W: int
     rank: int
@@ -57,7 +57,8 @@ ALONE = Exchanges(1, 0, ONE_RANK.name)
 
 
 def _gather_impl(own: Tensor, numbers: Tensor, problem: str, world: list[int], name: str) -> Tensor:
-    """problem, and the numbers of SCHEDULED: what is checked and compared first; "": nothing."""
+    """All ranks' rows. First `numbers`, the options of SCHEDULED, are checked, and they and `problem` are compared
+    between ranks; problem "": neither."""
     ranks = ranks_named(name, *world)
     if problem:
         operation, _, text = problem.partition(": ")
@@ -74,7 +75,7 @@ def _gather_impl(own: Tensor, numbers: Tensor, problem: str, world: list[int], n
 
 
 def _scatter_impl(whole: Tensor, world: list[int], name: str) -> Tensor:
-    """Σ over ranks of this rank's (n, D) of their (N, D)."""
+    """(n, D): this rank's rows of each rank's (N, D), summed over the ranks."""
     blocks = whole.chunk(world[0])
     return ranks_named(name, *world).scatter(lambda r: blocks[r].clone(memory_format=torch.contiguous_format))
 

@@ -35,7 +35,7 @@ def differentiable(
 ) -> Callable[..., Any]:
     """The operator as a function with derivatives. Without `jvp` forward mode is a NotImplementedError.
 
-    setup_compiled: the setup_context under torch.compile, where it is another.
+    setup_compiled: used under torch.compile in place of setup_context; None: setup_context is used there too.
     """
     name = operator.__name__
     setup = setup_compiled or setup_context
@@ -94,13 +94,15 @@ def wants_gradient(x: Tensor) -> bool:
 
 
 def anchored(x: Tensor) -> Tensor:
-    """x. In a compiled function a copy, whose backward pass reads x: so the compiler says that it has no second
-    derivatives, where it would else take the gradient for a constant."""
+    """x itself; in a compiled function a copy of x, whose backward pass reads x.
+
+    Without it the compiler would take the gradient for a constant in second derivatives; so it raises an error there.
+    """
     return _anchor(x) if torch.compiler.is_compiling() and wants_gradient(x) else x
 
 
 def not_twice(*_: Any) -> Any:
-    """The backward of a gradient. Raises: RuntimeError."""
+    """The derivative of a kernel's gradient, which no kernel has. Raises: RuntimeError."""
     raise RuntimeError(
         "bam_kernels: the gradient of a kernel is not differentiable, and a derivative of it was asked for (a gradient "
         'penalty, a Hessian); backend="reference" is differentiable twice'

@@ -53,7 +53,7 @@ class Options:
         return self.__dict__ | {"group": to_save(self.group)}
 
     def checked(self, name: str) -> "Options":
-        """With Python's numbers for those of numpy and 0-d tensors, after all checks that need no other tensors.
+        """A copy in which numpy scalars and 0-d tensors are Python numbers, after all checks that need no embeddings.
 
         Raises: ValueError, TypeError.
         """
@@ -95,7 +95,7 @@ class Options:
         return layout
 
     def check_keys(self, name: str, layout: Layout) -> None:
-        """Raises: ValueError where every key of a row is masked."""
+        """Check that each row has a key that is not masked. Raises: ValueError."""
         if self.mask_positives and layout.N <= layout.T:
             raise ValueError(
                 f"{name}: nothing left to attend to: N={layout.N} keys, all of them views of the one image; "
@@ -185,7 +185,10 @@ class AttentionOptions:
     precision: str
 
     def plain(self, name: str) -> "AttentionOptions":
-        """With Python's numbers for those of numpy and 0-d tensors. Raises: ValueError."""
+        """A copy in which numpy scalars and 0-d tensors are Python numbers.
+
+        Raises: ValueError for a tensor with a gradient or a tangent.
+        """
         return _with_plain_numbers(self, name)
 
     def layout(self, name: str, q: Tensor, k: Tensor | None) -> Layout:
@@ -249,7 +252,7 @@ class AttentionOptions:
 
 
 def _one_sum(epsilon: float) -> bool | None:
-    """How columns are added up over ranks; a compiled function does not know yet where epsilon is a tensor."""
+    """Whether ranks add up column sums in a single float64 sum; None while compiling, if epsilon is a tensor."""
     return None if isinstance(epsilon, Tensor) else epsilon >= LEAST_EPSILON_OF_ONE_SUM
 
 

@@ -35,7 +35,7 @@ class SavedGroup:
 
 
 def to_save(group: Any) -> Any:
-    """What stands for `group` in a file; what is no process group, as it is."""
+    """A SavedGroup for a process group; anything else is returned unchanged."""
     distributed = torch.distributed
     if not distributed.is_available() or not isinstance(group, distributed.ProcessGroup):
         return group

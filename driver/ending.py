@@ -9,9 +9,10 @@ from .world import World
 
 
 def exit_code(run: Callable[[World], int], interrupted: str = "interrupted") -> int:
-    """That of `run` on this rank, the first of which alone prints; 1 for a UserError, 130 for Ctrl-C.
+    """Call `run` and return the exit code of this process: what `run` returns, 1 for a UserError, 130 for Ctrl-C.
 
-    Several ranks of which one has failed are not waited for: the process ends here, with that code.
+    Only rank 0 prints to standard output; an error is printed once, by the rank that met it first. With several ranks,
+    after an error on one of them, this process ends here with its exit code and does not return: see `World.abandon`.
     """
     world = World.from_environment()
     if not world.first:
@@ -39,5 +40,8 @@ def exit_code(run: Callable[[World], int], interrupted: str = "interrupted") -> 
 
 
 def say(text: str) -> None:
-    """Write a line below the progress bar's, as one piece: another rank may write to the same terminal just now."""
+    """Print `text` to standard error, on a line below the progress bar.
+
+    Text and newlines go out in one write, because several ranks may write to one terminal.
+    """
     sys.stderr.write(f"\n{text}\n")

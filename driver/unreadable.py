@@ -59,7 +59,7 @@ class Tally:
             self.named.add(index)
             name = f"{self.source.name(index)}: not a readable image ({met[index]})"
             if len(self.named) / self.images > self.share:
-                world.gather(None)  # the first rank has named the others before any rank ends the run
+                world.gather(None)  # a barrier: rank 0 has printed its notes before any rank ends the run
                 raise UserError(
                     f"{name}; repair or remove it. {len(self.named)} unreadable, a share above --data.max-unreadable "
                     f"{self.share:g} of {self.images} images"

@@ -98,13 +98,14 @@ class World:
             dist.destroy_process_group()
 
     def abandon(self, code: int) -> None:
-        """With several ranks, end the process with that exit code: the others are in the midst of something.
+        """End this process at once with exit code `code`, if a process group exists; otherwise return.
 
-        Not by Python's own end, which a thread of gloo that still holds a tensor would abort.
+        For a run that has failed on some rank: a barrier would wait for ranks that never reach it. The interpreter is
+        not shut down, since gloo's threads may still hold tensors then, which aborts the process with SIGABRT.
         """
         if not dist.is_initialized():
             return
-        for worker in multiprocessing.active_children():  # of a loader, which Python's own end would stop
+        for worker in multiprocessing.active_children():  # data-loader workers, which a normal exit would terminate
             worker.terminate()
         sys.stdout.flush()
         sys.stderr.flush()

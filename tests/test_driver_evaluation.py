@@ -416,7 +416,7 @@ def test_an_interrupted_script_says_so(capsys):
 
 
 def test_an_error_is_written_in_one_piece(monkeypatch):
-    """Ranks write to one terminal: a line that comes in pieces is torn by another rank's."""
+    """Several ranks write to one terminal: a line in two writes may have another rank's line in its middle."""
     pieces = []
 
     class Terminal(io.RawIOBase):

@@ -142,7 +142,7 @@ from driver.pretrain import main
 def full(*_):
     raise OSError(errno.ENOSPC, "No space left on device", "last.pt")
 checkpoint.save = full
-atexit.register(os.abort)  # as gloo's threads sometimes do
+atexit.register(os.abort)  # as gloo's threads sometimes do while the interpreter shuts down
 sys.exit(main())
 """
 

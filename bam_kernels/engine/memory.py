@@ -76,7 +76,7 @@ def _left_by_ancestors(files: Controller, mount: Path, path: str) -> Iterator[in
 
 
 def _left(files: Controller, cgroup: Path) -> int | None:
-    """None: no limit, or none that can be read."""
+    """Bytes left under the limit of this cgroup; None if it has no limit, or its files cannot be read."""
     limit = _number(_text(cgroup / files.limit))
     if limit is None or limit >= UNLIMITED:
         return None
@@ -87,7 +87,7 @@ def _left(files: Controller, cgroup: Path) -> int | None:
 
 
 def _entry(file: Path, name: str) -> int | None:
-    """The number behind a name that begins a line."""
+    """The number that follows `name` on the line of `file` that begins with it; None if there is no such line."""
     for line in _text(file).splitlines():
         words = line.split()
         if len(words) > 1 and words[0] == name:
@@ -96,7 +96,7 @@ def _entry(file: Path, name: str) -> int | None:
 
 
 def _number(text: str) -> int | None:
-    """A whole number that is not negative; "max" and anything else: None."""
+    """The non-negative whole number that `text` holds; None for "max" and any other text."""
     try:
         number = int(text)
     except ValueError:

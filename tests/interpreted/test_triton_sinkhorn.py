@@ -39,7 +39,7 @@ class TestEmbeddings(EmbeddingTests):
 
 
 def test_scalars_and_the_centre_are_float32(whole):
-    """A launcher says so before Triton compiles a form of the kernel that nobody has tried."""
+    """The launcher refuses float64 scalars and centres: Triton would compile an untested kernel for them."""
     wrong = torch.ones(1, dtype=torch.float64, device=DEVICE)
     s, sums = torch.ones(2, 3, device=DEVICE), torch.ones(3, device=DEVICE)
     row = Potential(torch.zeros(2, device=DEVICE), torch.zeros(2, device=DEVICE))
