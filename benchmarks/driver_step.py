@@ -27,13 +27,14 @@ from PIL import Image
 from torch import Tensor
 
 from bam_kernels import GradientCache
-from driver import command
+from driver import cli
 from driver.config import Config
-from driver.data import Crops, make_images, virtual_batch
+from driver.data import make_images
+from driver.data.images import Crops, virtual_batch
+from driver.distributed import World
 from driver.model import follow
 from driver.optim import Arithmetic, Schedules, make_optimizer
 from driver.train import TEACHER_VIEWS, make_loss, make_networks
-from driver.world import World
 
 PARTS = ("data", "backbone", "teacher", "head", "loss", "optimiser")
 
@@ -188,7 +189,7 @@ def main(options: DriverOptions) -> int:
             (Path(folder) / "all").mkdir()
             made_up(Path(folder) / "all", options.images)
             given += ["--data.root", folder]
-        rows = measure(options, machine, command.parse(given))
+        rows = measure(options, machine, cli.parse(given))
     print(plain_table([{k: "-" if v is None else v for k, v in row.items()} for row in rows]))
     rows = [{"benchmark": "driver", "options": options.options} | row | machine.fields() for row in rows]
     write(rows, options.json, options.csv)

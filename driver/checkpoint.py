@@ -1,7 +1,8 @@
 """Checkpoints: everything the loop mutates, as plain tensors, numbers and dictionaries.
 
-The same for any number of ranks and micro-batches. All random numbers are keyed by seed and step, or seed, epoch,
-image and view (keyed.py), so there is no generator's state to keep; the place in the epoch follows from the step.
+A checkpoint is the same for any number of ranks and micro-batches. All random numbers are keyed by seed and step, or by
+seed, epoch, image and view (data/random_keys.py): no generator has a state to keep, and the place in the epoch follows
+from the step.
 """
 
 import os
@@ -14,8 +15,9 @@ import torch
 from torch import nn
 
 from . import weights
-from .config import UserError, replacing
-from .data import Images
+from .config import UserError
+from .data.images import Images
+from .files import replacing
 from .history import History
 
 FILE = "checkpoint.pt"

@@ -4,8 +4,6 @@ The text under a field is its help. The defaults are those of the embedded digit
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,6 +11,8 @@ from typing import Annotated, Any, Literal
 import docstring_parser
 import tyro
 import yaml
+
+from .files import replacing
 
 FILE = "config.yaml"
 
@@ -266,29 +266,6 @@ def save(config: Config, directory: Path) -> None:
     """Write config.yaml, which `--config` reads."""
     with replacing(directory / FILE) as temporary:
         temporary.write_text(yaml.safe_dump(as_plain(config), sort_keys=False))
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name; what is written there reaches the disk, then is renamed: the file in place is always whole."""
-    temporary = path.with_name(f"{path.name}.writing")
-    temporary.unlink(missing_ok=True)
-    try:
-        yield temporary
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    """A file's content, or a directory's names, reach the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def as_plain(config: Config) -> dict[str, Any]:

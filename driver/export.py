@@ -17,7 +17,7 @@ import torch
 import tyro
 from torch import nn
 
-from driver import backbones, checkpoint, command
+from driver import backbones, checkpoint, cli
 from driver.config import FILE, Config, UserError, missing
 from driver.model import Standardize
 from driver.weights import load_backbone
@@ -39,7 +39,7 @@ def export(options: Export) -> Path:
     path = options.run if options.run.suffix == ".pt" else options.run / checkpoint.FILE
     if not path.is_file():
         raise UserError(f"{options.run}: no {path.name} there")
-    config = command.parse([f"--config={path.parent / FILE}"])
+    config = cli.parse([f"--config={path.parent / FILE}"])
     channels = 1 if config.data.source == "digits" else 3
     backbone = backbones.make(config.model, channels, config.data.size, several_sizes=config.data.local_views > 0)
     load_backbone(backbone, path, options.whose)

@@ -17,10 +17,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from driver.config import UserError
-from driver.evaluate import Bank, Vote, knn, share_equal
-from driver.frozen import Backbone, run_script
-from driver.labelled import Batches, Labels
-from driver.world import World
+from driver.data.labelled import Batches, Labels
+from driver.distributed import World
+from driver.evaluation.frozen import Backbone, run_script
+from driver.evaluation.online import Bank, Vote, knn, share_equal
 
 
 @dataclass(frozen=True)

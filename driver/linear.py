@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from driver.config import UserError
-from driver.frozen import Backbone, Frozen, run_script
-from driver.labelled import Labelled, Labels
+from driver.data.labelled import Labelled, Labels
+from driver.distributed import World
+from driver.evaluation.frozen import Backbone, Frozen, run_script
 from driver.optim import cosine
 from driver.weights import read
-from driver.world import World
 
 MOMENTUM = 0.9
 

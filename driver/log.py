@@ -13,10 +13,11 @@ from tqdm import tqdm
 
 from bam_kernels.stats import BAMStats
 
-from . import checkpoint, words
+from . import checkpoint
 from .config import UserError
+from .distributed import World
 from .history import Row
-from .world import World
+from .reporting import summary
 
 T = TypeVar("T")
 CURVES = ("loss", "target_entropy", "source_entropy", "column_residual", "uniform_loss", "collapse_gap")
@@ -106,15 +107,15 @@ class Log:
         """Say a trouble once in a run, when five lines after the warm-up show it: a network may begin with all features
         alike."""
         record = self.state.history
-        trouble = words.trouble(record)
+        trouble = summary.trouble(record)
         if trouble is None or record.last(trouble):
             return
-        first, *_, last = record.of("train")[-words.LINES :]
+        first, *_, last = record.of("train")[-summary.LINES :]
         if first["step"] <= self.warmup:
             return
         row = self.note(trouble, collapse_gap=last["collapse_gap"])
         if self.world.first:  # the bar writes where it is disabled, too
-            text = f"warning: {words.warning(row)}. To try: {'; '.join(words.ADVICE[trouble])}"
+            text = f"warning: {summary.warning(row)}. To try: {'; '.join(summary.ADVICE[trouble])}"
             self.bar.write(text, file=sys.stderr)
 
     def check_weights(self) -> None:

@@ -15,12 +15,11 @@ from pathlib import Path
 if __name__ == "__main__":  # the driver is run from its repository, not installed
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from driver.command import parse
+from driver.cli import parse
 from driver.config import UserError
-from driver.ending import exit_code, say
-from driver.signals import STOPPED, Stopped
+from driver.distributed import World
+from driver.exits import STOPPED, Stopped, exit_code, say
 from driver.train import pretrain
-from driver.world import World
 
 
 def main(args: list[str] | None = None) -> int:

@@ -13,42 +13,12 @@ if __name__ == "__main__":  # the driver is run from its repository, not install
 
 import tyro
 
-from driver import checkpoint, history, plots, words
-from driver.config import Config, UserError
-from driver.data import Images, make_images
-from driver.evaluate import Embed
-from driver.frozen import Backbone, run_script
-from driver.gallery import Gallery, gallery
-from driver.page import page
-from driver.world import World
-
-PAGE, DASHBOARD = "report.html", "dashboard.png"
-
-
-def finish(record: history.History, options: Config, directory: Path, images: Images, embed: Embed) -> None:
-    """Write both files and print the result and the command that goes on from here."""
-    write(record, options, directory, images, embed)
-    print(f"\nwritten: {directory}/ {PAGE}, {DASHBOARD}, {history.FILE}, checkpoint.pt, config.yaml")
-    if record.last("pixels"):
-        print(words.table(record, images.tested))
-    if trouble := words.trouble(record):
-        print(f"warning: {words.ended(record)} To try: {'; '.join(words.ADVICE[trouble])}")
-    why, command = words.next_step(record, options, directory)
-    print(f"next, {why}: {command}")
-
-
-def write(record: history.History, options: Config, directory: Path, images: Images, embed: Embed) -> None:
-    """report.html and dashboard.png."""
-    pictures = gallery(embed, images, int(record.epoch), options.data.batch_size)
-    write_with(pictures, images.tested, record, options, directory)
-
-
-def write_with(
-    pictures: Gallery | str, tested: int | None, record: history.History, options: Config, directory: Path
-) -> None:
-    """The same, of pictures that are made or the reason why there are none."""
-    plots.dashboard(record, directory / DASHBOARD)
-    (directory / PAGE).write_text(page(directory.name, record, options, pictures, tested, directory))
+from driver import checkpoint, history
+from driver.config import UserError
+from driver.data import make_images
+from driver.distributed import World
+from driver.evaluation.frozen import Backbone, run_script
+from driver.reporting import outputs, plots
 
 
 @dataclass(frozen=True)
@@ -71,15 +41,15 @@ def main(options: Report, world: World) -> None:
         frozen = backbone.load()
         try:
             images = make_images(config.data, config.boxes, frozen.device, config.run.seed, world)
-            write(record, config, options.run, images, frozen.features)
+            outputs.write(record, config, options.run, images, frozen.features)
         except UserError as error:
             missing = str(error)
     else:
         missing = f"{options.run}: no {checkpoint.FILE} yet"
     if missing is not None:
         print(f"note: no pictures; {missing}")
-        write_with(missing, None, record, config, options.run)
-    print(f"written: {options.run}/ {PAGE}, {DASHBOARD}")
+        outputs.write_with(missing, None, record, config, options.run)
+    print(f"written: {options.run}/ {outputs.PAGE}, {outputs.DASHBOARD}")
 
 
 if __name__ == "__main__":

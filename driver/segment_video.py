@@ -25,9 +25,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from driver.config import UserError
-from driver.frozen import Backbone, Frozen, run_script
-from driver.video_metrics import Scores, clip_scores, summary
-from driver.world import World
+from driver.distributed import World
+from driver.evaluation.davis_metrics import Scores, clip_scores, summary
+from driver.evaluation.frozen import Backbone, Frozen, run_script
 
 MULTIPLE = 64
 """The longer side of a frame is cut to a multiple of this, as the published evaluations do."""

@@ -10,19 +10,21 @@ from torch import Tensor
 
 from bam_kernels import BAMLoss, GradientCache
 
-from . import checkpoint, config, contrast, report
+from . import checkpoint, config, contrastive_crop
 from .config import Config, Loss, UserError
-from .data import Crops, make_images, virtual_batch
-from .evaluate import Embed, Vote, evaluate, features, pixels
+from .data import make_images
+from .data.images import Crops, virtual_batch
+from .data.random_keys import seed_of
+from .distributed import World
+from .evaluation.online import Embed, Vote, evaluate, features, pixels
+from .exits import Stopped, StopSignal
 from .history import File, Sink
-from .keyed import seed_of
 from .log import Log
 from .model import Network, follow, make_teacher, synchronised
 from .optim import Arithmetic, Schedules, make_optimizer
-from .signals import Stopped, StopSignal
-from .trackers import TensorBoard, Wandb
+from .reporting import outputs
+from .reporting.trackers import TensorBoard, Wandb
 from .weights import load_backbone
-from .world import World
 
 TEACHER_VIEWS = 2
 
@@ -62,7 +64,7 @@ class Training:
         self.network, self.teacher = make_networks(options, self.images.channels, device, self.arithmetic.weights)
         if options.boxes.every:
             with self.arithmetic.context():
-                contrast.check(self.network, self.images.channels, data.size)
+                contrastive_crop.check(self.network, self.images.channels, data.size)
         self.bam = make_loss(options.loss, self.schedules, device, self.arithmetic.weights)
         self.optimizer = make_optimizer(self.network, optim)
 
@@ -108,11 +110,11 @@ class Training:
     def epoch(self, signal: StopSignal) -> None:
         """From the step at which the run is to the epoch's end, then evaluation and checkpoint where they are due."""
         state, log, run = self.state, self.log, self.options.run
-        if state.step % self.steps == 0 and contrast.due(self.options.boxes, state.epoch):
+        if state.step % self.steps == 0 and contrastive_crop.due(self.options.boxes, state.epoch):
             log.line()
             with self.arithmetic.context():
                 looking = self.teacher or self.network
-                contrast.refresh(self.images, looking, self.options.boxes.threshold, self.world)
+                contrastive_crop.refresh(self.images, looking, self.options.boxes.threshold, self.world)
             log.restart_clock()
         for micro_batches in log.waiting(self.images.views(state.epoch, state.step % self.steps)):
             self.step(micro_batches)
@@ -188,7 +190,7 @@ class Training:
         """The report, by the first rank."""
         if self.world.first:
             embed = features(self.network.backbone)
-            report.finish(self.state.history, self.options, self.directory, self.images, embed)
+            outputs.finish(self.state.history, self.options, self.directory, self.images, embed)
 
 
 def make_deterministic(wanted: bool) -> None:

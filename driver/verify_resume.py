@@ -29,7 +29,7 @@ import tyro
 
 from driver import history
 from driver.checkpoint import FILE
-from driver.signals import STOPPED
+from driver.exits import STOPPED
 
 PARTS = ("network", "teacher", "optimizer", "scaler", "boxes", "images", "epoch", "step")
 SMALL = "--model.width 8 --optim.epochs 3 --run.eval-every 0 --run.save-every 1"

@@ -12,7 +12,8 @@ import torch
 import tyro
 from test_driver import ROOT, elsewhere, pretrain  # noqa: F401
 
-from driver import command, config, frozen, knn, linear, recipes, report, segment_video, signals
+from driver import cli, config, exits, knn, linear, recipes, report, segment_video
+from driver.evaluation import frozen
 
 TEXT = (ROOT / "driver" / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.M | re.S)
@@ -42,7 +43,7 @@ def test_commands_parse(line):
         resumed.mkdir(parents=True)
         config.save(config.Config(), resumed)
     if name == "pretrain.py":
-        assert isinstance(command.parse(args), config.Config)
+        assert isinstance(cli.parse(args), config.Config)
     elif name in SCRIPTS:
         assert tyro.cli(SCRIPTS[name], args=args, config=frozen.PLAIN)
     else:
@@ -52,9 +53,9 @@ def test_commands_parse(line):
 def test_the_slurm_script_parses():
     (text,) = [text for language, text in BLOCKS if language == "bash"]
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
-    assert f"-eq {signals.STOPPED} " in text
+    assert f"-eq {exits.STOPPED} " in text
     (given,) = re.findall(r"what=\((--recipe .*?)\)", text)
-    assert command.parse([*given.split(), "--run.save-steps", "200"]).recipe == "imagenet-vit-s"
+    assert cli.parse([*given.split(), "--run.save-steps", "200"]).recipe == "imagenet-vit-s"
 
 
 def test_options_exist():
@@ -155,4 +156,4 @@ def test_solo_learn():
 def test_report_is_a_script_of_the_page():
     assert "python driver/report.py RUN_DIR" in TEXT
     assert tyro.cli(report.Report, args=["RUN_DIR"]).run == Path("RUN_DIR")
-    assert sys.modules["driver.report"].PAGE in TEXT
+    assert sys.modules["driver.reporting.outputs"].PAGE in TEXT

@@ -35,7 +35,7 @@ from steps import (
 TESTS = REPOSITORY / "tests"
 # Kernels from given operands, over blocks, clusters and long rows, at sizes that a memory checker allows.
 CHECKED_TESTS = "(cluster or long) and (pass or blocks or 132)"
-CHECKED_FILES = [TESTS / "test_cuda_kernels.py", TESTS / "test_cuda_match.py"]
+CHECKED_FILES = [TESTS / "kernels" / "test_cuda_kernels.py", TESTS / "kernels" / "test_cuda_match.py"]
 
 
 class Contact:
@@ -111,16 +111,23 @@ class Contact:
         return Step(name, [*command, *map(str, files), *more], limit_s, environment, reason)
 
     def tests(self) -> list[Step]:
-        cuda = [path for path in sorted(TESTS.glob("test_cuda*.py")) if path.stem != "test_cuda_compile"]
+        cuda = [path for path in sorted((TESTS / "kernels").glob("test_cuda*.py")) if path.stem != "test_cuda_compile"]
         triton = sorted((TESTS / "interpreted").glob("test_*.py"))
         if self.toy:
             return [
-                self.pytest("tests-cuda", [TESTS / "test_cuda_kernels.py"], 60, 0, "-k", "loss_and_stats"),
+                self.pytest("tests-cuda", [TESTS / "kernels" / "test_cuda_kernels.py"], 60, 0, "-k", "loss_and_stats"),
                 self.pytest("tests-triton", [TESTS / "interpreted" / "test_triton_match.py"], 60, 0, "-k", "nan"),
             ]
         return [
             self.pytest("tests-triton", triton, 170, 8),
-            self.pytest("tests-gpu", [TESTS / "test_gpu.py", TESTS / "test_gradient_cache.py"], 150, 3, "-m", "gpu"),
+            self.pytest(
+                "tests-gpu",
+                [TESTS / "kernels" / "test_gpu.py", TESTS / "loss" / "test_gradient_cache.py"],
+                150,
+                3,
+                "-m",
+                "gpu",
+            ),
             self.pytest("tests-cuda", cuda, 150, 4),
             self.pytest("tests-sm80", cuda, 150, 3, variant="sm_80"),
         ]

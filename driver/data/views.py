@@ -1,0 +1,139 @@
+"""What a view of a photograph is: crop, flip, colour, grey, blur, solarise; and how torchvision makes it in workers."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional
+
+from ..config import Data
+from .crops import DRAWS, rectangles
+from .random_keys import seed_of, uniform
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Probabilities and half-widths of one kind of view."""
+
+    scale: tuple[float, float]
+    jitter: tuple[float, float, float, float]
+    """Half-widths of brightness, contrast, saturation (factors) and hue (turns)."""
+    blur_p: float
+    solarize_p: float
+    jitter_p: float = 0.8
+    grey_p: float = 0.2
+    sigma: tuple[float, float] = (0.1, 2.0)
+    """Of the blur, pixels."""
+
+
+def kinds(data: Data) -> list[Kind]:
+    """One for each view, the local ones last.
+
+    Sources: SimCLR (Chen et al., ICML 2020) with weaker colours; DINO (Caron et al., ICCV 2021) with BAM's saturation,
+    0.4 where DINO has 0.2.
+    """
+    a = data.augment
+    saturation = 0.4 if data.augmentation == "dino" else 0.2
+    jitter = (min(1.0, 0.4 * a), min(1.0, 0.4 * a), min(1.0, saturation * a), min(0.5, 0.1 * a))
+    grey, sigma = min(1.0, 0.2 * a), (0.1, 0.1 + 1.9 * a)
+
+    def view(local: bool, blur: float, solarize: float) -> Kind:
+        scale = data.local_scale if local else data.global_scale
+        return Kind(scale, jitter, min(1.0, blur * a), min(1.0, solarize * a), min(1.0, 0.8 * a), grey, sigma)
+
+    if data.augmentation == "simclr":
+        return [view(v >= data.views, data.blur, 0.0) for v in range(data.views + data.local_views)]
+    first, others = [view(False, 1.0, 0.0)], [view(False, 0.1, 0.2)] * (data.views - 1)
+    return first + others + [view(True, 0.5, 0.0)] * data.local_views
+
+
+def blur_kernel(sigma: float, size: int) -> int:
+    """Side of the blur's kernel: odd, three standard deviations to each side, within the image."""
+    return min(2 * math.ceil(3 * sigma) + 1, (size - 1) | 1)
+
+
+class Blur(v2.Transform):
+    """Gaussian, as two passes of one dimension: many times as fast as torchvision's one pass of two."""
+
+    def __init__(self, sigma: tuple[float, float], size: int) -> None:
+        super().__init__()
+        self.sigma, self.kernel = sigma, blur_kernel(sigma[1], size)
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        return {"sigma": float(torch.empty(1).uniform_(*self.sigma))}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        down, across = [1, self.kernel], [self.kernel, 1]
+        return functional.gaussian_blur(functional.gaussian_blur(inpt, down, params["sigma"]), across, params["sigma"])
+
+
+class View:
+    """One view (3, S, S) in [0, 1] of an image, by its key: the same in any process."""
+
+    def __init__(self, kind: Kind, size: int, alpha: float) -> None:
+        self.kind, self.size, self.alpha = kind, size, alpha
+        self.colour = v2.Compose(
+            [
+                v2.RandomHorizontalFlip(),
+                v2.RandomApply([v2.ColorJitter(*kind.jitter)], p=kind.jitter_p),
+                v2.RandomGrayscale(p=kind.grey_p),
+                v2.RandomApply([Blur(kind.sigma, size)], p=kind.blur_p),
+                v2.RandomSolarize(threshold=128, p=kind.solarize_p),
+                v2.ToDtype(torch.float32, scale=True),
+            ]
+        )
+
+    def __call__(self, image: Tensor, key: int, box: Tensor | None) -> Tensor:
+        """image (3, H, W) uint8, box (4,) or None."""
+        height, width = image.shape[1:]
+        u = uniform(torch.tensor([key]), DRAWS)
+        boxes = None if box is None else box[None]
+        shares = rectangles(u, self.kind.scale, boxes, self.alpha, width / height)[0].tolist()
+        top, left, h, w = (round(x * side) for x, side in zip(shares, (height, width) * 2, strict=True))
+        h, w = max(h, 1), max(w, 1)
+        crop = functional.resized_crop(
+            image, min(top, height - h), min(left, width - w), h, w, [self.size] * 2, InterpolationMode.BICUBIC
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(key)
+            return self.colour(crop)
+
+
+class Views:
+    """All views of an image: (V, 3, S, S) and, with local ones, (V', 3, S', S')."""
+
+    def __init__(self, data: Data, alpha: float) -> None:
+        sizes = [data.size] * data.views + [data.local_size] * data.local_views
+        self.views = [View(kind, size, alpha) for kind, size in zip(kinds(data), sizes, strict=True)]
+        self.as_they_are = data.augment == 0
+        self.parts = [part for part in (data.views, data.local_views) if part]
+        self.sizes = sizes
+
+    def __call__(self, image: Image.Image, key: Sequence[int], box: Tensor | None) -> list[Tensor]:
+        """key: seed, epoch, image."""
+        if self.as_they_are:
+            made = [centred(image, size) for size in self.sizes]
+        else:
+            pixels = functional.pil_to_tensor(image)
+            made = [view(pixels, seed_of(*key, v), box) for v, view in enumerate(self.views)]
+        first = self.parts[0]
+        return [torch.stack(part) for part in (made[:first], made[first:]) if part]
+
+
+def centred(image: Image.Image, size: int) -> Tensor:
+    """(3, S, S) in [0, 1]: the middle square."""
+    return _plain([v2.Resize(size, antialias=True), v2.CenterCrop(size)])(image)
+
+
+def whole(image: Image.Image, size: int) -> Tensor:
+    """(3, S, S) in [0, 1]: the whole image, squeezed."""
+    return _plain([v2.Resize((size, size), antialias=True)])(image)
+
+
+def _plain(resize: list[v2.Transform]) -> v2.Compose:
+    return v2.Compose([v2.ToImage(), *resize, v2.ToDtype(torch.float32, scale=True)])

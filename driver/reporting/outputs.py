@@ -1,0 +1,39 @@
+"""The files that a run leaves for people: report.html and dashboard.png, and a few lines of text."""
+
+from pathlib import Path
+
+from .. import history
+from ..config import Config
+from ..data.images import Images
+from ..evaluation.online import Embed
+from . import plots, summary
+from .gallery import Gallery, gallery
+from .page import page
+
+PAGE, DASHBOARD = "report.html", "dashboard.png"
+
+
+def finish(record: history.History, options: Config, directory: Path, images: Images, embed: Embed) -> None:
+    """Write both files and print the result and the command that goes on from here."""
+    write(record, options, directory, images, embed)
+    print(f"\nwritten: {directory}/ {PAGE}, {DASHBOARD}, {history.FILE}, checkpoint.pt, config.yaml")
+    if record.last("pixels"):
+        print(summary.table(record, images.tested))
+    if trouble := summary.trouble(record):
+        print(f"warning: {summary.ended(record)} To try: {'; '.join(summary.ADVICE[trouble])}")
+    why, command = summary.next_step(record, options, directory)
+    print(f"next, {why}: {command}")
+
+
+def write(record: history.History, options: Config, directory: Path, images: Images, embed: Embed) -> None:
+    """report.html and dashboard.png."""
+    pictures = gallery(embed, images, int(record.epoch), options.data.batch_size)
+    write_with(pictures, images.tested, record, options, directory)
+
+
+def write_with(
+    pictures: Gallery | str, tested: int | None, record: history.History, options: Config, directory: Path
+) -> None:
+    """The same, of pictures that are made or the reason why there are none."""
+    plots.dashboard(record, directory / DASHBOARD)
+    (directory / PAGE).write_text(page(directory.name, record, options, pictures, tested, directory))

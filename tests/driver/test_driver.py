@@ -1,0 +1,402 @@
+"""The driver: options, data, evaluation, checkpoints, and whole runs of a few seconds."""
+
+import ast
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from photographs import write_images
+
+from driver import checkpoint, cli, config, history, model, optim, recipes, train
+from driver.config import UserError
+from driver.data import on_device, views_of_digits
+from driver.data.images import split
+from driver.distributed import World
+from driver.pretrain import main
+from driver.verify_resume import same
+
+ROOT = Path(__file__).resolve().parents[2]
+EXTRA = ("torchvision", "timm", "kornia", "tensorboard", "safetensors")
+# Two steps an epoch of 1,348 digits, and a network that costs nothing.
+TINY = ["--data.batch-size=512", "--model.width=4", "--model.head-width=16", "--model.head-dim=8", "--run.seed=3"]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Runs are written under the current directory. One thread: these networks are too small to share. No report,
+    which takes longer than such a run: test_driver_report.py has it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train.outputs, "write", lambda *_: None)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def pretrain(*options: str) -> Path:
+    return train.pretrain(cli.parse([*TINY, *options]))
+
+
+def content(directory: Path) -> dict:
+    return torch.load(directory / checkpoint.FILE, weights_only=True)
+
+
+def rows(checkpoint: dict, kind: str) -> list[dict]:
+    """Of its history."""
+    return history.History(checkpoint["history"]).of(kind)
+
+
+def script(*options: str, without: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    """driver/pretrain.py in a process of its own, in which some packages cannot be imported."""
+    Path("sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({without!r}))\n")
+    paths = os.pathsep.join([os.getcwd(), str(ROOT)])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "driver" / "pretrain.py"), *options]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+# Whole runs
+
+
+def test_digits_run_with_the_base_install():
+    run = script("--model.width=8", "--optim.epochs=5", "--optim.warmup-epochs=1", without=EXTRA)
+    assert run.returncode == 0, run.stderr
+    for row in ("raw pixels", "network, untrained", "network, after 5 epochs of BAM"):
+        assert re.search(rf"^ *{row}(?: +[01]\.\d\d\d){{4}}$", run.stdout, re.M), run.stdout
+    last = run.stdout.strip().splitlines()[-1]
+    assert last.startswith("next") and last.endswith(
+        'pip install -e ".[driver]" && python driver/pretrain.py --data.root PATH'
+    )
+
+    directory = Path("runs/digits-001")
+    names = ["checkpoint.pt", "config.yaml", "dashboard.png", "history.jsonl", "report.html"]
+    assert sorted(p.name for p in directory.iterdir()) == names
+    assert (directory / "dashboard.png").read_bytes()[:4] == b"\x89PNG"
+    record = history.read(directory)
+    first, *_, last = record.of("train")
+    assert last["step"] == 50 and last["epoch"] == 5
+    assert last["target_entropy"] < last["loss"] < first["loss"] and last["collapse_gap"] > first["collapse_gap"]
+    assert [row["epoch"] for row in record.of("evaluation")] == [0, 5]
+    (raw,) = record.of("pixels")
+    assert raw["knn_moved"] + 0.2 < raw["knn"] > 0.95 and raw["linear_moved"] + 0.2 < raw["linear"] > 0.95
+
+
+def test_resume_is_bit_exact_and_seeded():
+    """Two epochs equal one and then one more; with a teacher, whose weights are part of the state."""
+    options = ["--optim.epochs=2", "--model.teacher-momentum=0.9", "--optim.clip-norm=1"]
+    straight = content(pretrain(*options))
+    first = pretrain(*options, "--run.stop-after=1")
+    half = content(first)
+    assert half["epoch"] == 1 and not same(half["network"], straight["network"])
+    assert train.pretrain(cli.parse([f"--run.resume={first}"])) == first
+    resumed = content(first)
+    for part in ("network", "teacher", "optimizer", "epoch", "step", "config"):
+        assert same(resumed[part], straight[part]), part
+    assert [row["step"] for row in rows(resumed, "train")] == [2, 4]
+    assert same(rows(resumed, "evaluation")[-1], rows(straight, "evaluation")[-1])
+    assert history.read(first).rows == resumed["history"]
+
+
+def test_another_seed_is_another_run():
+    a, b = (content(pretrain("--optim.epochs=1", f"--run.seed={seed}"))["network"] for seed in (1, 2))
+    assert not same(a, b)
+
+
+def test_non_finite_loss_stops_and_keeps_the_checkpoint():
+    directory = pretrain("--optim.epochs=1")
+    before = (directory / checkpoint.FILE).read_bytes()
+    with pytest.raises(UserError, match=r"stopped at step \d+ \(epoch \d\).*last good checkpoint is runs/digits-001/"):
+        train.pretrain(
+            cli.parse([f"--run.resume={directory}", "--optim.epochs=9", "--optim.lr=1e30", "--run.save-every=9"])
+        )
+    assert (directory / checkpoint.FILE).read_bytes() == before
+    with pytest.raises(UserError, match="no checkpoint was written yet"):
+        pretrain("--optim.epochs=9", "--optim.lr=1e30")
+
+
+@pytest.mark.parametrize(
+    "what, message",
+    [
+        ("loss", r"stopped at step 3 \(epoch 2\): the loss is nan"),
+        ("gradient", r"stopped at step 4.*weight is not finite"),
+    ],
+)
+def test_nan_without_an_error_is_not_saved(monkeypatch, what, message):
+    """As on a GPU, where the library does not look at values. Step 3 is the last one before the second checkpoint."""
+
+    class NanAtStep3(train.BAMLoss):
+        def forward(self, student, teacher=None, step=None):
+            if step == 3 and what == "gradient":
+                student.register_hook(lambda gradient: gradient * float("nan"))
+            loss, stats = super().forward(student, teacher, step)
+            return loss * (float("nan") if step == 3 and what == "loss" else 1.0), stats
+
+    monkeypatch.setattr(train, "BAMLoss", NanAtStep3)
+    with pytest.raises(UserError, match=message + ".*last good checkpoint is runs/digits-001/"):
+        pretrain("--optim.epochs=3", "--run.save-every=1", "--run.log-every=50")
+    saved = content(Path("runs/digits-001"))
+    assert saved["step"] == 2 and all(value.isfinite().all() for value in saved["network"].values())
+
+
+def test_run_directories_are_never_shared():
+    assert [str(train.fresh_directory("a")) for _ in range(3)] == ["runs/a-001", "runs/a-002", "runs/a-003"]
+
+
+# Options
+
+
+def test_every_option_is_read():
+    """Each is an attribute of its part (`optim.lr`, `options.optim.lr`) in the driver's code; the files that define and
+    check options do not count.
+    """
+    read = set()
+    for path in (ROOT / "driver").rglob("*.py"):
+        if path.name not in ("config.py", "cli.py", "recipes.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Attribute):
+                    of = node.value
+                    read.add((of.attr if isinstance(of, ast.Attribute) else getattr(of, "id", None), node.attr))
+    options = {(name, field.name) for name, part in config.PARTS.items() for field in dataclasses.fields(part)}
+    assert options <= read, options - read
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--data.nonsense=1"], ["--optim.epochs=many"], ["--loss.backend=abacus"], ["--loss.top-k=1.5"], ["digits"]],
+)
+def test_unknown_or_mistyped_option(options, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.parse(options)
+    assert stop.value.code == 2
+    assert options[0].split("=")[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--optim.epochs=0"], "--optim.epochs must be at least 1, got 0"),
+        (["--data.held-out=1"], "--data.held_out must be at least 0 and below 1, got 1.0"),
+        (["--optim.lr=nan"], "--optim.lr must be at least 0, got nan"),
+        (["--run.name=a/b"], "--run.name must be a plain name"),
+        (["--run.stop-after=0"], "--run.stop_after must be at least 1"),
+        (["--run.resume=nowhere"], "nowhere: not the directory of a run"),
+        (["--run.device=abacus"], "--run.device abacus"),
+        (["--loss.epsilon=-1"], "epsilon must be positive"),
+        (["--run.device=cpu", "--loss.backend=cuda"], '--loss: bam_loss: backend="cuda"'),
+        (["--data.batch-size=5000"], "1347 images to train on, fewer than one batch of 5000"),
+        (["--model.name=convent"], "--model.name convent"),
+    ],
+)
+def test_bad_values(options, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        train.pretrain(cli.parse(options))
+    assert not Path("runs").exists()
+
+
+def test_options_survive_the_file(tmp_path):
+    options = cli.parse(["--data.root=some", "--optim.lr=1e-5", "--data.global-scale", "0.1", "0.5"])
+    assert options.recipe == "images" and options.model.name == "resnet18" and options.run.name == "some"
+    config.save(options, tmp_path)
+    loaded = cli.parse([f"--config={tmp_path}/config.yaml", "--optim.epochs=7"])
+    assert loaded.data.root == tmp_path / "some" and loaded.data.global_scale == (0.1, 0.5)
+    assert loaded.optim == dataclasses.replace(options.optim, epochs=7) and loaded.model == options.model
+
+
+def test_a_file_may_say_little(tmp_path):
+    (tmp_path / "few.yaml").write_text("recipe: imagenet-vit-s\ndata: {root: some}\noptim: {lr: 1e-3}\n")
+    options = cli.parse([f"--config={tmp_path}/few.yaml"])
+    recipe = recipes.recipe("imagenet-vit-s")
+    assert options.optim == dataclasses.replace(recipe.optim, lr=1e-3) and options.loss == recipe.loss
+
+
+@pytest.mark.parametrize("name", [name for name in recipes.RECIPES if name != "digits"])
+def test_recipes_by_name(name):
+    options = cli.parse([f"--recipe={name}", "--data.root=some", "--loss.epsilon=0.2"])
+    recipe = recipes.recipe(name)
+    assert options.loss == dataclasses.replace(recipe.loss, epsilon=0.2)
+    assert (options.model, options.optim, options.run) == (recipe.model, recipe.optim, recipe.run)
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--recipe=cifar-resnet18"], "--recipe cifar-resnet18: no such recipe; perhaps cifar10-resnet18"),
+        (["--recipe=vit_b"], "no such recipe; perhaps imagenet-vit-b"),
+        (["--recipe=resnet"], "no such recipe; perhaps cifar10-resnet18"),
+        (["--recipe=photographs"], "no such recipe; there are digits, images, cifar10-resnet18, "),
+        (["--recipe=digits", "--config=few.yaml"], "only one of them"),
+        (["--config=nowhere.yaml"], "--config nowhere.yaml (nowhere.yaml: No such file or directory)"),
+        (["--config=part.yaml"], "optimiser is not a part; perhaps optim"),
+        (["--config=option.yaml"], "optim.learning is no option"),
+        (["--config=broken.yaml"], "--config broken.yaml (broken.yaml: "),
+        (["--recipe=imagenet-vit-s"], "--data.root is needed for --data.source folder (recipe imagenet-vit-s)"),
+        (["--recipe=digits", "--data.root=some"], "--data.root some: the digits are embedded"),
+        (["--data.local-views=2"], "--data.source digits has neither crops nor colours"),
+        (["--config=resume.yaml"], "--config resume.yaml: run.resume some in it; --run.resume alone resumes a run"),
+    ],
+)
+def test_bad_sources_of_options(args, message):
+    files = {"few": "", "part": "optimiser: {lr: 1}", "option": "optim: {learning: 1}", "broken": "a: [1"}
+    files["resume"] = "run: {resume: some}"
+    for name, text in files.items():
+        Path(f"{name}.yaml").write_text(text)
+    with pytest.raises(UserError, match=re.escape(message)):
+        cli.parse(args)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--model.teacher-views=all"], "--model.teacher_views all does nothing where --model.teacher_momentum is 0"),
+        (["--model.teacher-momentum-end=0.5"], "--model.teacher_momentum_end 0.5 does nothing"),
+        (["--boxes.after=3"], "--boxes.after 3 does nothing where --boxes.every is 0"),
+        (["--boxes.threshold=0.3"], "--boxes.threshold 0.3 does nothing"),
+        (["--boxes.alpha=1"], "--boxes.alpha 1.0 does nothing"),
+        (["--boxes.every=2", "--data.augment=0"], "--boxes.every 2 does nothing where --data.augment is 0"),
+    ],
+)
+def test_options_that_would_do_nothing(options, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        cli.parse(["--recipe=images", "--data.root=some", *options])
+
+
+def test_what_a_recipe_has_may_do_nothing():
+    """It is said where an option was given, not where another has made a recipe's or the usual value idle."""
+    without = ["--model.teacher-momentum=0", "--boxes.every=0", "--data.augment=0"]
+    options = cli.parse(["--recipe=imagenet-vit-s", "--data.root=some", *without, "--model.teacher-views=global"])
+    assert options.boxes == dataclasses.replace(recipes.recipe("imagenet-vit-s").boxes, every=0)
+    with pytest.raises(UserError, match=r"--boxes\.after 20 does nothing"):
+        cli.parse(["--recipe=imagenet-vit-s", "--data.root=some", *without, "--boxes.after=20"])
+
+
+def test_what_a_file_has_may_do_nothing(tmp_path):
+    """A run that was begun with it can go on."""
+    file = tmp_path / "own.yaml"
+    file.write_text("boxes: {threshold: 0.3}")
+    assert cli.parse([f"--config={file}"]).boxes.threshold == 0.3
+    with pytest.raises(UserError, match=r"--boxes\.threshold 0\.4 does nothing"):
+        cli.parse([f"--config={file}", "--boxes.threshold=0.4"])
+
+
+@pytest.mark.parametrize("images", [512, 1024])
+def test_a_rising_learning_rate_is_said(images, capsys):
+    """The peak is 1e-3 for 1024 images, the end."""
+    options = ["--optim.lr=1e-3", "--optim.lr-images=1024", "--optim.lr-end=1e-3", f"--virtual-batch={images}"]
+    pretrain("--optim.epochs=1", *options)
+    said = "warning: the learning rate rises to --optim.lr_end 0.001 from a peak of 0.0005, that of 512 images per step"
+    assert capsys.readouterr().out.count(said) == (images == 512)
+
+
+def test_learning_rate_and_decay_groups():
+    rates = [optim.learning_rate(step, 100, 10, 1.0) for step in range(100)]
+    assert rates.index(max(rates)) == 10 and max(rates) == 1.0
+    assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)
+    assert 0 < rates[0] < 0.1 and 0 < rates[-1] < 1e-3
+    decayed, others = optim.parameter_groups(model.Network(config.Model(width=4), 1, 8), 0.1)
+    assert {p.ndim for p in decayed["params"]} == {2, 4} and {p.ndim for p in others["params"]} == {1}
+    assert others["weight_decay"] == 0
+
+
+# Data, augmentation, evaluation
+
+
+def test_augmentation_keeps_shape_and_range_and_is_seeded():
+    images = torch.rand(6, 1, 8, 8)
+    a, b, c = (views_of_digits.augment_digits(images, 1.0, torch.arange(6) + seed) for seed in (50, 50, 60))
+    assert a.shape == images.shape and a.dtype == images.dtype
+    assert ((a >= 0) & (a <= 1)).all()
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert torch.equal(views_of_digits.augment_digits(images, 0.0, torch.arange(6)), images)
+    still = views_of_digits.affine(images, views_of_digits.Affine(0, 0), torch.rand(5, 6))
+    assert (still - images).abs().max() <= 1e-6
+
+
+def test_digits_views_are_view_major_and_depend_on_seed_and_epoch():
+    options = config.Data(batch_size=64, views=3, augment=0.0)
+    digits = on_device.digits(options, torch.device("cpu"), 0, World())
+    steps = [views for ((views,),) in digits.views(epoch=4)]
+    assert len(steps) == digits.training // 64 and steps[0].shape == (192, 1, 8, 8)
+    first, second, third = steps[0].unflatten(0, (3, 64))
+    assert torch.equal(first, second) and torch.equal(first, third)
+    assert torch.equal(steps[0], next(digits.views(epoch=4))[0][0])
+    assert not torch.equal(steps[0], next(digits.views(epoch=5))[0][0])
+
+
+def test_split_keeps_the_share_of_every_class():
+    labels = torch.arange(1000) % 10
+    train_part, test_part = split(labels, 0.25)
+    assert torch.equal(torch.cat([train_part, test_part]).sort().values, torch.arange(1000))
+    assert (labels[test_part].bincount() == 25).all()
+    assert len(split(labels, 0.0)[1]) == 0
+
+
+# Folders of images
+
+
+FOLDER = ["--data.size=16", "--data.batch-size=8", "--model.name=convnet", "--model.width=4", "--optim.epochs=2"]
+
+
+def test_folder_without_torchvision():
+    Path("images").mkdir()
+    run = script("--data.root=images", without=EXTRA)
+    assert run.returncode == 1
+    assert "Traceback" not in run.stderr
+    assert [line.strip() for line in run.stderr.splitlines() if "install -e" in line] == ['pip install -e ".[driver]"']
+
+
+def test_folder_of_classes_resumes_bit_exactly():
+    pytest.importorskip("torchvision")
+    for label in ("cats", "dogs"):
+        write_images(Path("pets") / label, 11, seed=len(label))
+    options = [*FOLDER, "--data.root=pets", "--data.held-out=0.2", "--data.workers=1"]
+    straight = train.pretrain(cli.parse(options))
+    assert str(straight) == "runs/pets-001"
+    first = train.pretrain(cli.parse([*options, "--run.stop-after=1", "--data.workers=0"]))
+    train.pretrain(cli.parse([f"--run.resume={first}"]))
+    assert same(content(first)["network"], content(straight)["network"])
+    assert [row["epoch"] for row in rows(content(first), "evaluation")] == [0, 1, 2]
+
+
+def test_flat_folder_with_a_timm_backbone(capsys):
+    pytest.importorskip("torchvision")
+    pytest.importorskip("timm")
+    write_images(Path("flat"), 9)
+    options = ["--data.root=flat", "--data.size=32", "--data.batch-size=8", "--data.workers=0", "--optim.epochs=1"]
+    train.pretrain(cli.parse([*options, "--model.name=test_vit"]))
+    assert "k-NN" not in capsys.readouterr().out
+    (before, after) = rows(content(Path("runs/flat-001")), "evaluation")
+    assert "knn" not in before and after["effective_rank"] > 1
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_unreadable_image_is_named(workers, capsys):
+    pytest.importorskip("torchvision")
+    write_images(Path("flat"), 8)
+    Path("flat/03.png").write_bytes(b"not a picture")
+    assert main([*FOLDER, "--data.root=flat", f"--data.workers={workers}"]) == 1
+    shown = capsys.readouterr().err
+    assert "\nerror: flat/03.png: not a readable image (no format that is known)" in shown
+    assert "Traceback" not in shown
+
+
+def test_bad_folders():
+    pytest.importorskip("torchvision")
+
+    def stops(root: str, message: str) -> None:
+        with pytest.raises(UserError, match=message):
+            train.pretrain(cli.parse([*FOLDER, f"--data.root={root}"]))
+
+    stops("nowhere", "nowhere: no such folder")
+    Path("empty/sub").mkdir(parents=True)
+    stops("empty", "empty: no images in it or in its subfolders")
+    Path("file").touch()
+    stops("file", "file: not a folder")
+    write_images(Path("few"), 5)
+    stops("few", "few: 5 images to train on, fewer than one batch of 8; give --data.batch-size 5 or less")
+    write_images(Path("one"), 1)
+    stops("one", "one: 1 images to train on.*at least 2 are needed")

@@ -1,0 +1,426 @@
+"""Evaluation of frozen features: k-NN, linear, spread, video segmentation, and their scripts."""
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import binary_dilation
+from sklearn.linear_model import LogisticRegression
+from test_driver import ROOT, elsewhere, pretrain, same  # noqa: F401
+
+from driver import config, history, knn, linear, model, segment_video
+from driver.config import UserError
+from driver.data import labelled, on_device
+from driver.distributed import World
+from driver.evaluation import davis_metrics, frozen, online, probe
+from driver.evaluation.online import Bank, Vote
+
+CPU = torch.device("cpu")
+
+
+def digits(world: World = World()) -> on_device.Held:  # noqa: B008
+    return on_device.digits(config.Data(batch_size=64), CPU, 0, world)
+
+
+# k-NN
+
+
+@pytest.mark.parametrize("neighbours", [1, 7, 200])  # 200: more than there are
+def test_knn_equals_brute_force(neighbours, monkeypatch):
+    monkeypatch.setattr(online, "QUERY_CHUNK", 32)  # 70 queries: two chunks and a tail
+    generator = torch.Generator().manual_seed(0)
+    queries, keys = (torch.randn(n, 5, generator=generator, dtype=torch.float64) for n in (70, 90))
+    labels = torch.randint(4, (90,), generator=generator)
+    found = online.knn(queries, Bank(keys, labels), Vote(neighbours, 0.2), World())
+    for i, query in enumerate(queries):
+        cosines = [float(query @ key / query.norm() / key.norm()) for key in keys]
+        votes = [0.0] * 4
+        for j in sorted(range(90), key=lambda j: -cosines[j])[:neighbours]:
+            votes[labels[j]] += np.exp(cosines[j] / 0.2)
+        assert found[i] == int(np.argmax(votes))
+
+
+RANKS = """
+import sys, weakref
+sys.path.insert(0, sys.argv[1])
+import torch
+from driver.evaluation import online
+from driver.data import on_device
+from driver import config
+from driver.evaluation.online import Bank, Vote
+from driver.distributed import World
+
+world = World.from_environment()
+world.start(torch.device("cpu"))
+generator = torch.Generator().manual_seed(0)
+queries, keys = (torch.randn(n, 5, generator=generator, dtype=torch.float64) for n in (71, 90))
+labels = torch.randint(4, (90,), generator=generator)
+own = slice(world.rank, None, world.size)
+for neighbours in (1, 7, 200):
+    bank = Bank(keys[own], labels[own])
+    found = online.knn(queries[own], bank, Vote(neighbours, 0.2), world)
+    whole = online.knn(queries, Bank(keys, labels), Vote(neighbours, 0.2), World())
+    assert torch.equal(found, whole[own]), neighbours
+
+data = config.Data(batch_size=64)
+one = online.evaluate(online.pixels, on_device.digits(data, torch.device("cpu"), 0, World()), Vote(10), World())
+all = online.evaluate(online.pixels, on_device.digits(data, torch.device("cpu"), 0, world), Vote(10), world)
+assert one.keys() == all.keys() and len(one) == 6
+for name, value in one.items():
+    assert abs(value - all[name]) <= (1e-6 if name.startswith(("e", "f")) else 3e-3), (name, value, all[name])
+assert one["knn"] == all["knn"] and one["knn_moved"] == all["knn_moved"]
+group = weakref.ref(torch.distributed.group.WORLD)
+world.end()
+assert group() is None
+"""
+
+
+def on_ranks(W: int, *command: str) -> None:
+    command = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={W}", *command)
+    run = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=900
+    )
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
+def test_ranks_share_the_features_and_find_the_same():
+    """Three ranks, whose shares differ in size; 30 features a rank are fewer than the 200 neighbours."""
+    Path("ranks.py").write_text(RANKS)
+    on_ranks(3, "ranks.py", str(ROOT))
+
+
+def test_evaluation_leaves_the_network_as_it_was():
+    network = model.Network(config.Model(width=4), 1, 8)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    state = torch.get_rng_state()
+    first = online.evaluate(online.features(network.backbone), digits(), Vote(10), World())
+    assert first == online.evaluate(online.features(network.backbone), digits(), Vote(10), World())
+    assert network.training and same(before, dict(network.state_dict()))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# Linear probe and spread
+
+
+def test_linear_probe_is_logistic_regression():
+    """Against scikit-learn's, whose loss is the sum: C = 1 / (n DECAY)."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 6, generator=generator, dtype=torch.float64) * torch.tensor([1, 5, 0.1, 1, 2, 1]) + 3
+    labels = (x[:, 0] + x[:, 1] / 5 + torch.randn(300, generator=generator) > 6).long() + 2 * (x[:, 5] > 4).long()
+    ours = probe.LinearProbe(x, labels, 4, World())
+    z = (x - x.mean(0)) / x.std(0, correction=0)
+    theirs = LogisticRegression(C=1 / (300 * probe.DECAY), tol=1e-8, max_iter=1000).fit(z.numpy(), labels.numpy())
+    logits = torch.from_numpy(theirs.decision_function(z.numpy()))
+    found = ours.logits(ours.standardize(x)).detach()
+    assert ((found - found.mean(1, keepdim=True) - logits + logits.mean(1, keepdim=True)).abs() <= 0.02).all()
+    assert (ours.classify(x) == labels).float().mean() > 0.8
+
+
+def test_linear_probe_of_constant_features():
+    labels = torch.tensor([0, 1, 1] * 10)
+    assert (probe.LinearProbe(torch.ones(30, 4), labels, 2, World()).classify(torch.ones(5, 4)) == 1).all()
+
+
+def test_spread_in_closed_form():
+    """Orthogonal directions, equally frequent: k - 1 equal singular values after centring. Equal features: nothing."""
+    for k, D in ((4, 4), (4, 16), (9, 16)):
+        features = 7 * torch.eye(D)[:k].repeat(5, 1)
+        found = probe.spread(features, World())
+        assert found["effective_rank"] == pytest.approx(k - 1, rel=1e-5)
+        deviation = (k * np.sqrt(1 / k * (1 - 1 / k))) / D * np.sqrt(D)
+        assert found["feature_std"] == pytest.approx(deviation, rel=1e-5)
+    collapsed = probe.spread(torch.ones(50, 8), World())
+    assert collapsed["feature_std"] < 1e-6 and collapsed["effective_rank"] == pytest.approx(1, abs=1e-6)
+    sphere = probe.spread(torch.randn(20000, 8, generator=torch.Generator().manual_seed(0)), World())
+    assert sphere["feature_std"] == pytest.approx(1, rel=0.01) and sphere["effective_rank"] == pytest.approx(
+        8, rel=0.01
+    )
+
+
+# Video: metrics and propagation
+
+
+def square(top: int, left: int, side: int = 20, frame: tuple[int, int] = (60, 90)) -> np.ndarray:
+    mask = np.zeros(frame, bool)
+    mask[top : top + side, left : left + side] = True
+    return mask
+
+
+def test_region_and_contour_of_squares():
+    """A 20-pixel square moved by d: J = (20 - d) / (20 + d). The tolerance of 60 x 90 is ceil(0.8653) = 1 pixel."""
+    truth = square(20, 30)
+    assert davis_metrics.region(truth, truth) == davis_metrics.contour(truth, truth) == 1
+    for d in (1, 5, 20):
+        assert davis_metrics.region(square(20, 30 + d), truth) == pytest.approx((20 - d) / (20 + d))
+    assert davis_metrics.contour(square(20, 31), truth) == 1  # one pixel is within the tolerance
+    assert 0 < davis_metrics.contour(square(20, 33), truth) < 0.7  # top and bottom meet, the sides do not
+    assert davis_metrics.contour(square(0, 60), truth) == 0
+    empty = np.zeros_like(truth)
+    for score in (davis_metrics.region, davis_metrics.contour):
+        assert score(empty, empty) == 1 and score(empty, truth) == score(truth, empty) == 0
+
+
+def test_contour_by_dilation_with_a_disk():
+    """The definition of the benchmark, on ragged masks; 200 x 300 has a tolerance of 3 pixels."""
+    rng = np.random.default_rng(0)
+    coarse = [rng.random((10, 15)) < 0.5 for _ in range(2)]
+    found, truth = (np.kron(mask, np.ones((20, 20), bool)) for mask in coarse)
+    found[7:150, 100:203] = np.roll(truth, 2, axis=0)[7:150, 100:203]
+    a, b = davis_metrics.boundary(found), davis_metrics.boundary(truth)
+    y, x = np.mgrid[-3:4, -3:4]
+    disk = x**2 + y**2 <= 9
+    precision = (a & binary_dilation(b, disk)).sum() / a.sum()
+    recall = (b & binary_dilation(a, disk)).sum() / b.sum()
+    assert davis_metrics.contour(found, truth) == pytest.approx(2 * precision * recall / (precision + recall))
+    assert 0.1 < precision < 0.9
+
+
+def test_scores_of_a_clip():
+    """Two objects over six frames, of which the first and the last do not count; the second is lost from frame 3."""
+    truth = np.stack([square(5, 5 + t) * 1 + square(35, 60 - t) * 2 for t in range(6)])
+    found = truth.copy()
+    found[3:][found[3:] == 2] = 0
+    found[[0, 5]] = 0
+    scores = davis_metrics.clip_scores(found, truth)
+    assert scores.shape == (2, 2, 4)
+    assert (scores == [[[1, 1, 1, 1], [1, 1, 0, 0]]] * 2).all()
+    whole = davis_metrics.summary([scores])
+    assert (whole.j_mean, whole.j_recall, whole.f_mean, whole.j_and_f) == (0.75, 0.75, 0.75, 0.75)
+    # An object counts once, whatever its clip's length.
+    assert davis_metrics.summary([scores, np.zeros((2, 1, 90))]).j_mean == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="masks must be"):
+        davis_metrics.clip_scores(found[:, :10], truth)
+
+
+@pytest.mark.parametrize("radius", [0, 1, 2])
+def test_propagation_equals_brute_force(radius):
+    n, h, w, D, C, k, tau = 3, 4, 5, 6, 3, 4, 0.1
+    generator = torch.Generator().manual_seed(0)
+    query, sources = (torch.randn(*shape, D, generator=generator).double() for shape in ((h, w), (n, h, w)))
+    query, sources = (x / x.norm(dim=-1, keepdim=True) for x in (query, sources))
+    labels = torch.rand(n, h, w, C, generator=generator).double()
+    found = segment_video.propagate(query, sources, labels, radius, k, tau)
+    for i in range(h):
+        for j in range(w):
+            near = [
+                (float(query[i, j] @ sources[m, p, q]), labels[m, p, q])
+                for m in range(n)
+                for p in range(h)
+                for q in range(w)
+                if not radius or max(abs(p - i), abs(q - j)) <= radius
+            ]
+            best = sorted(near, key=lambda pair: -pair[0])[:k]
+            weights = torch.tensor([np.exp(cosine / tau) for cosine, _ in best]).double()
+            expected = sum(weight * label for weight, (_, label) in zip(weights, best, strict=True)) / weights.sum()
+            assert ((found[i, j] - expected).abs() <= 1e-9).all()
+
+
+class Colours(torch.nn.Module):
+    """Features of a patch of 8 pixels: its mean colour."""
+
+    def forward_intermediates(self, images, **_):
+        return [torch.nn.functional.avg_pool2d(images - 0.5, 8)]
+
+
+def write_davis(root: Path) -> None:
+    """A clip of 6 frames: two coloured squares that move by 8 pixels a frame on a grey ground."""
+    from PIL import Image
+
+    folders = [root / name / "480p" / "squares" for name in ("JPEGImages", "Annotations")]
+    for folder in (*folders, root / "ImageSets" / "2017"):
+        folder.mkdir(parents=True)
+    (root / "ImageSets" / "2017" / "val.txt").write_text("squares\n")
+    for t in range(6):
+        masks = [square(8, 8 * t, 32, (128, 192)), square(80, 152 - 8 * t, 32, (128, 192))]
+        image = np.full((128, 192, 3), 90, np.uint8)
+        image[masks[0]], image[masks[1]] = (230, 30, 30), (30, 30, 230)
+        Image.fromarray(image).save(folders[0] / f"{t:05d}.jpg", quality=98)
+        annotation = Image.fromarray((masks[0] + 2 * masks[1]).astype(np.uint8))
+        annotation.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])
+        annotation.save(folders[1] / f"{t:05d}.png")
+
+
+def test_segmenting_a_made_up_clip(monkeypatch, capsys):
+    write_davis(Path("davis"))
+    colours = frozen.Frozen(torch.nn.Identity(), Colours(), 128, CPU)
+    monkeypatch.setattr(frozen.Backbone, "load", lambda *_: colours)
+    options = segment_video.Options(davis=Path("davis"), short_side=128, last_frames=2, radius=4, out=Path("masks"))
+    scores = segment_video.main(options, World())
+    assert scores.j_mean > 0.95 and scores.f_mean > 0.95 and scores.j_recall == 1
+    assert "all 1 clips" in capsys.readouterr().out
+    from PIL import Image
+
+    mask = Image.open("masks/squares/00004.png")
+    assert mask.size == (192, 128) and set(np.unique(np.array(mask))) == {0, 1, 2}
+    # Within a radius of no use, labels stay where they were: the squares are lost.
+    still = segment_video.Options(davis=Path("davis"), short_side=128, last_frames=1, radius=1, top_k=1)
+    monkeypatch.setattr(Colours, "forward_intermediates", lambda self, x, **_: [torch.ones(1, 2, 16, 24)])
+    assert segment_video.main(still, World()).j_mean < 0.6
+    with pytest.raises(UserError, match="is it DAVIS 2017"):
+        segment_video.main(segment_video.Options(davis=Path("nowhere")), World())
+
+
+@pytest.mark.parametrize("size, expected", [((854, 480), (480, 832)), ((480, 854), (832, 480)), ((96, 64), (480, 704))])
+def test_frame_sizes(size, expected):
+    assert segment_video.network_size(size, 480) == expected
+
+
+# The scripts
+
+
+def test_scripts_on_a_run_of_digits(capsys):
+    directory = pretrain("--optim.epochs=1", "--model.teacher-momentum=0.9")
+    of_run = frozen.Backbone(run=directory)
+    found = knn.main(knn.Options(of_run, k=(1, 10)), World())
+    assert set(found) == {1, 10} and all(0.5 < share <= 1 for share in found.values())
+    assert "1-NN" in capsys.readouterr().out
+    student = knn.main(knn.Options(frozen.Backbone(run=directory, whose="student"), k=(10,)), World())
+    assert student[10] == history.read(directory).last("evaluation")["knn"] and student[10] != found[10]
+
+    options = linear.Options(of_run, epochs=4, lr=(0.001, 0.3), test_every=2, norm=True, out=Path("out"))
+    accuracy = linear.main(options, World())
+    assert accuracy[0.3] > 0.5 > accuracy[0.001] > 0.1
+    assert len(Path("out/linear.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
+def test_linear_on_ranks_is_that_of_one():
+    """The batch norm's statistics are those of the whole batch, and so are the gradients."""
+    directory = pretrain("--optim.epochs=1")
+    options = {"epochs": 2, "lr": (0.3,), "norm": True}
+    of_run, labels = frozen.Backbone(run=directory, device="cpu"), labelled.Labels(batch_size=64)
+    linear.main(linear.Options(of_run, labels, out=Path("one"), **options), World())
+    more = ["--backbone.device=cpu", "--data.batch-size=32", "--epochs=2", "--lr=0.3", "--norm=True", "--out=two"]
+    on_ranks(2, str(ROOT / "driver/linear.py"), f"--backbone.run={directory}", *more)
+    one, two = (torch.load(f"{out}/linear.pt", weights_only=True)["heads"] for out in ("one", "two"))
+    assert one.keys() == two.keys() >= {"norm.running_mean", "norm.running_var", "layers.0.weight"}
+    for name, value in one.items():
+        assert ((two[name] - value).abs() <= 1e-4 * value.abs().max()).all(), name
+
+
+def test_linear_resumes_bit_exactly():
+    directory = pretrain("--optim.epochs=1")
+    of_run = frozen.Backbone(run=directory)
+    options = {"epochs": 4, "lr": (0.1,), "test_every": 2, "norm": True}
+    linear.main(linear.Options(of_run, out=Path("straight"), **options), World())
+    first = torch.load("straight/linear.pt", weights_only=True)
+    real, seen = linear.train, []
+
+    def interrupted(*arguments):
+        seen.append(arguments)
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        real(*arguments)
+
+    linear.train = interrupted
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            linear.main(linear.Options(of_run, out=Path("broken"), **options), World())
+    finally:
+        linear.train = real
+    linear.main(linear.Options(of_run, out=Path("broken"), resume=True, **options), World())
+    assert same(first, torch.load("broken/linear.pt", weights_only=True))
+
+
+def test_scripts_on_photographs_with_a_vit():
+    pytest.importorskip("torchvision")
+    pytest.importorskip("timm")
+    from photographs import write_classes
+
+    write_classes(Path("pets/train"), 6)
+    write_classes(Path("pets/val"), 3)
+    backbone = frozen.Backbone(name="test_vit", size=32)
+    labels = labelled.Labels(root=Path("pets"), batch_size=4, workers=0)
+    assert 0 <= knn.main(knn.Options(backbone, labels, k=(3,)), World())[3] <= 1
+    options = linear.Options(backbone, labels, epochs=1, blocks=2, average=True, lr=(0.1,))
+    assert 0 <= linear.main(options, World())[0.1] <= 1
+    vit = backbone.load()
+    images = torch.rand(2, 3, 64, 32)
+    width = vit.features(torch.rand(1, 3, 32, 32)).shape[1]
+    assert vit.for_linear(torch.rand(2, 3, 32, 32), 2, True).shape == (2, 3 * width)
+    assert vit.patches(images).shape == (2, width, 4, 2)
+    cnn = frozen.Backbone(name="resnet18", size=32).load()
+    assert cnn.patches(images).shape == (2, 512, 2, 1)
+    assert torch.equal(cnn.for_linear(images, 4, True), cnn.features(images))
+    with pytest.raises(UserError, match="--blocks 50: the backbone has 6"):
+        linear.main(linear.Options(backbone, labels, blocks=50), World())
+
+
+def test_augmented_crops_differ_by_epoch_and_not_by_rank():
+    pytest.importorskip("torchvision")
+    from photographs import write_classes
+
+    write_classes(Path("pets/train"), 8)
+    write_classes(Path("pets/val"), 2)
+    labels = labelled.Labels(root=Path("pets"), batch_size=4, workers=0)
+
+    def images(epoch: int, world: World) -> torch.Tensor:
+        made = labels.load(config.Config(), 16, CPU, world)
+        return torch.cat([batch for batch, _ in made.augmented(0, epoch)])
+
+    whole = images(0, World())
+    assert len(whole) == 16 and not torch.equal(whole, images(1, World()))
+    assert torch.equal(torch.stack([images(0, World(rank, 2)) for rank in (0, 1)], dim=1).flatten(0, 1), whole)
+
+
+@pytest.mark.parametrize(
+    "main, options, message",
+    [
+        (knn.main, knn.Options(), "give one of --backbone.run and --backbone.name"),
+        (knn.main, knn.Options(frozen.Backbone(run=Path("no"))), "not the directory of a run"),
+        (knn.main, knn.Options(frozen.Backbone(run=Path("no"), name="test_vit")), "give one of --backbone.run and"),
+        (knn.main, knn.Options(frozen.Backbone(run=Path("no"), weights=Path("a.pt"))), "--backbone.weights a.pt: "),
+        (
+            linear.main,
+            linear.Options(frozen.Backbone(run=Path("no"), heads=3)),
+            "--backbone.heads 3: --backbone.run has",
+        ),
+        (knn.main, knn.Options(k=(0,)), "--k must be at least 1"),
+        (linear.main, linear.Options(lr=(0.0,)), "--lr must be one or more positive"),
+        (linear.main, linear.Options(resume=True), "--resume needs --out"),
+        (linear.main, linear.Options(epochs=0), "--epochs must be at least 1"),
+    ],
+)
+def test_bad_options(main, options, message):
+    with pytest.raises(UserError, match=message):
+        main(options, World())
+
+
+def test_script_says_errors_once():
+    command = [sys.executable, str(ROOT / "driver/knn.py"), "--backbone.run", "nowhere"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 1 and "nowhere: not the directory of a run" in run.stderr and "Traceback" not in run.stderr
+
+
+def test_an_interrupted_script_says_so(capsys):
+    def main(options: knn.Options, world: World) -> None:
+        raise KeyboardInterrupt
+
+    assert frozen.run_script(knn.Options, main, []) == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"
+
+
+def test_an_error_is_written_in_one_piece(monkeypatch):
+    """Several ranks write to one terminal: a line in two writes may have another rank's line in its middle."""
+    pieces = []
+
+    class Terminal(io.RawIOBase):
+        def writable(self) -> bool:
+            return True
+
+        def write(self, data) -> int:
+            pieces.append(bytes(data))
+            return len(data)
+
+    def main(options: knn.Options, world: World) -> None:
+        raise UserError("no such thing")
+
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BufferedWriter(Terminal()), line_buffering=True))
+    assert frozen.run_script(knn.Options, main, []) == 1
+    assert pieces == [b"\nerror: no such thing\n"]
