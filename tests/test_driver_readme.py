@@ -13,7 +13,6 @@ import tyro
 from test_driver import ROOT, elsewhere, pretrain  # noqa: F401
 
 from driver import cli, config, exits, knn, linear, recipes, report, segment_video
-from driver.evaluation import frozen
 
 TEXT = (ROOT / "driver" / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.M | re.S)
@@ -45,7 +44,7 @@ def test_commands_parse(line):
     if name == "pretrain.py":
         assert isinstance(cli.parse(args), config.Config)
     elif name in SCRIPTS:
-        assert tyro.cli(SCRIPTS[name], args=args, config=frozen.PLAIN)
+        assert tyro.cli(SCRIPTS[name], args=args, config=cli.PLAIN)
     else:
         assert name == "export.py" and args == ["RUN_DIR"]
 

@@ -3,25 +3,18 @@
 n images (n, C, S, S) in [0, 1]; D features; ViTs have h x w patches and a class token.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
-import tyro
 from torch import Tensor, nn
 
 from .. import backbones, cli
 from ..config import FILE, Config, Data, Model, UserError
 from ..distributed import World
-from ..exits import exit_code
 from ..model import Standardize
 from ..weights import load_backbone
-
-T = TypeVar("T")
-PLAIN = (tyro.conf.FlagConversionOff,)
-"""Of tyro: a truth value is given as True or False, as in the other options."""
 
 
 @dataclass(frozen=True)
@@ -115,13 +108,3 @@ class Frozen:
         return self.model.forward_intermediates(
             self.standardize(images), indices=count, norm=True, intermediates_only=True, output_fmt="NCHW", **more
         )
-
-
-def run_script(options: type[T], main: Callable[[T, World], Any], args: list[str] | None = None) -> int:
-    """The exit code: 0, 1 for what the user can put right, 130 for Ctrl-C; 2 (from tyro) for a wrong option."""
-
-    def run(world: World) -> int:
-        main(world.from_first("options", lambda: tyro.cli(options, args=args, config=PLAIN)), world)
-        return 0
-
-    return exit_code(run)

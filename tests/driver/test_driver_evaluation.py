@@ -13,7 +13,7 @@ from scipy.ndimage import binary_dilation
 from sklearn.linear_model import LogisticRegression
 from test_driver import ROOT, elsewhere, pretrain, same  # noqa: F401
 
-from driver import config, history, knn, linear, model, segment_video
+from driver import cli, config, history, knn, linear, model, segment_video
 from driver.config import UserError
 from driver.data import labelled, on_device
 from driver.distributed import World
@@ -381,8 +381,8 @@ def test_augmented_crops_differ_by_epoch_and_not_by_rank():
             linear.Options(frozen.Backbone(run=Path("no"), heads=3)),
             "--backbone.heads 3: --backbone.run has",
         ),
-        (knn.main, knn.Options(k=(0,)), "--k must be at least 1"),
-        (linear.main, linear.Options(lr=(0.0,)), "--lr must be one or more positive"),
+        (knn.main, knn.Options(k=(0,)), "--k must be one or more numbers, each at least 1, got 0"),
+        (linear.main, linear.Options(lr=(0.0,)), "--lr must be one or more numbers, each positive, got 0.0"),
         (linear.main, linear.Options(resume=True), "--resume needs --out"),
         (linear.main, linear.Options(epochs=0), "--epochs must be at least 1"),
     ],
@@ -402,7 +402,7 @@ def test_an_interrupted_script_says_so(capsys):
     def main(options: knn.Options, world: World) -> None:
         raise KeyboardInterrupt
 
-    assert frozen.run_script(knn.Options, main, []) == 130
+    assert cli.run_script(knn.Options, main, []) == 130
     assert capsys.readouterr().err == "\ninterrupted\n"
 
 
@@ -422,5 +422,5 @@ def test_an_error_is_written_in_one_piece(monkeypatch):
         raise UserError("no such thing")
 
     monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BufferedWriter(Terminal()), line_buffering=True))
-    assert frozen.run_script(knn.Options, main, []) == 1
+    assert cli.run_script(knn.Options, main, []) == 1
     assert pieces == [b"\nerror: no such thing\n"]
