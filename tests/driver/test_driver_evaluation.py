@@ -17,7 +17,7 @@ from driver import cli, config, history, knn, linear, model, segment_video
 from driver.config import UserError
 from driver.data import labelled, on_device
 from driver.distributed import World
-from driver.evaluation import davis_metrics, frozen, online, probe
+from driver.evaluation import davis_metrics, frozen, online
 from driver.evaluation.online import Bank, Vote
 
 CPU = torch.device("cpu")
@@ -113,9 +113,9 @@ def test_linear_probe_is_logistic_regression():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(300, 6, generator=generator, dtype=torch.float64) * torch.tensor([1, 5, 0.1, 1, 2, 1]) + 3
     labels = (x[:, 0] + x[:, 1] / 5 + torch.randn(300, generator=generator) > 6).long() + 2 * (x[:, 5] > 4).long()
-    ours = probe.LinearProbe(x, labels, 4, World())
+    ours = online.LinearProbe(x, labels, 4, World())
     z = (x - x.mean(0)) / x.std(0, correction=0)
-    theirs = LogisticRegression(C=1 / (300 * probe.DECAY), tol=1e-8, max_iter=1000).fit(z.numpy(), labels.numpy())
+    theirs = LogisticRegression(C=1 / (300 * online.DECAY), tol=1e-8, max_iter=1000).fit(z.numpy(), labels.numpy())
     logits = torch.from_numpy(theirs.decision_function(z.numpy()))
     found = ours.logits(ours.standardize(x)).detach()
     assert ((found - found.mean(1, keepdim=True) - logits + logits.mean(1, keepdim=True)).abs() <= 0.02).all()
@@ -124,20 +124,20 @@ def test_linear_probe_is_logistic_regression():
 
 def test_linear_probe_of_constant_features():
     labels = torch.tensor([0, 1, 1] * 10)
-    assert (probe.LinearProbe(torch.ones(30, 4), labels, 2, World()).classify(torch.ones(5, 4)) == 1).all()
+    assert (online.LinearProbe(torch.ones(30, 4), labels, 2, World()).classify(torch.ones(5, 4)) == 1).all()
 
 
 def test_spread_in_closed_form():
     """Orthogonal directions, equally frequent: k - 1 equal singular values after centring. Equal features: nothing."""
     for k, D in ((4, 4), (4, 16), (9, 16)):
         features = 7 * torch.eye(D)[:k].repeat(5, 1)
-        found = probe.spread(features, World())
+        found = online.spread(features, World())
         assert found["effective_rank"] == pytest.approx(k - 1, rel=1e-5)
         deviation = (k * np.sqrt(1 / k * (1 - 1 / k))) / D * np.sqrt(D)
         assert found["feature_std"] == pytest.approx(deviation, rel=1e-5)
-    collapsed = probe.spread(torch.ones(50, 8), World())
+    collapsed = online.spread(torch.ones(50, 8), World())
     assert collapsed["feature_std"] < 1e-6 and collapsed["effective_rank"] == pytest.approx(1, abs=1e-6)
-    sphere = probe.spread(torch.randn(20000, 8, generator=torch.Generator().manual_seed(0)), World())
+    sphere = online.spread(torch.randn(20000, 8, generator=torch.Generator().manual_seed(0)), World())
     assert sphere["feature_std"] == pytest.approx(1, rel=0.01) and sphere["effective_rank"] == pytest.approx(
         8, rel=0.01
     )
