@@ -39,7 +39,7 @@ def refresh(images: Images, network: Network, threshold: float, world: World) ->
 
 
 def boxes_of(heat: Tensor, threshold: float) -> Tensor:
-    """Boxes (n, 4) around all places whose heat is above the threshold: top, left, bottom, right in shares of the sides.
+    """Boxes (n, 4) around the places with heat above the threshold: top, left, bottom, right, in shares of the sides.
 
     heat (n, h, w) is enlarged bilinearly to 8 times the grid. The threshold is a share of the way from the image's
     smallest to its largest heat.

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """Ranks of a run, `size` in number, as seen by rank `rank`. Only rank 0 prints to standard output and writes files."""
+    """All `size` ranks of a run, as seen by rank `rank`. Only rank 0 prints to standard output and writes files."""
 
     rank: int = 0
     size: int = 1

@@ -159,17 +159,20 @@ class Training:
         self.log.add(lr, loss, stats)
 
     def criterion(self, *embeddings: Tensor) -> Any:
+        """BAM loss and statistics of the current step. An error of the loss becomes the error that ends the run."""
         try:
             return self.bam(*embeddings, step=self.state.step)
         except ValueError as error:
             raise self.log.stopped(self.state.step, str(error)) from error
 
     def teach(self, crops: Crops) -> Tensor:
+        """Teacher's embeddings of the views that it sees."""
         assert self.teacher is not None
         data, model = self.options.data, self.options.model
         return self.teacher(crops if model.teacher_views == "all" else crops[0][: TEACHER_VIEWS * data.batch_size])
 
     def test(self, kind: str, embed: Embed) -> None:
+        """Evaluate the features of `embed` and add the results to the history, as a row of this kind."""
         self.log.note(kind, **evaluate(embed, self.images, Vote(self.options.run.neighbours), self.world))
         self.log.settle()
 
