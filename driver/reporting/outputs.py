@@ -6,6 +6,7 @@ from .. import history
 from ..config import Config
 from ..data.images import Images
 from ..evaluation.online import Embed
+from ..files import replacing
 from . import plots, summary
 from .gallery import Gallery, gallery
 from .page import page
@@ -36,4 +37,5 @@ def write_with(
 ) -> None:
     """The same, of pictures that are made or the reason why there are none."""
     plots.dashboard(record, directory / DASHBOARD)
-    (directory / PAGE).write_text(page(directory.name, record, options, pictures, tested, directory))
+    with replacing(directory / PAGE) as temporary:
+        temporary.write_text(page(directory.name, record, options, pictures, tested, directory))
