@@ -68,7 +68,7 @@ def save(state: State, config: dict[str, Any], directory: Path, keep_last: int =
         with replacing(path) as temporary, open(temporary, "wb") as file:
             torch.save(state.content(config), file)
     except (OSError, RuntimeError) as error:
-        free_mb = shutil.disk_usage(directory).free / 1e6  # torch's own error does not tell a full disk
+        free_mb = shutil.disk_usage(directory).free / 1e6  # torch's error does not say whether the disk is full
         kept = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was written yet"
         raise UserError(f"{path}: not written ({error}; {free_mb:.0f} MB are free there); {kept}") from error
     if keep_last > 1:
@@ -104,15 +104,15 @@ def load(state: State, source: Path) -> Path:
     """
     path = source if source.suffix == ".pt" else source / FILE
     if not path.is_file():
-        raise UserError(f"--run.resume {source}: no {path.name} there; the run was stopped before its first one")
+        raise UserError(f"--run.resume {source}: no {path.name} there; the run ended before its first checkpoint")
     content = weights.read(path)
     try:
         saved = content["images"]
         now = {"training": state.images.training if state.images else 0, "step": state.G}
         if saved != now:
             raise UserError(
-                f"{path}: of a run of {saved['step']} images per step of {saved['training']}, not {now['step']} of "
-                f"{now['training']}; its steps would not be those of this one"
+                f"{path}: its run has {saved['training']} training images, {saved['step']} per step; the options give "
+                f"{now['training']} training images, {now['step']} per step, so its steps cannot be continued"
             )
         state.network.load_state_dict(content["network"])
         if state.teacher is not None:
@@ -120,7 +120,7 @@ def load(state: State, source: Path) -> Path:
         made = state.optimizer.param_groups
         state.optimizer.load_state_dict(content["optimizer"])
         for group, options in zip(state.optimizer.param_groups, made, strict=True):
-            group.update(options)  # momentum is the options', which may have changed
+            group.update(options)  # settings such as momentum come from the current options, not from the checkpoint
         if state.scaler is not None and content["scaler"]:
             state.scaler.load_state_dict(content["scaler"])
         if state.images is not None and content["boxes"] is not None:

@@ -1,4 +1,8 @@
-"""From the command line to checked options: of a run (a recipe, a YAML file over it, options over both) or a script."""
+"""Checked options from the command line.
+
+The options of a run come from a recipe, a YAML file over it, and the command line over both. The options of another
+script come from the command line alone.
+"""
 
 import argparse
 import os
@@ -23,9 +27,9 @@ PLAIN = (tyro.conf.FlagConversionOff,)
 
 
 def parse(args: list[str] | None = None) -> Config:
-    """Options of a run, from the command line `args`. With --run.resume, the run's saved options take the place of
-    --config.
+    """Options of a run, from the command line `args`.
 
+    With --run.resume, the run's saved options take the place of --config.
     Raises: UserError on options that exclude each other, a bad file, or a value out of bounds.
     """
     args = sys.argv[1:] if args is None else args

@@ -30,7 +30,7 @@ def helpful(cls: type) -> type:
     types = dict(cls.__annotations__)
     for option in docstring_parser.parse_from_object(cls).params:
         annotation = types[option.arg_name]
-        bounds = [f"{bound.words.capitalize()}." for bound in bounds_of(annotation)]
+        bounds = [f"Must be {bound.words}." for bound in bounds_of(annotation)]
         text = " ".join([*(option.description or "").split(), *bounds])
         types[option.arg_name] = Annotated[annotation, tyro.conf.arg(help=text)]
     cls.__annotations__ = types
@@ -49,8 +49,9 @@ class Data:
 
     source: Literal["digits", "cifar10", "folder", "webdataset"] = "digits"
     """Kind of data set. `digits`: the handwritten digits of scikit-learn, embedded. `cifar10`: CIFAR-10, downloaded by
-    torchvision into `root`, or read from class folders there. `folder`: image files under `root`, flat, or with a
-    subfolder per class, or such folders `train/` and `val/`. `webdataset`: the .tar shards in the folder `root`."""
+    torchvision into `root`, or read from class folders there. `folder`: image files under `root`, flat or with a
+    subfolder per class; `root` may also hold two such folders, `train/` and `val/`. `webdataset`: the .tar shards in
+    the folder `root`."""
     root: Path | None = None
     """Folder of the images. Given without a recipe or a file of options, it selects the recipe `images`."""
     size: Annotated[int, at_least(1)] = 8
@@ -167,7 +168,7 @@ class Model:
 @helpful
 @dataclass(frozen=True)
 class Loss:
-    """BAM's own options; `bam_kernels.bam_loss` explains them."""
+    """Options of the BAM loss; `bam_kernels.bam_loss` explains them."""
 
     temperature: float = 0.1
     """Softmax temperature of the self-attention that is trained (the source)."""
@@ -186,7 +187,7 @@ class Loss:
 @helpful
 @dataclass(frozen=True)
 class Optim:
-    """The optimiser and its schedules, all by step."""
+    """Optimiser and its schedules, which are functions of the step."""
 
     name: Literal["adamw", "sgd", "lars", "lamb"] = "adamw"
     """Optimiser: AdamW or SGD; or, for large batches, LARS or LAMB from timm."""

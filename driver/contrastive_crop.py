@@ -60,9 +60,10 @@ def boxes_of(heat: Tensor, threshold: float) -> Tensor:
 
 
 def heat(backbone: nn.Sequential, images: Tensor) -> Tensor:
-    """Heat (n, h, w) of each place. ViTs: attention of the class token to each patch in the last block, summed over
-    heads. Other models: norm over channels of the last feature map.
+    """Heat (n, h, w): how much the backbone attends to each place of the images.
 
+    ViTs: attention of the class token to each patch in the last block, summed over heads. Other models: norm over
+    channels of the last feature map.
     Raises: UserError where the backbone has neither.
     """
     standardize, model = backbone

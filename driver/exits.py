@@ -19,7 +19,7 @@ STOPPED = 75
 
 
 class Stopped(Exception):
-    """Raised after a run has saved its state because of a signal."""
+    """Exception of a run that has saved its state and ends because of a signal."""
 
     def __init__(self, directory: Path, step: int) -> None:
         super().__init__(f"stopped by a signal after step {step}; --run.resume {directory} goes on from there")

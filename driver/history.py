@@ -62,8 +62,9 @@ class History:
 
 
 class File:
-    """Sink that appends to history.jsonl. The file starts anew from `rows`: rows that a run wrote after its last
-    checkpoint are dropped.
+    """Sink that appends to history.jsonl.
+
+    The file starts anew from `rows`, so that rows that a run wrote after its last checkpoint are dropped.
     """
 
     def __init__(self, directory: Path, rows: list[Row]) -> None:

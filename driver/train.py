@@ -1,5 +1,6 @@
-"""Training loop, from options to a finished run. A step has G images over all ranks and micro-batches, each in V views,
-view-major.
+"""Training loop, from options to a finished run.
+
+A step has G images over all ranks and micro-batches, each image in V views; rows are view-major.
 """
 
 import os

@@ -86,9 +86,10 @@ class Frozen:
 
     @torch.no_grad()
     def for_linear(self, images: Tensor, blocks: int, average: bool) -> Tensor:
-        """Features for a linear layer. ViTs: the class tokens of the last `blocks` blocks and, with `average`, the mean
-        patch of the last block, side by side. Other models: `features`.
+        """Features of the images for a linear layer.
 
+        ViTs: the class tokens of the last `blocks` blocks and, with `average`, the mean patch of the last block, side
+        by side. Other models: `features`.
         Raises: UserError where the ViT has fewer blocks.
         """
         if not self.is_vit:

@@ -312,5 +312,5 @@ def test_damaged_options(damage, message):
 
 def test_steps_of_another_size_are_refused():
     directory = pretrain("--optim.epochs=1")
-    with pytest.raises(UserError, match="of a run of 512 images per step of 1347, not 256 of 1347"):
+    with pytest.raises(UserError, match="1347 training images, 512 per step; the options give 1347 training images, 256 per step"):
         train.pretrain(cli.parse([f"--run.resume={directory}", "--data.batch-size=256", "--virtual-batch=256"]))
