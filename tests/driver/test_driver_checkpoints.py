@@ -312,5 +312,6 @@ def test_damaged_options(damage, message):
 
 def test_steps_of_another_size_are_refused():
     directory = pretrain("--optim.epochs=1")
-    with pytest.raises(UserError, match="1347 training images, 512 per step; the options give 1347 training images, 256 per step"):
+    message = "1347 training images, 512 per step; the options give 1347 training images, 256 per step"
+    with pytest.raises(UserError, match=message):
         train.pretrain(cli.parse([f"--run.resume={directory}", "--data.batch-size=256", "--virtual-batch=256"]))
