@@ -16,7 +16,7 @@ import pytest
 import torch
 from test_driver import ROOT, content, elsewhere, pretrain, same  # noqa: F401
 
-from driver import checkpoint, cli, config, exits, train, verify_resume
+from driver import checkpoint, cli, config, exits, history, train, verify_resume
 from driver import pretrain as program
 from driver.config import UserError
 
@@ -215,14 +215,14 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(monkeypatch):
     original = os.replace
 
     def replace(source, target):
-        if Path(target).name in (config.FILE, checkpoint.FILE):
-            done.append(Path(target).name)
+        done.append(Path(target).name)
         original(source, target)
 
     monkeypatch.setattr(os, "fsync", lambda handle: done.append("fsync"))
     monkeypatch.setattr(os, "replace", replace)
     pretrain("--optim.epochs=1")
-    assert done == [step for name in (config.FILE, checkpoint.FILE) for step in ("fsync", name, "fsync")]
+    names = (config.FILE, history.FILE, checkpoint.FILE)
+    assert done == [step for name in names for step in ("fsync", name, "fsync")]
 
 
 # What is kept, and what is refused
