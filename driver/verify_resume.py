@@ -45,7 +45,7 @@ class Verify:
     """
 
     options: str = SMALL
-    """Options of driver/pretrain.py, in one string, e.g. `--data.root /PATH --optim.epochs 2`. Paths must be absolute."""
+    """Options of driver/pretrain.py in one string, e.g. `--data.root /PATH --optim.epochs 2`; absolute paths only."""
     signal: Literal["KILL", "TERM", "USR1"] = "KILL"
     """Signal that breaks the run. KILL: as by kill -9. TERM or USR1: as a scheduler ends a job."""
     breaks: int = 2
