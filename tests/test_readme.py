@@ -39,7 +39,9 @@ def test_the_example_trains():
     assert names["loss"].isfinite() and not torch.equal(model.linear.weight, before)
 
 
-@pytest.mark.parametrize("machine, panel", [("two CPU cores", speed.CPU), ("one H200", speed.H200)], ids=str)
+@pytest.mark.parametrize(
+    "machine, panel", [("two CPU cores", speed.CPU), ("one H200", speed.H200)], ids=["cpu", "h200"]
+)
 def test_its_numbers_are_those_of_the_result_files(machine, panel):
     """The sentence names ours, torch.compile and the published code, in this order."""
     (sentence,) = re.findall(rf"On {machine}\b.*? ms\.(?=\s)", TEXT, re.S)
