@@ -284,7 +284,7 @@ def test_panels_follow_what_was_recorded():
 def test_neighbours_are_the_nearest_and_never_the_image_itself():
     features = torch.eye(12) + 0.5 * torch.eye(12).roll(1, 0)  # each is most like the one after and before it
     thumbnails = list(torch.arange(12, dtype=torch.uint8)[:, None, None, None].expand(12, 1, 2, 2))
-    bank = gallery.Shelf(features, features, thumbnails, torch.arange(12) // 2)
+    bank = gallery.EmbeddedImages(features, features, thumbnails, torch.arange(12) // 2)
     rows = gallery.neighbours(bank, bank, with_classes=True)
     uris = [gallery.data_uri(thumbnail) for thumbnail in thumbnails]
     for row in rows:
