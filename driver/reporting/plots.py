@@ -184,14 +184,14 @@ PANELS: list[tuple[str, Panel]] = [
     ("data_wait", data_wait),
     ("lr", learning_rate),
 ]
-"""Each panel after the number that must have been recorded for it to be shown."""
+"""All panels in order, each with the number that must have been recorded for it to be shown."""
 
 
 def projection(points: np.ndarray, labels: np.ndarray, title: str) -> str:
     """SVG text of a scatter plot of (n, 2) points, coloured by label.
 
-    Points of the first ten classes are coloured, all others grey. With two to ten classes, each has its number at its
-    median.
+    Points of the first ten classes are coloured, all others grey. With two to ten classes, each class has its label
+    at the median of its points.
     """
     few = labels.max(initial=0) < 10
 
