@@ -4,13 +4,13 @@ Letters of dimensions are defined in bam_kernels/layout.py.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
 import torch
 from authors import Authors
-from competitor import GIVEN_SCORES, GRAPHS, WHOLE, Choice, Competitor, Rotation
+from competitor import GIVEN_SCORES, GRAPHS, WHOLE, Choice, Competitor, Rotation, RowName
 from our_kernels import GivenScores, our_competitor, our_whole_competitor
 from problem import Problem, Truth, Work, loss_options, loss_work, products_work, sinkhorn_work, whole_work
 from torch import Tensor
@@ -19,17 +19,23 @@ from bam_kernels import reference
 from bam_kernels.engine.cost import flash_can
 
 
+def given_scores(
+    problem: Problem, source: Tensor, target: Tensor | None, choice: Choice
+) -> Iterator[tuple[RowName, GivenScores]]:
+    """Yield the kind and the kernels on given scores of each chosen row of ours."""
+    for kind, kernels in choice.ours(problem, GIVEN_SCORES):
+        yield kind, GivenScores(problem, source, target, kernels, fixed=kind.endswith("int16"))
+
+
 def sinkhorn_competitors(problem: Problem, scores: Tensor, choice: Choice) -> list[Competitor]:
     """Competitors from scores (M, N) to Sinkhorn potentials. The authors' code returns P (M, N) instead."""
     layout, options = problem.layout, problem.options
     work = sinkhorn_work(layout, options.iterations)
     made = []
-    for kind, kernels in choice.ours(problem, GIVEN_SCORES):
-        fixed = kind.endswith("int16")
-        given = GivenScores(problem, scores, None, kernels, fixed)
+    for kind, given in given_scores(problem, scores, None, choice):
         fresh = Rotation(given.given[:1], choice.cold_bytes)
-        ours = sinkhorn_work(layout, options.iterations, 2) if fixed else work
-        made.append(our_competitor(kind, kernels, fresh, given.sinkhorn, given.plan, ours))
+        ours = sinkhorn_work(layout, options.iterations, given.score_bytes)
+        made.append(our_competitor(kind, given.kernels, fresh, given.sinkhorn, given.plan, ours))
 
     def balance(s: Tensor) -> tuple[Tensor, Tensor]:
         mask = layout.positive_mask(len(s), s.device)
@@ -62,18 +68,16 @@ def from_scores_competitors(
 ) -> list[Competitor]:
     """Competitors from given scores to the loss and G = dloss/ds, and the matrix products alone for scale.
 
-    The scores are float32 and nothing is multiplied, so the autocast rows are left out.
+    Autocast changes nothing about given float32 scores, so its rows are left out.
     """
     layout, options = problem.layout, problem.options
     work = loss_work(layout, options.iterations)
     made = []
-    for kind, kernels in choice.ours(problem, GIVEN_SCORES):
-        fixed = kind.endswith("int16")
-        given = GivenScores(problem, source, target, kernels, fixed)
-        ours = loss_work(layout, options.iterations, 2) if fixed else work
+    for kind, given in given_scores(problem, source, target, choice):
+        ours = loss_work(layout, options.iterations, given.score_bytes)
         fresh = Rotation(given.given, choice.cold_bytes)
-        competitor = our_competitor(kind, kernels, fresh, given.loss, given.outputs, ours)
-        if fixed:
+        competitor = our_competitor(kind, given.kernels, fresh, given.loss, given.outputs, ours)
+        if given.fixed:
             G = torch.empty(layout.M, layout.N, device=source.device)
             competitor.run = lambda s, t, given=given, G=G: given.loss(s, t, G)
             competitor.held_bytes, competitor.note = G.nbytes, "G written to a tensor given"

@@ -40,7 +40,7 @@ class GivenScores:
             made, self.step = fixed_point(both, problem, kernels)
             given = [made[: len(source)], made[len(source) :] if target is not None else None]
         self.given = tuple(given)
-        self.fixed = fixed
+        self.fixed, self.score_bytes = fixed, 2 if fixed else 4
         self.c = source.new_empty(problem.layout.N)
 
     def balance(self, rows: Tensor) -> tuple[Potential, Potential]:

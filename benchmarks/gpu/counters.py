@@ -64,10 +64,10 @@ def read_counters(file: Path) -> list[KernelCounters]:
     by_kernel: dict[str, list[dict[str, float]]] = defaultdict(list)
     for kernel, values in launches(file):
         by_kernel[kernel].append(values)
-    return [of_kernel(kernel, rows) for kernel, rows in by_kernel.items()]
+    return [median_counters(kernel, rows) for kernel, rows in by_kernel.items()]
 
 
-def of_kernel(kernel: str, rows: list[dict[str, float]]) -> KernelCounters:
+def median_counters(kernel: str, rows: list[dict[str, float]]) -> KernelCounters:
     def middle(names: tuple[str, ...]) -> float | None:
         for name in names:
             if found := [row[name] for row in rows if name in row]:

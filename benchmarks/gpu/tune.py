@@ -107,7 +107,7 @@ def turn_step_name(turn: int, name: str) -> str:
     return f"steps-{turn}-{name}"
 
 
-def us_of(rows: list[Row], name: str, kernel: str) -> float | None:
+def cold_us(rows: list[Row], name: str, kernel: str) -> float | None:
     """Last measured us of a variant's kernel with cold operands; None without a row."""
     found = [row.value for row in rows if (row.note, row.name, row.how) == (name, kernel, "graph, cold")]
     return found[-1] if found else None
@@ -117,7 +117,7 @@ def winners(rows: list[Row]) -> list[str]:
     """Variants with a kernel that is faster than the default build's, and with no wrong kernel."""
     found = []
     for name in TRIED:
-        pairs = [(us_of(rows, name, kernel), us_of(rows, BASE, kernel)) for kernel in ("sinkhorn_pass", "match")]
+        pairs = [(cold_us(rows, name, kernel), cold_us(rows, BASE, kernel)) for kernel in ("sinkhorn_pass", "match")]
         if all(mine and base for mine, base in pairs) and any(mine < GAIN * base for mine, base in pairs):
             found.append(name)
     return found
@@ -129,7 +129,7 @@ def variants_table(rows: list[Row]) -> str:
     shapes = list(dict.fromkeys(row.shape for row in rows if row.kind == "step"))
     cells = []
     for name in names:
-        kernels = [us_of(rows, name, kernel) for kernel in ("sinkhorn_pass", "match")]
+        kernels = [cold_us(rows, name, kernel) for kernel in ("sinkhorn_pass", "match")]
         steps = [
             [row.value for row in rows if row.kind == "step" and (row.note, row.shape) == (name, s)] for s in shapes
         ]
