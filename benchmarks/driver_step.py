@@ -139,8 +139,8 @@ class Step:
                 for crops in micro_batches:
                     self.teach(crops)
 
-        samples = {"data": lambda: next(self.batches), "backbone": backbone, "head": head, "loss": loss}
-        return samples | ({"teacher": teacher} if self.teacher else {}) | {"optimiser": self.optimise}
+        runs = {"data": lambda: next(self.batches), "backbone": backbone, "head": head, "loss": loss}
+        return runs | ({"teacher": teacher} if self.teacher else {}) | {"optimiser": self.optimise}
 
 
 def quantiles(times: list[float]) -> tuple[float, float, float]:
