@@ -14,7 +14,7 @@ from .ranks import Ranks, ranks_named, ranks_of
 
 
 @contextmanager
-def told(operation: str, group: Any, x: Any) -> Iterator[None]:
+def share_errors_with_ranks(operation: str, group: Any, x: Any) -> Iterator[None]:
     """Check arguments in the block; the other ranks of `group`, who wait for this one, are told of an error first.
 
     x: the tensor whose device the ranks would have met on. On GPUs they do not meet at every call, so nothing is said.
@@ -30,7 +30,9 @@ def told(operation: str, group: Any, x: Any) -> Iterator[None]:
 
 
 @contextmanager
-def agreed(ranks: Ranks | Exchanges, operation: str, values: dict[str, Any], device: torch.device) -> Iterator[None]:
+def agree_with_ranks(
+    ranks: Ranks | Exchanges, operation: str, values: dict[str, Any], device: torch.device
+) -> Iterator[None]:
     """Check this rank's input in the block; the other ranks are told of an error before it is raised here.
 
     Raises: ValueError, TypeError; NonFinite, on all ranks, only where values have non_finite="nan": the caller's answer

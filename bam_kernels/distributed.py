@@ -27,7 +27,7 @@ class GroupRanks:
         self.W, self.rank, self.name = group.size(), group.rank(), f"group-{group.group_name}"
         self._left = dist.get_global_rank(group, (self.rank - 1) % self.W)
         self._right = dist.get_global_rank(group, (self.rank + 1) % self.W)
-        self._agreed: set[bytes] = set()
+        self._agreed_kinds: set[bytes] = set()
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -40,42 +40,42 @@ class GroupRanks:
         """On CPUs at every call; on GPUs, where reading the answer waits for the device, once for a kind of header."""
         encoded, kind = header.encoded(), header.kind()
         every_call = device.type == "cpu" or os.environ.get(CHECK_EVERY_CALL) == "1"
-        if kind in self._agreed and not every_call:
+        if kind in self._agreed_kinds and not every_call:
             return
         own = torch.frombuffer(bytearray(encoded), dtype=torch.uint8).to(device)
         whole = own.new_empty(self.W * HEADER_BYTES)
-        with self._told(f"{header.operation}: comparing the problem"):
+        with self._explain_failure(f"{header.operation}: comparing the problem"):
             # The second is the first's name before torch 2.14.
             all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
             all_gather(whole, own, group=self.group)
         header.check([bytes(row) for row in whole.view(self.W, HEADER_BYTES).tolist()])
         if not every_call:
-            self._agreed.add(kind)
+            self._agreed_kinds.add(kind)
 
     def gather(self, own: Tensor, as_sent: Callable[[Tensor], Tensor]) -> Iterator[tuple[int, Tensor]]:
         """Step t passes the block of rank - t on to the right while it is used here."""
         block, n = own.contiguous(), len(own)
         for step in range(self.W):
             arriving = torch.empty_like(block) if step < self.W - 1 else None
-            with self._told("gathering keys"):
+            with self._explain_failure("gathering keys"):
                 pending = self._exchange(block, arriving) if arriving is not None else []
             yield (self.rank - step) % self.W * n, block
-            with self._told("gathering keys"):
+            with self._explain_failure("gathering keys"):
                 _wait(pending)
             if arriving is not None:
                 block = arriving
 
     def sum(self, x: Tensor, meanwhile: Callable[[], None] | None = None) -> Tensor:
-        with self._told("adding up columns"):
+        with self._explain_failure("adding up columns"):
             pending = dist.all_reduce(x, group=self.group, async_op=True)
         if meanwhile is not None:
             meanwhile()
-        with self._told("adding up columns"):
+        with self._explain_failure("adding up columns"):
             _wait([pending])
         return x
 
     def max(self, x: Tensor) -> Tensor:
-        with self._told("comparing columns"):
+        with self._explain_failure("comparing columns"):
             dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.group)
         return x
 
@@ -85,7 +85,7 @@ class GroupRanks:
         pending: list[_Pending] = []
         for step in range(self.W):
             total = part((self.rank - 1 - step) % self.W)
-            with self._told("adding up key gradients"):
+            with self._explain_failure("adding up key gradients"):
                 _wait(pending)
                 if arriving is not None:
                     total += arriving
@@ -96,22 +96,22 @@ class GroupRanks:
 
     def _exchange(self, right: Tensor, left: Tensor) -> "list[_Pending]":
         """Send a tensor to the right neighbour, receive one from the left."""
-        if self._through_host(right.device):
+        if self._needs_host_copy(right.device):
             received = torch.empty_like(left, device="cpu")
-            return [_FromHost(self._pass(right.to("cpu", copy=True), received), received, left)]
-        return [*self._pass(right, left)]
+            return [_HostTransfer(self._send_and_receive(right.to("cpu", copy=True), received), received, left)]
+        return [*self._send_and_receive(right, left)]
 
-    def _pass(self, right: Tensor, left: Tensor) -> list[dist.Work]:
+    def _send_and_receive(self, right: Tensor, left: Tensor) -> list[dist.Work]:
         send = dist.P2POp(dist.isend, right, self._right, self.group)
         receive = dist.P2POp(dist.irecv, left, self._left, self.group)
         return dist.batch_isend_irecv([send, receive])
 
-    def _through_host(self, device: torch.device) -> bool:
+    def _needs_host_copy(self, device: torch.device) -> bool:
         """gloo reduces and gathers tensors of any device, but it sends and receives those of the CPU alone."""
         return device.type != "cpu" and self.group._get_backend(device).name() == "gloo"
 
     @contextmanager
-    def _told(self, doing: str) -> Iterator[None]:
+    def _explain_failure(self, doing: str) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:
@@ -121,7 +121,7 @@ class GroupRanks:
             ) from error
 
 
-class _FromHost:
+class _HostTransfer:
     """What is under way between copies in host memory; the one that arrives is copied to the device at its end."""
 
     def __init__(self, works: list[dist.Work], received: Tensor, destination: Tensor) -> None:
@@ -133,7 +133,7 @@ class _FromHost:
         self._destination.copy_(self._received)
 
 
-_Pending = dist.Work | _FromHost
+_Pending = dist.Work | _HostTransfer
 
 
 def _wait(pending: list[_Pending]) -> None:

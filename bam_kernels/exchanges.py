@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .header import SCHEDULED, Header
-from .operators import as_tensor, define, differentiable
+from .operators import as_tensor, define, make_differentiable
 from .options import check_positive
 from .ranks import ONE_RANK, ranks_named
 
@@ -35,8 +35,8 @@ class Exchanges:
         world = [self.W, self.rank]
         if not torch.compiler.is_compiling():
             return own if self.W == 1 else _differentiable_gather(own, _no_numbers(), "", world, self.name)
-        apart = (*SCHEDULED, "one sum", "B")  # numbers that follow from these or from the keys' shape
-        text = ", ".join(f"{key}={value}" for key, value in problem.items() if key not in apart)
+        excluded = (*SCHEDULED, "one sum", "B")  # numbers that follow from these or from the keys' shape
+        text = ", ".join(f"{key}={value}" for key, value in problem.items() if key not in excluded)
         numbers = as_tensor(*(problem[key] for key in SCHEDULED if key in problem))
         return _differentiable_gather(own, numbers, f"{operation}: {text}", world, self.name)
 
@@ -126,5 +126,5 @@ _all_reduce = define(
     _all_reduce_impl,
     lambda x, operation, world, name: torch.empty_like(x, memory_format=torch.contiguous_format),
 )
-_differentiable_gather = differentiable(_gather, _gather_backward, _keep_ranks, jvp=_gather_jvp)
-_differentiable_scatter = differentiable(_scatter, _scatter_backward, _keep_ranks, jvp=_scatter_jvp)
+_differentiable_gather = make_differentiable(_gather, _gather_backward, _keep_ranks, jvp=_gather_jvp)
+_differentiable_scatter = make_differentiable(_scatter, _scatter_backward, _keep_ranks, jvp=_scatter_jvp)

@@ -12,8 +12,8 @@ from .engine.cost import (
     Problem,
     Rates,
     choose_engine,
-    flash_can,
     flash_seconds,
+    flash_supports,
     slab_seconds,
     slabs_of,
 )
@@ -71,8 +71,8 @@ class Forecast:
 
     def __str__(self) -> str:
         x = self.layout
-        held = "none held" if self.slabs is None else "kept" if self.slabs.cached else "made again"
-        lines = [f"M={x.M} N={x.N} D={x.D} W={x.W}, {self.engine} engine, scores {held}"]
+        storage = "none held" if self.slabs is None else "kept" if self.slabs.cached else "made again"
+        lines = [f"M={x.M} N={x.N} D={x.D} W={x.W}, {self.engine} engine, scores {storage}"]
         lines += [f"  {name:<20}{bytes_ / 1e6:>12.1f} MB" for name, bytes_ in self.memory.items()]
         lines += [f"  {'together':<20}{self.total_bytes / 1e6:>12.1f} MB"]
         lines += [f"  {m.exchange:<20}{m.count:>6} x {m.bytes / max(m.count, 1) / 1e6:.3f} MB" for m in self.messages]
@@ -143,7 +143,7 @@ def plan(
         engine = choose_engine(x, top_k, budget, cpu, rates)
     messages = _messages(x, epsilon)
     if engine == "flash":
-        if not flash_can(layout, top_k, regather):
+        if not flash_supports(layout, top_k, regather):
             raise ValueError(f'plan: engine="flash" cannot compute D={features}, {top_k=}, {regather=}')
         return Forecast(layout, engine, None, _flash_memory(x), messages, flash_seconds(x, rates))
     slabs = slabs_of("plan", x, budget, cpu)
@@ -157,12 +157,12 @@ def _common_memory(x: Problem) -> dict[str, int]:
     # A block that is used and one that arrives; in 16 bit what is sent is not what is read here.
     arriving = (2 + x.sixteen_bit) * n * sent if layout.W > 1 else 0
     if layout.W == 1 and x.sixteen_bit:  # the keys are some of the rows
-        held = 0
+        key_rows = 0
     else:
-        held = (n if x.regather and layout.W > 1 else layout.N) * layout.D
+        key_rows = (n if x.regather and layout.W > 1 else layout.N) * layout.D
     return {
         "unit rows": (layout.M + layout.R * layout.B) * layout.D * x.key_bytes,
-        "keys": (held + arriving) * x.key_bytes,
+        "keys": (key_rows + arriving) * x.key_bytes,
         "potentials": 8 * (layout.N + layout.M + layout.R * layout.B) * FLOAT_BYTES,
     }
 

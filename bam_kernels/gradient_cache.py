@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .options import plain
-from .parallel_model import buffers_broadcast, buffers_kept, check_number, gradients_kept
+from .options import python_number
+from .parallel_model import broadcast_buffers, check_pass_count, preserve_buffers, skip_gradient_exchange
 
 _OPERATION = "GradientCache"
 
@@ -62,7 +62,7 @@ class GradientCache:
         *,
         views: int | None = None,
     ) -> None:
-        views = plain(_OPERATION, "views", views)
+        views = python_number(_OPERATION, "views", views)
         if views is not None and (not isinstance(views, int) or views < 1):
             raise ValueError(f"{_OPERATION}: views must be a positive integer or None, got {views!r}")
         self.model, self.criterion, self.teacher, self.scaler, self.views = model, criterion, teacher, scaler, views
@@ -70,35 +70,35 @@ class GradientCache:
     def __call__(self, micro_batches: Sequence[Any], **options: Any) -> Any:
         """Adds the gradient to .grad and returns what criterion(z, **options) does, detached. Raises: ValueError."""
         if not hasattr(micro_batches, "__len__") or isinstance(micro_batches, Tensor):
-            came = type(micro_batches).__name__
-            raise TypeError(f"{_OPERATION}: micro_batches must be a sequence of micro-batches, read twice; got {came}")
+            got = type(micro_batches).__name__
+            raise TypeError(f"{_OPERATION}: micro_batches must be a sequence of micro-batches, read twice; got {got}")
         if not torch.is_grad_enabled():
             raise ValueError(f"{_OPERATION}: gradients are switched off here (no_grad or inference_mode)")
         models = [model for model in (self.model, self.teacher) if isinstance(model, nn.Module)]
-        check_number(_OPERATION, models, len(micro_batches))
+        check_pass_count(_OPERATION, models, len(micro_batches))
         if len(micro_batches) == 0:
             raise ValueError(f"{_OPERATION}: micro_batches is empty")
-        with buffers_broadcast(self.model):
-            return (self._in_one if len(micro_batches) == 1 else self._in_parts)(micro_batches, options)
+        with broadcast_buffers(self.model):
+            return (self._embed_once if len(micro_batches) == 1 else self._embed_twice)(micro_batches, options)
 
-    def _in_one(self, micro_batches: Sequence[Any], options: dict[str, Any]) -> Any:
+    def _embed_once(self, micro_batches: Sequence[Any], options: dict[str, Any]) -> Any:
         """One micro-batch, embedded once, with its graph."""
         z = self._embed(micro_batches[0], 0)
-        return self._backward_of_loss(z, self._teach(micro_batches[0], 0, z.shape[1]), options)
+        return self._backward_of_loss(z, self._embed_teacher(micro_batches[0], 0, z.shape[1]), options)
 
-    def _in_parts(self, micro_batches: Sequence[Any], options: dict[str, Any]) -> Any:
+    def _embed_twice(self, micro_batches: Sequence[Any], options: dict[str, Any]) -> Any:
         """Several micro-batches, each embedded twice: without a graph for the loss, then with one for the gradient."""
         devices = {p.device for p in self.model.parameters() if p.device.type != "cpu"}
-        parts, taught, random = [], [], []
-        with torch.no_grad(), buffers_kept(self.model):
+        parts, teacher_parts, random = [], [], []
+        with torch.no_grad(), preserve_buffers(self.model):
             for m, batch in enumerate(micro_batches):
                 random.append(_random_state(devices))
                 parts.append(self._embed(batch, m))
-                taught.append(self._teach(batch, m, parts[-1].shape[1]))
+                teacher_parts.append(self._embed_teacher(batch, m, parts[-1].shape[1]))
         sizes = [part.shape[1] for part in parts]
-        z = _joined(parts, "model").detach().requires_grad_()
+        z = _join(parts, "model").detach().requires_grad_()
         del parts
-        y = None if self.teacher is None else _joined(taught, "teacher")
+        y = None if self.teacher is None else _join(teacher_parts, "teacher")
         result = self._backward_of_loss(z, y, options)
         if z.grad is None:
             raise ValueError(f"{_OPERATION}: the criterion's loss does not depend on the embeddings")
@@ -107,36 +107,34 @@ class GradientCache:
         dz = z.grad.split(sizes, dim=1)
         for m, batch in enumerate(micro_batches):
             _set_random_state(random[m])
-            with nullcontext() if m == len(micro_batches) - 1 else gradients_kept(self.model):
+            with nullcontext() if m == len(micro_batches) - 1 else skip_gradient_exchange(self.model):
                 z_m = self._embed(batch, m)
                 if not z_m.requires_grad:
                     raise ValueError(f"{_OPERATION}: the model's output for micro-batch {m} has no graph")
                 if z_m.shape != dz[m].shape:
-                    came = f"{tuple(dz[m].shape)}, then {tuple(z_m.shape)}"
-                    raise ValueError(f"{_OPERATION}: two passes over micro-batch {m} gave embeddings of shape {came}")
+                    got = f"{tuple(dz[m].shape)}, then {tuple(z_m.shape)}"
+                    raise ValueError(f"{_OPERATION}: two passes over micro-batch {m} gave embeddings of shape {got}")
                 with torch.autocast(z_m.device.type, enabled=False):
                     z_m.backward(dz[m])
         _set_random_state(end)
         return result
 
     def _embed(self, batch: Any, m: int) -> Tensor:
-        return _by_view(self.model(batch), "model", m, views=self.views)
+        return _check_views(self.model(batch), "model", m, views=self.views)
 
-    def _teach(self, batch: Any, m: int, b: int) -> Tensor | None:
+    def _embed_teacher(self, batch: Any, m: int, b: int) -> Tensor | None:
         if self.teacher is None:
             return None
         with torch.no_grad():
-            return _by_view(self.teacher(batch), "teacher", m, b=b)
+            return _check_views(self.teacher(batch), "teacher", m, b=b)
 
     def _backward_of_loss(self, z: Tensor, y: Tensor | None, options: dict[str, Any]) -> Any:
         """Back-propagate the (scaled) loss into what z depends on, and the criterion's own parameters."""
         result = self.criterion(z, **options) if y is None else self.criterion(z, y, **options)
         loss = result[0] if isinstance(result, tuple) else result
         if not isinstance(loss, Tensor) or loss.numel() != 1:
-            came = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(
-                f"{_OPERATION}: the criterion must return one number, or a tuple with it first; got {came}"
-            )
+            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"{_OPERATION}: the criterion must return one number, or a tuple with it first; got {got}")
         if not loss.requires_grad:
             raise ValueError(f"{_OPERATION}: the criterion's loss has no graph: nothing to propagate to the model")
         scaled = loss if self.scaler is None else self.scaler.scale(loss)
@@ -148,12 +146,12 @@ class GradientCache:
         return tuple(part.detach() if isinstance(part, Tensor) else part for part in result)
 
 
-def _by_view(out: Any, whose: str, m: int, views: int | None = None, b: int | None = None) -> Tensor:
+def _check_views(out: Any, role: str, m: int, views: int | None = None, b: int | None = None) -> Tensor:
     """(V, b, D) from that or (V*b, D), of which views or b must be known; what is known must hold."""
     if not isinstance(out, Tensor) or out.ndim not in (2, 3) or out.numel() == 0:
-        came = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
-        raise ValueError(f"{_OPERATION}: the {whose} must return (V, b, D) or (V*b, D), got {came}, micro-batch {m}")
-    returned = f"{_OPERATION}: the {whose} returned shape {tuple(out.shape)} for micro-batch {m}"
+        got = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+        raise ValueError(f"{_OPERATION}: the {role} must return (V, b, D) or (V*b, D), got {got}, micro-batch {m}")
+    returned = f"{_OPERATION}: the {role} returned shape {tuple(out.shape)} for micro-batch {m}"
     if out.ndim == 2:
         known = views or b
         if known is None:
@@ -166,13 +164,13 @@ def _by_view(out: Any, whose: str, m: int, views: int | None = None, b: int | No
     return out
 
 
-def _joined(parts: list[Any], whose: str) -> Tensor:
+def _join(parts: list[Any], role: str) -> Tensor:
     """(V, B, D) of all micro-batches."""
     first = parts[0]
     for m, part in enumerate(parts):
         if (part.shape[0], part.shape[2], part.dtype) != (first.shape[0], first.shape[2], first.dtype):
             raise ValueError(
-                f"{_OPERATION}: micro-batches must agree in views, features and dtype; the {whose} returned "
+                f"{_OPERATION}: micro-batches must agree in views, features and dtype; the {role} returned "
                 f"{tuple(first.shape)} {first.dtype} for micro-batch 0, {tuple(part.shape)} {part.dtype} for {m}"
             )
     return torch.cat(parts, dim=1)

@@ -39,8 +39,8 @@ class Header:
 
     def kind(self) -> bytes:
         """What messages follow from: all but what a schedule may change at every step."""
-        kept = {key: value for key, value in self.values.items() if key not in SCHEDULED}
-        return replace(self, values=kept).encoded()
+        fixed = {key: value for key, value in self.values.items() if key not in SCHEDULED}
+        return replace(self, values=fixed).encoded()
 
     def check(self, encoded: list[bytes]) -> None:
         """Raise what the ranks' headers tell. This rank's own fault is for the caller to raise. ValueError."""
@@ -60,8 +60,8 @@ class Header:
             for rank, header in enumerate(headers):
                 by_value.setdefault(repr(header.get(key)), []).append(rank)
             if len(by_value) > 1:
-                told = "; ".join(f"{value} on {_ranks_text(ranks)}" for value, ranks in by_value.items())
-                raise ValueError(f"{self.operation}: ranks disagree on {key}: {told}")
+                differences = "; ".join(f"{value} on {_ranks_text(ranks)}" for value, ranks in by_value.items())
+                raise ValueError(f"{self.operation}: ranks disagree on {key}: {differences}")
 
 
 def _ranks_text(ranks: list[int]) -> str:

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from . import reference
-from .agreement import told
+from .agreement import share_errors_with_ranks
 from .backends import choose, row_kernels
 from .engine import flash, slab
 from .engine.call import Call
 from .engine.cost import Problem, choose_engine, rates
 from .header import NonFinite
 from .layout import Layout
-from .operators import as_tensor, define, differentiable, not_twice, wants_gradient
-from .options import Options, check_bool, check_positive, options_of, plain
+from .operators import as_tensor, define, make_differentiable, refuse_second_derivative, wants_gradient
+from .options import Options, check_bool, check_positive, options_of, python_number
 from .precision import float32_products, is_sixteen_bit, product_precision
 from .ranks import Ranks, ranks_named, ranks_of
 from .stats import BAMStats
@@ -114,9 +114,9 @@ def bam_loss(
 def _loss(
     student: Tensor, teacher: Tensor | None, options: Options, return_stats: bool
 ) -> Tensor | tuple[Tensor, BAMStats]:
-    with told("bam_loss", options.group, student):
+    with share_errors_with_ranks("bam_loss", options.group, student):
         options = options.checked("bam_loss")
-        return_stats = plain("bam_loss", "return_stats", return_stats)
+        return_stats = python_number("bam_loss", "return_stats", return_stats)
         check_bool("bam_loss", "return_stats", return_stats)
         layout = options.layout("bam_loss", student, teacher)
         backend = choose("bam_loss", options, student.device, student.dtype, options.engine)
@@ -134,7 +134,7 @@ def bam_targets(student: Tensor, teacher: Tensor | None = None, **options: Any) 
     Returns (L*B, N) float32 (float64 for float64 input); row t*B + i is target view t of image i; columns in public
     order: view, rank, image. Every row sums to one.
     """
-    with told("bam_targets", options.get("group"), student):
+    with share_errors_with_ranks("bam_targets", options.get("group"), student):
         resolved = options_of("bam_targets", options)
         layout = resolved.layout("bam_targets", student, teacher)
         backend = choose("bam_targets", resolved, student.device, student.dtype, resolved.engine)
@@ -248,7 +248,7 @@ def _setup_compiled(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
 
 def _backward(ctx: Any, grad_loss: Tensor | None, _: None, grad_dz: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_dz is not None:
-        not_twice()
+        refuse_second_derivative()
     if grad_loss is None:
         return (None,) * len(ctx.needs_input_grad)
     dz, *student = ctx.saved_tensors
@@ -276,15 +276,15 @@ def _targets_fake(student: Tensor, teacher: Tensor | None, dimensions: list[int]
     return student.new_empty((L * B, T * B * W), dtype=torch.float32)
 
 
-_gradient_operator = differentiable(
+_gradient_operator = make_differentiable(
     define(
         "loss_backward(Tensor grad_loss, Tensor dz, Tensor student) -> Tensor",
         lambda grad_loss, dz, student: _scaled(grad_loss, dz, student.dtype, student.shape),
         lambda grad_loss, dz, student: student.new_empty(student.shape),
     ),
-    not_twice,
+    refuse_second_derivative,
 )
-_loss_operator = differentiable(
+_loss_operator = make_differentiable(
     define(
         f"loss(Tensor student, Tensor? teacher, {_PROBLEM}, bool needs_grad) -> (Tensor loss, Tensor stats, Tensor dz)",
         _loss_impl,
@@ -310,7 +310,7 @@ class BAMLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.epsilon = epsilon
-        self.return_stats = plain("BAMLoss", "return_stats", return_stats)
+        self.return_stats = python_number("BAMLoss", "return_stats", return_stats)
         self.options = options_of("BAMLoss", options)
         check_bool("BAMLoss", "return_stats", self.return_stats)
         if not callable(epsilon):

@@ -21,11 +21,11 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
     library.impl(name, implementation, "CompositeExplicitAutograd")
     operator = getattr(torch.ops.bam_kernels, name)
     torch.library.register_fake(f"bam_kernels::{name}", fake, lib=library)
-    torch.library.register_vmap(f"bam_kernels::{name}", _one_by_one(operator), lib=library)
+    torch.library.register_vmap(f"bam_kernels::{name}", _vmap_rule(operator), lib=library)
     return operator
 
 
-def differentiable(
+def make_differentiable(
     operator: Any,
     backward: Callable[..., Any],
     setup_context: Callable[..., None] | None = None,
@@ -65,12 +65,12 @@ def differentiable(
         if not torch.compiler.is_compiling():
             return function.apply(*args)
         # A compiled operator would drop tangents, and knows nothing of torch.func's transforms.
-        return eager(*args) if _differentiating() else operator(*args)
+        return eager(*args) if _inside_transform() else operator(*args)
 
     return call
 
 
-def _differentiating() -> bool:
+def _inside_transform() -> bool:
     """Whether the compiler is within a forward-mode derivative or a transform of torch.func."""
     return torch.autograd.forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None
 
@@ -93,7 +93,7 @@ def wants_gradient(x: Tensor) -> bool:
     return x.requires_grad or torch._C._functorch.maybe_current_level() is not None
 
 
-def anchored(x: Tensor) -> Tensor:
+def anchor_gradient(x: Tensor) -> Tensor:
     """x itself; in a compiled function a copy of x, whose backward pass reads x.
 
     Without it the compiler would take the gradient for a constant in second derivatives; so it raises an error there.
@@ -101,7 +101,7 @@ def anchored(x: Tensor) -> Tensor:
     return _anchor(x) if torch.compiler.is_compiling() and wants_gradient(x) else x
 
 
-def not_twice(*_: Any) -> Any:
+def refuse_second_derivative(*_: Any) -> Any:
     """The derivative of a kernel's gradient, which no kernel has. Raises: RuntimeError."""
     raise RuntimeError(
         "bam_kernels: the gradient of a kernel is not differentiable, and a derivative of it was asked for (a gradient "
@@ -109,7 +109,7 @@ def not_twice(*_: Any) -> Any:
     )
 
 
-def _one_by_one(operator: Callable[..., Any]) -> Callable[..., Any]:
+def _vmap_rule(operator: Callable[..., Any]) -> Callable[..., Any]:
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         def element(i: int) -> Any:
             chosen = (
@@ -128,24 +128,24 @@ def _one_by_one(operator: Callable[..., Any]) -> Callable[..., Any]:
     return rule
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+def _save_input(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-_anchor_backward = differentiable(
+_anchor_backward = make_differentiable(
     define(
         "anchor_backward(Tensor grad, Tensor x) -> Tensor",
         lambda grad, x: grad.clone(memory_format=torch.contiguous_format),
         lambda grad, x: x.new_empty(x.shape),
     ),
-    not_twice,
+    refuse_second_derivative,
 )
-_anchor = differentiable(
+_anchor = make_differentiable(
     define(
         "anchor(Tensor x) -> Tensor",
         lambda x: x.clone(memory_format=torch.contiguous_format),
         lambda x: x.new_empty(x.shape),
     ),
     lambda ctx, grad: _anchor_backward(grad, *ctx.saved_tensors),
-    _keep,
+    _save_input,
 )

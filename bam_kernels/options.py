@@ -13,7 +13,7 @@ from .header import SCHEDULED, NonFinite
 from .layout import Layout
 from .precision import LEAST_EPSILON_OF_ONE_SUM
 from .ranks import ranks_of
-from .saved_group import to_save
+from .saved_group import picklable_group
 
 FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
@@ -50,14 +50,14 @@ class Options:
         return self  # it never changes, and a process group cannot be copied
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"group": to_save(self.group)}
+        return self.__dict__ | {"group": picklable_group(self.group)}
 
     def checked(self, name: str) -> "Options":
         """A copy in which numpy scalars and 0-d tensors are Python numbers, after all checks that need no embeddings.
 
         Raises: ValueError, TypeError.
         """
-        options = _with_plain_numbers(self, name)
+        options = _with_python_numbers(self, name)
         options._check(name)
         return options
 
@@ -184,12 +184,12 @@ class AttentionOptions:
     backend: str
     precision: str
 
-    def plain(self, name: str) -> "AttentionOptions":
+    def with_python_numbers(self, name: str) -> "AttentionOptions":
         """A copy in which numpy scalars and 0-d tensors are Python numbers.
 
         Raises: ValueError for a tensor with a gradient or a tangent.
         """
-        return _with_plain_numbers(self, name)
+        return _with_python_numbers(self, name)
 
     def layout(self, name: str, q: Tensor, k: Tensor | None) -> Layout:
         """Check everything and return the dimensions; rows and columns of an unmasked problem are B = n, V = T = 1."""
@@ -330,19 +330,19 @@ NUMBERS = (
     "normalize",
     "differentiable",
 )
-Given = TypeVar("Given", Options, AttentionOptions)
+AnyOptions = TypeVar("AnyOptions", Options, AttentionOptions)
 
 
-def _with_plain_numbers(options: Given, name: str) -> Given:
+def _with_python_numbers(options: AnyOptions, name: str) -> AnyOptions:
     changed = {}
     for field in NUMBERS:
         value = getattr(options, field, None)
         if type(value) not in (int, float, bool, type(None)):
-            changed[field] = plain(name, field, value)
+            changed[field] = python_number(name, field, value)
     return replace(options, **changed) if changed else options
 
 
-def plain(name: str, field: str, value: Any) -> Any:
+def python_number(name: str, field: str, value: Any) -> Any:
     """The Python number of a numpy scalar, a 0-d array or a 0-d tensor; anything else as it is.
 
     Within a compiled function temperature and epsilon stay tensors, which no graph reads.

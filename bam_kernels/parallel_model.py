@@ -20,7 +20,7 @@ def replicas(model: nn.Module) -> list[DistributedDataParallel]:
 
 
 @contextmanager
-def buffers_broadcast(model: nn.Module) -> Iterator[None]:
+def broadcast_buffers(model: nn.Module) -> Iterator[None]:
     """Broadcast buffers on entry, where DistributedDataParallel is about to; no pass in the block does so again.
 
     What ranks exchange before the first backward pass is then the same for any number of passes on each rank.
@@ -44,23 +44,23 @@ def buffers_broadcast(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def buffers_kept(model: nn.Module) -> Iterator[None]:
+def preserve_buffers(model: nn.Module) -> Iterator[None]:
     """Buffers end as they began, and DistributedDataParallel broadcasts them next time if it was about to, not here."""
     before = [buffer.clone() for buffer in model.buffers()]
-    about_to = [(replica, replica.require_forward_param_sync) for replica in replicas(model)]
-    for replica, _ in about_to:
+    broadcast_flags = [(replica, replica.require_forward_param_sync) for replica in replicas(model)]
+    for replica, _ in broadcast_flags:
         replica.require_forward_param_sync = False
     try:
         yield
     finally:
         for buffer, value in zip(model.buffers(), before, strict=True):
             buffer.copy_(value)
-        for replica, broadcast in about_to:
+        for replica, broadcast in broadcast_flags:
             replica.require_forward_param_sync = broadcast
 
 
 @contextmanager
-def gradients_kept(model: nn.Module) -> Iterator[None]:
+def skip_gradient_exchange(model: nn.Module) -> Iterator[None]:
     """For a pass before the last: gradients stay on each rank, and no broadcast of buffers follows."""
     found = replicas(model)
     learning = [replica for replica in found if _learns_its_graph(replica)]
@@ -76,12 +76,12 @@ def gradients_kept(model: nn.Module) -> Iterator[None]:
         replica.require_forward_param_sync = False
 
 
-def check_number(operation: str, models: list[nn.Module], number: int) -> None:
+def check_pass_count(operation: str, models: list[nn.Module], number: int) -> None:
     """All ranks must pass through the models the same number of times, if layers exchange in every pass.
 
     Raises: ValueError on every rank, before any pass. Without such layers nothing is exchanged here.
     """
-    layers = [layer for model in models for layer in _exchanging(model)]
+    layers = [layer for model in models for layer in _exchanging_layers(model)]
     if not layers:
         return
     groups = {group: device for _, group, device in layers}
@@ -100,7 +100,7 @@ def check_number(operation: str, models: list[nn.Module], number: int) -> None:
         )
 
 
-def _exchanging(model: nn.Module) -> "list[tuple[str, dist.ProcessGroup, torch.device]]":
+def _exchanging_layers(model: nn.Module) -> "list[tuple[str, dist.ProcessGroup, torch.device]]":
     """Layers that exchange in every pass: name, group, device of what they exchange. The order is that of the model."""
     layers: list[tuple[str, dist.ProcessGroup, torch.device]] = []
     if not dist.is_available() or not dist.is_initialized():

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .operators import define, differentiable
+from .operators import define, make_differentiable
 
 LEAST_EPSILON_OF_FIXED_SCORES = 0.003
 # Below this a float64 sum of per-rank column sums can no longer hold the range of exp(1/epsilon) on both sides.
@@ -39,12 +39,12 @@ def is_sixteen_bit(backend: str, options: _Options, dtype: torch.dtype, device: 
 
 def float32_products(device: torch.device) -> str:
     """torch.get_float32_matmul_precision(), or what torch.backends' newer fp32_precision says where it was used."""
-    rounded = {"ieee": "highest", "tf32": "high", "bf16": "medium"}.get(_fp32_precision(device.type), "")
+    newer_setting = {"ieee": "highest", "tf32": "high", "bf16": "medium"}.get(_fp32_precision(device.type), "")
     try:
-        said = torch.get_float32_matmul_precision()
+        setting = torch.get_float32_matmul_precision()
     except RuntimeError:  # where both interfaces were used, and say different things
-        return rounded or "highest"
-    return said if rounded != "highest" else rounded
+        return newer_setting or "highest"
+    return setting if newer_setting != "highest" else newer_setting
 
 
 def _fp32_precision(device_type: str) -> str:
@@ -63,19 +63,19 @@ def product_precision(device: torch.device, precision: str) -> Iterator[None]:
 
     fp16 products add in float32. The flags are process-wide and are restored on leaving, also after an exception.
     """
-    adds_in_half = torch.backends.cuda.matmul.allow_fp16_accumulation
-    with torch.autocast(device.type, enabled=False), _unrounded(device) if precision == "exact" else nullcontext():
+    half_accumulation = torch.backends.cuda.matmul.allow_fp16_accumulation
+    with torch.autocast(device.type, enabled=False), _exact_float32(device) if precision == "exact" else nullcontext():
         try:
-            if adds_in_half:
+            if half_accumulation:
                 torch.backends.cuda.matmul.allow_fp16_accumulation = False
             yield
         finally:
-            if adds_in_half:
+            if half_accumulation:
                 torch.backends.cuda.matmul.allow_fp16_accumulation = True
 
 
 @contextmanager
-def _unrounded(device: torch.device) -> Iterator[None]:
+def _exact_float32(device: torch.device) -> Iterator[None]:
     """Float32 products, by both of torch's interfaces: the older sets what the newer reads, of all devices."""
     before = {name: _fp32_precision(name) for name in _PRODUCTS}
     try:
@@ -125,7 +125,7 @@ def _product_jvp(ctx: Any, da: Tensor | None, db: Tensor | None, _: None) -> Ten
     return sum(parts[1:], parts[0])
 
 
-_differentiable_product = differentiable(
+_differentiable_product = make_differentiable(
     define(
         "product(Tensor a, Tensor b, str precision) -> Tensor",
         _product_impl,

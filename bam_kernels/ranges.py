@@ -30,16 +30,16 @@ def _domain() -> Any:
     return nvtx.get_domain("bam_kernels")
 
 
-class named(ContextDecorator):
+class named_range(ContextDecorator):
     """`with named("scores"): ...`, or a decorator."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def _recreate_cm(self) -> "named":
-        return named(self.name)
+    def _recreate_cm(self) -> "named_range":
+        return named_range(self.name)
 
-    def __enter__(self) -> "named":
+    def __enter__(self) -> "named_range":
         self._domain = _domain() if _enabled else None
         if self._domain is not None:
             self._domain.push_range(self._domain.get_event_attributes(message=self.name))
@@ -50,10 +50,10 @@ class named(ContextDecorator):
             self._domain.pop_range()
 
 
-def each(name: str, items: Iterator[T]) -> Iterator[T]:
+def range_for_each(name: str, items: Iterator[T]) -> Iterator[T]:
     """The same items; the making of each is a range, what is done with it is not."""
     while True:
-        with named(name):
+        with named_range(name):
             try:
                 item = next(items)
             except StopIteration:

@@ -74,8 +74,10 @@ class OneRank:
 
 ONE_RANK = OneRank()
 DEFAULT_GROUP = ""  # the name of the default process group, or of one rank where there is none: at every call anew
-_named: WeakValueDictionary[str, Ranks] = WeakValueDictionary({ONE_RANK.name: ONE_RANK})
-_of_groups: WeakKeyDictionary[Any, Ranks] = WeakKeyDictionary()  # with what they have agreed on, as long as the groups
+_ranks_by_name: WeakValueDictionary[str, Ranks] = WeakValueDictionary({ONE_RANK.name: ONE_RANK})
+_ranks_by_group: WeakKeyDictionary[Any, Ranks] = (
+    WeakKeyDictionary()
+)  # with what they have agreed on, as long as the groups
 
 
 def ranks_named(name: str, W: int | None = None, rank: int | None = None) -> Ranks:
@@ -83,7 +85,7 @@ def ranks_named(name: str, W: int | None = None, rank: int | None = None) -> Ran
 
     Raises: RuntimeError where their group has gone, or is another than it was then.
     """
-    ranks = _resolve("bam_kernels", None) if name == DEFAULT_GROUP else _named.get(name)
+    ranks = _resolve("bam_kernels", None) if name == DEFAULT_GROUP else _ranks_by_name.get(name)
     if ranks is None:
         raise RuntimeError(f"bam_kernels: the process group {name} has been destroyed")
     if (W, rank) not in ((None, None), (ranks.W, ranks.rank)):
@@ -103,7 +105,7 @@ def ranks_of(operation: str, group: Any) -> tuple[int, int, str]:
     Raises: ValueError, TypeError naming the operation.
     """
     ranks = _resolve(operation, group)
-    _named[ranks.name] = ranks
+    _ranks_by_name[ranks.name] = ranks
     return ranks.W, ranks.rank, ranks.name if group is not None else DEFAULT_GROUP
 
 
@@ -117,14 +119,14 @@ def _resolve(operation: str, group: Any) -> Ranks:
     distributed = torch.distributed
     if not distributed.is_available() or not distributed.is_initialized():
         if isinstance(group, SavedGroup):
-            group.found(operation)  # raises
+            group.find(operation)  # raises
         if group is not None:
             raise ValueError(f"{operation}: group is given, but torch.distributed is not initialised")
         return ONE_RANK
     from .distributed import GroupRanks
 
     if isinstance(group, SavedGroup):
-        group = group.found(operation)
+        group = group.find(operation)
     if group is None:
         group = distributed.group.WORLD
     if group == distributed.GroupMember.NON_GROUP_MEMBER:  # a number, of which a file has a copy
@@ -133,7 +135,7 @@ def _resolve(operation: str, group: Any) -> Ranks:
         raise TypeError(f"{operation}: group must be a torch.distributed process group, got {type(group).__name__}")
     if group.size() == 1:
         return ONE_RANK
-    known = _of_groups.get(group)
+    known = _ranks_by_group.get(group)
     if known is None:
-        _of_groups[group] = known = GroupRanks(group)
+        _ranks_by_group[group] = known = GroupRanks(group)
     return known

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .agreement import agreed
+from .agreement import agree_with_ranks
 from .exchanges import ALONE, Exchanges
 from .header import NonFinite
 from .layout import Layout
-from .operators import anchored, define, wants_gradient
+from .operators import anchor_gradient, define, wants_gradient
 from .options import AttentionOptions, Options, check_finite, options_of
 from .precision import product
 from .ranks import ranks_of
@@ -201,8 +201,8 @@ def _scores(
 ) -> tuple[Tensor, Tensor]:
     """Source scores z kᵀ (M, N) and target scores, the same or y kᵀ (R*B, N), columns in public order."""
     header = options.header(layout, student, teacher, "reference", wants_gradient(student))
-    with agreed(ranks, name, header, student.device):
-        z, y = _embeddings(name, anchored(student), teacher)
+    with agree_with_ranks(ranks, name, header, student.device):
+        z, y = _embeddings(name, anchor_gradient(student), teacher)
     own = (z if y is None else y)[: layout.T * layout.B]
     keys = layout.to_public(ranks.gather(own, name, header).T)
     source = product(z, keys, options.precision)
@@ -293,7 +293,7 @@ def sinkhorn_attention(
         backend,
         precision,
     )
-    options = options.plain("sinkhorn_attention")
+    options = options.with_python_numbers("sinkhorn_attention")
     return attention(q, k, options.layout("sinkhorn_attention", q, k), options)
 
 
@@ -302,9 +302,9 @@ def attention(q: Tensor, k: Tensor | None, layout: Layout, options: AttentionOpt
     ranks = Exchanges(*ranks_of("sinkhorn_attention", options.group))
     if not options.differentiable:
         q, k = q.detach(), k.detach() if k is not None else None
-    q, k = anchored(q), anchored(k) if k is not None else None
+    q, k = anchor_gradient(q), anchor_gradient(k) if k is not None else None
     header = options.header(layout, q, k, "reference")
-    with agreed(ranks, "sinkhorn_attention", header, q.device):
+    with agree_with_ranks(ranks, "sinkhorn_attention", header, q.device):
         rows = _attention_rows("q", q, options.normalize)
         own = rows[: layout.T * layout.B] if k is None else _attention_rows("k", k, options.normalize)
     keys = layout.to_public(ranks.gather(own, "sinkhorn_attention", header).T)

@@ -13,28 +13,30 @@ class SavedGroup:
     name: str
     members: tuple[int, ...]
 
-    def found(self, operation: str) -> Any:
+    def find(self, operation: str) -> Any:
         """The group in this process. Raises: ValueError where it has none of that name with those members."""
         distributed = torch.distributed
         if not distributed.is_available() or not distributed.is_initialized():
-            raise ValueError(f"{operation}: {self._saved()}, but torch.distributed is not initialised")
+            raise ValueError(f"{operation}: {self._description()}, but torch.distributed is not initialised")
         if not self.name:
             return distributed.group.WORLD
         try:
             resolve: Any = distributed.distributed_c10d._resolve_process_group
             group = resolve(self.name)
         except (RuntimeError, ValueError, KeyError) as error:
-            raise ValueError(f"{operation}: {self._saved()}; this process has none of that name") from error
+            raise ValueError(f"{operation}: {self._description()}; this process has none of that name") from error
         members = tuple(distributed.get_process_group_ranks(group))
         if members != self.members:
-            raise ValueError(f"{operation}: {self._saved()}; here the group of that name has ranks {list(members)}")
+            raise ValueError(
+                f"{operation}: {self._description()}; here the group of that name has ranks {list(members)}"
+            )
         return group
 
-    def _saved(self) -> str:
+    def _description(self) -> str:
         return f"group was saved as the process group {self.name or 'of all ranks'!r} with ranks {list(self.members)}"
 
 
-def to_save(group: Any) -> Any:
+def picklable_group(group: Any) -> Any:
     """A SavedGroup for a process group; anything else is returned unchanged."""
     distributed = torch.distributed
     if not distributed.is_available() or not isinstance(group, distributed.ProcessGroup):

@@ -53,10 +53,10 @@ class SimulatedRanks:
         for ranks in (range(self.rank), range(self.rank + 1, self.W)):
             if not ranks:
                 continue
-            kept = ranks.start, own.dtype
-            if kept not in self._sent:
-                self._sent[kept] = torch.cat([as_sent(self.keys[rank * n : (rank + 1) * n]) for rank in ranks])
-            yield ranks.start * n, self._sent[kept]
+            key = ranks.start, own.dtype
+            if key not in self._sent:
+                self._sent[key] = torch.cat([as_sent(self.keys[rank * n : (rank + 1) * n]) for rank in ranks])
+            yield ranks.start * n, self._sent[key]
 
     def sum(self, x: Tensor, meanwhile: Callable[[], None] | None = None) -> Tensor:
         if meanwhile is not None:
@@ -99,7 +99,7 @@ class ThreadRanks:
 
     def scatter(self, part: Callable[[int], Tensor]) -> Tensor:
         parts = self._meeting.exchange(self.rank, [part(r) for r in range(self.W)])
-        return torch.stack([of_rank[self.rank] for of_rank in parts]).sum(0)
+        return torch.stack([rank_parts[self.rank] for rank_parts in parts]).sum(0)
 
 
 class _Meeting:

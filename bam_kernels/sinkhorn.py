@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .agreement import told
+from .agreement import share_errors_with_ranks
 from .backends import choose, row_kernels
 from .engine import attention
 from .layout import Layout
-from .operators import as_tensor, define, differentiable, not_twice
+from .operators import as_tensor, define, make_differentiable, refuse_second_derivative
 from .options import AttentionOptions, check_positive
 from .precision import product_precision
 from .ranks import ranks_named, ranks_of
@@ -73,8 +73,8 @@ def sinkhorn_attention(
         backend,
         precision,
     )
-    with told("sinkhorn_attention", group, q):
-        options = options.plain("sinkhorn_attention")
+    with share_errors_with_ranks("sinkhorn_attention", group, q):
+        options = options.with_python_numbers("sinkhorn_attention")
         layout = options.layout("sinkhorn_attention", q, k)
         backend_chosen = choose("sinkhorn_attention", options, q.device, q.dtype)
     if backend_chosen == "reference":
@@ -204,7 +204,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 _PROBLEM = "Tensor q, Tensor? k, Tensor epsilon, int iterations, str mask, SymInt[] dimensions, bool normalize"
-_attention_operator = differentiable(
+_attention_operator = make_differentiable(
     define(
         f"sinkhorn_attention({_PROBLEM}, bool plan, str precision, str backend, str group) "
         "-> (Tensor plan, Tensor f, Tensor g)",
@@ -214,12 +214,12 @@ _attention_operator = differentiable(
     _backward,
     _setup_context,
 )
-_backward_operator = differentiable(
+_backward_operator = make_differentiable(
     define(
         f"sinkhorn_attention_backward({_PROBLEM}, str precision, str backend, Tensor? plan, Tensor? grad_plan, "
         "Tensor? grad_f, Tensor? grad_g) -> (Tensor dq, Tensor dk)",
         _backward_impl,
         _backward_fake,
     ),
-    not_twice,
+    refuse_second_derivative,
 )

@@ -22,7 +22,7 @@ from .backends.interface import HALF_UNIT, LOG2_E, Potential
 from .backends.triton import tiles
 from .layout import Layout
 from .precision import multiply
-from .tuned import Key, Tuned
+from .tuned import Key, Tuning
 
 GAIN = 0.98  # of the default's time: less is noise
 AGREEMENT = 1e-3  # relative, between tiles, which add in another order
@@ -118,7 +118,7 @@ def _row_candidates(m: int, default: tiles.Tile) -> list[tuple[int, ...]]:
     found: list[tuple[int, ...]] = []
     for block_m in {max(default.block_m // 2, 1), default.block_m, default.block_m * 2}:
         for programs in (66, 132, 264):
-            rows = tiles.up(-(-m // programs), block_m)
+            rows = tiles.round_up(-(-m // programs), block_m)
             tile = default._replace(block_m=block_m, rows=rows, chunks=-(-m // rows))
             found += [tile, *_with_warps(tile, (4, 8, 16))]
     return [tile for tile in dict.fromkeys(found) if tile != default]
@@ -129,7 +129,7 @@ def _column_candidates(m: int, n: int, default: tiles.Tile) -> list[tuple[int, .
     found: list[tuple[int, ...]] = []
     for block_n in (128, 256, 512, 1024):
         for block_m in (8, 16):
-            rows = tiles.up(max(-(-m // 64), block_m), block_m)
+            rows = tiles.round_up(max(-(-m // 64), block_m), block_m)
             tile = tiles.Tile(block_m, min(block_n, tiles.power_of_two(n)), rows, -(-m // rows), 4)
             found += [tile, *_with_warps(tile, (2, 8))]
     return [tile for tile in dict.fromkeys(found) if tile != default]
@@ -157,7 +157,7 @@ def best(job: Job, timer: Timer) -> tuple[tuple[int, ...], float, float]:
     default_ms = timer(job.run)
     tile, fastest = job.default, GAIN * default_ms
     for candidate in job.candidates:
-        with tuned.trying({job.key: candidate}):
+        with tuned.use_tiles({job.key: candidate}):
             try:
                 found = job.run()
             except Exception as error:  # more registers or shared memory than there are
@@ -187,10 +187,10 @@ def measured_rates(device: torch.device, timer: Timer, size: int = 8192) -> dict
     }
 
 
-def tune(shapes: list[tuple[int, int, int]], device: torch.device, timer: Timer, size: int = 8192) -> Tuned:
+def tune(shapes: list[tuple[int, int, int]], device: torch.device, timer: Timer, size: int = 8192) -> Tuning:
     """Prints a line for every tile, the default's time beside the one that is kept."""
     chosen: dict[Key, tuple[int, ...]] = {}
-    with tuned.trying({}):
+    with tuned.use_tiles({}):
         for shape in shapes:
             for job in jobs(*shape, device):
                 tile, ms, default_ms = best(job, timer)
@@ -201,7 +201,7 @@ def tune(shapes: list[tuple[int, int, int]], device: torch.device, timer: Timer,
         found = measured_rates(device, timer, size)
     for name, rate in found.items():
         print(f"{name:<28} {rate:>12.3g} a second")
-    return Tuned(found, chosen)
+    return Tuning(found, chosen)
 
 
 def _shape(text: str) -> tuple[int, int, int]:

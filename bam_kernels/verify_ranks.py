@@ -133,7 +133,7 @@ def verify(images: int, features: int, backend: str, cases: list[str], device_ty
         world_size=int(os.environ["WORLD_SIZE"]),
         timeout=TIMEOUT,
     )
-    show = partial(print, flush=True) if dist.get_rank() == 0 else _say_nothing
+    show = partial(print, flush=True) if dist.get_rank() == 0 else _print_nothing
     show(f"{dist.get_world_size()} ranks of {images} images, {device.type}, {dist.get_backend()}")
     wrong = wrong_exchanges(device)
     agreed = max_over_ranks([len(wrong)], device) == [0]
@@ -158,7 +158,7 @@ def verify(images: int, features: int, backend: str, cases: list[str], device_ty
     return 0 if agreed else 1
 
 
-def _say_nothing(text: str) -> None:
+def _print_nothing(text: str) -> None:
     """What the ranks other than the first print."""
 
 
@@ -202,13 +202,13 @@ def _errors(
     W, rank = dist.get_world_size(), dist.get_rank()
     generator = torch.Generator("cpu").manual_seed(seed)
 
-    def drawn(*shape: int) -> Tensor:
+    def random_rows(*shape: int) -> Tensor:
         return torch.randn(*shape, D, generator=generator, dtype=torch.float32, device="cpu")
 
-    common = drawn()
+    common = random_rows()
 
     def embeddings(views: int) -> Tensor:
-        return (common + drawn(1, W * B) + drawn(views, W * B)).to(device, dtype)
+        return (common + random_rows(1, W * B) + random_rows(views, W * B)).to(device, dtype)
 
     z, y = embeddings(V), embeddings(R) if R else None
     own = slice(rank * B, (rank + 1) * B)

@@ -16,7 +16,7 @@ from problem import Problem, Truth, Work, loss_options, loss_work, products_work
 from torch import Tensor
 
 from bam_kernels import reference
-from bam_kernels.engine.cost import flash_can
+from bam_kernels.engine.cost import flash_supports
 
 
 def given_scores(
@@ -107,7 +107,7 @@ def whole_competitors(problem: Problem, choice: Choice) -> list[Competitor]:
     fresh = Rotation((problem.student, problem.teacher), choice.cold_bytes, requires_grad=True)
     rows = WHOLE + (GRAPHS if problem.student.device.type == "cuda" else ())
     ours = choice.ours(problem, rows)
-    if not flash_can(layout, options.top_k, regather=False):
+    if not flash_supports(layout, options.top_k, regather=False):
         ours = [(kind, kernels) for kind, kernels in ours if "flash" not in kind]
     made = [our_whole_competitor(problem, kind, kernels, fresh) for kind, kernels in ours]
 

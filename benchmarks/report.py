@@ -262,7 +262,7 @@ def measure(rows: list[Row], machine: Machine, options: BenchmarkOptions) -> Non
         if done >= LEAST_ROUNDS and time.perf_counter() > end:
             break
         for row in order.sample(rows, len(rows)):
-            with ranges.named(row.competitor.name):
+            with ranges.named_range(row.competitor.name):
                 times[id(row)].append(machine.time_ms(row.competitor.run, *row.competitor.fresh()))
     for row in rows:
         row.times_ms = times[id(row)]
@@ -278,7 +278,7 @@ def profile(rows: list[Row], path: Path) -> None:
         for row in rows:
             arguments = row.competitor.fresh()
             with contextlib.ExitStack() as marks:
-                marks.enter_context(ranges.named(row.competitor.name))
+                marks.enter_context(ranges.named_range(row.competitor.name))
                 marks.enter_context(torch.profiler.record_function(row.competitor.name))
                 row.competitor.run(*arguments)
     trace.export_chrome_trace(str(path))

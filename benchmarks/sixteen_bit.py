@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bam_kernels import bam_loss, bam_targets, reference
 from bam_kernels.backends import cpu, cuda, triton
-from bam_kernels.engine.cost import flash_can
+from bam_kernels.engine.cost import flash_supports
 from bam_kernels.layout import Layout
 from bam_kernels.options import Options
 
@@ -60,7 +60,7 @@ def our_step(problem: Problem, backend: str, engine: str = "slab") -> Step:
 def unavailable(kind: RowName, problem: Problem, authors: Path | None) -> str | None:
     """Why this kind of row cannot run on the problem; None if it can."""
     device = problem.student.device
-    if "flash" in kind and not flash_can(problem.layout, 0, regather=False):
+    if "flash" in kind and not flash_supports(problem.layout, 0, regather=False):
         return f"flash takes no D = {problem.layout.D}"
     if kind.startswith("authors"):
         return "no checkout of the authors' code was given" if authors is None else None

@@ -58,25 +58,25 @@ def _choose(name: str, backend: str, device: torch.device, dtype: torch.dtype) -
             return "reference"
         raise TypeError(f'{name}: float64 is computed by backend="reference" only, got backend="{backend}"')
     if backend == "auto":
-        reason = _not_chosen(device)
+        reason = _reason_for_reference(device)
         if reason is None:
             return "cpu"
         _warn_once(f"bam_kernels: computing with the slow PyTorch reference: {reason}")
         return "reference"
-    reason = _cannot_run(backend, device)
+    reason = _reason_against(backend, device)
     if reason:
         raise ValueError(f'{name}: backend="{backend}" cannot run here: {reason}')
     return backend
 
 
-def _not_chosen(device: torch.device) -> str | None:
+def _reason_for_reference(device: torch.device) -> str | None:
     """Why "auto" computes tensors of that device with the reference; None: it has kernels for them."""
     if device.type in ("cpu", "meta"):
         return cpu.unavailable()
     return _NOT_BY_AUTO if device.type == "cuda" else f"there are no kernels for {device.type} tensors"
 
 
-def _cannot_run(backend: str, device: torch.device) -> str | None:
+def _reason_against(backend: str, device: torch.device) -> str | None:
     if device.type == "meta":  # nothing runs: the operators say what shapes there would be
         return None
     if backend == "cpu":

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..layout import Layout
 from .addresses import FLOAT64, INT16, address, pair, scores_of
 from .extension import _C, import_error
-from .interface import LOG2_E, Matched, Positives, Potential, UnitRows
+from .interface import LOG2_E, MatchSums, Positives, Potential, UnitRows
 
 CPU = torch.device("cpu")
 
@@ -172,7 +172,7 @@ class CpuKernels:
         row_out: Potential | None = None,
         gradient: Tensor | None = None,
         gradient_factor: float = 1.0,
-    ) -> Matched:
+    ) -> MatchSums:
         """Targets of b images and, with `source`, the loss of their source rows; `gradient` may be `source` itself.
 
         target (L, b, N), source (V, b, N), row_exponent (L, b): guesses; targets (L, b, N) and gradient (V, b, N)
@@ -218,7 +218,7 @@ class CpuKernels:
             ),
             _threads((L + V) * b * n),
         )
-        return Matched(per_image)
+        return MatchSums(per_image)
 
     def plan_products(
         self, scores: Tensor, scale: float, row: Potential, col: Potential, v: Tensor | None, u: Tensor | None

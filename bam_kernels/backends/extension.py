@@ -18,7 +18,7 @@ _NAME = "bam_kernels._C"
 _FILE = "BAM_KERNELS_EXTENSION"
 
 
-def _load_asked(path: str) -> ModuleType:
+def _load_requested(path: str) -> ModuleType:
     """The file that the environment asks for. Raises: ImportError."""
     try:
         return _load_file(os.path.abspath(path))
@@ -38,9 +38,9 @@ def _load_file(path: str) -> ModuleType:
 
 _C: Any = None
 import_error: ImportError | None = None
-_asked = os.environ.get(_FILE)
-if _asked:
-    _C = _load_asked(_asked)
+_requested = os.environ.get(_FILE)
+if _requested:
+    _C = _load_requested(_requested)
 else:
     try:
         _C = importlib.import_module(_NAME)

@@ -104,7 +104,7 @@ class Potential(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Matched:
+class MatchSums:
     """What images add to the loss, the target's and the source's entropy: (3, images), or (3, 1) of all together.
 
     Natural logarithms, of any float type; the properties are sums over the images, float64 scalars.
@@ -167,7 +167,7 @@ class RowKernels(Protocol):
         row_out: Potential | None = None,
         gradient: Tensor | None = None,
         gradient_factor: float = 1.0,
-    ) -> Matched: ...
+    ) -> MatchSums: ...
     def plan_products(
         self, scores: Tensor, scale: Any, row: Potential, col: Potential, v: Tensor | None, u: Tensor | None, /
     ) -> tuple[Tensor, Tensor]: ...

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..agreement import agreed
+from ..agreement import agree_with_ranks
 from ..backends.interface import LOG2_E, Potential, RowKernels, UnitRows
 from ..layout import Layout
 from ..options import AttentionOptions, check_finite
@@ -38,7 +38,7 @@ def _prepare(
     budget: int | None,
 ) -> _Rows:
     masked = options.mask != "none"
-    with agreed(ranks, "sinkhorn_attention", options.header(layout, q, k, kernels.backend), q.device):
+    with agree_with_ranks(ranks, "sinkhorn_attention", options.header(layout, q, k, kernels.backend), q.device):
         plan = plan_slabs(
             "sinkhorn_attention",
             rows=len(q),

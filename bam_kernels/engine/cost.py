@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 
 from ..layout import Layout
-from ..tuned import tuned
+from ..tuned import tuning
 from .plan import FLASH_FEATURES, SlabPlan, plan_slabs
 
 FLOAT_BYTES, HALF_BYTES = 4, 2
@@ -50,7 +50,7 @@ H200 = Rates(
 
 def rates() -> Rates:
     """Those that were measured on this machine's GPU, or H200's; links as stated."""
-    return replace(H200, **tuned().rates)
+    return replace(H200, **tuning().rates)
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def _message_seconds(x: Problem, rates: Rates) -> dict[str, float]:
     }
 
 
-def flash_can(layout: Layout, top_k: int, regather: bool) -> bool:
+def flash_supports(layout: Layout, top_k: int, regather: bool) -> bool:
     """Whether the flash engine computes such a problem."""
     return layout.D <= FLASH_FEATURES and not top_k and not (regather and layout.W > 1)
 
@@ -148,7 +148,7 @@ def choose_engine(x: Problem, top_k: int, budget: int | None, device: torch.devi
     may have different memory free.
     """
     layout = x.layout
-    if not flash_can(layout, top_k, x.regather):
+    if not flash_supports(layout, top_k, x.regather):
         return "slab"
     if budget is None and layout.W > 1:
         budget = sys.maxsize

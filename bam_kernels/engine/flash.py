@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..agreement import agreed
+from ..agreement import agree_with_ranks
 from ..backends import triton
 from ..backends.interface import Potential
 from ..precision import float32_products
@@ -17,13 +17,13 @@ from .call import Call
 from .plan import FLASH_FEATURES
 from .rows import Rows, checked_rows, rows_and_keys
 from .slab import balance
-from .sums import Evaluated, Sums
+from .sums import Evaluation, Sums
 
 if TYPE_CHECKING:
     from ..backends.triton.flash_kernels import FlashKernels
 
 
-class _Slab:
+class _RowSweeps:
     """The Sinkhorn problem's rows as one slab: the flash kernels take rows where others take scores."""
 
     def __init__(self, rows: Tensor, flash: "FlashKernels") -> None:
@@ -53,7 +53,7 @@ def _check(call: Call) -> None:
 
 def _embed(call: Call) -> "tuple[Rows, FlashKernels]":
     """Raises: ValueError on non-finite rows, on what this engine cannot do, and where ranks differ."""
-    with agreed(call.ranks, call.name, call.header, call.student.device):
+    with agree_with_ranks(call.ranks, call.name, call.header, call.student.device):
         _check(call)
         read = checked_rows(call)
     x = rows_and_keys(call, read)
@@ -71,13 +71,13 @@ def _embed(call: Call) -> "tuple[Rows, FlashKernels]":
 def _targets(call: Call, x: Rows, flash: "FlashKernels") -> tuple[Potential, Potential, Tensor]:
     """Finished potentials of the L*B target rows and of the columns; the column sums before the last column step."""
     rows, options, kept = x.target.read, call.options, call.layout.L * call.layout.B
-    col, column_sums = balance(_Slab(rows, flash), x.potential, options.epsilon, options.iterations, call.ranks)
+    col, column_sums = balance(_RowSweeps(rows, flash), x.potential, options.epsilon, options.iterations, call.ranks)
     row = x.potential.rows(0, kept)
     flash.row_step(rows[:kept], flash.score_scale(options.epsilon), col, row)
     return row, col, column_sums
 
 
-def evaluate(call: Call) -> Evaluated:
+def evaluate(call: Call) -> Evaluation:
     """The loss of this rank, its statistics and, if wanted, dz: the gradient of the sum of all ranks' losses.
 
     Cost in score products of all rows, T = 2: 2 per iteration, one for the source's sums, 1 + L in the match (dz
@@ -102,7 +102,7 @@ def evaluate(call: Call) -> Evaluated:
         dz = kernels.project_(dz, x.z)
     total = Sums(kernels)
     total.add(matched)
-    return total.evaluated(layout, options.mask_positives, column_sums, dz)
+    return total.evaluation(layout, options.mask_positives, column_sums, dz)
 
 
 def targets(call: Call) -> Tensor:

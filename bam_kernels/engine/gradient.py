@@ -13,7 +13,7 @@ from torch import Tensor
 from ..backends.interface import GRADIENT_FACTOR
 from ..layout import Layout
 from ..precision import multiply
-from ..ranges import named
+from ..ranges import named_range
 from ..ranks import Ranks
 from .rows import Rows
 
@@ -29,7 +29,7 @@ class Gradient:
         self.dk: Tensor | None = None  # (N, D) of this rank's rows
         self.dk_own: Tensor | None = None  # (T*B, D) of all ranks' rows
 
-    @named("gradient")
+    @named_range("gradient")
     def add(self, G: Tensor, first: int) -> None:
         """G (V, b, N) of images first .. first + b - 1."""
         V, b, N = G.shape
@@ -81,7 +81,7 @@ class Gradient:
         if len(G) > N:
             self._contract_keys(G[N:], self.z[N:], d, add=True)
 
-    @named("gradient")
+    @named_range("gradient")
     def finish(self, temperature: float) -> Tensor:
         """dz (M, D) float32, back through the L2 normalisation."""
         n = self.layout.T * self.layout.B

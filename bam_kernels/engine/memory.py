@@ -34,8 +34,8 @@ def free_bytes(device: torch.device) -> int | None:
     if device.type != "cuda":
         return host_free_bytes()
     if not torch.cuda.is_current_stream_capturing():
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for what comes
-        _last_read[device] = torch.cuda.mem_get_info(device)[0] + kept
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for what comes
+        _last_read[device] = torch.cuda.mem_get_info(device)[0] + reserved
     return _last_read.get(device)
 
 
@@ -89,9 +89,9 @@ def _left(files: Controller, cgroup: Path) -> int | None:
 def _entry(file: Path, name: str) -> int | None:
     """The number that follows `name` on the line of `file` that begins with it; None if there is no such line."""
     for line in _text(file).splitlines():
-        words = line.split()
-        if len(words) > 1 and words[0] == name:
-            return _number(words[1])
+        fields = line.split()
+        if len(fields) > 1 and fields[0] == name:
+            return _number(fields[1])
     return None
 
 

@@ -44,8 +44,8 @@ def product_rows(columns: int, device: torch.device) -> int:
     """
     if device.type != "cuda":
         return PRODUCT_ROWS
-    held = torch.cuda.get_device_properties(device).L2_cache_size // 3 // (4 * columns) // 128 * 128
-    return min(held, PRODUCT_ROWS) if held >= LEAST_PRODUCT_ROWS else PRODUCT_ROWS
+    rows_in_l2 = torch.cuda.get_device_properties(device).L2_cache_size // 3 // (4 * columns) // 128 * 128
+    return min(rows_in_l2, PRODUCT_ROWS) if rows_in_l2 >= LEAST_PRODUCT_ROWS else PRODUCT_ROWS
 
 
 def plan_slabs(name: str, *, budget: int | None, device: torch.device, **shape: int) -> SlabPlan:

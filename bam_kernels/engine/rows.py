@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..backends.interface import HALF_UNIT, Potential, UnitRows, first_views
 from ..options import check_finite
-from ..ranges import each
+from ..ranges import range_for_each
 from ..ranks import Ranks
 from .call import Call
 
@@ -40,31 +40,31 @@ class Keys:
         self.unit = HALF_UNIT if self.sixteen_bit else 1.0
         n, D = own.read.shape
         self.bias: Tensor | None = None
-        self._held: Tensor | None = None
+        self._gathered: Tensor | None = None
         self._complete = ranks.W == 1 and self.sixteen_bit
         if self._complete:
-            self._held, self.bias = own.read, own.bias
+            self._gathered, self.bias = own.read, own.bias
             return
         if self.sixteen_bit:
             self.bias = own.norm.new_empty(ranks.W * n, dtype=torch.float32)
         if not regather or ranks.W == 1:
-            self._held = own.read.new_empty(ranks.W * n, D)
+            self._gathered = own.read.new_empty(ranks.W * n, D)
         self._own = own.read if own.bias is None else _packed(own.read, own.bias)
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
         """(first column, centred keys): rank by rank as they arrive, this rank's first; once all are here, in one."""
-        if self._held is not None and self._complete:
-            yield 0, self._held
+        if self._gathered is not None and self._complete:
+            yield 0, self._gathered
             return
-        for first, block in each("gather", iter(self.ranks.gather(self._own, self._as_sent))):
+        for first, block in range_for_each("gather", iter(self.ranks.gather(self._own, self._as_sent))):
             part = slice(first, first + len(block))
-            if self._held is None:
+            if self._gathered is None:
                 yield first, block - self.centre
             elif self.bias is not None:
                 self.bias[part] = _bias_of(block)
-                yield first, self._held[part].copy_(block[:, : self._held.shape[1]])
+                yield first, self._gathered[part].copy_(block[:, : self._gathered.shape[1]])
             else:
-                yield first, torch.sub(block, self.centre, out=self._held[part])
+                yield first, torch.sub(block, self.centre, out=self._gathered[part])
         self._complete = True
 
     def _as_sent(self, unit: Tensor) -> Tensor:
@@ -78,11 +78,11 @@ class Keys:
     @property
     def whole(self) -> Tensor:
         """(N, D), once all have arrived; `bias` is complete then."""
-        assert self._held is not None
+        assert self._gathered is not None
         if not self._complete:
             for _ in self.blocks():
                 pass
-        return self._held
+        return self._gathered
 
 
 def _packed(read: Tensor, bias: Tensor) -> Tensor:
@@ -138,8 +138,10 @@ def rows_and_keys(call: Call, read: tuple[UnitRows, UnitRows | None] | None) -> 
         if layout.W > 1:
             centre = call.ranks.sum(centre).div_(layout.W)
         z, potential = kernels.half_rows(call.student, centre, epsilon)
-        y, of_y = kernels.half_rows(call.teacher, centre, epsilon) if call.teacher is not None else (z, potential)
-        target, potential = (z, potential) if call.shared else (y, of_y)
+        y, y_potential = (
+            kernels.half_rows(call.teacher, centre, epsilon) if call.teacher is not None else (z, potential)
+        )
+        target, potential = (z, potential) if call.shared else (y, y_potential)
         own = y.views(layout.T, layout.B)
     keys = Keys(own, centre, call.ranks, call.options.regather)
     return Rows(z, target, potential, keys, own_keys=call.teacher is None)

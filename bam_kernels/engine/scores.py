@@ -13,7 +13,7 @@ from torch import Tensor
 from ..backends.interface import HALF_UNIT, DeviceNumber, Positives, Potential, RowKernels, SixteenBitKernels
 from ..layout import Layout
 from ..precision import multiply
-from ..ranges import named
+from ..ranges import named_range
 from .plan import SlabPlan
 from .rows import Keys, Rows
 
@@ -62,7 +62,7 @@ class Scores:
         """`rows` rows of the buffer, past the first `after`."""
         return self._buffer[after : after + rows]
 
-    @named("scores")
+    @named_range("scores")
     def make(self, unit: Tensor, first: int, into: Tensor, *, period: int | None = None) -> Tensor:
         """Scores of (m, D) unit rows into (m, N), positives masked: rows first .. of all, or of images first .. of
         several views with `period` images of each."""
@@ -81,7 +81,7 @@ class Scores:
             self.make(unit, first, into)
             self.kernels.column_lse(into, scale, row, shift, sums, accumulate=first > 0)
             return
-        with named("scores"):
+        with named_range("scores"):
             made = self.multiply(unit, self._made[: len(unit)])
             self._half_kernels.finish_scores(
                 made,
@@ -102,7 +102,7 @@ class Scores:
             multiply(unit, block.T, out[:, column : column + len(block)])
         return out
 
-    @named("scores")
+    @named_range("scores")
     def make_both(self, first: Tensor, second: Tensor, out_first: Tensor, out_second: Tensor) -> None:
         """Scores of all rows of two sets of unit rows, in one reading of the keys; float32."""
         for column, block in self.keys.blocks():

@@ -13,23 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..agreement import agreed
+from ..agreement import agree_with_ranks
 from ..backends.interface import GRADIENT_FACTOR, LOG2_E, Positives, Potential, RowKernels
 from ..layout import Layout
 from ..options import Options
 from ..precision import LEAST_EPSILON_OF_ONE_SUM
-from ..ranges import named
+from ..ranges import named_range
 from ..ranks import ONE_RANK, Ranks
 from .call import Call
 from .gradient import Gradient
 from .plan import SlabPlan, plan_slabs
 from .rows import Rows, checked_rows, rows_and_keys
 from .scores import KeptScores, Scores, SourceScores, Sweeps, TargetScores
-from .sums import Evaluated, Sums
+from .sums import Evaluation, Sums
 
 
 @dataclass
-class Embedded:
+class EmbeddedBatch:
     """Rows and keys, how their scores are held, and what makes them."""
 
     rows: Rows
@@ -37,10 +37,10 @@ class Embedded:
     scores: Scores
 
 
-def embed(call: Call, *, wants_source: bool) -> Embedded:
+def embed(call: Call, *, wants_source: bool) -> EmbeddedBatch:
     """Raises: ValueError on non-finite rows or too small a budget on any rank, and where ranks differ."""
     layout, options = call.layout, call.options
-    with agreed(call.ranks, call.name, call.header, call.student.device):
+    with agree_with_ranks(call.ranks, call.name, call.header, call.student.device):
         plan = plan_slabs(
             call.name,
             rows=layout.M if call.shared else layout.R * layout.B,
@@ -57,10 +57,10 @@ def embed(call: Call, *, wants_source: bool) -> Embedded:
         )
         read = checked_rows(call)
     rows = rows_and_keys(call, read)
-    return Embedded(rows, plan, Scores.of(rows, layout, options.mask_positives, plan, call.kernels))
+    return EmbeddedBatch(rows, plan, Scores.of(rows, layout, options.mask_positives, plan, call.kernels))
 
 
-@named("Sinkhorn")
+@named_range("Sinkhorn")
 def balance(
     target: Sweeps,
     row: Potential,
@@ -127,7 +127,7 @@ def _sum_over_ranks(
     return common + exponent, mantissa.float()
 
 
-def evaluate(call: Call) -> Evaluated:
+def evaluate(call: Call) -> Evaluation:
     """The loss of this rank, its statistics and, if wanted, dz: the gradient of the sum of all ranks' losses."""
     x, layout, options = embed(call, wants_source=True), call.layout, call.options
     z, plan, scores = x.rows.z.read, x.plan, x.scores
@@ -143,18 +143,18 @@ def evaluate(call: Call) -> Evaluated:
 
     gradient = Gradient(x.rows, layout, call.ranks, call.kernels) if call.needs_grad else None
     sums = Sums(call.kernels)
-    made = source.finish() if source is not None else None
-    for first, matched, G in _match_slabs(call, x, target, made, col):
+    source_scores = source.finish() if source is not None else None
+    for first, matched, G in _match_slabs(call, x, target, source_scores, col):
         sums.add(matched)
         if gradient is not None:
             gradient.add(G, first)
     if call.sixteen_bit:  # int16 has no NaN: a row that is not finite shows in its norm
-        sums.spoil_unless_finite(x.rows.z.norm)
+        sums.make_nan_unless_finite(x.rows.z.norm)
     dz = gradient.finish(options.temperature) if gradient is not None else None
-    return sums.evaluated(layout, options.mask_positives, column_sums, dz)
+    return sums.evaluation(layout, options.mask_positives, column_sums, dz)
 
 
-def _match_slabs(call: Call, x: Embedded, target: TargetScores, made: Tensor | None, col: Potential):
+def _match_slabs(call: Call, x: EmbeddedBatch, target: TargetScores, source_scores: Tensor | None, col: Potential):
     """(first image, sums, G (V, b, N) or None) slab by slab; G lives until the next slab.
 
     made (M, N): source scores that are there already.
@@ -163,7 +163,7 @@ def _match_slabs(call: Call, x: Embedded, target: TargetScores, made: Tensor | N
     z = x.rows.z.read.view(layout.V, layout.B, layout.D)
     row_exponent = x.rows.potential.exponent.view(-1, layout.B)
     kept = target.kept.view(-1, layout.B, layout.N) if target.kept is not None else None
-    given = made.view(layout.V, layout.B, layout.N) if made is not None else None
+    given = source_scores.view(layout.V, layout.B, layout.N) if source_scores is not None else None
     factor = GRADIENT_FACTOR * layout.B * options.temperature if call.sixteen_bit else 1.0
     for first in range(0, layout.B, x.plan.match_images):
         last = min(first + x.plan.match_images, layout.B)
@@ -174,16 +174,16 @@ def _match_slabs(call: Call, x: Embedded, target: TargetScores, made: Tensor | N
             source = kept[:, first:last]
         else:
             source_rows = layout.V * (last - first)
-            source = _made_images(scores, z[:, first:last], first, 0)
+            source = _image_scores(scores, z[:, first:last], first, 0)
         if kept is not None:
             target_scores = kept[: layout.L, first:last]
         elif call.shared:
             target_scores = source[: layout.L]
         else:
             y = x.rows.target.read.view(-1, layout.B, layout.D)[: layout.L, first:last]
-            target_scores = _made_images(scores, y, first, source_rows)
+            target_scores = _image_scores(scores, y, first, source_rows)
         G = source.view(torch.float16) if call.sixteen_bit else source
-        matched = named("match")(call.kernels.match)(
+        matched = named_range("match")(call.kernels.match)(
             target_scores,
             source,
             layout,
@@ -199,7 +199,7 @@ def _match_slabs(call: Call, x: Embedded, target: TargetScores, made: Tensor | N
         yield first, matched, G if call.needs_grad else None
 
 
-def _made_images(scores: Scores, unit: Tensor, first: int, after: int) -> Tensor:
+def _image_scores(scores: Scores, unit: Tensor, first: int, after: int) -> Tensor:
     """Scores (views, b, N) of unit rows (views, b, D) of images first .., in the buffer past `after` rows."""
     views, b, D = unit.shape
     into = scores.buffer(views * b, after)
@@ -221,8 +221,8 @@ def targets(call: Call) -> Tensor:
         if kept is not None:
             target_scores = kept[: layout.L, first:last]
         else:
-            target_scores = _made_images(scores, unit[:, first:last], first, 0)
-        named("match")(call.kernels.match)(
+            target_scores = _image_scores(scores, unit[:, first:last], first, 0)
+        named_range("match")(call.kernels.match)(
             target_scores,
             None,
             layout,
@@ -247,7 +247,7 @@ def from_scores(
     step: float = 1.0,
     needs_grad: bool = True,
     G: Tensor | None = None,
-) -> tuple[Evaluated, Tensor | None]:
+) -> tuple[Evaluation, Tensor | None]:
     """The loss from given scores (M, N) of one rank, and G = dloss/ds (M, N) float32, once the scores exist.
 
     Float32 scores are overwritten: their positives by the mask, then all of them by G. Int16 scores (`step` is the
@@ -268,7 +268,7 @@ def from_scores(
     shape = (-1, layout.B, layout.N)
     sums = Sums(kernels)
     sums.add(
-        named("match")(kernels.match)(
+        named_range("match")(kernels.match)(
             rows.view(shape)[: layout.L],
             scores.view(shape),
             layout,
@@ -281,4 +281,4 @@ def from_scores(
             gradient=G.view(shape) if G is not None else None,
         )
     )
-    return sums.evaluated(layout, options.mask_positives, column_sums, None), G
+    return sums.evaluation(layout, options.mask_positives, column_sums, None), G

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.interface import Matched
+from ..backends.interface import MatchSums
 from ..layout import Layout
 
 
 @dataclass
-class Evaluated:
+class Evaluation:
     """loss: scalar of this rank; stats: (6,) in the order of BAMStats; both float64, or float32 where a kernel has
     summed in float64 and rounded at the end. dz: (M, D) float32 or None.
     """
@@ -30,19 +30,19 @@ class Sums:
         self.parts: list[Tensor] = []
         self.norm: Tensor | None = None
 
-    def add(self, matched: Matched) -> None:
+    def add(self, matched: MatchSums) -> None:
         self.parts.append(matched.images)
 
-    def spoil_unless_finite(self, norm: Tensor) -> None:
+    def make_nan_unless_finite(self, norm: Tensor) -> None:
         """The loss will be NaN if a norm of rows (m,) float64 is not finite."""
         self.norm = norm
 
-    def evaluated(self, layout: Layout, masked: bool, column_sums: Tensor, dz: Tensor | None) -> Evaluated:
+    def evaluation(self, layout: Layout, masked: bool, column_sums: Tensor, dz: Tensor | None) -> Evaluation:
         images = self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts, 1)
         uniform_loss = math.log(layout.N - layout.T if masked else layout.N)
-        together = getattr(self.kernels, "loss_and_stats", loss_and_stats)
-        loss, stats = together(images, column_sums, self.norm, layout, uniform_loss)
-        return Evaluated(loss, stats, dz)
+        reduction = getattr(self.kernels, "loss_and_stats", loss_and_stats)
+        loss, stats = reduction(images, column_sums, self.norm, layout, uniform_loss)
+        return Evaluation(loss, stats, dz)
 
 
 def loss_and_stats(

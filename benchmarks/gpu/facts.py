@@ -35,7 +35,7 @@ def main() -> int:
     print(torch.cuda.get_device_properties(0))
     print(f"the extension: {getattr(extension._C, '__file__', None)}, {extension.import_error or 'loaded'}")
     reason = cuda.unavailable(torch.device("cuda"))
-    print(cuda.found_device(0) if cuda.device_count() else "", f"compiled for {cuda.architectures()}", sep="\n")
+    print(cuda.query_device(0) if cuda.device_count() else "", f"compiled for {cuda.architectures()}", sep="\n")
     print(f"CUDA kernels: {reason or 'can run here'}")
     return int(reason is not None)
 

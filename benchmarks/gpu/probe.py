@@ -116,7 +116,7 @@ def kernels_of(case: Case, toy: bool, overlapping: bool) -> Any:
         if case.threads is not None:
             shapes.MOST_THREADS = case.threads
         return emulated.kernels(replace(emulated.HOPPER, programmatic=overlapping, **case.limits))
-    found = cuda.found_device(0)
+    found = cuda.query_device(0)
     device = replace(found, programmatic=found.programmatic and overlapping, **case.limits)
     return CudaKernels(_C.cuda_kernels(), lambda index: device)
 
@@ -170,7 +170,7 @@ def probe(name: str, case: Case, toy: bool, out: Path) -> int:
         findings = Findings(out / f"probe-{name}-{'overlapping' if overlapping else 'waiting'}")
         kernels = kernels_of(case, toy, overlapping)
         if case.form:
-            findings.expect_form(case.form, form_of(case, m, n, kernels._found_device(0)))
+            findings.expect_form(case.form, form_of(case, m, n, kernels._query_device(0)))
         torch.manual_seed(0)
         CHECKS[case.check](LoggedKernels(kernels, (lambda: None) if overlapping else wait), device, m, n, findings)
         wait()

@@ -20,7 +20,7 @@ from one_step import steps_of
 from times import Clock
 
 from bam_kernels import tune, tuned
-from bam_kernels.tuned import Key, Tuned
+from bam_kernels.tuned import Key, Tuning
 
 # 512 rows of 8192 scores: the slab that stays in an H100's cache between the product and `finish_scores`.
 SHAPES, TOY_SHAPES = ((2048, 8192, 256), (512, 8192, 4096), (512, 512, 256)), ((16, 32, 16),)
@@ -77,7 +77,7 @@ def compile_share(part: int, parts: int, device: torch.device, toy: bool) -> int
             if number % parts != part:
                 continue
             try:
-                with tuned.trying({job.key: tuple(tile)}):
+                with tuned.use_tiles({job.key: tuple(tile)}):
                     job.run()
             except Exception as error:  # too many registers or too much shared memory: left out when timed
                 failed += 1
@@ -113,7 +113,7 @@ class ColdTimer:
 def chosen_tiles(timer: tune.Timer, device: torch.device, toy: bool) -> dict[Key, tuple[int, ...]]:
     """The tiles that, timed alone, are faster than the defaults."""
     chosen = {}
-    with tuned.trying({}):
+    with tuned.use_tiles({}):
         for job in all_jobs(device, toy):
             tile, ms, default_ms = tune.best(job, timer)
             kept = "default" if tile == tuple(job.default) else str(tile)
@@ -140,7 +140,7 @@ def tiles_kept_by_steps(
     ]
     totals = []
     for tiles in ({}, of_steps, {}, of_steps):
-        with tuned.trying(tiles):
+        with tuned.use_tiles(tiles):
             totals.append([clock.graph_us(run) for run in runs])
     without, with_them = (sum(map(sum, totals[first::2])) for first in (0, 1))
     kept = with_them <= without
@@ -174,7 +174,7 @@ def main() -> int:
         print(f"{name:<28} {rate:>12.3g} a second")
     found = tuned.path()  # path of this GPU's tuning file; None without a GPU
     for file in (options.tuned, *([found] if found is not None else [])):
-        tuned.save(Tuned(rates, kept), file)
+        tuned.save(Tuning(rates, kept), file)
         print(f"{len(kept)} tiles of {len(chosen)} that won alone: {file}")
     return 0
 

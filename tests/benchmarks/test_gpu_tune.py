@@ -138,7 +138,7 @@ def test_tiles_stay_where_whole_steps_are_not_slower(monkeypatch, capsys, withou
             return with_them if tuned.tile_of(*key) == (1, 2, 3, 4, 5) else without
 
     steps = tune_tiles.row_tiles(32, ("16x32x16", 2))
-    with tuned.trying({}):
+    with tuned.use_tiles({}):
         assert tune_tiles.tiles_kept_by_steps(chosen, steps, Fixed(), CPU) == ({key: chosen[key]} if kept else {})
         assert f"{without} {with_them} {without} {with_them}" in capsys.readouterr().out
         assert tune_tiles.tiles_kept_by_steps({("row", 16, 64): (1,) * 5}, steps, None, CPU) == {}

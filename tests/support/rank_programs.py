@@ -331,13 +331,13 @@ def through_host() -> dict:
     patch = mock.patch.object
     with (
         patch(distributed.GroupRanks, "_through_host", lambda *_: True),
-        patch(distributed, "_FromHost", wraps=distributed._FromHost) as copied,
+        patch(distributed, "_FromHost", wraps=distributed._HostTransfer) as copied,
     ):
         for name, (dtype, options) in steps.items():
             copied.reset_mock()
             results[name] |= {"through host": step(dtype, **options), "copies": copied.call_count}
     ranks = distributed.GroupRanks(dist.group.WORLD)
-    return results | {"needed": [ranks._through_host(torch.device(device)) for device in ("cpu", "cuda")]}
+    return results | {"needed": [ranks._needs_host_copy(torch.device(device)) for device in ("cpu", "cuda")]}
 
 
 def destruction() -> dict:

@@ -34,7 +34,7 @@ def unavailable(device: torch.device) -> str | None:
     count, fault = _C.cuda_devices()
     if count == 0:
         return f"no CUDA device: {fault}"
-    return _fault(found_device(device.index if device.index is not None else torch.cuda.current_device()))
+    return _fault(query_device(device.index if device.index is not None else torch.cuda.current_device()))
 
 
 def _fault(device: Device) -> str | None:
@@ -52,7 +52,7 @@ def device_count() -> int:
 
 
 @cache
-def found_device(index: int) -> Device:
+def query_device(index: int) -> Device:
     """A device of this process, as CUDA numbers them; makes a context there."""
     return Device(index, **_C.cuda_device(index))
 
@@ -67,4 +67,4 @@ def kernels() -> "CudaKernels":
     """The row kernels, of any device."""
     from .row_kernels import CudaKernels
 
-    return CudaKernels(_C.cuda_kernels(), found_device)
+    return CudaKernels(_C.cuda_kernels(), query_device)

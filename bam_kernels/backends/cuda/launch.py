@@ -29,7 +29,7 @@ def number(x: Number, device: torch.device, factor: float = 1.0) -> tuple[float,
     return factor * of_x, address(scalar, device)
 
 
-def rounded(scale: float) -> float:
+def as_float32(scale: float) -> float:
     """As float32 holds it, which is how the scale of scores is handed over."""
     return ctypes.c_float(scale).value
 
@@ -47,13 +47,13 @@ class Launcher:
     On the CPU the table is an emulator's.
     """
 
-    def __init__(self, table: Any, found_device: Callable[[int], Device], device_type: str = "cuda") -> None:
-        self._kernels, self._found_device, self._device_type = table, found_device, device_type
+    def __init__(self, table: Any, query_device: Callable[[int], Device], device_type: str = "cuda") -> None:
+        self._kernels, self._query_device, self._device_type = table, query_device, device_type
 
     def _device(self, x: Tensor) -> Device:
-        return self._found_device(x.device.index or 0)
+        return self._query_device(x.device.index or 0)
 
-    def _where(self, x: Tensor) -> tuple[int, int, bool, int]:
+    def _launch_context(self, x: Tensor) -> tuple[int, int, bool, int]:
         """Device, stream, whether launches there may overlap, and shared memory of a block. Raises: TypeError."""
         if x.device.type != self._device_type:
             raise TypeError(f"these kernels run on {self._device_type} tensors, got one on {x.device}")

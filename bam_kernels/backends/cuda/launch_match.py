@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ...layout import Layout
 from ..addresses import address, pair, scores_of
-from ..interface import LOG2_E, Matched, Number, Potential
+from ..interface import LOG2_E, MatchSums, Number, Potential
 from .launch import FLOAT_TYPES, Launcher, number
 from .shapes import IMAGES_AT_ONCE, LONG, match_team
 
@@ -29,7 +29,7 @@ class MatchKernels(Launcher):
         row_out: Potential | None = None,
         gradient: Tensor | None = None,
         gradient_factor: float = 1.0,
-    ) -> Matched:
+    ) -> MatchSums:
         """Targets of b images and, with `source`, the loss of their source rows; `gradient` may be `source` itself.
 
         target (L, b, N), source (V, b, N), row_exponent (L, b): guesses; targets (L, b, N) float32 and gradient
@@ -74,9 +74,9 @@ class MatchKernels(Launcher):
                 gradient_of(g, device),
                 team,
                 address(means, device),
-                self._where(target),
+                self._launch_context(target),
             )
-        return Matched(per_image)
+        return MatchSums(per_image)
 
 
 def gradient_of(g: Tensor | None, device: torch.device) -> tuple[int, int, int, int]:

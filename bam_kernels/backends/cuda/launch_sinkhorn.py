@@ -85,7 +85,7 @@ class SinkhornKernels(Launcher):
             out.stride(0) if out is not None else 0,
             number(step, device),
             positives_of(positives),
-            self._where(s),
+            self._launch_context(s),
         )
 
     def reciprocal_potential(self, shift: Tensor, sums: Tensor) -> Potential:
@@ -93,12 +93,12 @@ class SinkhornKernels(Launcher):
         device, n = shift.device, len(shift)
         col = Potential(torch.empty_like(shift), torch.empty_like(shift))
         at = address(shift, device), address(sums, device), pair(col, device)
-        self._kernels.reciprocal_potential(*at, n, self._where(shift))
+        self._kernels.reciprocal_potential(*at, n, self._launch_context(shift))
         return col
 
     def divide_potential_(self, col: Potential, c: Tensor) -> None:
         """col <- col / c."""
-        self._kernels.divide_potential(pair(col, c.device), address(c, c.device), len(c), self._where(c))
+        self._kernels.divide_potential(pair(col, c.device), address(c, c.device), len(c), self._launch_context(c))
 
     def sinkhorn_pass(
         self,
@@ -116,7 +116,7 @@ class SinkhornKernels(Launcher):
         the scores where a row fits in a block or a cluster, else two.
         """
         m, n = s.shape
-        found, device, where = self._device(s), s.device, self._where(s)
+        found, device, where = self._device(s), s.device, self._launch_context(s)
         given = scores_of(s, device), m, n, number(scale, device), pair(row, device), pair(col, device)
         shape = pass_shape(n, s.element_size(), found)
         if shape is None:
@@ -141,7 +141,7 @@ class SinkhornKernels(Launcher):
 
     def fits_on_chip(self, m: int, n: int, dtype: torch.dtype, device: torch.device) -> bool:
         """Whether `sinkhorn` takes (m, n) scores of a type: whether they fit the shared memory of all blocks."""
-        return on_chip(m, n, dtype.itemsize, self._found_device(device.index or 0)) is not None
+        return on_chip(m, n, dtype.itemsize, self._query_device(device.index or 0)) is not None
 
     def sinkhorn(self, s: Tensor, scale: Number, row: Potential, iterations: int) -> tuple[Potential, Tensor]:
         """All of `iterations` over scores that fit on chip, in one launch.
@@ -170,7 +170,7 @@ class SinkhornKernels(Launcher):
             shape.rows,
             shape.team,
             iterations,
-            self._where(s),
+            self._launch_context(s),
         )
         return col, c
 
@@ -209,5 +209,5 @@ class SinkhornKernels(Launcher):
             accumulate,
             address(partial, device),
             rows,
-            self._where(s),
+            self._launch_context(s),
         )

@@ -13,7 +13,7 @@ from ...layout import Layout
 from ..addresses import FLOAT64, address, pair, scores_of
 from ..interface import LOG2_E, DeviceNumber, Number, Positives, Potential, UnitRows
 from ..unit_rows import UnitRowsKernels
-from .launch import FLOAT_TYPES, number, positives_of, rounded, rows_of
+from .launch import FLOAT_TYPES, as_float32, number, positives_of, rows_of
 from .launch_match import MatchKernels
 from .launch_sinkhorn import SinkhornKernels
 
@@ -30,39 +30,39 @@ class CudaKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
         m, d = rows.read.shape
         device = rows.x.device
         # With a centre the kernel writes fp16.
-        of_read = (torch.float32 if centre is None else torch.float16,)
+        read_types = (torch.float32 if centre is None else torch.float16,)
         self._kernels.normalize(
             rows_of(rows.x, device),
             m,
             d,
             address(centre, device),
-            address(rows.read, device, of_read),
+            address(rows.read, device, read_types),
             address(rows.norm, device, FLOAT64),
             address(rows.bias, device),
-            rounded(scale),
+            as_float32(scale),
             pair(row, device),
-            self._where(rows.x),
+            self._launch_context(rows.x),
         )
 
     def product_step(self, centre: Tensor, key_bias: Tensor, row_bias: Tensor) -> DeviceNumber:
         """The product of half rows, bias added, that is one step of fixed point; biases of all keys and of rows."""
         device = centre.device
-        step, given = torch.empty(1, dtype=torch.float32, device=device), []
+        step, arguments = torch.empty(1, dtype=torch.float32, device=device), []
         for x in (centre, key_bias, row_bias):
             assert x.is_contiguous()
-            given += [address(x, device), len(x)]
-        self._kernels.product_step(*given, address(step, device), self._where(centre))
+            arguments += [address(x, device), len(x)]
+        self._kernels.product_step(*arguments, address(step, device), self._launch_context(centre))
         return DeviceNumber(1.0, step)
 
     def centre_potential(self, read: Tensor, centre: Tensor, epsilon: float) -> Potential:
         """The row potential exp(<unit_i, centre>/eps) that scores against centred keys start from; float32 rows."""
         m, d = read.shape
         assert read.is_contiguous() and centre.is_contiguous()
-        device, scale = read.device, rounded(LOG2_E / epsilon)
+        device, scale = read.device, as_float32(LOG2_E / epsilon)
         row = Potential.empty(m, device)
-        of_centre = address(centre, device)
+        centre_address = address(centre, device)
         self._kernels.centre_potential(
-            address(read, device), m, d, of_centre, scale, pair(row, device), self._where(read)
+            address(read, device), m, d, centre_address, scale, pair(row, device), self._launch_context(read)
         )
         return row
 
@@ -72,25 +72,27 @@ class CudaKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
         assert d.is_contiguous()
         device = d.device
         norm = address(rows.norm, device, FLOAT64)
-        self._kernels.project(address(d, device), rows_of(rows.x, device), norm, factor, m, features, self._where(d))
+        self._kernels.project(
+            address(d, device), rows_of(rows.x, device), norm, factor, m, features, self._launch_context(d)
+        )
         return d
 
     def symmetrize_(self, G: Tensor) -> Tensor:
         """G (m, m) float32 or fp16 <- G + Gᵀ; returns its row sums (m,) float32."""
         m = len(G)
         assert G.shape == (m, m) and G.stride(1) == 1
-        device, at = G.device, address(G, G.device, UNIT_TYPES)
+        device, first = G.device, address(G, G.device, UNIT_TYPES)
         sums = torch.empty(m, dtype=torch.float32, device=device)
         partial = torch.empty(-(-m // SYMMETRIZE_TILE), m, dtype=torch.float32, device=device)
-        of_sums = address(sums, device), address(partial, device)
-        self._kernels.symmetrize(at, FLOAT_TYPES[G.dtype], m, G.stride(0), *of_sums, self._where(G))
+        sum_addresses = address(sums, device), address(partial, device)
+        self._kernels.symmetrize(first, FLOAT_TYPES[G.dtype], m, G.stride(0), *sum_addresses, self._launch_context(G))
         return sums
 
     def mask_positives_(self, s: Tensor, positives: Positives) -> Tensor:
         """Write the masked score where rows of (m, N) float32 scores meet keys of their own image."""
         assert s.stride(1) == 1
-        at = address(s, s.device)
-        self._kernels.mask_positives(at, len(s), s.stride(0), positives_of(positives), self._where(s))
+        first = address(s, s.device)
+        self._kernels.mask_positives(first, len(s), s.stride(0), positives_of(positives), self._launch_context(s))
         return s
 
     def loss_and_stats(
@@ -112,7 +114,7 @@ class CudaKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
             uniform_loss,
             address(loss, device),
             address(stats, device),
-            self._where(images),
+            self._launch_context(images),
         )
         return loss, stats
 
@@ -124,8 +126,8 @@ class CudaKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
         y = torch.empty(m if v is not None else 0, dtype=torch.float32, device=s.device)
         w = torch.empty(n if u is not None else 0, dtype=torch.float32, device=s.device)
         if v is not None or u is not None:
-            of_v, of_u = (y if v is not None else None), (w if u is not None else None)
-            self._plan_products(s, scale, row, col, v, u, of_v, of_u, False)
+            y_or_none, w_or_none = (y if v is not None else None), (w if u is not None else None)
+            self._plan_products(s, scale, row, col, v, u, y_or_none, w_or_none, False)
         return y, w
 
     def plan_subtract_(
@@ -152,5 +154,5 @@ class CudaKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
             address(v, device),
             address(x, device),
             x.stride(0),
-            self._where(s),
+            self._launch_context(s),
         )

@@ -47,7 +47,7 @@ class Team(NamedTuple):
 LONG = Team(0, 1)  # rows of any length, read again for every sum
 
 
-def up(n: int, multiple: int) -> int:
+def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
@@ -55,7 +55,7 @@ def row_team(n: int, column_bytes: int, device: Device) -> Team | None:
     """The smallest team whose shared memory holds n columns of `column_bytes` each; None where none does."""
     cluster = 1
     while cluster <= device.cluster:
-        threads = up(-(-n // (OWNED * cluster)), WARP)
+        threads = round_up(-(-n // (OWNED * cluster)), WARP)
         if threads <= MOST_THREADS and SCRATCH_BYTES + threads * OWNED * column_bytes <= device.shared_bytes:
             return Team(threads, cluster)
         cluster *= 2
@@ -82,8 +82,8 @@ def pass_shape(n: int, score_bytes: int, device: Device) -> Pass | None:
         blocks = device.blocks(team.threads, block_bytes, REGISTER_THREADS)
         at_once = blocks
         if team.cluster > 1:  # Device.clusters_of counts those whose blocks have a multiprocessor to themselves
-            beside = blocks // device.multiprocessors
-            at_once = min(blocks // team.cluster, device.clusters_of(team.cluster) * beside)
+            blocks_each = blocks // device.multiprocessors
+            at_once = min(blocks // team.cluster, device.clusters_of(team.cluster) * blocks_each)
         found.append(Pass(team, group_bytes // score_bytes, at_once))
     return min(found, key=lambda shape: (shape.team.cluster, -shape.at_once), default=None)
 
@@ -96,13 +96,13 @@ def match_team(L: int, n: int, score_bytes: int, device: Device) -> Team | None:
 def pass_rows(m: int, shape: Pass, device: Device) -> int:
     """Rows of a chunk: as many chunks as the device runs at once."""
     chunks = max(1, min(shape.at_once, 2 * device.multiprocessors))
-    return up(max(-(-m // chunks), 1), shape.group)
+    return round_up(max(-(-m // chunks), 1), shape.group)
 
 
 def column_rows(m: int, n: int, device: Device) -> int:
     """Rows of a chunk of the kernels whose threads own columns: four blocks a multiprocessor."""
     chunks = max(1, min(4 * device.multiprocessors // -(-n // COLUMN_BLOCK), MOST_CHUNKS))
-    return up(max(-(-m // chunks), 1), COLUMN_ROWS)
+    return round_up(max(-(-m // chunks), 1), COLUMN_ROWS)
 
 
 class OnChip(NamedTuple):
@@ -115,16 +115,16 @@ class OnChip(NamedTuple):
 
 def on_chip(m: int, n: int, score_bytes: int, device: Device) -> OnChip | None:
     """All scores in shared memory: of one cluster where its blocks have few rows, else of a grid; None: neither."""
-    threads = up(-(-n // OWNED), WARP)
+    threads = round_up(-(-n // OWNED), WARP)
     if threads > ON_CHIP_THREADS:
         return None
     group = GROUP_BYTES // score_bytes
     left = device.shared_bytes - SCRATCH_BYTES - threads * (8 + OWNED * POTENTIAL_BYTES)
     most_rows = left // (threads * OWNED * score_bytes) // group * group
-    rows = up(-(-m // device.cluster), group)
+    rows = round_up(-(-m // device.cluster), group)
     if device.cluster > 1 and rows <= min(most_rows, CLUSTER_ROWS):
         return OnChip(rows, Team(threads, device.cluster), device.cluster)
-    rows = up(-(-m // device.multiprocessors), group)
+    rows = round_up(-(-m // device.multiprocessors), group)
     if device.cooperative and rows <= most_rows:
         return OnChip(rows, Team(threads, 1), -(-m // rows))
     return None

@@ -58,7 +58,7 @@ class Configuration:
 
 
 @dataclass(frozen=True)
-class Compiled:
+class CompiledKernel:
     """Registers of a thread, bytes of shared memory of a program and of stack of a thread, and what was spilled:
     instructions that load or store local memory, on AMD registers; None where the code was not disassembled.
     products: instructions for the tensor cores, by name: the machine's, or where it was not disassembled those of the
@@ -219,7 +219,7 @@ def _call_flash_kernels(record: Launch, n: int, D: int, dtype: torch.dtype, prec
     kernels.targets(x, 1.0, row, col, _empty(layout.M, n))
 
 
-def compile_for(one: Configuration, target: GPUTarget, *, disassemble: bool = True) -> Compiled:
+def compile_for(one: Configuration, target: GPUTarget, *, disassemble: bool = True) -> CompiledKernel:
     """Raises: whatever the compiler raises."""
     names = [p.name for p in one.kernel.params]
     attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in one.divisible}
@@ -232,15 +232,15 @@ def compile_for(one: Configuration, target: GPUTarget, *, disassemble: bool = Tr
         spills = int(re.findall(r"vgpr_spill_count: *(\d+)", text)[0])
         registers = int(re.findall(r"\.vgpr_count: *(\d+)", text)[0])
         stack = int(re.findall(r"private_segment_fixed_size: *(\d+)", text)[0])
-        return Compiled(registers, shared, stack, spills, _counted(r"\bv_mfma\w*", text), 0)
-    return _assembled(kernel.asm["cubin"], kernel.asm["ptx"], shared, disassemble)
+        return CompiledKernel(registers, shared, stack, spills, _count_matches(r"\bv_mfma\w*", text), 0)
+    return _assembler_report(kernel.asm["cubin"], kernel.asm["ptx"], shared, disassemble)
 
 
-def _counted(pattern: str, text: str) -> dict[str, int]:
+def _count_matches(pattern: str, text: str) -> dict[str, int]:
     return dict(Counter(re.findall(pattern, text)))
 
 
-def _assembled(cubin: bytes, ptx: str, shared: int, disassemble: bool) -> Compiled:
+def _assembler_report(cubin: bytes, ptx: str, shared: int, disassemble: bool) -> CompiledKernel:
     """What the assembler and the machine code say, by the cuobjdump that Triton carries."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
@@ -252,14 +252,16 @@ def _assembled(cubin: bytes, ptx: str, shared: int, disassemble: bool) -> Compil
     registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", listing)[-1]
     wide_fills = len(re.findall(r"mov\.[bu]32\s+%r\d+, 0xffffffff[0-9a-f]{8};", ptx))
     if not disassemble:
-        in_ptx = _counted(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b", ptx)
-        return Compiled(int(registers), shared, int(stack), None, in_ptx, wide_fills)
+        in_ptx = _count_matches(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b", ptx)
+        return CompiledKernel(int(registers), shared, int(stack), None, in_ptx, wide_fills)
     spills = len(re.findall(r"\b(?:STL|LDL)\b", listing))
-    products = _counted(r"\b(?:HGMMA|HMMA|UTCHMMA)\b", listing)
-    return Compiled(int(registers), shared, int(stack), spills, products, wide_fills)
+    products = _count_matches(r"\b(?:HGMMA|HMMA|UTCHMMA)\b", listing)
+    return CompiledKernel(int(registers), shared, int(stack), spills, products, wide_fills)
 
 
-def compile_all(target: str, *, small: bool = False, containing: str = "") -> Iterator[tuple[Configuration, Compiled]]:
+def compile_all(
+    target: str, *, small: bool = False, containing: str = ""
+) -> Iterator[tuple[Configuration, CompiledKernel]]:
     """Every configuration whose name contains `containing`, compiled for one of TARGETS."""
     for one in configurations(small=small):
         if containing in one.name:

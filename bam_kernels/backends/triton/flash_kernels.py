@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from ...layout import Layout
-from ..interface import LOG2_E, Matched, Number, Potential
+from ..interface import LOG2_E, MatchSums, Number, Potential
 from . import flash_keys, flash_match, flash_sinkhorn, sinkhorn
 from .launch import Launch, launch
 from .launch_sinkhorn import SinkhornKernels
 from .tiles import FlashTile, block_of, flash_tile, split
 
 
-def _plain(scale: Number) -> float:
+def _as_float(scale: Number) -> float:
     assert isinstance(scale, float)
     return scale
 
@@ -104,7 +104,7 @@ class FlashKernels(SinkhornKernels):
             self.bias,
             *(potential if potential is not None else (None, None)),
             *partial,
-            _plain(scale),
+            _as_float(scale),
             m,
             n,
             rows,
@@ -145,7 +145,7 @@ class FlashKernels(SinkhornKernels):
             col.exponent,
             *row,
             partial,
-            _plain(scale),
+            _as_float(scale),
             m,
             n,
             rows,
@@ -170,7 +170,7 @@ class FlashKernels(SinkhornKernels):
             *row,
             *col,
             out,
-            _plain(scale),
+            _as_float(scale),
             m,
             n,
             *self._index,
@@ -190,7 +190,7 @@ class FlashKernels(SinkhornKernels):
         epsilon: float,
         temperature: float,
         needs_grad: bool,
-    ) -> tuple[Matched, Tensor | None]:
+    ) -> tuple[MatchSums, Tensor | None]:
         """Loss and entropies, and dz = G k (M, D) float32, of source rows z (M, D) and target rows y (>= L*B, D).
 
         row: the target rows' finished potentials; source: 1 / Σ_j 2^(s_ij log2(e)/tau) of the source rows.
@@ -226,9 +226,9 @@ class FlashKernels(SinkhornKernels):
             self.keys.stride(0),
             **self._constants(tile, wide=True),
         )
-        return self._matched(sums, source, temperature), self._added(dz) if dz is not None else None
+        return self._match_sums(sums, source, temperature), self._sum_chunks(dz) if dz is not None else None
 
-    def _matched(self, sums: Tensor, source: Potential, temperature: float) -> Matched:
+    def _match_sums(self, sums: Tensor, source: Potential, temperature: float) -> MatchSums:
         L, V, B = self.layout.L, self.layout.V, self.layout.B
         matched, attended, informed = sums.sum((0, 2), dtype=torch.float64)
         over_tau = 1 / (temperature * self.unit**2)
@@ -237,7 +237,7 @@ class FlashKernels(SinkhornKernels):
         # Σ_v a_v lse_v: a view that gives a target is matched to one target less.
         weighted = L * total - lse[: L * B].sum() if V > 1 else total
         loss = self.layout.pair_weight * weighted - matched * over_tau
-        return Matched(torch.stack([loss, -informed / LOG2_E, total - attended * over_tau])[:, None])
+        return MatchSums(torch.stack([loss, -informed / LOG2_E, total - attended * over_tau])[:, None])
 
     def key_gradient(
         self,
@@ -285,9 +285,9 @@ class FlashKernels(SinkhornKernels):
             self.keys.stride(0),
             **self._constants(tile, wide=True),
         )
-        return self._added(dk), self._added(partial).div_(layout.B * temperature)
+        return self._sum_chunks(dk), self._sum_chunks(partial).div_(layout.B * temperature)
 
-    def _added(self, partial: Tensor) -> Tensor:
+    def _sum_chunks(self, partial: Tensor) -> Tensor:
         """The sum over chunks; what is there if there is one."""
         if len(partial) == 1:
             return partial[0]

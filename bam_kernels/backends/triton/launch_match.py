@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...layout import Layout
-from ..interface import LOG2_E, Matched, Number, Potential
+from ..interface import LOG2_E, MatchSums, Number, Potential
 from . import match, match_long
 from .launch import Launcher, check_scores, number
 from .tiles import IMAGES_AT_ONCE, image_tile, long_image_tile
@@ -31,7 +31,7 @@ class MatchKernels(Launcher):
         row_out: Potential | None = None,
         gradient: Tensor | None = None,
         gradient_factor: float = 1.0,
-    ) -> Matched:
+    ) -> MatchSums:
         """Targets of b images and, with `source`, the loss of their source rows; `gradient` may be `source` itself.
 
         target (L, b, N), source (V, b, N), row_exponent (L, b): guesses; targets (L, b, N) float32 and gradient
@@ -99,4 +99,4 @@ class MatchKernels(Launcher):
                 BLOCK_N=tile.block_n,
                 num_warps=tile.num_warps,
             )
-        return Matched(per_image)
+        return MatchSums(per_image)

@@ -21,7 +21,7 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def up(n: int, multiple: int) -> int:
+def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
@@ -54,7 +54,7 @@ def row_tile(m: int, n: int) -> Tile:
     block_n = max(power_of_two(n), 32)
     rows = max(-(-m // 128), clamp(2048 // block_n, 1, 8))
     block_m = clamp(LARGEST_TILE // block_n, 1, min(power_of_two(rows), 32))
-    rows = up(rows, block_m)
+    rows = round_up(rows, block_m)
     return Tile(block_m, block_n, rows, -(-m // rows), warps(block_m * block_n))
 
 
@@ -64,7 +64,7 @@ def column_tile(m: int, n: int) -> Tile:
     if found:
         return Tile(*found)
     block_n = clamp(power_of_two(n), 32, 1024)
-    rows = up(max(-(-m // 64), 8), 8)
+    rows = round_up(max(-(-m // 64), 8), 8)
     return Tile(8, block_n, rows, -(-m // rows), warps(block_n, per_thread=8))
 
 
@@ -121,5 +121,5 @@ def split(tiles: int, n: int, block_n: int, most: int = 64) -> tuple[int, int]:
     """(chunks, rows of a chunk): n rows in chunks of whole blocks, so that there are about PROGRAMS programs."""
     blocks = -(-n // block_n)
     chunks = clamp(PROGRAMS // max(tiles, 1), 1, min(most, blocks))
-    rows = up(-(-n // chunks), block_n)
+    rows = round_up(-(-n // chunks), block_n)
     return -(-n // rows), rows
