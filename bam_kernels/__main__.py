@@ -1,4 +1,7 @@
-"""The doctor: what is installed, what was built, and whether every backend that can run here agrees with the spec."""
+"""Print what is installed and built, and check each backend against the reference: `python -m bam_kernels`.
+
+Exit status 0 if every backend that can run on this machine agrees with the float64 reference.
+"""
 
 import platform
 import sys
@@ -50,13 +53,13 @@ def _cpu_line() -> str:
 
 
 def _gpu_unavailable(backend: Any) -> str | None:
-    """Why a GPU's backend cannot run here, or None."""
+    """Reason why a GPU backend cannot run on this machine, or None."""
     reason = backend.unavailable(torch.device("cuda"))
     return reason or (None if torch.cuda.is_available() else "torch sees no GPU")
 
 
 def _report(name: str, unavailable: str | None, device: str, loss: Callable[..., Any]) -> bool:
-    """Print one backend's line; True unless it ran and was wrong."""
+    """Print the line of one backend. Returns False only if the backend ran and its gradient was wrong."""
     if unavailable:
         print(f"{name:<12}cannot run here: {unavailable}")
         return True
@@ -67,7 +70,7 @@ def _report(name: str, unavailable: str | None, device: str, loss: Callable[...,
 
 
 def _gradient_error(loss: Callable[..., Any], with_teacher: bool, device: str) -> float:
-    """|dz - dz_reference| / |dz_reference| of a small problem in float32, the truth in float64."""
+    """Relative error |dz - dz_ref| / |dz_ref| of a small float32 problem; dz_ref is the reference in float64."""
     embeddings = partial(
         torch.randn, generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float32, device="cpu"
     )

@@ -1,4 +1,4 @@
-"""The exact gradient of a loss over a batch that is embedded in parts: the memory of one part, the objective of all.
+"""Exact gradient of a contrastive loss over many micro-batches, with the activation memory of a single micro-batch.
 
 V views, b images in a micro-batch, B images in all micro-batches of this rank, D features.
 """
@@ -17,38 +17,47 @@ _OPERATION = "GradientCache"
 
 
 class GradientCache:
-    """Back-propagates criterion(model(whole batch)) with the activations of one micro-batch at a time.
+    """Back-propagate criterion(model(whole batch)) while holding the activations of one micro-batch at a time.
 
         dL/dtheta = Σ_m (dL/dz_m)ᵀ dz_m/dtheta
 
-    Every micro-batch is embedded without a graph; the loss of all embeddings z and its gradient dL/dz follow, over all
-    ranks where the criterion gathers them; then every micro-batch is embedded again, with a graph and with the random
-    numbers it had, and its rows of dL/dz are propagated. Beyond one micro-batch's activations the memory is that of
-    the embeddings and of the criterion; the cost is one more forward pass. A single micro-batch is embedded once.
+    1. Every micro-batch m is embedded without a graph.
+    2. The criterion gives the loss of all embeddings z, over all ranks if it gathers them, and the gradient dL/dz.
+    3. Every micro-batch is embedded again, with a graph and the random numbers of its first pass, and its rows of
+       dL/dz are propagated into the parameters.
+
+    Memory: the activations of one micro-batch, all embeddings, and the memory of the criterion. Cost: one more forward
+    pass. A single micro-batch is embedded once.
 
         cache = GradientCache(model, BAMLoss(return_stats=True))
         loss, stats = cache(micro_batches, step=step)  # adds to .grad, as loss.backward() does
         optimizer.step()
 
-    model      nn.Module. DistributedDataParallel, the model or any module in it, broadcasts buffers once a call, before
-               the first micro-batch, and exchanges gradients once, in the last; a model's own `no_sync` is entered
-               in all others
-    criterion  called once as criterion(z, **options), or criterion(z, y, **options) with a teacher; z (V, B, D), the
-               images in the order of the micro-batches. Returns the loss, or a tuple that begins with it
-    teacher    micro-batch -> (R, b, D) or (R*b, D); called once for each, without gradient
+    model      nn.Module: micro-batch -> (V, b, D) or (V*b, D). DistributedDataParallel (the model or any module in it)
+               broadcasts buffers once a call, before the first micro-batch, and exchanges gradients once, in the last
+               micro-batch. If the model has a `no_sync` of its own, it is entered for all micro-batches but the last
+    criterion  called once as criterion(z, **options), or criterion(z, y, **options) with a teacher; z (V, B, D), images
+               in the order of the micro-batches. Returns the loss, or a tuple whose first element is the loss
+    teacher    micro-batch -> (R, b, D) or (R*b, D); called once per micro-batch, without gradient
     scaler     torch.amp.GradScaler; `scaler.step(optimizer)` and `scaler.update()` stay with the caller
     views      V, needed where the model returns (V*b, D)
 
-    A micro-batch is whatever the model takes, for example a list of crops of two sizes; they may differ in b. Call it
-    inside `torch.autocast` if the model runs so. The buffers and torch's random numbers (dropout, drop-path; not those
-    of `random` or numpy) end as a single pass over the micro-batches leaves them. BatchNorm normalises each micro-batch
-    by its own statistics, SyncBatchNorm by those of one micro-batch of every rank: with them the result depends on the
-    micro-batches' size, with anything per image it does not.
+    A micro-batch is whatever the model takes, for example a list of crops of two sizes; micro-batches may differ in b.
+    If the model runs under `torch.autocast`, call the cache inside `torch.autocast`. After a call, the model's buffers
+    and torch's random state (dropout, drop-path) are as after a single pass over the micro-batches; the generators of
+    `random` and numpy are not restored between the two passes. BatchNorm normalises by the statistics of one
+    micro-batch, SyncBatchNorm by the statistics of one micro-batch of every rank: with either, the result depends on
+    the size of micro-batches. A model without statistics over images gives the result of the whole batch.
 
-    Ranks may have different numbers of micro-batches, except where the model (or the teacher, if a module) exchanges in
-    every pass: SyncBatchNorm in training, sharded parameters (FSDP, DTensor), and, in its first step alone,
-    DistributedDataParallel(static_graph=True), which exchanges gradients in its first micro-batch too, as torch needs.
-    There the ranks compare their numbers at each call, and a difference is an error on all of them.
+    Ranks may have different numbers of micro-batches unless the model (or a teacher that is a module) communicates in
+    every pass. Modules that communicate in every pass:
+    - SyncBatchNorm in training;
+    - sharded parameters (FSDP, DTensor);
+    - DistributedDataParallel(static_graph=True), in its first step alone: torch then exchanges gradients in the first
+      micro-batch too.
+    With such modules the ranks compare their numbers of micro-batches at each call; a difference raises on all ranks.
+
+    Raises: ValueError or TypeError for bad arguments and for outputs of the wrong shape, naming the micro-batch.
 
     Source: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", RepL4NLP 2021.
     """
@@ -68,7 +77,10 @@ class GradientCache:
         self.model, self.criterion, self.teacher, self.scaler, self.views = model, criterion, teacher, scaler, views
 
     def __call__(self, micro_batches: Sequence[Any], **options: Any) -> Any:
-        """Adds the gradient to .grad and returns what criterion(z, **options) does, detached. Raises: ValueError."""
+        """Add the gradient to .grad of the parameters, and return the criterion's result, detached.
+
+        micro_batches: a sequence, read twice. options: keyword arguments for the criterion.
+        """
         if not hasattr(micro_batches, "__len__") or isinstance(micro_batches, Tensor):
             got = type(micro_batches).__name__
             raise TypeError(f"{_OPERATION}: micro_batches must be a sequence of micro-batches, read twice; got {got}")
@@ -82,12 +94,12 @@ class GradientCache:
             return (self._embed_once if len(micro_batches) == 1 else self._embed_twice)(micro_batches, options)
 
     def _embed_once(self, micro_batches: Sequence[Any], options: dict[str, Any]) -> Any:
-        """One micro-batch, embedded once, with its graph."""
+        """Embed a single micro-batch once, with its graph, and back-propagate its loss."""
         z = self._embed(micro_batches[0], 0)
         return self._backward_of_loss(z, self._embed_teacher(micro_batches[0], 0, z.shape[1]), options)
 
     def _embed_twice(self, micro_batches: Sequence[Any], options: dict[str, Any]) -> Any:
-        """Several micro-batches, each embedded twice: without a graph for the loss, then with one for the gradient."""
+        """Embed several micro-batches twice: without a graph for the loss, then with a graph for the gradient."""
         devices = {p.device for p in self.model.parameters() if p.device.type != "cpu"}
         parts, teacher_parts, random = [], [], []
         with torch.no_grad(), preserve_buffers(self.model):
@@ -129,7 +141,7 @@ class GradientCache:
             return _check_views(self.teacher(batch), "teacher", m, b=b)
 
     def _backward_of_loss(self, z: Tensor, y: Tensor | None, options: dict[str, Any]) -> Any:
-        """Back-propagate the (scaled) loss into what z depends on, and the criterion's own parameters."""
+        """Back-propagate the loss, scaled if there is a scaler, into z and the criterion's own parameters."""
         result = self.criterion(z, **options) if y is None else self.criterion(z, y, **options)
         loss = result[0] if isinstance(result, tuple) else result
         if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -138,7 +150,7 @@ class GradientCache:
         if not loss.requires_grad:
             raise ValueError(f"{_OPERATION}: the criterion's loss has no graph: nothing to propagate to the model")
         scaled = loss if self.scaler is None else self.scaler.scale(loss)
-        # The derivative of a product that autocast left in float32 is a product in float32 too.
+        # Autocast would round products of the backward pass whose forward product was in float32.
         with torch.autocast(z.device.type, enabled=False):
             scaled.backward()
         if not isinstance(result, tuple):
@@ -147,7 +159,7 @@ class GradientCache:
 
 
 def _check_views(out: Any, role: str, m: int, views: int | None = None, b: int | None = None) -> Tensor:
-    """(V, b, D) from that or (V*b, D), of which views or b must be known; what is known must hold."""
+    """Check an output (V, b, D) or (V*b, D) against the known `views` and `b`, and return it as (V, b, D)."""
     if not isinstance(out, Tensor) or out.ndim not in (2, 3) or out.numel() == 0:
         got = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
         raise ValueError(f"{_OPERATION}: the {role} must return (V, b, D) or (V*b, D), got {got}, micro-batch {m}")
@@ -165,7 +177,7 @@ def _check_views(out: Any, role: str, m: int, views: int | None = None, b: int |
 
 
 def _join(parts: list[Any], role: str) -> Tensor:
-    """(V, B, D) of all micro-batches."""
+    """Concatenate the embeddings (V, b, D) of all micro-batches into (V, B, D)."""
     first = parts[0]
     for m, part in enumerate(parts):
         if (part.shape[0], part.shape[2], part.dtype) != (first.shape[0], first.shape[2], first.dtype):

@@ -1,7 +1,7 @@
 """Named ranges for Nsight Systems in the domain "bam_kernels": gather, scores, Sinkhorn, match, gradient.
 
-Off unless the environment has BAM_KERNELS_NVTX=1 or `enable` was called: nvtx is imported only then. A range that is on
-costs about a microsecond.
+Ranges are off, and nvtx is not imported, unless the environment has BAM_KERNELS_NVTX=1 or `enable` was called. A range
+that is on costs about a microsecond.
 """
 
 import os
@@ -15,7 +15,7 @@ _enabled = os.environ.get("BAM_KERNELS_NVTX") == "1"
 
 
 def enable() -> None:
-    """Mark ranges from now on. Raises: ImportError without nvtx."""
+    """Turn ranges on for the rest of the process. Raises: ImportError if nvtx is not installed."""
     global _enabled
     _domain()
     _enabled = True
@@ -31,7 +31,7 @@ def _domain() -> Any:
 
 
 class named_range(ContextDecorator):
-    """`with named("scores"): ...`, or a decorator."""
+    """Mark a block or a function as a range: `with named_range("scores"): ...`, or `@named_range("scores")`."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -51,7 +51,7 @@ class named_range(ContextDecorator):
 
 
 def range_for_each(name: str, items: Iterator[T]) -> Iterator[T]:
-    """The same items; the making of each is a range, what is done with it is not."""
+    """Iterate over `items`, marking the production of each item, but not its use, as a range `name`."""
     while True:
         with named_range(name):
             try:

@@ -1,4 +1,4 @@
-"""A process group in a file: torch cannot pickle one, so what finds it again is written in its place."""
+"""Stand-in for a process group in a pickle: torch cannot pickle a group, so its name and members are saved."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,13 +8,13 @@ import torch
 
 @dataclass(frozen=True)
 class SavedGroup:
-    """The group of this name and these members (ranks of the default group); no name: the default group."""
+    """Name and members (ranks of the default group) of a saved process group; name "" is the default group."""
 
     name: str
     members: tuple[int, ...]
 
     def find(self, operation: str) -> Any:
-        """The group in this process. Raises: ValueError where it has none of that name with those members."""
+        """Find the group in this process. Raises: ValueError if no group here has this name and these members."""
         distributed = torch.distributed
         if not distributed.is_available() or not distributed.is_initialized():
             raise ValueError(f"{operation}: {self._description()}, but torch.distributed is not initialised")
@@ -37,7 +37,7 @@ class SavedGroup:
 
 
 def picklable_group(group: Any) -> Any:
-    """A SavedGroup for a process group; anything else is returned unchanged."""
+    """Replace a process group by its SavedGroup; return anything else unchanged."""
     distributed = torch.distributed
     if not distributed.is_available() or not isinstance(group, distributed.ProcessGroup):
         return group

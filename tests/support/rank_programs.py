@@ -330,8 +330,8 @@ def through_host() -> dict:
     results = {name: {"direct": step(dtype, **options)} for name, (dtype, options) in steps.items()}
     patch = mock.patch.object
     with (
-        patch(distributed.GroupRanks, "_through_host", lambda *_: True),
-        patch(distributed, "_FromHost", wraps=distributed._HostTransfer) as copied,
+        patch(distributed.GroupRanks, "_needs_host_copy", lambda *_: True),
+        patch(distributed, "_HostTransfer", wraps=distributed._HostTransfer) as copied,
     ):
         for name, (dtype, options) in steps.items():
             copied.reset_mock()

@@ -19,7 +19,7 @@ OLDEST = (8, 0)
 
 
 def unavailable(device: torch.device) -> str | None:
-    """Why these kernels cannot run on `device`, or None."""
+    """Reason why the CUDA kernels cannot run on `device`, or None."""
     if device.type != "cuda":
         return f"it takes CUDA tensors, got {device}"
     if _C is None:
@@ -47,24 +47,24 @@ def _fault(device: Device) -> str | None:
 
 
 def device_count() -> int:
-    """How many devices this process sees."""
+    """Number of CUDA devices that this process sees."""
     return _C.cuda_devices()[0] if _C is not None and _C.with_cuda else 0
 
 
 @cache
 def query_device(index: int) -> Device:
-    """A device of this process, as CUDA numbers them; makes a context there."""
+    """Attributes of the CUDA device `index` of this process; creates a CUDA context on it."""
     return Device(index, **_C.cuda_device(index))
 
 
 def architectures() -> str:
-    """What the CUDA kernels were compiled for; empty without them."""
+    """Architectures that the CUDA kernels were compiled for; "" if there are none."""
     return _C.cuda_architectures() if _C is not None and _C.with_cuda else ""
 
 
 @cache
 def kernels() -> "CudaKernels":
-    """The row kernels, of any device."""
+    """The row kernels for all CUDA devices."""
     from .row_kernels import CudaKernels
 
     return CudaKernels(_C.cuda_kernels(), query_device)

@@ -1,9 +1,9 @@
-"""The CUDA row kernels: shapes checked here, addresses handed to csrc/cuda.
+"""The CUDA row kernels of csrc/cuda: this module checks shapes and passes addresses.
 
-The interface is that of backends/cpu.py: scores are (m, N) or (views, images, N), float32 or int16, with contiguous
-columns; potentials are pairs of (n,) float32 tensors. Everything runs on the device of its arguments, on the current
-stream, without a host synchronisation; workspaces are torch's. A `scale` or `step` is a number or a device scalar.
-Results do not differ from run to run on devices of one kind.
+backends/cpu.py documents the methods. Scores are (m, N) or (views, images, N), float32 or int16, with contiguous
+columns; potentials are pairs of (n,) float32 tensors. A `scale` or `step` is a number or a device scalar. Kernels run
+on the device of their arguments, on the current stream, without host synchronisation; workspaces are torch tensors.
+Results are equal from run to run on devices of one kind.
 """
 
 import torch
@@ -18,11 +18,11 @@ from .launch_match import MatchKernels
 from .launch_sinkhorn import SinkhornKernels
 
 SYMMETRIZE_TILE = 32  # kTile in csrc/cuda/plan.cu
-UNIT_TYPES = (torch.float32, torch.float16)  # of rows that products read, and of the gradient of scores
+UNIT_TYPES = (torch.float32, torch.float16)  # dtypes of rows that products read, and of the score gradient
 
 
 class CudaKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
-    """The row kernels."""
+    """The CUDA row kernels."""
 
     backend = "cuda"
 
@@ -45,7 +45,10 @@ class CudaKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
         )
 
     def product_step(self, centre: Tensor, key_bias: Tensor, row_bias: Tensor) -> DeviceNumber:
-        """The product of half rows, bias added, that is one step of fixed point; biases of all keys and of rows."""
+        """Size of one fixed-point step, as a product of fp16 rows plus bias.
+
+        key_bias (N,), row_bias (m,): biases of all keys and of all rows whose scores share the step.
+        """
         device = centre.device
         step, arguments = torch.empty(1, dtype=torch.float32, device=device), []
         for x in (centre, key_bias, row_bias):
@@ -55,7 +58,7 @@ class CudaKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
         return DeviceNumber(1.0, step)
 
     def centre_potential(self, read: Tensor, centre: Tensor, epsilon: float) -> Potential:
-        """The row potential exp(<unit_i, centre>/eps) that scores against centred keys start from; float32 rows."""
+        """Row potential exp(<unit_i, centre>/eps) of float32 rows, from which Sinkhorn on centred keys starts."""
         m, d = read.shape
         assert read.is_contiguous() and centre.is_contiguous()
         device, scale = read.device, as_float32(LOG2_E / epsilon)
@@ -67,7 +70,10 @@ class CudaKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
         return row
 
     def project_(self, d: Tensor, rows: UnitRows, factor: float = 1.0) -> Tensor:
-        """d (m, D) <- factor * (d - unit <unit, d>) / norm, 0 for a row with norm below 1e-12."""
+        """Gradient of the L2 normalisation, in place: d (m, D) <- factor * (d - unit <unit, d>) / norm.
+
+        A row with a norm below 1e-12 gets 0.
+        """
         m, features = d.shape
         assert d.is_contiguous()
         device = d.device
@@ -78,7 +84,7 @@ class CudaKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
         return d
 
     def symmetrize_(self, G: Tensor) -> Tensor:
-        """G (m, m) float32 or fp16 <- G + Gᵀ; returns its row sums (m,) float32."""
+        """Replace G (m, m), float32 or fp16, by G + Gᵀ; returns the row sums (m,) float32 of the result."""
         m = len(G)
         assert G.shape == (m, m) and G.stride(1) == 1
         device, first = G.device, address(G, G.device, UNIT_TYPES)
@@ -98,7 +104,7 @@ class CudaKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
     def loss_and_stats(
         self, images: Tensor, column_sums: Tensor, norm: Tensor | None, layout: Layout, uniform_loss: float
     ) -> tuple[Tensor, Tensor]:
-        """As engine/sums.py says, in one launch; float32, rounded at the end."""
+        """As `loss_and_stats` of engine/sums.py, in one launch, rounded to float32 at the end."""
         assert images.is_contiguous()
         device = images.device
         loss = torch.empty((), dtype=torch.float32, device=device)
@@ -121,7 +127,7 @@ class CudaKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
     def plan_products(
         self, s: Tensor, scale: Number, row: Potential, col: Potential, v: Tensor | None, u: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """E v (m,) and Eᵀ u (N,), E_ij = 2^(scale*s_ij) row_i col_j; empty where v or u is None."""
+        """Products E v (m,) and Eᵀ u (N,) with E_ij = 2^(scale*s_ij) row_i col_j; empty if v or u is None."""
         m, n = s.shape
         y = torch.empty(m if v is not None else 0, dtype=torch.float32, device=s.device)
         w = torch.empty(n if u is not None else 0, dtype=torch.float32, device=s.device)
@@ -140,7 +146,7 @@ class CudaKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
         u: Tensor | None,
         v: Tensor | None,
     ) -> None:
-        """x_ij <- x_ij - E_ij (u_i + v_j)."""
+        """Subtract E_ij (u_i + v_j) from x_ij (m, N), in place, with E as in `plan_products`; u or v None: 0."""
         m, n = s.shape
         device = s.device
         self._kernels.plan_subtract(

@@ -1,7 +1,8 @@
 """Compile the kernels ahead of time, with no GPU: `python -m bam_kernels.backends.triton.compile`.
 
-The class that launches is driven with tensors that have shapes and no memory, and what it would launch is compiled
-for each target. Prints registers, shared memory, stack and spills of every configuration: what the assembler says.
+The launchers are called with meta tensors, which have shapes and no memory, and every kernel they would launch is
+compiled for each target. Prints registers, shared memory, stack and spills of every configuration, as the assembler
+reports them.
 """
 
 import argparse
@@ -46,7 +47,7 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Configuration:
-    """One kernel with the types, constants and divisibilities of one call."""
+    """One kernel with the argument types, constants and divisibilities of one call."""
 
     name: str
     kernel: Any
@@ -59,10 +60,15 @@ class Configuration:
 
 @dataclass(frozen=True)
 class CompiledKernel:
-    """Registers of a thread, bytes of shared memory of a program and of stack of a thread, and what was spilled:
-    instructions that load or store local memory, on AMD registers; None where the code was not disassembled.
-    products: instructions for the tensor cores, by name: the machine's, or where it was not disassembled those of the
-    assembler's input. wide_fills: 64-bit words given to 32-bit registers, wrong values outside the mask of a load."""
+    """Resources of one compiled kernel.
+
+    registers    registers of a thread
+    shared       bytes of shared memory of a program
+    stack        bytes of stack of a thread
+    spills       instructions that load or store local memory (on AMD: spilled registers); None if not disassembled
+    products     number of tensor-core instructions by name, in machine code, or in PTX if not disassembled
+    wide_fills   64-bit words moved to 32-bit registers, which are wrong values outside the mask of a load
+    """
 
     registers: int
     shared: int
@@ -73,7 +79,7 @@ class CompiledKernel:
 
 
 def _configuration(label: str, kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Configuration:
-    """The specialisation that a launch with these arguments would compile."""
+    """The configuration that a launch with these arguments would compile."""
     num_warps, num_stages = options.pop("num_warps"), options.pop("num_stages", 3)
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
@@ -97,7 +103,7 @@ def _configuration(label: str, kernel: Any, args: tuple[Any, ...], options: dict
 
 
 def configurations(*, small: bool = False) -> Iterator[Configuration]:
-    """Every kernel as it is launched at the published shape and at others; `small`: each form of each kernel once."""
+    """Yield every kernel as launched at the published shape and at others; small: each form of each kernel once."""
     found: dict[Any, Configuration] = {}
 
     def recorded(label: str) -> Launch:
@@ -115,7 +121,7 @@ def configurations(*, small: bool = False) -> Iterator[Configuration]:
 
 
 def form(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[str, ...]:
-    """The kernel, which of its arguments are None, and its switches: what decides which lines are compiled."""
+    """Form of a launch: the kernel, its arguments that are None, and its switches, which decide what is compiled."""
     names = list(inspect.signature(kernel.fn).parameters)
     left_out = [f"no {name}" for name, value in zip(names, args, strict=False) if value is None]
     switches = [f"{name}={value}" for name, value in options.items() if isinstance(value, (bool, str))]
@@ -123,7 +129,7 @@ def form(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[s
 
 
 def call_all(recorded: Callable[[str], Launch], *, small: bool) -> None:
-    """On meta tensors; recorded(label) is what launches. Together all forms that the engines launch."""
+    """Call the launchers on meta tensors, in all forms that engines use; recorded(label) replaces the launch."""
     types = (torch.int16, torch.float32)
     shapes = [(8192, 2, 8, dtype) for dtype in types]
     if not small:
@@ -220,7 +226,7 @@ def _call_flash_kernels(record: Launch, n: int, D: int, dtype: torch.dtype, prec
 
 
 def compile_for(one: Configuration, target: GPUTarget, *, disassemble: bool = True) -> CompiledKernel:
-    """Raises: whatever the compiler raises."""
+    """Compile a configuration for a target and return its resources. Raises: the errors of Triton's compiler."""
     names = [p.name for p in one.kernel.params]
     attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in one.divisible}
     source = ASTSource(one.kernel, one.signature, one.constants, attrs)
@@ -241,7 +247,7 @@ def _count_matches(pattern: str, text: str) -> dict[str, int]:
 
 
 def _assembler_report(cubin: bytes, ptx: str, shared: int, disassemble: bool) -> CompiledKernel:
-    """What the assembler and the machine code say, by the cuobjdump that Triton carries."""
+    """Read resources from the assembler's report and the machine code, with the cuobjdump of Triton's package."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "kernel.cubin")
@@ -262,7 +268,7 @@ def _assembler_report(cubin: bytes, ptx: str, shared: int, disassemble: bool) ->
 def compile_all(
     target: str, *, small: bool = False, containing: str = ""
 ) -> Iterator[tuple[Configuration, CompiledKernel]]:
-    """Every configuration whose name contains `containing`, compiled for one of TARGETS."""
+    """Compile every configuration whose name contains `containing` for one of TARGETS."""
     for one in configurations(small=small):
         if containing in one.name:
             yield one, compile_for(one, TARGETS[target])

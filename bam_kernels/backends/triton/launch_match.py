@@ -1,4 +1,4 @@
-"""The launcher of `match`, which chooses between rows on chip and long ones."""
+"""Launcher of the Triton match kernels: with rows on chip, or with rows read again for every sum."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from .tiles import IMAGES_AT_ONCE, image_tile, long_image_tile
 
 
 class MatchKernels(Launcher):
-    """Targets, loss, entropies and the gradient of the scores."""
+    """Row kernels that compute targets, loss, entropies and the gradient of the scores."""
 
     def match(
         self,
@@ -32,11 +32,10 @@ class MatchKernels(Launcher):
         gradient: Tensor | None = None,
         gradient_factor: float = 1.0,
     ) -> MatchSums:
-        """Targets of b images and, with `source`, the loss of their source rows; `gradient` may be `source` itself.
+        """Compute targets P of b images and, with `source`, loss, entropies and score gradient of their source rows.
 
-        target (L, b, N), source (V, b, N), row_exponent (L, b): guesses; targets (L, b, N) float32 and gradient
-        (V, b, N) of any float type, times gradient_factor, are written where given; row_out (b,) is the potential of
-        target view 0. The gradient of int16 scores may be a 16-bit float view of the source.
+        Arguments as in backends/cpu.py, except gradient: (V, b, N) of any float type; for int16 scores it may be a
+        16-bit float view of `source`.
         """
         L, b, n = target.shape
         V = len(source) if source is not None else 0
