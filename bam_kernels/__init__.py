@@ -5,7 +5,7 @@ bam_targets          the loss's targets, for inspection
 sinkhorn_attention   the balanced attention alone
 GradientCache        the loss over more images than fit in memory at once
 plan                 memory, messages and time of one step, forecast
-reference            the same functions in plain PyTorch: the specification
+reference            these functions in plain PyTorch: the specification
 BAMStats             statistics of one evaluation of the loss
 
 Source: Shalam and Korman, "Unsupervised Representation Learning by Balanced Self Attention Matching", ECCV 2024.

@@ -60,8 +60,9 @@ class Forecast:
     def step_s(self) -> float:
         """Seconds of the step, with the overlaps of the slab engine.
 
-        The gather of keys overlaps with score products, the all-reduce of column sums with source products (if there is
-        a teacher), and the scatter of key gradients with the products that make them.
+        - The gather of keys overlaps with score products.
+        - The all-reduce of column sums overlaps with source products, if there is a teacher.
+        - The scatter of key gradients overlaps with the products that make them.
         """
         s = self.seconds
         if self.slabs is None:

@@ -78,7 +78,7 @@ def bam_loss(
                     "student"
     group           torch.distributed process group over whose ranks the batch is spread, with an equal number of images
                     on each rank; None: the default group, or one rank if torch.distributed is not initialised
-    backend         auto | reference | cpu | triton | cuda; auto: C++ for CPU tensors, else the reference (float64 too)
+    backend         auto | reference | cpu | triton | cuda; auto: cpu for CPU tensors except float64, else reference
     engine          auto | slab | flash (triton only)
     precision       default: 16-bit arithmetic on GPUs where the input's type or torch's flags allow it;
                     exact: float32 products whatever torch's flags; fp8: where a backend has it

@@ -40,7 +40,7 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def host_free_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes available on the host: the least of the machine's and of those left under each cgroup limit."""
+    """Bytes available on the host: the least of MemAvailable and of the bytes left under each cgroup limit."""
     return min([_available_bytes(proc / "meminfo"), *_left_by_cgroups(proc / "self" / "cgroup", cgroups)])
 
 

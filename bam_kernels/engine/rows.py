@@ -30,7 +30,7 @@ class Keys:
     """Centred keys k - centre of all ranks, in gathered order: float32, or fp16 times `unit` with a `bias`.
 
     Any vector can be the centre, because it adds a constant to every row of scores. Float32 keys are sent without
-    centring; each rank subtracts the mean of its own keys, which it knows before other keys arrive and which is within
+    centring; each rank subtracts the mean of its own keys, which it knows before other keys arrive. This mean is within
     the sampling error of the mean of all keys. fp16 keys are rounded, so they are centred before, on a mean that all
     ranks share.
     regather: keys are not held but gathered again whenever they are read.

@@ -104,7 +104,7 @@ class CudaKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
     def loss_and_stats(
         self, images: Tensor, column_sums: Tensor, norm: Tensor | None, layout: Layout, uniform_loss: float
     ) -> tuple[Tensor, Tensor]:
-        """As `loss_and_stats` of engine/sums.py, in one launch, rounded to float32 at the end."""
+        """Compute `loss_and_stats` of engine/sums.py in one launch, rounded to float32 at the end."""
         assert images.is_contiguous()
         device = images.device
         loss = torch.empty((), dtype=torch.float32, device=device)

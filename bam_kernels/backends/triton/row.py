@@ -43,7 +43,7 @@ def scale_of(scale, scale_pointer):
 
 @triton.jit
 def load_scores(pointers, mask):
-    """Scores as float32; masked ones, and those outside `mask`, as MASKED."""
+    """Load scores as float32; masked scores, and scores outside `mask`, become MASKED."""
     if pointers.dtype.element_ty == tl.int16:
         # Not `other=MASKED_FIXED`: Triton (3.6 to 3.8) widens a negative constant of 16 bits to 32 with ones, so that
         # every other score outside `mask` would be -1 where rows are aligned.
