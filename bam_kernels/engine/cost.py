@@ -51,7 +51,7 @@ H200 = Rates(
     link_bytes=350e9,
     latency_s=5e-6,
 )
-"""Stated rates of an H200, not measured: one 400 Gb/s adapter per GPU, flash kernels at half the product rate."""
+"""Stated rates of an H200, not measured here: one 400 Gb/s adapter per GPU, flash at half the product rate."""
 
 
 def rates() -> Rates:

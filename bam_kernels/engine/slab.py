@@ -39,7 +39,7 @@ class EmbeddedBatch:
 
 
 def embed(call: Call, *, wants_source: bool) -> EmbeddedBatch:
-    """Plan the slabs, normalise the rows and start to gather the keys.
+    """Plan the slabs, normalise the rows and prepare the gather of keys.
 
     Raises: ValueError on non-finite rows or too small a budget on any rank, and if ranks differ.
     """
