@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases, as sinks of the history."""
+"""Sinks of a run's history that send its numbers to TensorBoard and to Weights & Biases."""
 
 import uuid
 from pathlib import Path
@@ -7,11 +7,15 @@ from typing import Any
 from ..config import Config, UserError, as_plain, missing
 from ..history import Row
 
-NOT_SHOWN = ("kind", "step")
+NOT_SCALARS = ("kind", "step")
+"""Entries of a history row that name and date its numbers."""
 
 
 class TensorBoard:
-    """Scalars under runs/NAME/tensorboard; what was written after `step`, where a resumed run begins, is dropped."""
+    """Writer of TensorBoard scalars into runs/NAME/tensorboard.
+
+    `step` is where a resumed run begins: scalars of later steps, written before the run ended, are dropped.
+    """
 
     def __init__(self, directory: Path, step: int) -> None:
         try:
@@ -30,7 +34,10 @@ class TensorBoard:
 
 
 class Wandb:
-    """A run of the project, continued when ours is resumed. The key is W&B's own: `wandb login` or WANDB_API_KEY."""
+    """A W&B run in `project`; a resumed training run continues its W&B run, whose id is in wandb-id.txt.
+
+    W&B takes its key from `wandb login` or WANDB_API_KEY.
+    """
 
     def __init__(self, project: str, directory: Path, options: Config) -> None:
         try:
@@ -60,5 +67,5 @@ class Wandb:
 
 
 def scalars(row: Row) -> dict[str, float]:
-    """Names as kind/number."""
-    return {f"{row['kind']}/{name}": x for name, x in row.items() if name not in NOT_SHOWN and x is not None}
+    """Finite numbers of a history row, named kind/number."""
+    return {f"{row['kind']}/{name}": x for name, x in row.items() if name not in NOT_SCALARS and x is not None}

@@ -16,7 +16,7 @@ from bam_kernels.backends.triton import compile as ahead  # noqa: E402
 # The instructions that multiply on the tensor cores of each: by warp, by warp group, by the whole multiprocessor.
 TARGETS = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
 
-Found = dict[str, ahead.Compiled]
+Found = dict[str, ahead.CompiledKernel]
 
 
 def compiled_for(task: tuple[str, int]) -> Found:
