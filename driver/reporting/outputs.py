@@ -39,6 +39,7 @@ def write_with(
 
     `tested` is the number of held-out images, None where it is unknown.
     """
-    plots.dashboard(record, directory / DASHBOARD)
+    with replacing(directory / DASHBOARD) as temporary:
+        plots.dashboard(record, temporary)
     with replacing(directory / PAGE) as temporary:
         temporary.write_text(page(directory.name, record, options, pictures, tested, directory))

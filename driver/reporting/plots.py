@@ -50,7 +50,7 @@ def dashboard(history: History, path: Path) -> None:
         for axis in figure.axes:
             axis.set_axis_on() if axis.has_data() else axis.set_axis_off()
         figure.suptitle(path.absolute().parent.name, x=0.01, ha="left", weight="bold", fontsize=14)
-        figure.savefig(path)
+        figure.savefig(path, format="png")
 
 
 def svg(panel: Panel, history: History) -> str:

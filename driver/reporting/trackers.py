@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config, UserError, as_plain, missing
+from ..files import replacing
 from ..history import Row
 
 NOT_SCALARS = ("kind", "step")
@@ -46,7 +47,8 @@ class Wandb:
             raise UserError(missing(f"--run.wandb {project}", "wandb", error, extra="wandb")) from error
         name = directory / "wandb-id.txt"
         if not name.exists():
-            name.write_text(uuid.uuid4().hex[:8])
+            with replacing(name) as temporary:
+                temporary.write_text(uuid.uuid4().hex[:8])
         try:
             self.run: Any = wandb.init(
                 project=project,
