@@ -20,7 +20,8 @@ from tqdm import tqdm
 from driver.bounds import POSITIVE, at_least, some
 from driver.cli import check_bounds, run_script
 from driver.config import helpful
-from driver.data.labelled import Batches, Labels
+from driver.data.images import Batches
+from driver.data.labelled import Labels
 from driver.distributed import World
 from driver.evaluation.frozen import Backbone
 from driver.evaluation.online import Bank, Vote, knn, share_equal

@@ -14,8 +14,8 @@ from photographs import write_images
 
 from driver import checkpoint, cli, config, history, model, optim, recipes, train
 from driver.config import UserError
-from driver.data import on_device, views_of_digits
-from driver.data.images import split
+from driver.data import make_images, views_of_digits
+from driver.data.sources import split
 from driver.distributed import World
 from driver.pretrain import main
 from driver.verify_resume import same
@@ -318,7 +318,7 @@ def test_augmentation_keeps_shape_and_range_and_is_seeded():
 
 def test_digits_views_are_view_major_and_depend_on_seed_and_epoch():
     options = config.Data(batch_size=64, views=3, augment=0.0)
-    digits = on_device.digits(options, torch.device("cpu"), 0, World())
+    digits = make_images(options, config.Boxes(), torch.device("cpu"), 0, World())
     steps = [views for ((views,),) in digits.views(epoch=4)]
     assert len(steps) == digits.training // 64 and steps[0].shape == (192, 1, 8, 8)
     first, second, third = steps[0].unflatten(0, (3, 64))

@@ -15,7 +15,8 @@ from test_driver import ROOT, elsewhere, pretrain, same  # noqa: F401
 
 from driver import cli, config, history, knn, linear, model, segment_video
 from driver.config import UserError
-from driver.data import labelled, on_device
+from driver.data import labelled, make_images
+from driver.data.images import Images
 from driver.distributed import World
 from driver.evaluation import davis_metrics, frozen, online
 from driver.evaluation.online import Bank, Vote
@@ -23,8 +24,8 @@ from driver.evaluation.online import Bank, Vote
 CPU = torch.device("cpu")
 
 
-def digits(world: World = World()) -> on_device.Held:  # noqa: B008
-    return on_device.digits(config.Data(batch_size=64), CPU, 0, world)
+def digits(world: World = World()) -> Images:  # noqa: B008
+    return make_images(config.Data(batch_size=64), config.Boxes(), CPU, 0, world)
 
 
 # k-NN
@@ -50,7 +51,7 @@ import sys, weakref
 sys.path.insert(0, sys.argv[1])
 import torch
 from driver.evaluation import online
-from driver.data import on_device
+from driver.data import make_images
 from driver import config
 from driver.evaluation.online import Bank, Vote
 from driver.distributed import World
@@ -67,9 +68,9 @@ for neighbours in (1, 7, 200):
     whole = online.knn(queries, Bank(keys, labels), Vote(neighbours, 0.2), World())
     assert torch.equal(found, whole[own]), neighbours
 
-data = config.Data(batch_size=64)
-one = online.evaluate(online.pixels, on_device.digits(data, torch.device("cpu"), 0, World()), Vote(10), World())
-all = online.evaluate(online.pixels, on_device.digits(data, torch.device("cpu"), 0, world), Vote(10), world)
+data, cpu = (config.Data(batch_size=64), config.Boxes()), torch.device("cpu")
+one = online.evaluate(online.pixels, make_images(*data, cpu, 0, World()), Vote(10), World())
+all = online.evaluate(online.pixels, make_images(*data, cpu, 0, world), Vote(10), world)
 assert one.keys() == all.keys() and len(one) == 6
 for name, value in one.items():
     assert abs(value - all[name]) <= (1e-6 if name.startswith(("e", "f")) else 3e-3), (name, value, all[name])
