@@ -158,8 +158,7 @@ class Shards(Source):
 
     def __init__(self, root: Path, held_out: float) -> None:
         shards = sorted(root.glob("*.tar")) if root.is_dir() else []
-        self.members: list[tuple[Path, int, int, str]] = []
-        """Shard, offset, size and name of each image."""
+        self.members: list[tuple[Path, int, int, str]] = []  # shard, offset, size in bytes and name of each image
         labels: list[int | None] = []
         sizes = [0, 0]
         for part, shards_of_part in enumerate(_parts(shards)):

@@ -4,7 +4,7 @@ B images per micro-batch, G per step over all ranks and micro-batches, V views p
 
 Workers are forked by a server process that has no threads: a fork of the run itself could wait for ever for a lock that
 one of its threads held. A scheduler such as Slurm sends its signals to every process of the run. The main process saves
-and ends, and needs its workers until then, so they ignore these signals.
+and ends, and needs its workers until then, so workers block these signals.
 """
 
 import multiprocessing
