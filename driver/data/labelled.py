@@ -6,11 +6,12 @@ B images per batch on one of W ranks; rank r has images r, r + W, r + 2*W, ... o
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
+from ..bounds import at_least
 from ..config import Config, Data, UserError, helpful, missing
 from ..distributed import World
 from .images import Batches, Transform, epoch_order
@@ -28,18 +29,16 @@ class Labels:
     root: Path | None = None
     """Folder with `train/` beside `val/` or `test/`, each with a subfolder per class; or class folders alone, of which
     some images are held out. None: the data of the run."""
-    batch_size: int = 128
-    """Images at once on one rank."""
-    workers: int = 2
-    """Processes that decode. 0: the main process."""
+    batch_size: Annotated[int, at_least(1)] = 128
+    """Images in a batch of one rank."""
+    workers: Annotated[int, at_least(0)] = 2
+    """Worker processes that decode images. 0: the main process decodes them."""
 
     def load(self, options: Config, size: int, device: torch.device, world: World) -> "Labelled":
         """Open the images: those under `root`, or the data set of the run whose options are given.
 
-        Raises: UserError where an option is out of range, a package is missing, or there are no labelled images.
+        Raises: UserError where a package is missing or there are no labelled images.
         """
-        if self.batch_size < 1 or self.workers < 0:
-            raise UserError("--data.batch-size must be at least 1, and --data.workers at least 0")
         data = replace(options.data, size=size, batch_size=self.batch_size, virtual_batch=0, workers=self.workers)
         if self.root is not None:
             data = replace(data, source="folder", root=self.root)
