@@ -1,4 +1,4 @@
-"""README.md and docs/: links, named files, commands, examples, and the table of bad input."""
+"""README.md, CONTRIBUTING.md, tests/README.md and docs/: links, named files, commands, examples, bad input."""
 
 import ast
 import inspect
@@ -53,7 +53,14 @@ def test_every_page_is_reached_from_the_readme():
 def test_named_files_exist(page):
     outside_links = re.sub(r"\]\([^)]*\)", "]", text(page))
     named = re.findall(r"(?<![\w/.-])((?:bam_kernels|benchmarks|csrc|docs|driver|tests)/[\w./*-]*)", outside_links)
-    assert [name for name in named if not list(ROOT.glob(name.rstrip("./")))] == []
+    assert [name for name in named if "NAME" not in name and not list(ROOT.glob(name.rstrip("./")))] == []
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "tests/README.md"])
+def test_files_named_without_their_folder_exist(page):
+    named = re.findall(r"`([\w*]+\.(?:py|cpp|cu|h))`", text(page))
+    assert len(named) > 10
+    assert [name for name in named if not list(ROOT.glob(f"[a-z]*/**/{name}")) and not (ROOT / name).is_file()] == []
 
 
 def sources(command: str) -> tuple[list[str], list[Path]] | None:
