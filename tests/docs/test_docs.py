@@ -64,7 +64,10 @@ def test_files_named_without_their_folder_exist(page):
 
 
 def sources(command: str) -> tuple[list[str], list[Path]] | None:
-    """Options of a command that runs one of our programs, and its source with the others of its folder."""
+    """Options of a command that runs a program of this project, and the sources that may define them.
+
+    None for other commands. The first source is the program itself.
+    """
     words = shlex.split(command)
     for i, word in enumerate(words):
         if word.startswith("benchmarks/"):
@@ -88,7 +91,7 @@ def test_the_commands_are_there():
 
 @pytest.mark.parametrize("page, line", PROGRAMS, ids=[line[:60] for _, line in PROGRAMS])
 def test_programs_have_the_options_that_are_given(page, line):
-    """By their sources: an argument `--name` of argparse, or a field `name` of a dataclass that tyro reads."""
+    """An option is an argument `--name` of argparse, or a field `name` of a dataclass that tyro reads."""
     options, files = sources(line)
     assert files[0].is_file()
     code = "\n".join(file.read_text() for file in files)
@@ -158,7 +161,7 @@ def test_the_table_is_there():
 @needs_cpu_kernels
 @pytest.mark.parametrize("call,error,message", ROWS, ids=[row[0] for row in ROWS])
 def test_bad_input(call, error, message):
-    """Each call as printed there raises what is printed there."""
+    """Each call of the table raises the error beside it."""
     with pytest.raises((ValueError, TypeError)) as raised:
         eval(call, CALLED | {"z": torch.ones(30, 8)})
     assert (type(raised.value).__name__, str(raised.value)) == (error, message)

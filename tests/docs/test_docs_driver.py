@@ -40,7 +40,7 @@ def test_the_examples_are_there():
 
 @pytest.mark.parametrize("line", COMMANDS)
 def test_commands_parse(line):
-    """What follows the script's name, also behind torchrun. PATH, RUN_DIR and FILE need not exist to parse."""
+    """Options behind a script's name parse, also in commands of torchrun. PATH, RUN_DIR and FILE need not exist."""
     script, *args = shlex.split(line[line.index("driver/") :])
     name = script.removeprefix("driver/")
     for option in ("--run.resume", "--config"):
@@ -78,7 +78,7 @@ def test_options_exist():
 
 
 def test_the_table_of_recipes():
-    """Its head has every recipe, and a few of its rows are what the recipes say."""
+    """The first line names every recipe; images per step are those of the recipes."""
     head, row = (
         next(line for line in TEXT.splitlines() if line.startswith(start)) for start in ("| | `", "| images per")
     )
@@ -92,7 +92,7 @@ def test_the_table_of_recipes():
 
 
 def test_what_a_run_leaves():
-    """The files of the table are those of a run, and its example reads the history."""
+    """The table names the files that a run leaves, and the example reads the history."""
     assert pretrain.main(TINY) == 0
     table = re.search(r"^\| file in .*?\n\n", PAGES["evaluation.md"], re.M | re.S)[0]
     named = {name for line in table.strip().splitlines()[2:] for name in re.findall(r"`([\w.]+)`", line.split("|")[1])}

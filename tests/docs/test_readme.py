@@ -1,4 +1,4 @@
-"""README.md: its size, its commands, its example, and its numbers and picture from the result files."""
+"""README.md: size, commands, example, and numbers and picture from the result files."""
 
 import importlib.util
 import re
@@ -21,7 +21,7 @@ def test_size():
 
 
 def test_the_two_commands():
-    """The second one is what .ci/run looks for and runs."""
+    """.ci/run finds the second command in the README and runs it."""
     assert commands(TEXT) == ["pip install -e . && python driver/pretrain.py", 'pip install -e ".[test]" && pytest']
     assert 'pip install -e ".[test]" && pytest' in TEXT.splitlines()
 
@@ -43,7 +43,7 @@ def test_the_example_trains():
     "machine, panel", [("two CPU cores", speed.CPU), ("one H200", speed.H200)], ids=["cpu", "h200"]
 )
 def test_its_numbers_are_those_of_the_result_files(machine, panel):
-    """The sentence names ours, torch.compile and the published code, in this order."""
+    """A sentence gives the times of bam_kernels, torch.compile and the published code, in this order."""
     (sentence,) = re.findall(rf"On {machine}\b.*? ms\.(?=\s)", TEXT, re.S)
     times = panel.milliseconds()
     ours, compiled, authors = (

@@ -18,7 +18,7 @@ def text(page: str) -> str:
 
 
 def blocks(text: str, language: str = "") -> list[str]:
-    """Blocks of code in one language; "" has the commands."""
+    """Blocks of code in one language; commands stand in blocks without a language."""
     return [code for name, code in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S) if name == language]
 
 
@@ -28,7 +28,7 @@ def prose(text: str) -> str:
 
 
 def block(text: str, word: str) -> str:
-    """The one Python example with this word."""
+    """The only Python example that has `word` in it."""
     (found,) = [code for code in blocks(text, "python") if word in code]
     return found
 
