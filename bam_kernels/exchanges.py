@@ -68,11 +68,11 @@ def _gather_impl(own: Tensor, numbers: Tensor, problem: str, world: list[int], n
     ranks = ranks_named(name, *world)
     if problem:
         operation, _, text = problem.partition(": ")
-        given = dict(zip(SCHEDULED, numbers.tolist(), strict=False))
-        for field, number in given.items():
+        scheduled = dict(zip(SCHEDULED, numbers.tolist(), strict=False))
+        for field, number in scheduled.items():
             check_positive(operation, field, number)
         if ranks.W > 1:
-            values = dict(pair.split("=", 1) for pair in text.split(", ")) | given
+            values = dict(pair.split("=", 1) for pair in text.split(", ")) | scheduled
             ranks.agree(Header(operation, values | {"keys": list(own.shape)}), own.device)
     whole = own.new_empty(ranks.W * len(own), own.shape[1])
     for first, rows in ranks.gather(own.contiguous(), lambda unit: unit.to(own.dtype)):

@@ -44,7 +44,7 @@ class GradientCache:
 
     A micro-batch is whatever the model takes, for example a list of crops of two sizes; micro-batches may differ in b.
     If the model runs under `torch.autocast`, call the cache inside `torch.autocast`. After a call, the model's buffers
-    and torch's random state (dropout, drop-path) are as after a single pass over the micro-batches; the generators of
+    and torch's random state (dropout, drop-path) are as after a single pass over the micro-batches. The generators of
     `random` and numpy are not restored between the two passes. BatchNorm normalises by the statistics of one
     micro-batch, SyncBatchNorm by the statistics of one micro-batch of every rank: with either, the result depends on
     the size of micro-batches. A model without statistics over images gives the result of the whole batch.

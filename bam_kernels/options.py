@@ -160,12 +160,12 @@ class Options:
 NAMES = tuple(field.name for field in fields(Options))
 
 
-def options_of(name: str, given: dict[str, Any]) -> Options:
+def options_of(name: str, keywords: dict[str, Any]) -> Options:
     """Make checked Options from keywords. Raises: TypeError naming an unknown keyword, and as `checked`."""
-    for keyword in given:
+    for keyword in keywords:
         if keyword not in NAMES:
             raise TypeError(f"{name}() got an unexpected keyword argument {keyword!r}")
-    return Options(**given).checked(name)
+    return Options(**keywords).checked(name)
 
 
 @dataclass(frozen=True)

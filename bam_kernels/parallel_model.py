@@ -62,13 +62,13 @@ def preserve_buffers(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def skip_gradient_exchange(model: nn.Module) -> Iterator[None]:
     """Keep gradients on each rank in a pass before the last; no broadcast of buffers follows the pass."""
-    found = replicas(model)
-    learning = [replica for replica in found if _learns_its_graph(replica)]
+    all_replicas = replicas(model)
+    learning = [replica for replica in all_replicas if _learns_its_graph(replica)]
     own = getattr(model, "no_sync", None)  # a module of torch.compile hands on the no_sync of the module it compiles
     with ExitStack() as stack:
-        if own is not None and getattr(own, "__self__", None) not in found:
+        if own is not None and getattr(own, "__self__", None) not in all_replicas:
             stack.enter_context(own())
-        for replica in found:
+        for replica in all_replicas:
             if replica not in learning:
                 stack.enter_context(replica.no_sync())
         yield
@@ -96,8 +96,8 @@ def check_pass_count(operation: str, models: list[nn.Module], number: int) -> No
     if most != -least:
         names = ", ".join(dict.fromkeys(name for name, _, _ in layers))
         raise ValueError(
-            f"{operation}: micro_batches must be as many on every rank, since layers exchange in every pass "
-            f"({names}); got {number} on this rank, {-least} to {most} on all ranks"
+            f"{operation}: the number of micro_batches must be equal on all ranks, because layers communicate in "
+            f"every pass ({names}); got {number} on this rank, {-least} to {most} on all ranks"
         )
 
 

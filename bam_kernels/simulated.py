@@ -139,8 +139,8 @@ def run_ranks(W: int, function: Callable[[ThreadRanks], Result]) -> list[Result]
         thread.start()
     for thread in threads:
         thread.join()
-    found = [error for error in errors if error is not None]
-    causes = [error for error in found if not isinstance(error, threading.BrokenBarrierError)]
-    if found:
-        raise (causes or found)[0]
+    raised = [error for error in errors if error is not None]
+    causes = [error for error in raised if not isinstance(error, threading.BrokenBarrierError)]
+    if raised:
+        raise (causes or raised)[0]
     return results

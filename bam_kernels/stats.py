@@ -10,7 +10,7 @@ from torch.utils import _pytree
 class BAMStats:
     """Statistics of one evaluation of `bam_loss`: detached 0-d tensors; entropies and losses in nats.
 
-    Every value is a mean over this rank's rows, except column_residual, which covers all ranks.
+    Every value is this rank's own, except column_residual, which covers all ranks.
 
     target_entropy   mean over target views t < L and images i of the entropy H(P_t,i): the lower bound of the loss
     source_entropy   mean over all M rows of the entropy H(A)

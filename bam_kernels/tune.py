@@ -91,9 +91,9 @@ def _flash_jobs(layout: Layout, generator: torch.Generator, device: torch.device
     row.exponent.fill_(-15.0)
 
     def rows() -> Tensor:
-        found = Potential.empty(M, device)
-        kernels.row_step(z, kernels.score_scale(0.1), col, found)
-        return found.natural_log()
+        row_out = Potential.empty(M, device)
+        kernels.row_step(z, kernels.score_scale(0.1), col, row_out)
+        return row_out.natural_log()
 
     def columns() -> Tensor:
         sums = torch.empty(N, dtype=torch.float32, device=device)
@@ -116,32 +116,32 @@ def _with_warps(tile: Any, warps: tuple[int, ...]) -> list[tuple[int, ...]]:
 
 def _row_candidates(m: int, default: tiles.Tile) -> list[tuple[int, ...]]:
     """Tiles around the default: rows at once, programs (half to two per multiprocessor of a large GPU), warps."""
-    found: list[tuple[int, ...]] = []
+    candidates: list[tuple[int, ...]] = []
     for block_m in {max(default.block_m // 2, 1), default.block_m, default.block_m * 2}:
         for programs in (66, 132, 264):
             rows = tiles.round_up(-(-m // programs), block_m)
             tile = default._replace(block_m=block_m, rows=rows, chunks=-(-m // rows))
-            found += [tile, *_with_warps(tile, (4, 8, 16))]
-    return [tile for tile in dict.fromkeys(found) if tile != default]
+            candidates += [tile, *_with_warps(tile, (4, 8, 16))]
+    return [tile for tile in dict.fromkeys(candidates) if tile != default]
 
 
 def _column_candidates(m: int, n: int, default: tiles.Tile) -> list[tuple[int, ...]]:
     """Tiles around the default: columns and rows at once, warps; at most 64 chunks of rows."""
-    found: list[tuple[int, ...]] = []
+    candidates: list[tuple[int, ...]] = []
     for block_n in (128, 256, 512, 1024):
         for block_m in (8, 16):
             rows = tiles.round_up(max(-(-m // 64), block_m), block_m)
             tile = tiles.Tile(block_m, min(block_n, tiles.power_of_two(n)), rows, -(-m // rows), 4)
-            found += [tile, *_with_warps(tile, (2, 8))]
-    return [tile for tile in dict.fromkeys(found) if tile != default]
+            candidates += [tile, *_with_warps(tile, (2, 8))]
+    return [tile for tile in dict.fromkeys(candidates) if tile != default]
 
 
 def _flash_candidates(m: int, n: int, wide: bool, default: tiles.FlashTile) -> list[tuple[int, ...]]:
-    found: list[tuple[int, ...]] = []
+    candidates: list[tuple[int, ...]] = []
     for block_m in (32, 64, 128):
         for block_n in (32, 64) if wide else (32, 64, 128):
             for num_warps, num_stages in ((4, 2), (4, 3), (8, 2), (8, 3)):
-                found.append(
+                candidates.append(
                     default._replace(
                         block_m=min(block_m, tiles.power_of_two(max(m, 16))),
                         block_n=min(block_n, tiles.power_of_two(max(n, 16))),
@@ -149,7 +149,7 @@ def _flash_candidates(m: int, n: int, wide: bool, default: tiles.FlashTile) -> l
                         num_stages=num_stages,
                     )
                 )
-    return [tile for tile in dict.fromkeys(found) if tile != default]
+    return [tile for tile in dict.fromkeys(candidates) if tile != default]
 
 
 def best(job: Job, timer: Timer) -> tuple[tuple[int, ...], float, float]:
@@ -160,11 +160,11 @@ def best(job: Job, timer: Timer) -> tuple[tuple[int, ...], float, float]:
     for candidate in job.candidates:
         with tuned.use_tiles({job.key: candidate}):
             try:
-                found = job.run()
+                result = job.run()
             except Exception as error:  # the tile needs more registers or shared memory than the GPU has
                 print(f"    {candidate}: {type(error).__name__}", file=sys.stderr)
                 continue
-            if not bool(((found - expected).abs() <= AGREEMENT * expected.abs().max()).all()):
+            if not bool(((result - expected).abs() <= AGREEMENT * expected.abs().max()).all()):
                 print(f"    {candidate}: another result, dropped", file=sys.stderr)
                 continue
             ms = timer(job.run)
@@ -199,10 +199,10 @@ def tune(shapes: list[tuple[int, int, int]], device: torch.device, timer: Timer,
                 print(f"{' '.join(map(str, job.key)):<28} {default_ms:>9.4f} ms -> {ms:>9.4f} ms  {kept}", flush=True)
                 if kept != "default":
                     chosen[job.key] = tile
-        found = measured_rates(device, timer, size)
-    for name, rate in found.items():
+        measured = measured_rates(device, timer, size)
+    for name, rate in measured.items():
         print(f"{name:<28} {rate:>12.3g} a second")
-    return Tuning(found, chosen)
+    return Tuning(measured, chosen)
 
 
 def _shape(text: str) -> tuple[int, int, int]:
@@ -223,8 +223,8 @@ def main(args: list[str] | None = None) -> int:
 
     from triton.testing import do_bench
 
-    found = tune(options.shapes, device, lambda run: do_bench(run, return_mode="median"))
-    tuned.save(found, file)
+    tuning = tune(options.shapes, device, lambda run: do_bench(run, return_mode="median"))
+    tuned.save(tuning, file)
     print(f"written: {file}")
     return 0
 

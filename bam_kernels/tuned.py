@@ -56,12 +56,12 @@ def tuning() -> Tuning:
     return Tuning(rates, tiles)
 
 
-def save(found: Tuning, file: Path) -> None:
+def save(contents: Tuning, file: Path) -> None:
     """Write the tuning file under a temporary name and rename it, so that readers never see half a file."""
-    tiles = {" ".join(map(str, key)): list(numbers) for key, numbers in found.tiles.items()}
+    tiles = {" ".join(map(str, key)): list(numbers) for key, numbers in contents.tiles.items()}
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(".writing")
-    temporary.write_text(json.dumps({"rates": found.rates, "tiles": tiles}, indent=1) + "\n")
+    temporary.write_text(json.dumps({"rates": contents.rates, "tiles": tiles}, indent=1) + "\n")
     os.replace(temporary, file)
     tuning.cache_clear()
 

@@ -54,13 +54,18 @@ CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
 def main(args: list[str] | None = None) -> int:
     """Run the command; the exit status is 0 if every case agrees."""
     parser = argparse.ArgumentParser(prog="python -m bam_kernels.verify_ranks", description=__doc__.splitlines()[0])
-    parser.add_argument("--world", type=int, default=4, help="processes to start; not used under torchrun (4)")
-    parser.add_argument("--images", type=int, default=16, help="images per rank (16)")
-    parser.add_argument("--features", type=int, default=64, help="features (64)")
-    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="what computes the loss (auto)")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="kinds of problem (all)")
+    parser.add_argument("--world", type=int, default=4, help="processes to start; not used under torchrun (default: 4)")
+    parser.add_argument("--images", type=int, default=16, help="images per rank (default: 16)")
+    parser.add_argument("--features", type=int, default=64, help="features of an embedding (default: 64)")
+    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="backend of bam_loss (default: auto)")
     parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU under torchrun where it has some"
+        "--cases", nargs="+", choices=CASES, default=list(CASES), help="kinds of problem (default: all)"
+    )
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto: cuda under torchrun on a machine with GPUs, else cpu",
     )
     parser.add_argument(
         "--group-backend",
@@ -218,8 +223,8 @@ def _errors(
     expected_dz = W * expected_dz[:, own]
     loss_error = (loss / W / expected_loss - 1).abs()
     dz_error = (dz - expected_dz).norm() / expected_dz.norm()
-    loss_text, dz_text = torch.stack([loss_error, dz_error]).nan_to_num(nan=float("inf")).tolist()
-    return loss_text, dz_text
+    errors = torch.stack([loss_error, dz_error]).nan_to_num(nan=float("inf"))
+    return errors[0].item(), errors[1].item()
 
 
 def _loss_and_gradient(student: Tensor, teacher: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:

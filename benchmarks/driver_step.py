@@ -4,9 +4,9 @@
     python benchmarks/driver_step.py --options="--recipe imagenet-vit-s --data.root PATH --virtual-batch 256"
 
 The parts are the driver's own, built from the given options, on photographs of noise unless the options name a folder.
-Each part runs alone, on the inputs it has within a step. `rest` is the time of the whole step less that of its parts;
-`overhead` is the step less data and backbones. The last column is each part's time relative to that of the student's
-and teacher's backbones, forward and backward.
+Each part runs alone, on the inputs it has within a step. `rest` is the whole step minus the sum of its parts;
+`overhead` is the whole step minus data and backbones. The last column divides each part's time by the time of the
+student's and teacher's backbones, forward and backward.
 """
 
 import shlex

@@ -121,8 +121,8 @@ def our_competitor(
 def our_whole_competitor(problem: Problem, kind: RowName, kernels: RowKernels, fresh: Rotation) -> Competitor:
     """Our whole loss, forward and backward, as a competitor: `bam_loss`, or the engine below it.
 
-    The engine is called directly in 16 bit and for a CPU instruction set that is not the best one: `bam_loss` offers
-    no option for the latter, and on float32 input it takes 16 bit only if torch's flag lets products be rounded.
+    The engine is called directly in 16 bit and for a CPU instruction set that is not the best one. `bam_loss` has no
+    option for the instruction set, and takes 16 bit for float32 input only if torch's flag lets products be rounded.
     """
     layout, options, sixteen_bit = problem.layout, problem.options, "int16" in kind
     engine: Any = flash if "flash" in kind else slab

@@ -103,8 +103,8 @@ def flash_sinkhorn(
             return solve(k, q, a, b, eps=eps, n_iters=n_iters, cost_scale=0.5, allow_tf32=tf32, threshold=None)
 
         def in_our_terms(q: Tensor, k: Tensor, run: Callable[..., Potentials] = run) -> Potentials:
-            of_keys, of_rows = run(q, k)
-            return (of_rows.double() - 1) / eps - log_N, of_keys.double() / eps
+            key_potential, row_potential = run(q, k)
+            return (row_potential.double() - 1) / eps - log_N, key_potential.double() / eps
 
         name = f"flash-sinkhorn {metadata.version('flash-sinkhorn')}{' tf32' if tf32 else ''}"
         precision = "tf32" if tf32 else "float32"

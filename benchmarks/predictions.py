@@ -61,7 +61,7 @@ class Prediction:
 
     A row is compared if its kind, name, backend, shape and teacher are equal and its `how` matches the pattern `how`;
     a pattern can match a row of a warm cache and one of a cold cache. `memory` is the share of the time that shrinks
-    with a faster memory. With of_peak the prediction is of the row's peak memory, else of its value.
+    with a faster memory. is_peak: the row's peak memory is predicted, not its value.
     """
 
     kind: str
@@ -76,7 +76,7 @@ class Prediction:
     teacher: bool = False
     memory: float = 0.0
     counts: Counts | None = None
-    of_peak: bool = False
+    is_peak: bool = False
 
     def for_gpu(self, gpu: Gpu) -> "Prediction":
         factor = 1 - self.memory + self.memory * GPUS["H100"].memory_gbs / gpu.memory_gbs
@@ -87,7 +87,7 @@ class Prediction:
         fields = ("kind", "name", "backend", "shape", "teacher")
         if any(getattr(self, field) != getattr(row, field) for field in fields) or not fnmatch(row.how, self.how):
             return None
-        return row.peak_mb if self.of_peak else row.value
+        return row.peak_mb if self.is_peak else row.value
 
 
 def ceilings(gpu: str) -> Iterator[Prediction]:
@@ -237,7 +237,7 @@ def peaks() -> Iterator[Prediction]:
         mb = plan(views=V, **given, sixteen_bit=True).total_bytes / 1e6
         for backend in ("cuda", "triton"):
             named = "step", "loss and gradient", backend, shape, "wall", 0.8 * mb, 1.3 * mb
-            yield Prediction(*named, f"plan() says {mb:.1f}", "MB", teacher=teacher, of_peak=True)
+            yield Prediction(*named, f"plan() says {mb:.1f}", "MB", teacher=teacher, is_peak=True)
 
 
 def predictions(gpu: str) -> list[Prediction]:
@@ -268,7 +268,7 @@ def outcomes(rows: list[Row], gpu: str | None = None) -> list[dict[str, Any]]:
         what = " ".join((p.name, p.backend, p.shape, *(["teacher"] if p.teacher else []), p.how.replace("*", "")))
         found.append(
             {
-                "prediction": ("peak of " if p.of_peak else "") + what.strip(" ,"),
+                "prediction": ("peak of " if p.is_peak else "") + what.strip(" ,"),
                 "low": p.low,
                 "high": p.high,
                 "unit": p.unit,

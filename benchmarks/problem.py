@@ -211,7 +211,7 @@ def loss_work(layout: Layout, iterations: int, score_bytes: int = 4) -> Work:
 
 
 def whole_work(layout: Layout, iterations: int, score_bytes: int = 4) -> Work:
-    """Work from embeddings to the loss and dz: that of `loss_work`, and three products of 2MND flops.
+    """Work from embeddings to the loss and dz: the result of `loss_work` and three products of 2MND flops.
 
     The products are the source scores, dz, and the teacher's target scores or, without a teacher, dk. On one rank
     without a teacher the keys are the first N rows, whose dz and dk are one product with G + Gᵀ.

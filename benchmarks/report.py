@@ -138,10 +138,10 @@ class Report:
             profile(passed, self.options.profile / f"{self.benchmark}_{part}_{shape(problem)}.json".replace(" ", "_"))
         measured = [row.fields() for row in rows]
         add_ratios(measured)
-        of_problem = problem_fields(problem) | dict.fromkeys(self.unused)
-        head = {"benchmark": self.benchmark, "part": part} | of_problem
+        sizes = problem_fields(problem) | dict.fromkeys(self.unused)
+        head = {"benchmark": self.benchmark, "part": part} | sizes
         self.rows += [head | row | self.machine.fields() for row in measured]
-        print(f"\n{part}: {describe(of_problem)}")
+        print(f"\n{part}: {describe(sizes)}")
         print(
             f"best copy of the scores' size {copy_gbs['float32']:.1f} GB/s (int16 {copy_gbs['int16']:.1f}), "
             f"best product {self.machine.gemm_gflops:.0f} GFLOP/s, in 16 bit {self.machine.half_gemm_gflops:.0f}"

@@ -67,7 +67,7 @@ def row(options: VirtualBatchOptions, machine: Machine, images: int, cached: boo
     peak = machine.peak_bytes(step)
     embeddings = VIEWS * images * options.features * 4
     z = torch.randn(VIEWS, images, options.features, device=machine.device, requires_grad=True)
-    of_loss = machine.peak_bytes(lambda: loss(z).backward())
+    loss_peak = machine.peak_bytes(lambda: loss(z).backward())
     return {
         "step": "gradient cache" if cached else "plain",
         "images": images,
@@ -78,8 +78,8 @@ def row(options: VirtualBatchOptions, machine: Machine, images: int, cached: boo
         "ms": machine.time_ms(step),
         "peak_bytes": peak,
         "embeddings_bytes": embeddings,
-        "peak_of_loss_bytes": of_loss,
-        "beyond_bytes": None if peak is None or of_loss is None else peak - of_loss - embeddings,
+        "peak_of_loss_bytes": loss_peak,
+        "beyond_bytes": None if peak is None or loss_peak is None else peak - loss_peak - embeddings,
     }
 
 

@@ -36,16 +36,18 @@ def _warn_once(message: str) -> None:
 
 
 def choose(name: str, options: Execution, device: torch.device, dtype: torch.dtype, engine: str = "auto") -> str:
-    """Choose the backend for tensors of a device and dtype; returns options.backend, or for "auto" the best one.
+    """Choose the backend for tensors of a device and dtype; returns its name.
+
+    "auto" gives "cpu" for CPU and meta tensors other than float64 if the C++ kernels can run, else "reference".
 
     Raises: TypeError for float64 with a backend other than reference; ValueError for a backend that cannot run here or
     lacks the precision or engine asked for.
     """
     backend = _choose(name, options.backend, device, dtype)
     if options.precision == "fp8":
-        raise ValueError(f'{name}: precision="fp8" is not to be had from backend="{backend}"')
+        raise ValueError(f'{name}: backend="{backend}" does not support precision="fp8"')
     if engine == "flash" and backend != "triton":
-        raise ValueError(f'{name}: engine="flash" is not to be had from backend="{backend}"')
+        raise ValueError(f'{name}: backend="{backend}" does not support engine="flash"')
     return backend
 
 

@@ -39,5 +39,5 @@ class Call:
     @property
     def header(self) -> dict[str, Any]:
         """Values that must be equal on all ranks."""
-        made = self.options.header(self.layout, self.student, self.teacher, self.kernels.backend, self.needs_grad)
-        return made | {"16 bit": self.sixteen_bit}
+        values = self.options.header(self.layout, self.student, self.teacher, self.kernels.backend, self.needs_grad)
+        return values | {"16 bit": self.sixteen_bit}

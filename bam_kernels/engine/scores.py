@@ -74,8 +74,8 @@ class Scores:
         if not self.keys.sixteen_bit:
             self.multiply(unit, into)
             return self.kernels.mask_positives_(into, positives) if positives is not None else into
-        made = self.multiply(unit, self._made[: len(unit)])
-        return self._half_kernels.quantize(made, self.product_step, into, positives, self.keys.bias)
+        products = self.multiply(unit, self._made[: len(unit)])
+        return self._half_kernels.quantize(products, self.product_step, into, positives, self.keys.bias)
 
     def make_and_sum(
         self, unit: Tensor, first: int, into: Tensor, scale: float, row: Potential, shift: Tensor, sums: Tensor
@@ -86,9 +86,9 @@ class Scores:
             self.kernels.column_lse(into, scale, row, shift, sums, accumulate=first > 0)
             return
         with named_range("scores"):
-            made = self.multiply(unit, self._made[: len(unit)])
+            products = self.multiply(unit, self._made[: len(unit)])
             self._half_kernels.finish_scores(
-                made,
+                products,
                 self.keys.bias,
                 self.product_step,
                 into,

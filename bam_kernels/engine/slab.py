@@ -82,8 +82,8 @@ def balance(
     meanwhile   called during each all-reduce of column sums
     cosines     scores are within +-1
     """
-    if ranks.W == 1 and iterations > 1 and (found := _in_one_launch(target, row, epsilon, iterations)) is not None:
-        return found
+    if ranks.W == 1 and iterations > 1 and (result := _in_one_launch(target, row, epsilon, iterations)) is not None:
+        return result
     kernels, n = target.kernels, target.columns
     shift, sums = row.mantissa.new_empty(n), row.mantissa.new_empty(n)
     target.column_step(LOG2_E / epsilon, row, shift, sums)
@@ -168,13 +168,13 @@ def _match_slabs(call: Call, x: EmbeddedBatch, target: TargetScores, source_scor
     z = x.rows.z.read.view(layout.V, layout.B, layout.D)
     row_exponent = x.rows.potential.exponent.view(-1, layout.B)
     kept = target.kept.view(-1, layout.B, layout.N) if target.kept is not None else None
-    given = source_scores.view(layout.V, layout.B, layout.N) if source_scores is not None else None
+    kept_source = source_scores.view(layout.V, layout.B, layout.N) if source_scores is not None else None
     factor = GRADIENT_FACTOR * layout.B * options.temperature if call.sixteen_bit else 1.0
     for first in range(0, layout.B, x.plan.match_images):
         last = min(first + x.plan.match_images, layout.B)
         source_rows = 0
-        if given is not None:
-            source = given[:, first:last]
+        if kept_source is not None:
+            source = kept_source[:, first:last]
         elif call.shared and kept is not None:
             source = kept[:, first:last]
         else:
@@ -261,11 +261,11 @@ def from_scores(
     step            score of one step of int16 scores, in which -32768 is a masked entry
     """
     fixed = scores.dtype == torch.int16
-    given = [scores] if target_scores is None else [scores, target_scores]
+    score_tensors = [scores] if target_scores is None else [scores, target_scores]
     if options.mask_positives and not fixed:
-        for s in given:
+        for s in score_tensors:
             kernels.mask_positives_(s, Positives(layout, 0, len(s)))
-    rows = given[-1]
+    rows = score_tensors[-1]
     if needs_grad and G is None:
         G = torch.empty_like(scores, dtype=torch.float32) if fixed else scores
     target = KeptScores(rows, step, kernels)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from steps import table
 
-ROW_S = 1.5  # of a row: check, warm-up, repetitions, calls timed by the wall clock
+ROW_S = 1.5  # one row: check, warm-up, repetitions, calls timed by the wall clock
 COMPILED_S = 5.0  # more for a problem's compiled rows, which are traced again; kernels come from caches on disk
 LARGEST_TRUTH = 65536  # most keys with a float64 truth; above it the truth is precision="exact"
 SLAB = ("cuda-int16-graph", "triton-int16-graph", "cuda-int16", "triton-int16")

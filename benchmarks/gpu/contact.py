@@ -2,10 +2,10 @@
 
     python benchmarks/gpu/contact.py --out /tmp/contact --archive contact.tar.gz --extensions build/gpu
 
-Its steps print the facts of the machine, run each kernel in each form in its own process, the tests for GPUs (some of
-them under CUDA's memory checker), several ranks, and the driver's first steps on every backend. Then, with nothing else
-on the GPU, kernels and steps are timed. A step that fails or hangs does not stop the others. The archive holds what is
-needed to mend a failure without the GPU: logs, tracebacks and operands.
+Its steps print the facts of the machine and run each kernel in each form in its own process. They run the tests for
+GPUs (some under CUDA's memory checker), several ranks, and the driver's first steps on every backend. Then, with
+nothing else on the GPU, kernels and steps are timed. A step that fails or hangs does not stop the others. The
+archive holds what is needed to mend a failure without the GPU: logs, tracebacks and operands.
 """
 
 import importlib.util
@@ -144,7 +144,7 @@ class Contact:
         return self.under_sanitizer(tool, Step(tool, script("small_steps", "cuda"), limit_s, self.environment()))
 
     def sanitizer_rows_step(self, tool: str, name: str, limit_s: float, *which: str) -> Step:
-        """A step that runs tests of rows over blocks and clusters under a tool: those that `which` selects, or all."""
+        """A step that runs tests of rows over blocks and clusters under a tool: tests that `which` selects, or all."""
         return self.under_sanitizer(
             tool, self.pytest(name, CHECKED_FILES, limit_s, 0, *(which or ("-k", CHECKED_TESTS)))
         )
@@ -257,9 +257,9 @@ def summary(run: Run) -> str:
     rows = read(run.out / "rows.jsonl")
     if rows:
         parts += ["", "== Times", times_table(rows)]
-    foretold = run.out / "predictions.log"
-    if foretold.exists():
-        parts += ["", f"== Predictions: {last_line(foretold)}; predictions.log has them"]
+    predictions = run.out / "predictions.log"
+    if predictions.exists():
+        parts += ["", f"== Predictions: {last_line(predictions)}; predictions.log has them"]
     tests = counts(run.out)
     if tests:
         parts += ["", "== Tests", table(["tests", "passed", "failed", "skipped", ""], [[*row, ""] for row in tests])]

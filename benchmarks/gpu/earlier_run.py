@@ -42,7 +42,7 @@ class EarlierRun:
 def remove(run: Run, files: dict[str, tuple[str, ...]]) -> None:
     """Remove an earlier run's files from the folder of `run`.
 
-    `files` lists them by the step that writes them; those of steps that will not run stay.
+    `files` lists file names by the step that writes them; files of steps that will not run stay.
     """
     for step, names in files.items():
         for name in names if run.chosen(step) else ():

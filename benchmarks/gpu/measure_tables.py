@@ -77,11 +77,11 @@ def not_measured(reasons: dict[str, dict[str, str]]) -> str:
     Problems with equal kinds and reason share a line.
     """
     problems: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for problem, of_problem in reasons.items():
-        for why in dict.fromkeys(of_problem.values()):
-            kinds = ", ".join(kind for kind in of_problem if of_problem[kind] == why)
+    for problem, by_kind in reasons.items():
+        for why in dict.fromkeys(by_kind.values()):
+            kinds = ", ".join(kind for kind in by_kind if by_kind[kind] == why)
             problems[kinds, why].append(problem)
-    lines = [f"not measured: {kinds} of {', '.join(of)}: {why}" for (kinds, why), of in problems.items()]
+    lines = [f"not measured: {kinds} of {', '.join(names)}: {why}" for (kinds, why), names in problems.items()]
     return "\n".join(lines) or "nothing is missing"
 
 

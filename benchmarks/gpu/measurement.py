@@ -295,7 +295,7 @@ def tiles_of(kind: RowName) -> str:
 
 
 def placeholder(kind: RowName) -> Competitor:
-    """Competitor without work, for the row of one that could not be made."""
+    """Competitor without work, for the row of a competitor that could not be made."""
     return Competitor(kind, kind, lambda: (), lambda: None, None, Work(0, 0, 0))
 
 

@@ -223,7 +223,7 @@ def parser(description: str, seconds: float) -> argparse.ArgumentParser:
     """Parser of the options that contact.py, measure.py and tune.py share."""
     made = argparse.ArgumentParser(description=description.splitlines()[0])
     made.add_argument("--out", type=Path, required=True, help="folder for logs and results")
-    made.add_argument("--archive", type=Path, help="file NAME.tar.gz for an archive of all of them")
+    made.add_argument("--archive", type=Path, help="file NAME.tar.gz for an archive of the logs and results")
     made.add_argument("--extensions", type=Path, help="folder that build.py wrote (default: the installed extension)")
     made.add_argument("--toy", action="store_true", help="run toy sizes on a CPU, to see that each step runs")
     made.add_argument("--only", nargs="+", default=[], metavar="STEP", help="run only these steps; * matches anything")

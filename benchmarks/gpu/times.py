@@ -51,7 +51,7 @@ class Clock:
     """Times functions on a device; on a CPU (toy runs) by the wall clock."""
 
     device: torch.device
-    seconds: float  # of one measurement
+    seconds: float  # length of one measurement
 
     def graph_us(self, runs: list[Callable[[], Any]]) -> float:
         """Median device time in us of one of `runs`, which are captured into one graph and replayed."""
@@ -267,10 +267,10 @@ def one_step(
 ) -> None:
     """Time a backend's step on one problem, if its gradient is right."""
     leaves = [problem.student.clone().requires_grad_() for _ in range(4)]
-    of_problem = our_step(problem, backend)
+    gradient_step = our_step(problem, backend)
 
     def step(leaf: Tensor = leaves[0]) -> Tensor:
-        return of_problem(leaf, problem.teacher)
+        return gradient_step(leaf, problem.teacher)
 
     begin = time.perf_counter()
     error = relative_error(step().float() / GRADIENT_SCALE, truth)

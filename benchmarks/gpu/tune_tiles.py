@@ -1,11 +1,11 @@
 """Compiles candidate tiles of the Triton kernels, or times them and keeps the best.
 
-    python benchmarks/gpu/tune_tiles.py --compile 0/12          # a twelfth of them, into Triton's cache
-    python benchmarks/gpu/tune_tiles.py --tuned tuned.json      # times them alone on the GPU, writes the best
+    python benchmarks/gpu/tune_tiles.py --compile 0/12          # a twelfth of the candidates, into Triton's cache
+    python benchmarks/gpu/tune_tiles.py --tuned tuned.json      # times candidates alone on the GPU, writes the best
 
 A tile that wins alone may lose in a step, where other kernels have used the cache. So whole steps are timed
-without and with the winners of a group, and the group is kept or dropped as a whole: the tiles for one number of
-columns, and the tiles of the flash kernels.
+without and with the winners of a group, and the group is kept or dropped as a whole. A group is the tiles for one
+number of columns, or the tiles of the flash kernels.
 """
 
 import argparse
@@ -97,10 +97,10 @@ class ColdTimer:
         self.clock = clock
         cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
         self.written = torch.empty(max(3 * cache, 1), dtype=torch.int8, device=device)
-        self.nothing_us = self._us(lambda: None)
+        self.write_us = self._us(lambda: None)
 
     def __call__(self, run: Callable[[], Any]) -> float:
-        return max(self._us(run) - self.nothing_us, 1e-3) / 1e3
+        return max(self._us(run) - self.write_us, 1e-3) / 1e3
 
     def _us(self, run: Callable[[], Any]) -> float:
         def both() -> Any:
@@ -127,28 +127,26 @@ def chosen_tiles(timer: tune.Timer, device: torch.device, toy: bool) -> dict[Key
 def tiles_kept_by_steps(
     chosen: dict[Key, tuple[int, ...]], steps: Steps, clock: Clock, device: torch.device
 ) -> dict[Key, tuple[int, ...]]:
-    """The chosen tiles that these steps use, or none of them if the steps are slower with them.
+    """The chosen tiles that these steps use, or none if the steps are slower with the tiles.
 
     The steps are timed twice without and twice with the tiles, alternating.
     """
-    of_steps = {key: tile for key, tile in chosen.items() if steps.takes(key)}
-    if not of_steps:
+    used = {key: tile for key, tile in chosen.items() if steps.takes(key)}
+    if not used:
         return {}
     runs = [
         steps_of(shape, views, "triton", device, teacher=steps.teacher, engine=steps.engine)
         for shape, views in steps.shapes
     ]
     totals = []
-    for tiles in ({}, of_steps, {}, of_steps):
+    for tiles in ({}, used, {}, used):
         with tuned.use_tiles(tiles):
             totals.append([clock.graph_us(run) for run in runs])
     without, with_them = (sum(map(sum, totals[first::2])) for first in (0, 1))
     kept = with_them <= without
-    shown = "; ".join(" ".join(f"{us:.1f}" for us in of_run) for of_run in zip(*totals, strict=True))
-    print(
-        f"{steps.name}: {len(of_steps)} tiles, us without, with, without, with: {shown}: {'kept' if kept else 'left'}"
-    )
-    return of_steps if kept else {}
+    shown = "; ".join(" ".join(f"{us:.1f}" for us in times) for times in zip(*totals, strict=True))
+    print(f"{steps.name}: {len(used)} tiles, us without, with, without, with: {shown}: {'kept' if kept else 'left'}")
+    return used if kept else {}
 
 
 def main() -> int:

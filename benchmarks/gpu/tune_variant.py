@@ -40,7 +40,7 @@ def error_of_match(made: Operands) -> float:
     P, A = (s[:L] / EPSILON).softmax(-1), (s / TAU).softmax(-1)
     others = [[t for t in range(L) if t != v] for v in range(V)]
     weight = 1 / (L * (V - 1))
-    truth = torch.stack([A[v] * len(of_v) * weight - P[of_v].sum(0) * weight for v, of_v in enumerate(others)])
+    truth = torch.stack([A[v] * len(views) * weight - P[views].sum(0) * weight for v, views in enumerate(others)])
     gradient = made.gradient.view(torch.float16) if made.gradient.dtype == torch.int16 else made.gradient
     return relative_error(gradient.view_as(truth), truth * GRADIENT_SCALE)
 
@@ -59,8 +59,8 @@ def kernel_rows(clock: Clock, rows: Rows, name: str, toy: bool) -> int:
             print(f"WRONG {kernel}: error {error:.2g}, not timed", flush=True)
             wrong += 1
             continue
-        for how, of_how in (("cold", sets), ("warm", sets[:1] * len(sets))):
-            us = clock.graph_us([getattr(made, kernel) for made in of_how])
+        for how, chosen in (("cold", sets), ("warm", sets[:1] * len(sets))):
+            us = clock.graph_us([getattr(made, kernel) for made in chosen])
             rows.add(Row("kernel", kernel, kernels.backend, f"{M}x{N}", f"graph, {how}", us, error=error, note=name))
     return wrong
 

@@ -77,8 +77,9 @@ def test_different_numbers_are_refused_where_each_pass_exchanges(pair):
             numbers = (first, {1: 2, 2: 3, 0: 1}[first])
             assert passes == 0
             assert message == (
-                "GradientCache: micro_batches must be as many on every rank, since layers exchange in every pass "
-                f"({LAYERS[name]}); got {numbers[rank]} on this rank, {numbers[0]} to {numbers[1]} on all ranks"
+                "GradientCache: the number of micro_batches must be equal on all ranks, because layers communicate in "
+                f"every pass ({LAYERS[name]}); got {numbers[rank]} on this rank, {numbers[0]} to {numbers[1]} on all "
+                "ranks"
             )
 
 

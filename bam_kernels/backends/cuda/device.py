@@ -42,8 +42,8 @@ class Device:
 
         most_threads: threads of the kernel that fit the registers of a multiprocessor.
         """
-        of_memory = (self.shared_bytes + self.reserved_bytes) // (shared_bytes + self.reserved_bytes)
-        return self.multiprocessors * min(most_threads // threads, of_memory)
+        blocks_in_memory = (self.shared_bytes + self.reserved_bytes) // (shared_bytes + self.reserved_bytes)
+        return self.multiprocessors * min(most_threads // threads, blocks_in_memory)
 
     def forms(self) -> str:
         """Text: which forms of the kernels run on this device, and why others do not."""

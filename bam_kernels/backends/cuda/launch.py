@@ -25,8 +25,8 @@ def rows_of(x: Tensor, device: torch.device) -> tuple[int, int, tuple[int, int, 
 
 def number(x: Number, device: torch.device, factor: float = 1.0) -> tuple[float, int]:
     """factor * x as kernels take it: a factor, and the address of a device scalar (0: none)."""
-    of_x, scalar = interface.number(x)
-    return factor * of_x, address(scalar, device)
+    own_factor, scalar = interface.number(x)
+    return factor * own_factor, address(scalar, device)
 
 
 def as_float32(scale: float) -> float:

@@ -118,19 +118,19 @@ class SinkhornKernels(Launcher):
         sums of blocks also divides col by c. One read of the scores if a row fits in a block or a cluster, else two.
         """
         m, n = s.shape
-        found, device, where = self._device(s), s.device, self._launch_context(s)
-        given = scores_of(s, device), m, n, number(scale, device), pair(row, device), pair(col, device)
-        shape = pass_shape(n, s.element_size(), found)
+        attributes, device, context = self._device(s), s.device, self._launch_context(s)
+        arguments = scores_of(s, device), m, n, number(scale, device), pair(row, device), pair(col, device)
+        shape = pass_shape(n, s.element_size(), attributes)
         if shape is None:
-            self._kernels.row_step(*given, where)
+            self._kernels.row_step(*arguments, context)
             self._column_products(s, scale, row, col, None, c, accumulate)
             if divide:
                 self.divide_potential_(col, c)
             return
-        rows = pass_rows(m, shape, found)
+        rows = pass_rows(m, shape, attributes)
         partial = torch.empty(-(-m // rows), n, dtype=torch.float32, device=device)
         self._kernels.sinkhorn_pass(
-            *given,
+            *arguments,
             address(c, device),
             accumulate,
             divide,
@@ -138,7 +138,7 @@ class SinkhornKernels(Launcher):
             rows,
             shape.team,
             shape.group,
-            where,
+            context,
         )
 
     def fits_on_chip(self, m: int, n: int, dtype: torch.dtype, device: torch.device) -> bool:

@@ -73,7 +73,7 @@ class Pass(NamedTuple):
 
 def pass_shape(n: int, score_bytes: int, device: Device) -> Pass | None:
     """Choose the pass with the fewest blocks per row, then most teams at once, then largest group; None: none fits."""
-    found = []
+    passes = []
     for group_bytes in (GROUP_BYTES, GROUP_BYTES // 2):
         column_bytes = POTENTIAL_BYTES + GROUPS * group_bytes
         team = row_team(n, column_bytes, device)
@@ -85,8 +85,8 @@ def pass_shape(n: int, score_bytes: int, device: Device) -> Pass | None:
         if team.cluster > 1:  # Device.clusters_of counts clusters with one block per multiprocessor
             blocks_each = blocks // device.multiprocessors
             at_once = min(blocks // team.cluster, device.clusters_of(team.cluster) * blocks_each)
-        found.append(Pass(team, group_bytes // score_bytes, at_once))
-    return min(found, key=lambda shape: (shape.team.cluster, -shape.at_once), default=None)
+        passes.append(Pass(team, group_bytes // score_bytes, at_once))
+    return min(passes, key=lambda shape: (shape.team.cluster, -shape.at_once), default=None)
 
 
 def match_team(L: int, n: int, score_bytes: int, device: Device) -> Team | None:

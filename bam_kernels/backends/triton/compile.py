@@ -104,20 +104,20 @@ def _configuration(label: str, kernel: Any, args: tuple[Any, ...], options: dict
 
 def configurations(*, small: bool = False) -> Iterator[Configuration]:
     """Yield every kernel as launched at the published shape and at others; small: each form of each kernel once."""
-    found: dict[Any, Configuration] = {}
+    by_key: dict[Any, Configuration] = {}
 
-    def recorded(label: str) -> Launch:
+    def recorder(label: str) -> Launch:
         def record(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
             name = kernel.fn.__name__.removesuffix("_kernel")
             name += "+top_k" if options.get("TOP_K") else "+epilogue" if options.get("MASK_POSITIVES") else ""
             key = form(kernel, args, options)
             one = _configuration(f"{name} {label}".strip(), kernel, args, options)
-            found.setdefault(key if small else (key, *map(str, (one.signature, one.constants, one.divisible))), one)
+            by_key.setdefault(key if small else (key, *map(str, (one.signature, one.constants, one.divisible))), one)
 
         return record
 
-    call_all(recorded, small=small)
-    yield from found.values()
+    call_all(recorder, small=small)
+    yield from by_key.values()
 
 
 def form(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[str, ...]:
@@ -128,22 +128,22 @@ def form(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[s
     return kernel.fn.__name__.removesuffix("_kernel"), *left_out, *sorted(switches)
 
 
-def call_all(recorded: Callable[[str], Launch], *, small: bool) -> None:
-    """Call the launchers on meta tensors, in all forms that engines use; recorded(label) replaces the launch."""
+def call_all(recorder: Callable[[str], Launch], *, small: bool) -> None:
+    """Call the launchers on meta tensors, in all forms that engines use; recorder(label) replaces the launch."""
     types = (torch.int16, torch.float32)
     shapes = [(8192, 2, 8, dtype) for dtype in types]
     if not small:
         shapes = [(n, L, 8, dtype) for dtype in types for n in (512, 2048, 8192, 16384) for L in (1, 2, 4)]
     shapes += [(65536, 2, 8, dtype) for dtype in types]
     for n, L, V, dtype in shapes:
-        _call_row_kernels(TritonKernels(recorded(f"N={n} L={L} {_TYPES[dtype]}")), n, L, V, dtype)
-    _call_preparation(TritonKernels(recorded("")))
+        _call_row_kernels(TritonKernels(recorder(f"N={n} L={L} {_TYPES[dtype]}")), n, L, V, dtype)
+    _call_preparation(TritonKernels(recorder("")))
     for dtype in (torch.float16, torch.float32):
         for D in (64,) if small else (64, 128, 256, 512):
             for precision in ("ieee",) if dtype == torch.float16 else ("tf32", "ieee"):
                 for masked in (True, False):
                     label = f"D={D} {_TYPES[dtype]} {precision}".removesuffix(" ieee")
-                    _call_flash_kernels(recorded(label), 8192, D, dtype, precision, masked)
+                    _call_flash_kernels(recorder(label), 8192, D, dtype, precision, masked)
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -181,11 +181,11 @@ def _call_row_kernels(kernels: TritonKernels, n: int, L: int, V: int, dtype: tor
         match(None, top_k, targets=_empty(L, B, n), row_out=row_out)
     kernels.column_lse(s, step, row, _empty(n), _empty(n), False)
     if dtype == torch.int16:
-        made = _empty(m, n)
+        products = _empty(m, n)
         sums = _empty(n)
         for positives in (Positives(layout, 0, m), None):
-            kernels.finish_scores(made, sums, step, s, positives, step, row, sums, sums, accumulate=False)
-            kernels.quantize(made, step, s, positives, sums)
+            kernels.finish_scores(products, sums, step, s, positives, step, row, sums, sums, accumulate=False)
+            kernels.quantize(products, step, s, positives, sums)
     for u, v in ((_empty(m), _empty(n)), (_empty(m), None), (None, _empty(n))):
         kernels.plan_products(s, step, row, col, v, u)
         kernels.plan_subtract_(_empty(m, n), s, step, row, col, u, v)
@@ -277,8 +277,8 @@ def compile_all(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--small", action="store_true", help="each form of each kernel once")
-    parser.add_argument("--kernels", default="", help="only those whose name contains this")
+    parser.add_argument("--small", action="store_true", help="compile each form of each kernel once")
+    parser.add_argument("--kernels", default="", help="compile only configurations whose name contains this text")
     options = parser.parse_args()
     print(f"{'target':8} {'registers':>9} {'shared':>8} {'stack':>6} {'spills':>6} {'warps':>5}  {'products':26}kernel")
     for target in options.targets:

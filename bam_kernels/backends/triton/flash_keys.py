@@ -1,4 +1,4 @@
-"""Kernel for dk = Gᵀ z if keys are source rows: key tiles loop over rows of G, computed from scores made again."""
+"""Kernel for dk = Gᵀ z if keys are source rows: key tiles loop over rows of G, computed from recomputed scores."""
 
 import triton
 import triton.language as tl

@@ -1,4 +1,4 @@
-"""Kernels for targets, loss, entropies and dz = G k of source rows; G is computed tile by tile from scores made again.
+"""Kernels for targets, loss, entropies and dz = G k of source rows; G is computed tile by tile from recomputed scores.
 
 G_v = (a_v A_v - Pbar_v) / (B tau) with Pbar_v = Σ_{t != v} P_t / (L (V-1)) and a_v the row sum of Pbar_v; for V = 1,
 Pbar_0 = P_0. The difference is taken before rounding to the product's type, because near collapse A and Pbar are close.

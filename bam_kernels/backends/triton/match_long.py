@@ -240,8 +240,8 @@ def match_long_kernel(
                 matched += pbar * s
                 if gradient is not None:
                     exponent_v = tl.load(source_rows + (i * V + v) * 2)
-                    of_source = tl.load(source_rows + (i * V + v) * 2 + 1)
-                    g = (tl.exp2(fma(s, source_scale, exponent_v)) * of_source - pbar) * gradient_scale
+                    source_weight = tl.load(source_rows + (i * V + v) * 2 + 1)
+                    g = (tl.exp2(fma(s, source_scale, exponent_v)) * source_weight - pbar) * gradient_scale
                     tl.store(out + offs, g, mask=mask)
                     out += gradient_view_stride
                 row += source_view_stride

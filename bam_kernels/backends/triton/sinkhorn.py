@@ -152,8 +152,8 @@ def reciprocal_potential_kernel(shift, sums, exponent, mantissa, n, BLOCK: tl.co
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < n
     total = tl.load(sums + offs, mask=mask, other=1.0)
-    found, inverse = reciprocal(-tl.load(shift + offs, mask=mask, other=0.0), total)
-    tl.store(exponent + offs, found, mask=mask)
+    power, inverse = reciprocal(-tl.load(shift + offs, mask=mask, other=0.0), total)
+    tl.store(exponent + offs, power, mask=mask)
     tl.store(mantissa + offs, tl.where(total == 0.0, 1.0, inverse), mask=mask)
 
 
@@ -163,9 +163,9 @@ def divide_potential_kernel(exponent, mantissa, c, n, BLOCK: tl.constexpr):
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < n
     divisor = tl.load(c + offs, mask=mask, other=1.0)
-    power, found = split(tl.load(mantissa + offs, mask=mask, other=1.0) / tl.where(divisor > 0.0, divisor, 1.0))
-    found = tl.where(divisor > 0.0, found, divisor)  # NaN
-    tl.store(mantissa + offs, found, mask=mask & (divisor != 0.0))
+    power, new_mantissa = split(tl.load(mantissa + offs, mask=mask, other=1.0) / tl.where(divisor > 0.0, divisor, 1.0))
+    new_mantissa = tl.where(divisor > 0.0, new_mantissa, divisor)  # NaN
+    tl.store(mantissa + offs, new_mantissa, mask=mask & (divisor != 0.0))
     tl.store(exponent + offs, tl.load(exponent + offs, mask=mask, other=0.0) + power, mask=mask & (divisor > 0.0))
 
 

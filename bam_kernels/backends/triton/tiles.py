@@ -48,9 +48,9 @@ def row_tile(m: int, n: int) -> Tile:
 
     Several rows share the barriers of one reduction; a thread computes 32 exponentials of a tile.
     """
-    found = tile_of("row", m, n)
-    if found:
-        return Tile(*found)
+    tuned = tile_of("row", m, n)
+    if tuned:
+        return Tile(*tuned)
     block_n = max(power_of_two(n), 32)
     rows = max(-(-m // 128), clamp(2048 // block_n, 1, 8))
     block_m = clamp(LARGEST_TILE // block_n, 1, min(power_of_two(rows), 32))
@@ -60,9 +60,9 @@ def row_tile(m: int, n: int) -> Tile:
 
 def column_tile(m: int, n: int) -> Tile:
     """Tile of column sums: a thread owns its columns, so that rows need no barrier; at most 64 chunks of rows."""
-    found = tile_of("column", m, n)
-    if found:
-        return Tile(*found)
+    tuned = tile_of("column", m, n)
+    if tuned:
+        return Tile(*tuned)
     block_n = clamp(power_of_two(n), 32, 1024)
     rows = round_up(max(-(-m // 64), 8), 8)
     return Tile(8, block_n, rows, -(-m // rows), warps(block_n, per_thread=8))
@@ -70,9 +70,9 @@ def column_tile(m: int, n: int) -> Tile:
 
 def image_tile(L: int, n: int) -> Tile | None:
     """Tile of the target rows of one image and one source row on chip; None if they do not fit."""
-    found = tile_of("image", L, n)
-    if found:
-        return Tile(*found)
+    tuned = tile_of("image", L, n)
+    if tuned:
+        return Tile(*tuned)
     block_l, block_n = power_of_two(L), max(power_of_two(n), 32)
     if (block_l + 1) * block_n > LARGEST_IMAGE:
         return None
@@ -112,9 +112,9 @@ def flash_tile(m: int, n: int, D: int, *, wide: bool = False, sixteen_bit: bool 
     16 rows are the least that a product takes. wide: a program also holds sums of up to 256 features for its rows, and
     reads 32 rows at a time, so that all fit the registers of 128 threads on sm_90.
     """
-    found = tile_of("flash", m, n, D, wide, sixteen_bit)
-    if found:
-        return FlashTile(*found)
+    tuned = tile_of("flash", m, n, D, wide, sixteen_bit)
+    if tuned:
+        return FlashTile(*tuned)
     block_d = clamp(power_of_two(D), 16, 128 if sixteen_bit and D <= 128 else 64)
     block_out = clamp(power_of_two(D), 16, 256)
     block_m, block_n = clamp(power_of_two(m), 16, 64), clamp(power_of_two(n), 16, 32 if wide else 64)

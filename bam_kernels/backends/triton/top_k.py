@@ -1,7 +1,7 @@
 """Functions that find the k largest entries of a row of non-negative numbers; of ties, the lower public columns.
 
-Non-negative floats are ordered as their bits are, so the k-th largest is found by bisection on the bits; where it
-ties, a second bisection over the public columns says which of the ties are kept.
+Non-negative floats are ordered as their bits are, so the k-th largest is found by bisection on the bits. If it
+ties, a second bisection over the public columns says which ties are kept.
 """
 
 import triton
@@ -54,8 +54,8 @@ def _count(row, n, least, most, before, W, T, B, BLOCK: tl.constexpr):
     for first in range(0, n, BLOCK):
         column = first + offs
         bits = tl.load(row + column, mask=column < n, other=-1.0).to(tl.int32, bitcast=True)
-        found = (bits >= least) & (bits <= most) & (public_column(column, W, T, B) < before)
-        counts += found.to(tl.int32)
+        counted = (bits >= least) & (bits <= most) & (public_column(column, W, T, B) < before)
+        counts += counted.to(tl.int32)
     return tl.sum(counts, axis=0)
 
 
