@@ -104,7 +104,7 @@ class Authors:
     @contextlib.contextmanager
     def record_targets(self) -> Iterator[list[Tensor]]:
         """Collect the targets P (L*B, N) of each loss computed within the context, after any top-k selection."""
-        layout, made = self.problem.layout, []
+        layout, recorded = self.problem.layout, []
         balance = self.loss._sinkhorn
 
         def recording_balance(scores: Tensor) -> Tensor:
@@ -113,8 +113,8 @@ class Authors:
             if self.problem.options.top_k:
                 kept = self.loss.keep_top_values(kept, n_crops=layout.L)
                 kept = kept / kept.sum(-1, keepdim=True)
-            made.append(kept.clone())
+            recorded.append(kept.clone())
             return P
 
         with mock.patch.object(self.loss, "_sinkhorn", recording_balance):
-            yield made
+            yield recorded

@@ -31,11 +31,11 @@ def sinkhorn_competitors(problem: Problem, scores: Tensor, choice: Choice) -> li
     """Competitors from scores (M, N) to Sinkhorn potentials. The authors' code returns P (M, N) instead."""
     layout, options = problem.layout, problem.options
     work = sinkhorn_work(layout, options.iterations)
-    made = []
+    competitors = []
     for kind, given in given_scores(problem, scores, None, choice):
         fresh = Rotation(given.given[:1], choice.cold_bytes)
         ours = sinkhorn_work(layout, options.iterations, given.score_bytes)
-        made.append(our_competitor(kind, given.kernels, fresh, given.sinkhorn, given.plan, ours))
+        competitors.append(our_competitor(kind, given.kernels, fresh, given.sinkhorn, given.plan, ours))
 
     def balance(s: Tensor) -> tuple[Tensor, Tensor]:
         mask = layout.positive_mask(len(s), s.device)
@@ -48,19 +48,19 @@ def sinkhorn_competitors(problem: Problem, scores: Tensor, choice: Choice) -> li
 
     fresh = Rotation((scores,), choice.cold_bytes)
     if "eager" in choice.rows:
-        made.append(Competitor("eager", "eager reference", fresh, balance, lambda: plan(balance), work))
+        competitors.append(Competitor("eager", "eager reference", fresh, balance, lambda: plan(balance), work))
     if "compile" in choice.rows:
         compiled = torch.compile(balance, fullgraph=True, dynamic=False)
-        made.append(Competitor("compile", "torch.compile", fresh, compiled, lambda: plan(compiled), work))
+        competitors.append(Competitor("compile", "torch.compile", fresh, compiled, lambda: plan(compiled), work))
     if "authors" in choice.rows and choice.authors is not None:
         authors = Authors(choice.authors, problem)
         name, note = f"authors {authors.version}", "makes P of all rows"
-        made.append(
+        competitors.append(
             Competitor(
                 "authors", name, fresh, authors.sinkhorn, lambda: Truth(authors.sinkhorn(scores), None), work, note=note
             )
         )
-    return made
+    return competitors
 
 
 def from_scores_competitors(
@@ -72,7 +72,7 @@ def from_scores_competitors(
     """
     layout, options = problem.layout, problem.options
     work = loss_work(layout, options.iterations)
-    made = []
+    competitors = []
     for kind, given in given_scores(problem, source, target, choice):
         ours = loss_work(layout, options.iterations, given.score_bytes)
         fresh = Rotation(given.given, choice.cold_bytes)
@@ -81,7 +81,7 @@ def from_scores_competitors(
             G = torch.empty(layout.M, layout.N, device=source.device)
             competitor.run = lambda s, t, given=given, G=G: given.loss(s, t, G)
             competitor.held_bytes, competitor.note = G.nbytes, "G written to a tensor given"
-        made.append(competitor)
+        competitors.append(competitor)
 
     def loss(s: Tensor, t: Tensor | None) -> Tensor:
         return reference.loss_from_scores(s, s if t is None else t, layout, options)[0]
@@ -91,12 +91,12 @@ def from_scores_competitors(
 
     choice = replace(choice, rows=tuple(row for row in choice.rows if not row.endswith("autocast")))
     fresh = Rotation((source, target), choice.cold_bytes, requires_grad=True)
-    made += torch_competitors(loss, targets, fresh, work, choice)
-    made += products(problem, choice)
+    competitors += torch_competitors(loss, targets, fresh, work, choice)
+    competitors += products(problem, choice)
     if choice.authors is not None:
         authors, note = Authors(choice.authors, problem), "its compute_loss, from scores"
-        made += authors_competitors(authors, authors.from_scores, fresh, work, note, choice)
-    return made
+        competitors += authors_competitors(authors, authors.from_scores, fresh, work, note, choice)
+    return competitors
 
 
 def whole_competitors(problem: Problem, choice: Choice) -> list[Competitor]:
@@ -109,7 +109,7 @@ def whole_competitors(problem: Problem, choice: Choice) -> list[Competitor]:
     ours = choice.ours(problem, rows)
     if not flash_supports(layout, options.top_k, regather=False):
         ours = [(kind, kernels) for kind, kernels in ours if "flash" not in kind]
-    made = [our_whole_competitor(problem, kind, kernels, fresh) for kind, kernels in ours]
+    competitors = [our_whole_competitor(problem, kind, kernels, fresh) for kind, kernels in ours]
 
     def loss(z: Tensor, y: Tensor | None) -> Tensor:
         """The loss of `reference.bam_loss` without its checks of arguments, so that it compiles to one graph."""
@@ -119,15 +119,15 @@ def whole_competitors(problem: Problem, choice: Choice) -> list[Competitor]:
         source = rows @ keys.T
         return reference.loss_from_scores(source, source if y is None else targets @ keys.T, layout, options)[0]
 
-    made += torch_competitors(
+    competitors += torch_competitors(
         loss, lambda: reference.bam_targets(problem.student, problem.teacher, **named), fresh, work, choice
     )
-    made += products(problem, choice)
+    competitors += products(problem, choice)
     if choice.authors is not None:
         authors = Authors(choice.authors, problem)
         note = "its gather is the identity" if layout.W == 1 else "the other ranks' keys given"
-        made += authors_competitors(authors, authors.whole, fresh, work, note, choice)
-    return made
+        competitors += authors_competitors(authors, authors.whole, fresh, work, note, choice)
+    return competitors
 
 
 # Factor of a gradient scaler: with it, small entries of 16-bit gradients do not underflow.
@@ -182,8 +182,8 @@ def authors_competitors(
 
     def outputs(run: Callable[..., Tensor]) -> Truth:
         with authors.record_targets() as made:
-            found = run(*fresh())
-        return Truth(made[0].float(), found)
+            gradient = run(*fresh())
+        return Truth(made[0].float(), gradient)
 
     def plain(x: Tensor, *rest: Tensor | None) -> Tensor:
         return torch.autograd.grad(loss(x, *rest), x)[0]

@@ -184,13 +184,13 @@ def write_noise_photographs(folder: Path, count: int, side: int = 64) -> None:
 def main(options: DriverOptions) -> int:
     machine = Machine.detect(options.device, options.threads)
     print(machine.line(), flush=True)
-    given = shlex.split(options.options)
+    arguments = shlex.split(options.options)
     with tempfile.TemporaryDirectory() as folder:
-        if not any(word.startswith("--data.root") for word in given):
+        if not any(word.startswith("--data.root") for word in arguments):
             (Path(folder) / "all").mkdir()
             write_noise_photographs(Path(folder) / "all", options.images)
-            given += ["--data.root", folder]
-        rows = measure(options, machine, cli.parse(given))
+            arguments += ["--data.root", folder]
+        rows = measure(options, machine, cli.parse(arguments))
     print(plain_table([{k: "-" if v is None else v for k, v in row.items()} for row in rows]))
     rows = [{"benchmark": "driver", "options": options.options} | row | machine.fields() for row in rows]
     write(rows, options.json, options.csv)

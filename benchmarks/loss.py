@@ -46,7 +46,7 @@ def main(options: LossOptions) -> int:
     machine = Machine.detect(options.device, options.threads)
     report = Report("loss", machine, options)
     least = max(options.target_views, options.key_views)
-    given = {
+    options_of_problem = {
         "L": options.target_views,
         "R": (options.teacher_views or least) if options.teacher else 0,
         "temperature": options.temperature,
@@ -54,7 +54,7 @@ def main(options: LossOptions) -> int:
     }
     for part, table in (("from-scores", from_scores), ("whole", whole)):
         if part in options.parts:
-            for problem in options.problems(machine, **given):
+            for problem in options.problems(machine, **options_of_problem):
                 table(options, problem, report)
     return report.finish()
 

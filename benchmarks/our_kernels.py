@@ -176,14 +176,14 @@ class GraphReplay:
         return self.result
 
     def _capture(self) -> None:
-        given = [None if x is None else x.detach().clone().requires_grad_(x.requires_grad) for x in self.fresh()]
+        inputs = [None if x is None else x.detach().clone().requires_grad_(x.requires_grad) for x in self.fresh()]
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):  # compiles kernels, makes plans and allocates libraries' workspaces
             for _ in range(3):
-                self.step(*given)
+                self.step(*inputs)
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self.result = self.step(*given)
+            self.result = self.step(*inputs)
         self.graph = graph

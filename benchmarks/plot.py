@@ -62,10 +62,10 @@ def number(value: float) -> str:
 
 def groups(rows: Rows, *keys: str) -> dict[tuple[Any, ...], Rows]:
     """Group rows by their values of the keys, in the order of the file."""
-    found: dict[tuple[Any, ...], Rows] = {}
+    by_values: dict[tuple[Any, ...], Rows] = {}
     for row in rows:
-        found.setdefault(tuple(row[key] for key in keys), []).append(row)
-    return found
+        by_values.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return by_values
 
 
 def draw_times(rows: Rows) -> plt.Figure:

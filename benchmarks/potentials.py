@@ -51,7 +51,7 @@ def potentials_competitors(problem: Problem, choice: Choice) -> list[Competitor]
     def reference_potentials(q: Tensor, k: Tensor) -> Potentials:
         return reference.log_sinkhorn(q @ k.T / options.epsilon, options.iterations)[:2]
 
-    made = []
+    competitors = []
     for kind, kernels in choice.ours(problem, POTENTIALS):
 
         def run(q: Tensor, k: Tensor, backend: str = kernels.backend) -> Potentials:
@@ -59,15 +59,15 @@ def potentials_competitors(problem: Problem, choice: Choice) -> list[Competitor]
                 q, k, **given(problem), normalize=False, output="potentials", precision="exact", backend=backend
             )
 
-        made.append(our_competitor(kind, kernels, fresh, run, outputs(run), work))
+        competitors.append(our_competitor(kind, kernels, fresh, run, outputs(run), work))
     others: list[tuple[RowName, str, Callable[..., Potentials]]] = [
         ("eager", "eager reference", reference_potentials),
         ("compile", "torch.compile", torch.compile(reference_potentials, fullgraph=True, dynamic=False)),
     ]
-    made += [
+    competitors += [
         Competitor(kind, name, fresh, run, outputs(run), work) for kind, name, run in others if kind in choice.rows
     ]
-    return made + flash_sinkhorn(problem, choice, fresh, outputs, work)
+    return competitors + flash_sinkhorn(problem, choice, fresh, outputs, work)
 
 
 def flash_sinkhorn(
@@ -94,7 +94,7 @@ def flash_sinkhorn(
     M, N, eps = problem.layout.M, problem.layout.N, problem.options.epsilon
     a, b = (torch.full((size,), 1 / size, device=problem.student.device) for size in (N, M))
     log_N = torch.tensor(float(N)).log().item()
-    made = []
+    competitors = []
     for kind in chosen:
         tf32 = kind.endswith("tf32")
 
@@ -108,5 +108,5 @@ def flash_sinkhorn(
 
         name = f"flash-sinkhorn {metadata.version('flash-sinkhorn')}{' tf32' if tf32 else ''}"
         precision = "tf32" if tf32 else "float32"
-        made.append(Competitor(kind, name, fresh, run, outputs(in_our_terms), work, precision=precision))
-    return made
+        competitors.append(Competitor(kind, name, fresh, run, outputs(in_our_terms), work, precision=precision))
+    return competitors

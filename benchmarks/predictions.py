@@ -219,8 +219,8 @@ def steps() -> Iterator[Prediction]:
         for shape, teacher, *ranges, why in entries:
             for backend, (low, high) in zip(("cuda", "triton"), ranges, strict=True):
                 share = 0.35 if how == "graph" else 0.0
-                given = "step", "loss and gradient", backend, shape, how, low, high, why
-                yield Prediction(*given, teacher=teacher, memory=share)
+                fields = "step", "loss and gradient", backend, shape, how, low, high, why
+                yield Prediction(*fields, teacher=teacher, memory=share)
 
 
 def peaks() -> Iterator[Prediction]:
@@ -233,8 +233,8 @@ def peaks() -> Iterator[Prediction]:
         M, N, D = map(int, shape.split("x"))
         V = 2 if M == N else 8
         images = M // V
-        given = {"images": images, "features": D, "ranks": N // (2 * images), "teacher_views": V if teacher else 0}
-        mb = plan(views=V, **given, sixteen_bit=True).total_bytes / 1e6
+        sizes = {"images": images, "features": D, "ranks": N // (2 * images), "teacher_views": V if teacher else 0}
+        mb = plan(views=V, **sizes, sixteen_bit=True).total_bytes / 1e6
         for backend in ("cuda", "triton"):
             named = "step", "loss and gradient", backend, shape, "wall", 0.8 * mb, 1.3 * mb
             yield Prediction(*named, f"plan() says {mb:.1f}", "MB", teacher=teacher, is_peak=True)
@@ -242,8 +242,8 @@ def peaks() -> Iterator[Prediction]:
 
 def predictions(gpu: str) -> list[Prediction]:
     """All predictions, adapted to the named GPU."""
-    made: Iterable[Prediction] = (*cuda_kernels(), *triton_kernels(), *library(), *steps(), *peaks())
-    return [*ceilings(gpu), *(prediction.for_gpu(GPUS[gpu]) for prediction in made)]
+    for_h100: Iterable[Prediction] = (*cuda_kernels(), *triton_kernels(), *library(), *steps(), *peaks())
+    return [*ceilings(gpu), *(prediction.for_gpu(GPUS[gpu]) for prediction in for_h100)]
 
 
 def gpu_of(rows: list[Row]) -> str:
@@ -259,14 +259,14 @@ def outcomes(rows: list[Row], gpu: str | None = None) -> list[dict[str, Any]]:
     taken, so that `held` is true only if all of them lie within. Without a matching row both are None.
     gpu: one of GPUS; None: the GPU that the rows name.
     """
-    found, gpu = [], gpu or gpu_of(rows)
+    results, gpu = [], gpu or gpu_of(rows)
     for p in predictions(gpu):
         values = {row.how: value for row in rows if (value := p.value(row)) is not None}
         middle = (p.low + p.high) / 2
         measured = max(values.values(), key=lambda value, middle=middle: abs(value - middle), default=None)
         floors = p.counts.floors_us(p.shape, GPUS[gpu]) if p.counts is not None else None
         what = " ".join((p.name, p.backend, p.shape, *(["teacher"] if p.teacher else []), p.how.replace("*", "")))
-        found.append(
+        results.append(
             {
                 "prediction": ("peak of " if p.is_peak else "") + what.strip(" ,"),
                 "low": p.low,
@@ -278,17 +278,17 @@ def outcomes(rows: list[Row], gpu: str | None = None) -> list[dict[str, Any]]:
                 "why": p.why,
             }
         )
-    return found
+    return results
 
 
-def outcome_table(found: list[dict[str, Any]]) -> str:
+def outcome_table(results: list[dict[str, Any]]) -> str:
     head = ["prediction", "low", "high", "measured", "unit", "held", "issue/memory/exp us", "  why"]
-    said = {None: "-", True: "yes", False: "NO"}
+    words = {None: "-", True: "yes", False: "NO"}
     lines = []
-    for one in found:
+    for one in results:
         low, high, measured = (f"{x:.4g}" if x is not None else "-" for x in (one["low"], one["high"], one["measured"]))
         floors = " / ".join(f"{x:.1f}" for x in one["floors_us"] or ())
-        cells = [one["prediction"], low, high, measured, one["unit"], said[one["held"]], floors, "  " + one["why"]]
+        cells = [one["prediction"], low, high, measured, one["unit"], words[one["held"]], floors, "  " + one["why"]]
         lines.append(cells)
     return table(head, lines)
 
@@ -298,10 +298,10 @@ def main() -> int:
     parser.add_argument("--results", type=Path, help="rows.jsonl of times.py (default: print the predictions alone)")
     parser.add_argument("--gpu", choices=GPUS, help="GPU to predict for (default: the rows' own, else H100)")
     options = parser.parse_args()
-    found = outcomes(read(options.results) if options.results is not None else [], options.gpu)
-    print(outcome_table(found))
-    held = [one["held"] for one in found if one["held"] is not None]
-    print(f"{sum(held)} of {len(held)} held; {len(found) - len(held)} without a row")
+    results = outcomes(read(options.results) if options.results is not None else [], options.gpu)
+    print(outcome_table(results))
+    held = [one["held"] for one in results if one["held"] is not None]
+    print(f"{sum(held)} of {len(held)} held; {len(results) - len(held)} without a row")
     return 0
 
 

@@ -231,13 +231,13 @@ def compare_with_truth(competitor: Competitor, truth: Truth, options: Options) -
         return row
     row.threshold = threshold_of(competitor.precision, options.epsilon, options.top_k)
     try:
-        found = competitor.outputs()
+        outputs = competitor.outputs()
     except Exception as error:
         first = (str(error).strip().splitlines() or [""])[0]
         row.status, row.reason = "failing", f"{type(error).__name__}: {first}"[:200]
         return row
-    row.error_P = relative_error(found.P, truth.P)
-    row.error_gradient = relative_error(found.gradient, truth.gradient)
+    row.error_P = relative_error(outputs.P, truth.P)
+    row.error_gradient = relative_error(outputs.gradient, truth.gradient)
     errors = [error for error in (row.error_P, row.error_gradient) if error is not None]
     if not all(map(math.isfinite, errors)):
         row.status, row.reason = "failing", "result is not finite"

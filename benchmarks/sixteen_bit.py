@@ -117,8 +117,8 @@ class Competitors:
         run = GraphReplay(step, self.fresh) if graph else step
 
         def outputs() -> Truth:
-            found = run(*self.fresh()).float() / GRADIENT_SCALE
-            return Truth(None if targets is None else targets(), found)
+            gradient = run(*self.fresh()).float() / GRADIENT_SCALE
+            return Truth(None if targets is None else targets(), gradient)
 
         name, note = (f"{name}, graph", "replayed; its memory is the graph's") if graph else (name, "")
         return Competitor(kind, name, self.fresh, run, outputs, self.work, precision=precision, note=note)
@@ -136,8 +136,8 @@ class Competitors:
             own = targets[: T * B].to(half).view(T, 1, B, D)
             keys = torch.cat((own, others), 1).reshape(layout.N, D)
             source = (rows @ keys.T).float()
-            given = source if y is None else (targets @ keys.T).float()
-            return reference.loss_from_scores(source, given, layout, options)[0]
+            target = source if y is None else (targets @ keys.T).float()
+            return reference.loss_from_scores(source, target, layout, options)[0]
 
         compiled = torch.compile(loss, fullgraph=True, dynamic=False, backend=self.compiler)
         return scaled_gradient(lambda z, y: self._under_autocast(compiled, z, y, others))
@@ -152,9 +152,9 @@ class Competitors:
         step = scaled_gradient(lambda z, y: self._under_autocast(published.whole, z, y))
 
         def outputs() -> Truth:
-            with published.record_targets() as made:
-                found = step(*self.fresh())
-            return Truth(made[0].float(), found.float() / GRADIENT_SCALE)
+            with published.record_targets() as targets:
+                gradient = step(*self.fresh())
+            return Truth(targets[0].float(), gradient.float() / GRADIENT_SCALE)
 
         name = f"authors {published.version}, autocast"
         note = "its gather is the identity" if self.problem.layout.W == 1 else "the other ranks' keys given"

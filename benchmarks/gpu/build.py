@@ -57,10 +57,10 @@ def build(variant: str, out: Path, python: str) -> Path:
     command = [python, "setup.py", "--quiet", "build_ext", f"--build-temp={objects}", f"--build-lib={library}"]
     environment = os.environ | VARIANTS[variant]
     subprocess.run(command, cwd=ROOT, env=environment, stdout=sys.stderr, check=True)
-    (made,) = library.glob("bam_kernels/_C.*.so")
-    extension = out / variant / made.name
+    (built,) = library.glob("bam_kernels/_C.*.so")
+    extension = out / variant / built.name
     extension.parent.mkdir(parents=True, exist_ok=True)
-    shutil.move(made, extension)
+    shutil.move(built, extension)
     return extension
 
 

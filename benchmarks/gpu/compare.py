@@ -83,11 +83,11 @@ class Record:
 
     def expect(self, listed: list[Comparison]) -> None:
         """Note every row that is absent so far as "not reached", or with the reason that an earlier process gave."""
-        said = json.loads(self._missing_file.read_text()) if self._missing_file.exists() else {}
+        reasons = json.loads(self._missing_file.read_text()) if self._missing_file.exists() else {}
         for comparison in listed:
             kinds = [kind for kind in comparison.kinds if kind not in self.kinds(comparison.name)]
             self.missing[comparison.name] = {
-                kind: said.get(comparison.name, {}).get(kind, "not reached") for kind in kinds
+                kind: reasons.get(comparison.name, {}).get(kind, "not reached") for kind in kinds
             }
         self._write_missing()
 

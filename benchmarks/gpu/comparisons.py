@@ -50,9 +50,9 @@ class Comparison:
     def seconds(self) -> float:
         """Estimated seconds for the problem, its truth and its rows."""
         _, N, D = map(int, self.shape.split("x"))
-        made = 1.5 + 10 * N * D / (524288 * 4096) + 3 * N / LARGEST_TRUTH
+        problem_s = 1.5 + 10 * N * D / (524288 * 4096) + 3 * N / LARGEST_TRUTH
         row = ROW_S * (1 + 0.1 * N / LARGEST_TRUTH)
-        return made + len(self.kinds) * row + COMPILED_S * self.compiled
+        return problem_s + len(self.kinds) * row + COMPILED_S * self.compiled
 
 
 def comparisons(toy: bool) -> list[Comparison]:

@@ -164,26 +164,26 @@ class Contact:
         if self.toy:
             command = [*verify, "--world", "2", "--images", "4", "--features", "8", "--cases", "teacher"]
             return [Step("ranks-gloo", command, 60, self.environment())]
-        made = []
+        steps = []
         for backend in self.backends:
             nccl = [*verify, "--world", "1", "--device", "cuda", "--group-backend", "nccl", "--backend", backend]
             gloo = [*verify, "--world", "2", "--device", "cuda", "--group-backend", "gloo", "--backend", backend]
-            made += [Step(f"ranks-nccl-{backend}", nccl, 100, self.environment())]
-            made += [Step(f"ranks-gloo-{backend}", gloo, 120, self.environment())]
-        return made
+            steps += [Step(f"ranks-nccl-{backend}", nccl, 100, self.environment())]
+            steps += [Step(f"ranks-gloo-{backend}", gloo, 120, self.environment())]
+        return steps
 
     def driver(self) -> list[Step]:
         """First steps of the digits recipe on each backend, on the reference, and as the truth in float64."""
         missing = [name for name in ("tyro", "docstring_parser") if importlib.util.find_spec(name) is None]
         reason = f"the driver needs {', '.join(missing)}" if missing else None
-        given = ["--optim.epochs=2", "--run.log-every=1", "--model.norm=layer"]
-        made = []
+        options = ["--optim.epochs=2", "--run.log-every=1", "--model.norm=layer"]
+        steps = []
         for name in ("float64", "float32", *self.backends):
             backend = name if name in self.backends else "reference"
-            command = [PYTHON, str(REPOSITORY / "driver" / "pretrain.py"), *given, f"--run.name={name}"]
+            command = [PYTHON, str(REPOSITORY / "driver" / "pretrain.py"), *options, f"--run.name={name}"]
             command += [f"--loss.backend={backend}", f"--run.dtype={'float64' if name == 'float64' else 'float32'}"]
-            made.append(Step(f"driver-{name}", command, 120, self.environment(OMP_NUM_THREADS="2"), reason))
-        return made
+            steps.append(Step(f"driver-{name}", command, 120, self.environment(OMP_NUM_THREADS="2"), reason))
+        return steps
 
     def curves(self) -> Step:
         reason = None if (self.out / "runs").exists() else "the driver did not run"
@@ -193,12 +193,12 @@ class Contact:
 
     def times(self) -> list[Step]:
         toy = ["--toy"] if self.toy else []
-        made = [Step("times", script("times", "--rows", self.out / "rows.jsonl", *toy), 120, self.environment())]
+        steps = [Step("times", script("times", "--rows", self.out / "rows.jsonl", *toy), 120, self.environment())]
         shapes = {"32x64x16": 4} if self.toy else {"2048x8192x4096": 8, "2048x8192x256": 8, "512x512x256": 2}
         for shape, views in shapes.items():
-            given = ["--shape", shape, "--views", str(views), "--backends", *self.backends, "--out", self.out]
-            made.append(Step(f"trace-{shape}", script("step_trace", *given), 30, self.environment()))
-        return made
+            options = ["--shape", shape, "--views", str(views), "--backends", *self.backends, "--out", self.out]
+            steps.append(Step(f"trace-{shape}", script("step_trace", *options), 30, self.environment()))
+        return steps
 
     def predictions(self) -> Step:
         """A step that compares the measured times with their predictions."""
@@ -223,21 +223,21 @@ class Contact:
 
 def failed_tests(out: Path) -> list[list[str]]:
     """Step, test id and error of each failed test, from the outcomes that pytest_gpu.py wrote."""
-    found = []
+    failures = []
     for file in sorted(out.glob("*.tests.jsonl")):
         for row in map(json.loads, file.read_text().splitlines()):
             if row["outcome"] == "failed":
-                found.append([file.name.removesuffix(".tests.jsonl"), row["test"], row["error"][:160]])
-    return found
+                failures.append([file.name.removesuffix(".tests.jsonl"), row["test"], row["error"][:160]])
+    return failures
 
 
 def counts(out: Path) -> list[list[str]]:
-    made = []
+    rows = []
     for file in sorted(out.glob("*.tests.jsonl")):
         outcomes = [json.loads(line)["outcome"] for line in file.read_text().splitlines()]
         kinds = ("passed", "failed", "skipped")
-        made.append([file.name.removesuffix(".tests.jsonl"), *(str(outcomes.count(kind)) for kind in kinds)])
-    return made
+        rows.append([file.name.removesuffix(".tests.jsonl"), *(str(outcomes.count(kind)) for kind in kinds)])
+    return rows
 
 
 def times_table(rows: list[Row]) -> str:

@@ -70,8 +70,8 @@ def read_counters(file: Path) -> list[KernelCounters]:
 def median_counters(kernel: str, rows: list[dict[str, float]]) -> KernelCounters:
     def middle(names: tuple[str, ...]) -> float | None:
         for name in names:
-            if found := [row[name] for row in rows if name in row]:
-                return median(found)
+            if values := [row[name] for row in rows if name in row]:
+                return median(values)
         return None
 
     stalls = []

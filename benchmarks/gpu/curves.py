@@ -18,9 +18,9 @@ def losses(name: str) -> list[float]:
     return [row["loss"] for row in rows if row["kind"] == "train"][:STEPS]
 
 
-def differences(found: list[float], truth: list[float]) -> list[float]:
+def differences(losses_of_run: list[float], truth: list[float]) -> list[float]:
     """Largest relative difference from the truth up to each step."""
-    each = [abs(a / b - 1) for a, b in zip(found, truth, strict=True)]
+    each = [abs(a / b - 1) for a, b in zip(losses_of_run, truth, strict=True)]
     return [max(each[: i + 1]) for i in range(len(each))]
 
 
@@ -32,10 +32,12 @@ def main() -> int:
     print(f"{second}: up to " + " ".join(f"{x:.0e}" for x in rounding))
     wrong = []
     for name in others:
-        found = differences(losses(name), truth)
-        alike = len(found) == STEPS and all(x <= FACTOR * y + FLOOR for x, y in zip(found, rounding, strict=True))
+        distances = differences(losses(name), truth)
+        alike = len(distances) == STEPS and all(
+            x <= FACTOR * y + FLOOR for x, y in zip(distances, rounding, strict=True)
+        )
         wrong += [] if alike else [name]
-        print(f"{name}: up to " + " ".join(f"{x:.0e}" for x in found) + ("" if alike else "  TOO FAR"))
+        print(f"{name}: up to " + " ".join(f"{x:.0e}" for x in distances) + ("" if alike else "  TOO FAR"))
     print(f"too far: {', '.join(wrong)}" if wrong else f"{len(others)} backends begin as the reference does")
     return int(bool(wrong))
 

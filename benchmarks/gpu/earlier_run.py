@@ -30,13 +30,13 @@ class EarlierRun:
 
     def tests(self) -> dict[str, list[str]]:
         """Ids of the failed tests, by the step that ran them."""
-        found: dict[str, list[str]] = {}
+        by_step: dict[str, list[str]] = {}
         for name, text in self.files.items():
             if name.endswith(".tests.jsonl"):
                 failed = [row["test"] for row in map(json.loads, text.splitlines()) if row["outcome"] == "failed"]
                 if failed:
-                    found[name.removesuffix(".tests.jsonl")] = list(dict.fromkeys(failed))
-        return found
+                    by_step[name.removesuffix(".tests.jsonl")] = list(dict.fromkeys(failed))
+        return by_step
 
 
 def remove(run: Run, files: dict[str, tuple[str, ...]]) -> None:

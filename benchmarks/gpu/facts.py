@@ -27,8 +27,8 @@ def main() -> int:
         if shutil.which(command[0]) is None:
             print(f"{command[0]}: not here")
             continue
-        found = subprocess.run(command, capture_output=True, text=True)
-        print(found.stdout.strip() or found.stderr.strip())
+        result = subprocess.run(command, capture_output=True, text=True)
+        print(result.stdout.strip() or result.stderr.strip())
     if not torch.cuda.is_available():
         print("torch sees no GPU")
         return 2

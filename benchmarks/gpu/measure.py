@@ -42,26 +42,26 @@ class Measure:
 
     def repeated_steps(self, before: EarlierRun) -> list[Step]:
         """Steps that repeat each failed test and probe of the earlier run in the form in which it failed."""
-        made, failed = [], before.steps()
+        steps, failed = [], before.steps()
         found_by_checker = failed.get("memcheck-rows") == "failed with 9"  # each test may have passed even so
         if found_by_checker:
-            made.append(self.contact.sanitizer_rows_step("memcheck", "again-memcheck-rows", 150))
+            steps.append(self.contact.sanitizer_rows_step("memcheck", "again-memcheck-rows", 150))
         for name, tests in before.tests().items():
             if name == "memcheck-rows":
                 if not found_by_checker:
                     listed = self.only_tests(name, tests)
-                    made.append(self.contact.sanitizer_rows_step("memcheck", f"again-{name}", 150, *listed))
+                    steps.append(self.contact.sanitizer_rows_step("memcheck", f"again-{name}", 150, *listed))
                 continue
             files = sorted({REPOSITORY / test.split("::")[0] for test in tests})
             files = [file for file in files if file.exists()]
             variant = "sm_80" if name.endswith("sm80") else BASE
             reason = None if files else "none of its files is there"
             step = self.contact.pytest(f"again-{name}", files, 90, 0, *self.only_tests(name, tests), variant=variant)
-            made.append(replace(step, needs=step.needs or reason))
+            steps.append(replace(step, needs=step.needs or reason))
         contact = self.contact
         known = [*contact.probes("cuda"), *contact.probes("triton"), *contact.probes_for_older(), *contact.ranks()]
         known.append(contact.sanitizer_step("memcheck", 100))
-        return made + [replace(step, name=f"again-{step.name}") for step in known if step.name in failed]
+        return steps + [replace(step, name=f"again-{step.name}") for step in known if step.name in failed]
 
     def only_tests(self, name: str, tests: list[str]) -> list[str]:
         """Options of pytest that run only these tests."""
@@ -94,13 +94,13 @@ class Measure:
 
     def counters(self) -> list[Step]:
         reason = self.contact.no_gpu or (None if shutil.which("ncu") else "ncu is not here")
-        made = []
+        steps = []
         for backend in ("cuda", "triton"):
             command = ["ncu", "--profile-from-start", "off", "--clock-control", "none", "-k", f"regex:{KERNELS}"]
             command += [word for section in SECTIONS for word in ("--section", section)]
             command += ["--launch-count", str(LAUNCHES), "--page", "raw", "--csv", "--print-units", "base"]
             command += ["--log-file", f"ncu-{backend}.csv"]
-            made.append(
+            steps.append(
                 Step(
                     f"ncu-{backend}",
                     [*command, *script("one_step", "--backends", backend)],
@@ -109,7 +109,7 @@ class Measure:
                     reason,
                 )
             )
-        return made
+        return steps
 
     def traces(self) -> list[Step]:
         """Profiles of two sizes: the host's gaps between kernels show in the larger one and dominate the smaller."""
@@ -118,8 +118,8 @@ class Measure:
         small = self.trace("trace-512x512x256", "--shape", "512x512x256", "--views", "2")
         return [self.trace("trace-2048x8192x256"), small]
 
-    def trace(self, name: str, *given: str) -> Step:
-        return Step(name, script("step_trace", "--out", self.out, *given), 25, self.environment)
+    def trace(self, name: str, *options: str) -> Step:
+        return Step(name, script("step_trace", "--out", self.out, *options), 25, self.environment)
 
     def summary(self, run: Run) -> str:
         """Text of the summary, with whatever has been measured, even if the tables cannot be completed."""
@@ -142,10 +142,10 @@ class Measure:
 
 
 def main() -> int:
-    made = parser(__doc__, seconds=480)
-    made.add_argument("--before", type=Path, help="archive or folder of a contact run whose failures are repeated")
-    made.add_argument("--authors", type=Path, help="checkout of the authors' published code (DanielShalam/BAM)")
-    options = made.parse_args()
+    arguments = parser(__doc__, seconds=480)
+    arguments.add_argument("--before", type=Path, help="archive or folder of a contact run whose failures are repeated")
+    arguments.add_argument("--authors", type=Path, help="checkout of the authors' published code (DanielShalam/BAM)")
+    options = arguments.parse_args()
     with Run(options.out, options.archive, options.only, options.seconds) as run:
         measure = Measure(options.out, options.extensions, options.toy, options.authors)
         try:

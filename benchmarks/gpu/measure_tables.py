@@ -53,8 +53,8 @@ def us(ms: float | None) -> str:
 
 def times_faster(row: dict[str, Any], rows: Rows, kinds: tuple[str, ...]) -> str:
     """How many times faster a row is than the fastest competitor of these kinds, by CUDA events."""
-    found = [other["median_ms"] for other in rows if other["kind"] in kinds and other["median_ms"]]
-    return f"{min(found) / row['median_ms']:.2f}" if found and row["kind"] not in kinds else ""
+    others_ms = [other["median_ms"] for other in rows if other["kind"] in kinds and other["median_ms"]]
+    return f"{min(others_ms) / row['median_ms']:.2f}" if others_ms and row["kind"] not in kinds else ""
 
 
 def summary(out: Path) -> str:
@@ -90,9 +90,9 @@ def prediction_table(out: Path) -> str:
     sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
     from predictions import outcome_table, outcomes
 
-    found = [one for one in outcomes(read(out / "rows.jsonl")) if one["measured"] is not None]
-    held = sum(one["held"] for one in found)
-    return f"{outcome_table(found)}\n{held} of {len(found)} held"
+    measured = [one for one in outcomes(read(out / "rows.jsonl")) if one["measured"] is not None]
+    held = sum(one["held"] for one in measured)
+    return f"{outcome_table(measured)}\n{held} of {len(measured)} held"
 
 
 if __name__ == "__main__":

@@ -245,10 +245,10 @@ def time_row(row: Row, machine: Machine, pace: Pace) -> dict[str, Any]:
     row.times_ms = times
     wall, host, end = [], [], time.perf_counter() + pace.wall_s
     while len(wall) < pace.least or (len(wall) < MOST and time.perf_counter() < end):
-        given = c.fresh()
+        inputs = c.fresh()
         wait(machine.device)
         begin = time.perf_counter_ns()
-        c.run(*given)
+        c.run(*inputs)
         host.append((time.perf_counter_ns() - begin) / 1e6)
         wait(machine.device)
         wall.append((time.perf_counter_ns() - begin) / 1e6)

@@ -91,10 +91,10 @@ class LoggedKernels:
 
         def run(*args: Any, **options: Any) -> Any:
             print(f"    {name} ...", end="", flush=True)
-            found = method(*args, **options)
+            result = method(*args, **options)
             self.wait()
             print(" ended", flush=True)
-            return found
+            return result
 
         return run
 
@@ -116,8 +116,8 @@ def kernels_of(case: Case, toy: bool, overlapping: bool) -> Any:
         if case.threads is not None:
             shapes.MOST_THREADS = case.threads
         return emulated.kernels(replace(emulated.HOPPER, programmatic=overlapping, **case.limits))
-    found = cuda.query_device(0)
-    device = replace(found, programmatic=found.programmatic and overlapping, **case.limits)
+    here = cuda.query_device(0)
+    device = replace(here, programmatic=here.programmatic and overlapping, **case.limits)
     return CudaKernels(_C.cuda_kernels(), lambda index: device)
 
 
@@ -126,8 +126,8 @@ def form_of(case: Case, m: int, n: int, device: Any) -> str:
     from bam_kernels.backends.cuda import shapes
 
     if case.check == "on_chip":
-        found = shapes.on_chip(m, n, 2, device)
-        return "too large for the chip" if found is None else "cluster" if found.team.cluster > 1 else "grid"
+        launch = shapes.on_chip(m, n, 2, device)
+        return "too large for the chip" if launch is None else "cluster" if launch.team.cluster > 1 else "grid"
     if case.check == "match":
         team = shapes.match_team(2, n, 2, device)
     else:

@@ -57,16 +57,16 @@ def kernels(events: list[Event]) -> str:
 
 def launches(events: list[Event]) -> str:
     """Summary of the host's launches in one step, and a table of the longest gaps between two launches."""
-    made = [e for e in events if e.get("cat") in ("cuda_runtime", "cuda_driver") and is_launch(e["name"])]
-    made.sort(key=lambda event: event["ts"])
-    if len(made) < 2:
+    host_launches = [e for e in events if e.get("cat") in ("cuda_runtime", "cuda_driver") and is_launch(e["name"])]
+    host_launches.sort(key=lambda event: event["ts"])
+    if len(host_launches) < 2:
         return "no launches"
     launched = {number(e): e["name"] for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")}
-    pairs = list(pairwise(made))
+    pairs = list(pairwise(host_launches))
     gaps = [after["ts"] - before["ts"] - before["dur"] for before, after in pairs]
-    all_us = made[-1]["ts"] + made[-1]["dur"] - made[0]["ts"]
-    inside = sum(event["dur"] for event in made)
-    head = f"{len(made)} launches over {all_us:.0f} us of the host, {inside:.0f} us inside them; "
+    all_us = host_launches[-1]["ts"] + host_launches[-1]["dur"] - host_launches[0]["ts"]
+    inside = sum(event["dur"] for event in host_launches)
+    head = f"{len(host_launches)} launches over {all_us:.0f} us of the host, {inside:.0f} us inside them; "
     head += f"between two of them {median(gaps):.1f} us (median), {max(gaps):.0f} us at most"
     longest = sorted(zip(gaps, pairs, strict=True), key=lambda item: -item[0])[:LONGEST]
     cells = [[f"{gap:.1f}", *(launched.get(number(e), e["name"])[:50] for e in pair), ""] for gap, pair in longest]

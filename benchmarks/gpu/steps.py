@@ -79,9 +79,9 @@ class Run:
 
     def steps(self, steps: Iterable[Step], at_once: int = 1) -> list[Outcome]:
         """Run the chosen steps, `at_once` at a time, each until its limit or the end of the run."""
-        given: list[Step] = list(steps)
-        self.known += [step.name for step in given]
-        waiting, ended = [step for step in given if self.chosen(step.name)], []
+        all_steps: list[Step] = list(steps)
+        self.known += [step.name for step in all_steps]
+        waiting, ended = [step for step in all_steps if self.chosen(step.name)], []
         running: list[StepProcess] = []
         try:
             while waiting or running:
@@ -221,22 +221,26 @@ def sanitizer_command(tool: str) -> list[str]:
 
 def parser(description: str, seconds: float) -> argparse.ArgumentParser:
     """Parser of the options that contact.py, measure.py and tune.py share."""
-    made = argparse.ArgumentParser(description=description.splitlines()[0])
-    made.add_argument("--out", type=Path, required=True, help="folder for logs and results")
-    made.add_argument("--archive", type=Path, help="file NAME.tar.gz for an archive of the logs and results")
-    made.add_argument("--extensions", type=Path, help="folder that build.py wrote (default: the installed extension)")
-    made.add_argument("--toy", action="store_true", help="run toy sizes on a CPU, to see that each step runs")
-    made.add_argument("--only", nargs="+", default=[], metavar="STEP", help="run only these steps; * matches anything")
-    made.add_argument("--seconds", type=float, default=seconds, help=f"seconds for all steps (default: {seconds:.0f})")
-    return made
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for logs and results")
+    parser.add_argument("--archive", type=Path, help="file NAME.tar.gz for an archive of the logs and results")
+    parser.add_argument("--extensions", type=Path, help="folder that build.py wrote (default: the installed extension)")
+    parser.add_argument("--toy", action="store_true", help="run toy sizes on a CPU, to see that each step runs")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="STEP", help="run only these steps; * matches anything"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=seconds, help=f"seconds for all steps (default: {seconds:.0f})"
+    )
+    return parser
 
 
 def extension_environment(folder: Path | None, variant: str) -> dict[str, str]:
     """Environment variables that load a variant of the extension from build.py's folder; empty if it is not there."""
     if folder is None:
         return {}
-    found = sorted((folder / variant).glob("_C*.so"))
-    return {"BAM_KERNELS_EXTENSION": str(found[0].resolve())} if found else {}
+    files = sorted((folder / variant).glob("_C*.so"))
+    return {"BAM_KERNELS_EXTENSION": str(files[0].resolve())} if files else {}
 
 
 def checkout_environment() -> dict[str, str]:

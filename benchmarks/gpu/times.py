@@ -99,8 +99,8 @@ def backends(device: torch.device) -> dict[str, Any]:
     """Row kernels that can run on the device, by name of the backend."""
     if device.type == "cpu":
         return {"cpu": cpu.kernels()} if cpu.unavailable() is None else {}
-    found = {"cuda": cuda, "triton": triton}
-    return {name: module.kernels() for name, module in found.items() if module.unavailable(device) is None}
+    modules = {"cuda": cuda, "triton": triton}
+    return {name: module.kernels() for name, module in modules.items() if module.unavailable(device) is None}
 
 
 def ceilings(clock: Clock, rows: Rows, toy: bool) -> None:
@@ -149,8 +149,8 @@ class Operands:
     def finish_scores(self, m: int | None = None) -> Any:
         out = self.gradient[:m]
         row = self.row.rows(0, len(out))
-        given = self.scores[:m], None, self.step, out, None, self.scale, row, self.shift, self.sums
-        self.kernels.finish_scores(*given, accumulate=False)
+        operands = self.scores[:m], None, self.step, out, None, self.scale, row, self.shift, self.sums
+        self.kernels.finish_scores(*operands, accumulate=False)
 
     def match(self) -> Any:
         V, B, N = self.layout.V, self.layout.B, self.layout.N
@@ -184,14 +184,14 @@ def kernel_times(clock: Clock, rows: Rows, toy: bool) -> None:
     M, N, D, V = (32, 64, 16, 4) if toy else (2048, 8192, 256, 8)
     sets = 2 if toy else 4
     for backend, kernels in backends(clock.device).items():
-        made = [Operands(kernels, M, N, D, V, clock.device, seed) for seed in range(sets)]
+        all_operands = [Operands(kernels, M, N, D, V, clock.device, seed) for seed in range(sets)]
         names = ["sinkhorn_pass", "column_lse", "match"]
         names += ["finish_scores", "half_rows", "project"] if backend != "cpu" else []
         for name in [*names, "product"]:
             shape = f"{M}x{N}" if name not in ("product", "half_rows", "project") else f"{M}x{N}x{D}"
             note = "with half_rows" if name == "project" else ""
             owner = backend if name != "product" else "torch"
-            for how, runs in (("cold", made), ("warm", made[:1] * sets)):
+            for how, runs in (("cold", all_operands), ("warm", all_operands[:1] * sets)):
                 if how == "cold" and name not in LARGE:
                     continue
 
@@ -200,9 +200,9 @@ def kernel_times(clock: Clock, rows: Rows, toy: bool) -> None:
 
                 attempt(rows, "kernel", name, owner, shape, f"graph, {how}", timed, note=note)
         if backend != "cpu":
-            slab = [partial(made[0].finish_scores, M // 4)] * sets
-            given = "kernel", "finish_scores", backend, f"{M // 4}x{N}", "graph, warm"
-            attempt(rows, *given, lambda slab=slab: clock.graph_us(slab), note="a slab, as its product left it")
+            slab = [partial(all_operands[0].finish_scores, M // 4)] * sets
+            labels = "kernel", "finish_scores", backend, f"{M // 4}x{N}", "graph, warm"
+            attempt(rows, *labels, lambda slab=slab: clock.graph_us(slab), note="a slab, as its product left it")
         small_kernels(clock, rows, backend, kernels, toy)
 
 
@@ -277,16 +277,16 @@ def one_step(
     wait(clock.device)
     first_us = (time.perf_counter() - begin) * 1e6
     assert error is not None
-    given, common = ("step", "loss and gradient", backend, shape), {"teacher": teacher, "error": error}
-    rows.add(Row(*given, "first", first_us, note="compiles", **common))
+    labels, common = ("step", "loss and gradient", backend, shape), {"teacher": teacher, "error": error}
+    rows.add(Row(*labels, "first", first_us, note="compiles", **common))
     if not error <= LARGEST_ERROR:
         rows.fail(f"step {backend} {shape}: error {error:.2g}, at most {LARGEST_ERROR:g}: not timed")
         return
     peak = peak_mb(step, clock.device)
     wall, host = clock.eager_us(step)
-    rows.add(Row(*given, "wall", wall, peak_mb=peak, **common))
-    rows.add(Row(*given, "host", host, **common))
-    attempt(rows, *given, "graph", lambda: clock.graph_us([partial(step, leaf) for leaf in leaves]), **common)
+    rows.add(Row(*labels, "wall", wall, peak_mb=peak, **common))
+    rows.add(Row(*labels, "host", host, **common))
+    attempt(rows, *labels, "graph", lambda: clock.graph_us([partial(step, leaf) for leaf in leaves]), **common)
 
 
 def products(clock: Clock, rows: Rows, shape: str, teacher: bool, problem: Problem) -> None:

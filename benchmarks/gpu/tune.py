@@ -61,12 +61,12 @@ class Tuning:
             "tiles", script("tune_tiles", "--tuned", self.tuned, *self.toy_option()), 150, self.triton_environment()
         )
 
-    def variant_step(self, name: str, step: str, *given: str) -> Step:
+    def variant_step(self, name: str, step: str, *options: str) -> Step:
         """A step that times a variant's kernels or whole steps; a toy run times the installed CPU kernels."""
-        found = checkout_environment() | extension_environment(self.extensions, name)
-        missing = None if self.toy or "BAM_KERNELS_EXTENSION" in found else "build.py has not made it"
-        command = script("tune_variant", "--name", name, "--rows", self.rows, *given, *self.toy_option())
-        return Step(step, command, 45, found, missing)
+        environment = checkout_environment() | extension_environment(self.extensions, name)
+        missing = None if self.toy or "BAM_KERNELS_EXTENSION" in environment else "build.py has not made it"
+        command = script("tune_variant", "--name", name, "--rows", self.rows, *options, *self.toy_option())
+        return Step(step, command, 45, environment, missing)
 
     def variant_steps(self) -> list[Step]:
         return [self.variant_step(name, variant_step_name(name)) for name in (BASE, *TRIED)]
@@ -109,18 +109,18 @@ def turn_step_name(turn: int, name: str) -> str:
 
 def cold_us(rows: list[Row], name: str, kernel: str) -> float | None:
     """Last measured us of a variant's kernel with cold operands; None without a row."""
-    found = [row.value for row in rows if (row.note, row.name, row.how) == (name, kernel, "graph, cold")]
-    return found[-1] if found else None
+    values = [row.value for row in rows if (row.note, row.name, row.how) == (name, kernel, "graph, cold")]
+    return values[-1] if values else None
 
 
 def winners(rows: list[Row]) -> list[str]:
     """Variants with a kernel that is faster than the default build's, and with no wrong kernel."""
-    found = []
+    faster = []
     for name in TRIED:
         pairs = [(cold_us(rows, name, kernel), cold_us(rows, BASE, kernel)) for kernel in ("sinkhorn_pass", "match")]
         if all(mine and base for mine, base in pairs) and any(mine < GAIN * base for mine, base in pairs):
-            found.append(name)
-    return found
+            faster.append(name)
+    return faster
 
 
 def variants_table(rows: list[Row]) -> str:

@@ -170,8 +170,8 @@ def main() -> int:
     rates = tune.measured_rates(device, timer, 64 if options.toy else 8192)
     for name, rate in rates.items():
         print(f"{name:<28} {rate:>12.3g} a second")
-    found = tuned.path()  # path of this GPU's tuning file; None without a GPU
-    for file in (options.tuned, *([found] if found is not None else [])):
+    machine_file = tuned.path()  # path of this GPU's tuning file; None without a GPU
+    for file in (options.tuned, *([machine_file] if machine_file is not None else [])):
         tuned.save(Tuning(rates, kept), file)
         print(f"{len(kept)} tiles of {len(chosen)} that won alone: {file}")
     return 0

@@ -22,26 +22,26 @@ LARGEST_ERROR = 2e-3
 GRADIENT_SCALE = 16384.0  # Operands.match writes a A - Pbar times this
 
 
-def error_of_pass(made: Operands) -> float:
+def error_of_pass(operands: Operands) -> float:
     """Larger one of the relative errors of row potential and column sums after one Sinkhorn pass."""
-    made.sinkhorn_pass()
-    K = torch.exp2(made.fixed.double() * made.scale)
+    operands.sinkhorn_pass()
+    K = torch.exp2(operands.fixed.double() * operands.scale)
     rows = 1 / K.sum(1)
-    potential = torch.exp2(made.row.exponent.double()) * made.row.mantissa.double()
-    return max(relative_error(potential, rows), relative_error(made.c, (K * rows[:, None]).sum(0)))
+    potential = torch.exp2(operands.row.exponent.double()) * operands.row.mantissa.double()
+    return max(relative_error(potential, rows), relative_error(operands.c, (K * rows[:, None]).sum(0)))
 
 
-def error_of_match(made: Operands) -> float:
+def error_of_match(operands: Operands) -> float:
     """Relative error of the gradient of the scores that `match` writes."""
-    layout = made.layout
+    layout = operands.layout
     V, L = layout.V, layout.L
-    made.match()
-    s = made.fixed.double().view(V, layout.B, layout.N) * made.step
+    operands.match()
+    s = operands.fixed.double().view(V, layout.B, layout.N) * operands.step
     P, A = (s[:L] / EPSILON).softmax(-1), (s / TAU).softmax(-1)
     others = [[t for t in range(L) if t != v] for v in range(V)]
     weight = 1 / (L * (V - 1))
     truth = torch.stack([A[v] * len(views) * weight - P[views].sum(0) * weight for v, views in enumerate(others)])
-    gradient = made.gradient.view(torch.float16) if made.gradient.dtype == torch.int16 else made.gradient
+    gradient = operands.gradient.view(torch.float16) if operands.gradient.dtype == torch.int16 else operands.gradient
     return relative_error(gradient.view_as(truth), truth * GRADIENT_SCALE)
 
 
@@ -60,7 +60,7 @@ def kernel_rows(clock: Clock, rows: Rows, name: str, toy: bool) -> int:
             wrong += 1
             continue
         for how, chosen in (("cold", sets), ("warm", sets[:1] * len(sets))):
-            us = clock.graph_us([getattr(made, kernel) for made in chosen])
+            us = clock.graph_us([getattr(operands, kernel) for operands in chosen])
             rows.add(Row("kernel", kernel, kernels.backend, f"{M}x{N}", f"graph, {how}", us, error=error, note=name))
     return wrong
 
