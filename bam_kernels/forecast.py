@@ -30,7 +30,7 @@ from .precision import LEAST_EPSILON_OF_ONE_SUM
 
 @dataclass(frozen=True)
 class Message:
-    """One kind of exchange: how many times each rank sends, and the bytes it sends in all."""
+    """One kind of exchange: how often each rank passes a tensor to it, and the bytes of these tensors in all."""
 
     exchange: str
     count: int

@@ -213,9 +213,9 @@ class Contact:
             probes = self.probes("cuda")
         probed = run.steps([*probes, *self.probes_for_older()], at_once=8 if not self.toy else 2)
         run.steps(self.bounded_probes(probed), at_once=6)
-        beside = [*self.tests(), *self.memory_checks(), *self.ranks(), *self.driver()]
-        beside.append(Step("doctor", [PYTHON, "-m", "bam_kernels"], 90, self.environment()))
-        run.steps(beside, at_once=7 if not self.toy else 2)
+        checks = [*self.tests(), *self.memory_checks(), *self.ranks(), *self.driver()]
+        checks.append(Step("doctor", [PYTHON, "-m", "bam_kernels"], 90, self.environment()))
+        run.steps(checks, at_once=7 if not self.toy else 2)
         run.steps([self.curves()])
         run.steps(self.times())
         run.steps([self.predictions()])

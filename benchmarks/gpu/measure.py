@@ -134,8 +134,8 @@ class Measure:
     def run(self, run: Run, before: EarlierRun) -> None:
         remove(run, WRITTEN)
         run.steps([self.contact.facts()])
-        beside = [*self.repeated_steps(before), *self.compile_steps(), *self.sanitizers()]
-        run.steps(beside, at_once=16 if not self.toy else 2)
+        checks = [*self.repeated_steps(before), *self.compile_steps(), *self.sanitizers()]
+        run.steps(checks, at_once=16 if not self.toy else 2)
         left = run.end - time.monotonic() - AFTER_ROWS_S * (not self.toy)
         run.steps([self.rows(max(min(left, ROWS_S), 30.0))])
         run.steps([*self.counters(), *self.traces()])
