@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import tyro
-from test_driver import ROOT, elsewhere, pretrain  # noqa: F401
+from driver_runs import ROOT, elsewhere, pretrain  # noqa: F401
 
 from driver import cli, config, exits, knn, linear, recipes, report, segment_video
 from driver.evaluation import frozen

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_driver import ROOT, content, elsewhere, pretrain, same  # noqa: F401
+from driver_runs import ROOT, content, pretrain
 
 from driver import checkpoint, cli, config, exits, train, verify_resume
 from driver import pretrain as program
 from driver.config import UserError
+from driver.verify_resume import same
 
 PARTS = ("network", "teacher", "optimizer", "scaler", "boxes", "images", "epoch", "step")
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from driver_runs import ROOT, pretrain
 from scipy.ndimage import binary_dilation
 from sklearn.linear_model import LogisticRegression
-from test_driver import ROOT, elsewhere, pretrain, same  # noqa: F401
 
 from driver import config, history, knn, linear, model, segment_video
 from driver.config import UserError
@@ -19,6 +19,7 @@ from driver.data import labelled, on_device
 from driver.distributed import World
 from driver.evaluation import davis_metrics, frozen, online, probe
 from driver.evaluation.online import Bank, Vote
+from driver.verify_resume import same
 
 CPU = torch.device("cpu")
 

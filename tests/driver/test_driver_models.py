@@ -14,8 +14,8 @@ pytest.importorskip("torchvision")
 pytest.importorskip("timm")
 
 import timm
+from driver_runs import TINY, content, pretrain, rows
 from photographs import write_classes
-from test_driver import TINY, content, elsewhere, pretrain, rows  # noqa: F401
 
 from driver import backbones, checkpoint, cli, config, contrastive_crop, export, model, optim, recipes, train, weights
 from driver.config import UserError

@@ -11,32 +11,17 @@ pytest.importorskip("torchvision")
 pytest.importorskip("kornia")
 pytest.importorskip("timm")
 
-from photographs import write_classes, write_images
-from test_driver import content, elsewhere, rows  # noqa: F401
-from test_driver_ranks import torchrun
+from driver_runs import content, rows, torchrun
+from photographs import PHOTOGRAPHS, make, write_classes, write_images
 from torchvision.transforms.v2 import functional
 
-from driver import cli, config, contrastive_crop, data, model, train
+from driver import cli, config, contrastive_crop, model, train
 from driver.config import UserError
 from driver.data import crops, random_keys, views, views_on_device
 from driver.data.images import Images
 from driver.distributed import World
 
 CPU = torch.device("cpu")
-PHOTOGRAPHS = config.Data(
-    source="folder",
-    root=Path("pets"),
-    size=16,
-    batch_size=4,
-    augmentation="dino",
-    local_views=3,
-    local_size=8,
-    workers=0,
-)
-
-
-def make(options: config.Data, seed: int = 3, world: World | None = None) -> Images:
-    return data.make_images(options, config.Boxes(), CPU, seed, world or World())
 
 
 # Random numbers

@@ -2,20 +2,17 @@
 
 import dataclasses
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from driver_runs import ROOT, torchrun
 from photographs import write_images
 
 from driver import checkpoint, cli, config, data, history, train, verify_resume
 from driver.config import UserError
 from driver.distributed import World
 from driver.evaluation import online
-
-ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
 
@@ -36,13 +33,6 @@ def elsewhere(tmp_path, monkeypatch, threads):
 
 def alone(*options: str) -> Path:
     return train.pretrain(cli.parse(list(options)))
-
-
-def torchrun(W: int, *options: str, script: Path = ROOT / "driver" / "pretrain.py") -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(W)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command += [str(script), *options]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
 
 
 def on_ranks(W: int, *options: str) -> Path:
