@@ -1,7 +1,12 @@
-"""Fixtures that put process-wide settings of torch back, and the random numbers of every test."""
+"""How tests share a machine, the random numbers of every test, and fixtures that restore torch's settings."""
 
+import os
+import tempfile
 import zlib
 from collections.abc import Iterator
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch reads it: workers that each use every core slow each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -20,6 +25,16 @@ def pytest_addoption(parser) -> None:
 def pytest_configure(config) -> None:
     if config.getoption("torch_default"):
         torch_defaults.install(config.getoption("torch_default"))
+    if "BAM_EMULATED_FOLDER" not in os.environ:  # workers of pytest-xdist, and what tests start, have it from here
+        folder = tempfile.TemporaryDirectory(prefix="bam-emulated-")
+        config.add_cleanup(folder.cleanup)
+        os.environ["BAM_EMULATED_FOLDER"] = folder.name
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One process on a machine with a GPU, whose memory tests measure; else one a core, up to eight."""
+    return 0 if torch.cuda.is_available() else min(len(os.sched_getaffinity(0)), 8)
 
 
 @pytest.fixture(autouse=True)
