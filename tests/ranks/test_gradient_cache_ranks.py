@@ -4,7 +4,10 @@ import gradient_cache_ranks as ranks
 import pytest
 import torch
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
+pytestmark = [
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed"),
+    pytest.mark.xdist_group("GradientCache on two ranks"),
+]
 
 BOUND = 1e-12  # float64
 
