@@ -27,6 +27,7 @@ PARTS = ("network", "teacher", "optimizer", "scaler", "boxes", "images", "epoch"
 # Broken runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["KILL", "USR1"])
 def test_a_broken_run_goes_on_bit_for_bit(name, monkeypatch, capsys):
     """Real processes; other steps in every test run. With a teacher and momentum schedule. Half the run is left when
@@ -94,6 +95,7 @@ def reached(step: int, within_s: float) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_a_signal_to_two_ranks_and_their_workers():
     """Every process of the job gets it, as from Slurm; the ranks agree at a log line, and the first one saves."""
     pytest.importorskip("torchvision")

@@ -89,6 +89,7 @@ def on_ranks(W: int, *command: str) -> None:
     assert run.returncode == 0, run.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
 def test_ranks_share_the_features_and_find_the_same():
     """Three ranks, whose shares differ in size; 30 features a rank are fewer than the 200 neighbours."""
@@ -290,6 +291,7 @@ def test_scripts_on_a_run_of_digits(capsys):
     assert len(Path("out/linear.jsonl").read_text().splitlines()) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
 def test_linear_on_ranks_is_that_of_one():
     """The batch norm's statistics are those of the whole batch, and so are the gradients."""

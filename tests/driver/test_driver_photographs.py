@@ -261,6 +261,7 @@ RANKS = ["--data.root=pets", "--data.size=16", "--data.batch-size=10", "--data.w
 RANKS += ["--model.width=4", "--optim.epochs=4", "--run.eval-every=1", "--run.log-every=3", "--run.device=cpu"]
 
 
+@pytest.mark.slow
 def test_an_unreadable_image_is_named_once_over_ranks():
     """1 of 100, of 0.01 that may be: in four epochs and five evaluations both ranks meet it."""
     write_images(Path("pets"), 100)
@@ -270,6 +271,7 @@ def test_an_unreadable_image_is_named_once_over_ranks():
     assert run.stderr.count("pets/03.png: not a readable image") == 1 and "(1 so far)" in run.stderr
 
 
+@pytest.mark.slow
 def test_too_many_unreadable_images_over_ranks_end_them_all():
     """2 of 100, one of each rank in the first evaluation, after which the run ends: neither alone has too many."""
     write_images(Path("pets"), 100)

@@ -170,6 +170,7 @@ sys.exit(main())
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_both_ranks():
     """The first rank alone writes; the other is in the midst of training then."""
     Path("full.py").write_text(FULL)
@@ -196,6 +197,7 @@ def test_crops_of_two_sizes_around_boxes_on_two_ranks(two_ranks):
     assert torch.equal(equal[0]["boxes"], equal[1]["boxes"])
 
 
+@pytest.mark.slow
 def test_a_broken_run_of_two_ranks_goes_on_bit_for_bit(capsys):
     options = "--model.width=4 --optim.epochs=4 --run.eval-every=0"
     assert verify_resume.verify(verify_resume.Verify(options, breaks=1, save_steps=1, ranks=2)) == 0
@@ -276,6 +278,7 @@ def test_virtual_batch_that_does_not_divide():
         alone("--virtual-batch=2048")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options, code, message",
     [
@@ -296,6 +299,7 @@ def test_errors_and_help_are_said_once(options, code, message):
     assert 'pretrain.py", line' not in said  # no rank's traceback
 
 
+@pytest.mark.slow
 def test_error_of_one_rank_ends_both():
     """The file is in one rank's half of the batch; the other rank, which loses its partner, says nothing."""
     pytest.importorskip("torchvision")

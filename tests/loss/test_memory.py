@@ -27,6 +27,7 @@ def test_budget_is_obeyed():
         assert peak <= most, (peak, budget)
 
 
+@pytest.mark.slow
 def test_peak_beyond_the_slab_is_a_tenth_of_the_eager_reference():
     # M = 2048 rows against N = 8192 keys: 8 views of a teacher.
     shape = {"B": 1024, "D": 64, "R": 8, "key_views": 8, "target_views": 2, "target_rows": "student"}

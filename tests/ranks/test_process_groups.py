@@ -54,7 +54,7 @@ in_pair = pytest.mark.xdist_group("two processes")
 in_three = pytest.mark.xdist_group("three processes")
 
 
-@pytest.mark.parametrize("W", [1, 2, 4, 8])
+@pytest.mark.parametrize("W", [1, 2, *(pytest.param(W, marks=pytest.mark.slow) for W in (4, 8))])
 def test_ranks_equal_one_process(W, tmp_path):
     """The command itself: every case, float64 to 1e-12, float32 to 1e-5 and float16 to 2e-3."""
     command = [sys.executable, "-m", "bam_kernels.verify_ranks", "--world", str(W), "--images", "5", "--features", "12"]
@@ -64,6 +64,7 @@ def test_ranks_equal_one_process(W, tmp_path):
     assert all(f"\n{name} " in done.stdout for name in verify_ranks.CASES)
 
 
+@pytest.mark.slow
 def test_triton_ranks_equal_one_process(tmp_path):
     """Processes of Triton's interpreter: float32, and fp16 keys that are centred before they are sent."""
     pytest.importorskip("triton")
