@@ -291,6 +291,7 @@ def test_forward_mode(pair):
         assert result["mean"] == pytest.approx(result["whole"], rel=1e-10)
 
 
+@pytest.mark.slow
 def test_what_was_compiled_before_the_group(tmp_path):
     """The loss has the ranks that there are; what has a size that follows from them says that it was made for one."""
     for rank, result in run(("compiled_before",), 2, tmp_path)["compiled_before"].items():
