@@ -4,6 +4,8 @@ import os
 import tempfile
 import zlib
 from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch reads it: workers that each use every core slow each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -35,6 +37,23 @@ def pytest_configure(config) -> None:
 def pytest_xdist_auto_num_workers() -> int:
     """One process on a machine with a GPU, whose memory tests measure; else one a core, up to eight."""
     return 0 if torch.cuda.is_available() else min(len(os.sched_getaffinity(0)), 8)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Workers take tests one by one, but all tests of a file whose fixtures belong to the module."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    @cache
+    def shares_fixtures(file: str) -> bool:
+        return 'scope="module"' in Path(config.rootpath, file).read_text()
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return file if shares_fixtures(file) else nodeid
+
+    return Scheduler(config, log) if config.getvalue("dist") == "load" else None
 
 
 @pytest.fixture(autouse=True)

@@ -80,12 +80,10 @@ def run(tmp_path_factory) -> SimpleNamespace:
     return SimpleNamespace(folder=folder, out=folder / "out", test=test, finished=finished)
 
 
-one_run = pytest.mark.xdist_group("one run of measure.py")
 needs_kernels = pytest.mark.skipif(cpu.unavailable() is not None, reason="needs the extension")
 
 
 @pytest.mark.slow
-@one_run
 @needs_kernels
 def test_every_row_is_right_and_timed(run) -> None:
     assert run.finished.returncode == 0, run.finished.stdout + run.finished.stderr
@@ -111,7 +109,6 @@ def test_every_row_is_right_and_timed(run) -> None:
 
 
 @pytest.mark.slow
-@one_run
 @needs_kernels
 def test_what_failed_before_runs_again_and_all_is_archived(run) -> None:
     (again,) = [json.loads(line) for line in (run.out / "again-tests-cuda.tests.jsonl").read_text().splitlines()]

@@ -1,7 +1,6 @@
 """The driver on several ranks (real processes over gloo, started by torchrun) and with virtual batches."""
 
 import dataclasses
-import importlib.util
 from collections.abc import Iterator
 from contextlib import chdir, contextmanager
 from pathlib import Path
@@ -24,7 +23,6 @@ STEP, EPOCHS = 32, 3
 RUN = ["--model.norm=layer", "--model.width=8", f"--optim.epochs={EPOCHS}", "--optim.warmup-epochs=1"]
 RUN += ["--loss.epsilon=0.01", "--run.log-every=1", "--run.eval-every=0", "--run.device=cpu"]
 FLOAT64_SGD = [*RUN, "--run.dtype=float64", "--optim.name=sgd", "--optim.lr=0.01"]
-in_one_worker = pytest.mark.xdist_group("runs of two ranks")
 CURVES = ("loss", "target_entropy", "source_entropy", "uniform_loss", "lr")
 
 
@@ -49,11 +47,10 @@ def difference(a: Path, b: Path) -> float:
 # The objective does not depend on the split
 
 
-# Crops of two sizes around boxes, and batch norms with boxes; write_images makes the folder.
-CROPS = [*FLOAT64_SGD, "--data.root=flat", "--data.size=16", "--data.local-views=2", "--data.local-size=8"]
+CROPS = [*FLOAT64_SGD, "--data.size=16", "--data.local-views=2", "--data.local-size=8"]
 CROPS += ["--data.augmentation=dino", "--data.workers=1", "--model.name=convnet", "--optim.epochs=4"]
-CROPS += ["--boxes.every=2", "--model.teacher-momentum=0.9", "--model.teacher-views=all", "--run.name=crops"]
-BOXES = ["--data.root=flat", "--data.size=32", "--data.batch-size=2", "--data.workers=0", "--run.eval-every=0"]
+CROPS += ["--boxes.every=2", "--model.teacher-momentum=0.9", "--model.teacher-views=all"]
+BOXES = ["--data.size=32", "--data.batch-size=2", "--data.workers=0", "--run.eval-every=0"]
 BOXES += ["--model.name=convnet", "--model.width=4", "--boxes.every=1", "--boxes.after=3", "--optim.epochs=4"]
 BOXES += ["--run.deterministic=True", "--boxes.threshold=0.5"]
 
@@ -80,25 +77,36 @@ def one_rank(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory) -> dict[str, Path]:
-    """Directories of runs of two ranks, which the same processes make; "resumed" was begun on one rank."""
-    runs = {"plain": [*FLOAT64_SGD, "--data.batch-size=16"]}
-    runs["batch norms"] = [*RUN, "--model.norm=batch", "--optim.epochs=1", "--optim.warmup-epochs=0"]
-    directories = {"plain": "digits-002", "batch norms": "digits-003", "resumed": "digits-001"}
+    """Directories of runs of two ranks on the digits, made by the same processes; "resumed" was begun on one rank."""
     with in_folder(tmp_path_factory.mktemp("two")):
         resumed = alone(*FLOAT64_SGD, f"--data.batch-size={STEP}", "--run.stop-after=1")
-        runs["resumed"] = [f"--run.resume={resumed}", "--data.batch-size=8", "--run.stop-after=2"]
-        if importlib.util.find_spec("torchvision"):
-            write_images(Path("flat"), 19)
-            runs["crops"] = [*CROPS, "--data.batch-size=4"]
-            write_images(Path("more/flat"), 24)
-            more = [*BOXES, "--data.root=more/flat"]
-            runs["unbroken"] = [*more, "--run.name=unbroken"]
-            runs["broken"] = [*more, "--run.name=broken", "--run.stop-after=3"]
-            runs["broken again"] = ["--run.resume=runs/broken-001", "--run.stop-after=4"]
-            directories |= {name: f"{name}-001" for name in ("crops", "unbroken", "broken")}
+        runs = {
+            "resumed": [f"--run.resume={resumed}", "--data.batch-size=8", "--run.stop-after=2"],
+            "plain": [*FLOAT64_SGD, "--data.batch-size=16"],
+            "batch norms": [*RUN, "--model.norm=batch", "--optim.epochs=1", "--optim.warmup-epochs=0"],
+        }
         printed = driver_ranks.in_turn(2, *runs.values())
         assert printed.count("written: ") == len(runs)
-        return {name: Path("runs", directory).absolute() for name, directory in directories.items()}
+        return {name: Path(f"runs/digits-{number:03d}").absolute() for number, name in enumerate(runs, start=1)}
+
+
+@pytest.fixture(scope="module")
+def two_ranks_on_images(tmp_path_factory) -> dict[str, Path]:
+    """Directories of runs of two ranks on a folder, made by the same processes; "broken" is resumed for its end."""
+    pytest.importorskip("torchvision")
+    with in_folder(tmp_path_factory.mktemp("images")):
+        write_images(Path("few/flat"), 19)
+        write_images(Path("more/flat"), 24)
+        boxes = [*BOXES, "--data.root=more/flat"]
+        runs = [
+            [*CROPS, "--data.root=few/flat", "--data.batch-size=4", "--run.name=crops"],
+            [*boxes, "--run.name=unbroken"],
+            [*boxes, "--run.name=broken", "--run.stop-after=3"],
+            ["--run.resume=runs/broken-001", "--run.stop-after=4"],
+        ]
+        printed = driver_ranks.in_turn(2, *runs)
+        assert printed.count("written: ") == len(runs)
+        return {name: Path(f"runs/{name}-001").absolute() for name in ("crops", "unbroken", "broken")}
 
 
 def equal_runs(a: Path, b: Path) -> None:
@@ -116,17 +124,14 @@ def equal_runs(a: Path, b: Path) -> None:
     assert first["config"] == second["config"]
 
 
-@in_one_worker
 def test_micro_batches_give_the_same_curve(one_rank):
     equal_runs(alone(*FLOAT64_SGD, "--data.batch-size=16", "--virtual-batch=32"), one_rank)
 
 
-@in_one_worker
 def test_two_ranks_give_the_same_curve(one_rank, two_ranks):
     equal_runs(two_ranks["plain"], one_rank)
 
 
-@in_one_worker
 def test_resumed_on_two_ranks_in_micro_batches(one_rank, two_ranks):
     """One epoch on one rank, the others on two ranks with two micro-batches each; then it is one rank's again."""
     alone(f"--run.resume={two_ranks['resumed']}", f"--data.batch-size={STEP}")
@@ -186,12 +191,11 @@ def test_with_a_teacher_and_three_views():
     )
 
 
-@in_one_worker
-def test_crops_of_two_sizes_around_boxes_on_two_ranks(two_ranks):
+@pytest.mark.slow
+def test_crops_of_two_sizes_around_boxes_on_two_ranks(two_ranks_on_images):
     """Boxes come from both ranks' shares of the images; the run is one rank's."""
-    pytest.importorskip("torchvision")
     write_images(Path("flat"), 19)
-    one, two = alone(*CROPS, "--data.batch-size=8"), two_ranks["crops"]
+    one, two = alone(*CROPS, "--data.root=flat", "--data.batch-size=8"), two_ranks_on_images["crops"]
     equal = [torch.load(directory / checkpoint.FILE, weights_only=True) for directory in (one, two)]
     assert difference(one, two) <= 1e-9 and equal[0]["boxes"].unique(dim=0).shape[0] > 1
     assert torch.equal(equal[0]["boxes"], equal[1]["boxes"])
@@ -204,18 +208,15 @@ def test_a_broken_run_of_two_ranks_goes_on_bit_for_bit(capsys):
     assert "equal bit for bit after SIGKILL at steps" in capsys.readouterr().out
 
 
-@in_one_worker
-def test_resumed_between_epochs_on_two_ranks_bit_for_bit(two_ranks):
+@pytest.mark.slow
+def test_resumed_between_epochs_on_two_ranks_bit_for_bit(two_ranks_on_images):
     """With batch norms, whose statistics are each rank's own, and boxes around what the network sees with them."""
-    pytest.importorskip("torchvision")
-    first, second = (
-        torch.load(two_ranks[name] / checkpoint.FILE, weights_only=True) for name in ("unbroken", "broken")
-    )
+    directories = (two_ranks_on_images[name] for name in ("unbroken", "broken"))
+    first, second = (torch.load(directory / checkpoint.FILE, weights_only=True) for directory in directories)
     for part in verify_resume.PARTS:
         assert verify_resume.same(first[part], second[part]), part
 
 
-@in_one_worker
 def test_evaluation_on_two_ranks_is_that_of_the_checkpoint(two_ranks):
     """Batch norms have the first rank's statistics then, on every rank."""
     directory = two_ranks["batch norms"]

@@ -14,16 +14,15 @@ from bam_kernels.backends import triton as backend
 MODULES = sorted((Path(__file__).resolve().parents[1] / "interpreted").glob("test_*.py"))
 
 
-# A module's slow tests are one slow test here.
-RUNS = [(module, "not slow") for module in MODULES]
-RUNS += [pytest.param(path, "slow", marks=pytest.mark.slow) for path in MODULES if "mark.slow" in path.read_text()]
+SLOW = ("test_triton_defaults", "test_triton_forms", "test_triton_sixteen_bit")
+MARKED = [pytest.param(path, marks=[pytest.mark.slow] * (path.stem in SLOW), id=path.stem) for path in MODULES]
 
 
-@pytest.mark.parametrize(("module", "chosen"), RUNS, ids=lambda given: getattr(given, "stem", given))
-def test_interpreted(request, module, chosen):
+@pytest.mark.parametrize("module", MARKED)
+def test_interpreted(request, module):
     pytest.importorskip("triton")
     env = dict(os.environ, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", "-m", chosen, module]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=", module]
     if default := request.config.getoption("torch_default"):
         command.append(f"--torch-default={default}")
     done = subprocess.run(command, env=env, capture_output=True, text=True)

@@ -41,8 +41,7 @@ def wide(tmp_path_factory) -> CpuKernels:
     return CpuKernels(table=_C.cpu_kernels_at(loaded.wide_table()))
 
 
-# One worker compiles. A tail below 16, one vector, one and a tail, a panel of 1024 and a tail.
-@pytest.mark.xdist_group("wide vectors")
+# A tail below 16, one vector, one and a tail, a panel of 1024 and a tail.
 @pytest.mark.parametrize("n", [5, 16, 23, 1030])
 def test_sixteen_lanes_agree_with_eight(wide, n):
     assert wide.isa == "wide"

@@ -4,10 +4,7 @@ import gradient_cache_ranks as ranks
 import pytest
 import torch
 
-pytestmark = [
-    pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed"),
-    pytest.mark.xdist_group("GradientCache on two ranks"),
-]
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
 
 BOUND = 1e-12  # float64
 

@@ -50,10 +50,6 @@ def three(tmp_path_factory) -> Results:
     return run(programs, 3, tmp_path_factory.mktemp("three"))
 
 
-in_pair = pytest.mark.xdist_group("two processes")
-in_three = pytest.mark.xdist_group("three processes")
-
-
 @pytest.mark.parametrize("W", [1, 2, *(pytest.param(W, marks=pytest.mark.slow) for W in (4, 8))])
 def test_ranks_equal_one_process(W, tmp_path):
     """The command itself: every case, float64 to 1e-12, float32 to 1e-5 and float16 to 2e-3."""
@@ -165,7 +161,6 @@ def test_nothing_starts_where_it_cannot_run(monkeypatch, capsys):
     assert "nccl needs --device cuda" in capsys.readouterr().err
 
 
-@in_pair
 def test_messages_of_a_step_between_two(pair):
     check_messages(pair["traffic"], 2)
 
@@ -215,7 +210,6 @@ def check_messages(results: dict[int, dict], W: int) -> None:
             }, name
 
 
-@in_three
 def test_ranks_that_differ_are_told_within_seconds(three):
     ranks = three["disagreements"]
     words = {
@@ -253,7 +247,6 @@ def test_a_group_that_is_destroyed_has_gone(tmp_path):
         assert "rank 0 of 1: the process group has been made or destroyed since" in result["message"]
 
 
-@in_three
 def test_tensors_of_a_gpu_go_through_the_host_over_gloo(three):
     for result in three["through_host"].values():
         assert result.pop("needed") == [False, True]
@@ -262,13 +255,11 @@ def test_tensors_of_a_gpu_go_through_the_host_over_gloo(three):
             assert steps["copies"] == (6 if name == "regather" else 4)  # two steps of the ring for each time round it
 
 
-@in_pair
 def test_compiled_step(pair):
     for result in pair["compiled"].values():
         assert result["compiled"] == result["eager"]
 
 
-@in_pair
 def test_compiled_operations(pair):
     """Also what the reference exchanges; ranks that differ are told so when a compiled function runs."""
     for result in pair["compiled_operations"].values():
@@ -279,13 +270,11 @@ def test_compiled_operations(pair):
         assert all(result.values()), result
 
 
-@in_pair
 def test_a_compiled_function_with_a_group(pair):
     for result in pair["compiled_with_a_group"].values():
         assert all(result.values()), result
 
 
-@in_pair
 def test_forward_mode(pair):
     for result in pair["forward_mode"].values():
         assert result["mean"] == pytest.approx(result["whole"], rel=1e-10)
@@ -300,7 +289,7 @@ def test_what_was_compiled_before_the_group(tmp_path):
         assert all(said in message for message in result.values()), result
 
 
-@pytest.mark.parametrize("ranks", [pytest.param("pair", marks=in_pair), pytest.param("three", marks=in_three)])
+@pytest.mark.parametrize("ranks", ["pair", "three"])
 def test_a_module_with_a_group_is_copied_and_saved(ranks, request):
     results = request.getfixturevalue(ranks)["saved"]
     for rank in (0, 1):
@@ -309,7 +298,6 @@ def test_a_module_with_a_group_is_copied_and_saved(ranks, request):
         assert "with ranks [0, 1, 2]; here the group of that name has ranks [0, 1]" in results[rank]["other members"]
 
 
-@in_three
 def test_subgroups(three):
     ranks = three["subgroup"]
     whole = bam_loss(features(V, 2 * B, D)).item()
