@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # before torch reads it: workers that each use every core slow each other
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Read when torch is imported. Two threads share work, so that this is tested too; those that wait leave the cores,
+# which several processes share, to others.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
