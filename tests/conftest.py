@@ -38,7 +38,8 @@ def pytest_configure(config) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """One process on a machine with a GPU, whose memory tests measure; else one a core, up to eight."""
-    return 0 if torch.cuda.is_available() else min(len(os.sched_getaffinity(0)), 8)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 0 if torch.cuda.is_available() else min(cores, 8)
 
 
 @pytest.hookimpl(optionalhook=True)
