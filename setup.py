@@ -5,18 +5,20 @@ torch. One ninja file runs all compilers in parallel and recompiles only what ch
 
     BAM_KERNELS_BUILD     auto (default: CUDA when nvcc is found), cpu, cuda, or none (no extension: the reference
                           and the Triton kernels still work)
-    TORCH_CUDA_ARCH_LIST  CUDA architectures, as torch writes them; default 8.0+PTX, 9.0a, 10.0a as nvcc knows them
-    CUDA_HOME, CXX        where to find nvcc; the C++ compiler
-    MAX_JOBS              compilers at once; default: one a core
+    TORCH_CUDA_ARCH_LIST  CUDA architectures in torch's notation; default: those of 8.0+PTX, 9.0a, 10.0a that nvcc knows
+    CUDA_HOME             CUDA toolkit that has nvcc
+    CXX                   C++ compiler
+    MAX_JOBS              largest number of compilers at work at once; default: one per core
     BAM_KERNELS_BOUNDED_WAITS
-                          1: CUDA kernels that wait in vain for a second say where and end with an error, to find a
-                          hang; slower. Its objects lie apart from those of other builds
-    BAM_KERNELS_DEFINES   constants of csrc/cuda/cuda.h to try, e.g. "BAM_THREADS=256 BAM_STAGES=6"
+                          1, for finding hangs: a CUDA kernel that waits in vain for a second says where and ends with
+                          an error. Kernels are slower; their objects have a build folder of their own
+    BAM_KERNELS_DEFINES   constants of csrc/cuda/cuda.h to set, e.g. "BAM_THREADS=256 BAM_STAGES=6"
 
-The last two are errors where no CUDA kernels are built.
-Objects are kept in build/, or where `build_ext --build-temp` says; `--build-lib` says where the extension goes. At run
-time BAM_KERNELS_EXTENSION=FILE loads another build of it than the one that lies in the package, or is an ImportError:
-benchmarks/gpu/build.py makes several.
+BAM_KERNELS_BOUNDED_WAITS and BAM_KERNELS_DEFINES are errors in a build without CUDA kernels.
+Objects are kept in build/, or where `build_ext --build-temp` says; `--build-lib` says where the extension goes.
+
+At run time, BAM_KERNELS_EXTENSION=FILE loads FILE instead of the extension in the package; if that fails, it is an
+ImportError. benchmarks/gpu/build.py builds several such files.
 """
 
 import os
@@ -70,7 +72,7 @@ def bounded_waits() -> bool:
 
 
 def defines() -> str:
-    """Flags of the compilers for the constants that are to be tried."""
+    """Compiler flags that set the constants in BAM_KERNELS_DEFINES."""
     asked = os.environ.get("BAM_KERNELS_DEFINES", "").split()
     known = constants_to_try() if asked else []
     for one in asked:
@@ -82,12 +84,12 @@ def defines() -> str:
 
 
 def constants_to_try() -> list[str]:
-    """Names in csrc/cuda/cuda.h that a build may define."""
+    """Names of the constants in csrc/cuda/cuda.h that BAM_KERNELS_DEFINES may set."""
     return re.findall(r"^#ifndef (BAM_\w+)$", (ROOT / "csrc" / "cuda" / "cuda.h").read_text(), re.MULTILINE)
 
 
 def refuse_cuda_options(why: str) -> None:
-    """Exit where an option of the CUDA kernels is set for a build that has none."""
+    """Exit with an error if an option of CUDA kernels is set. `why` says why this build has no such kernels."""
     for name, asked in (("BAM_KERNELS_BOUNDED_WAITS", bounded_waits()), ("BAM_KERNELS_DEFINES", defines())):
         if asked:
             sys.exit(f"{name} is for CUDA kernels, and this build has none: {why}")
@@ -104,7 +106,7 @@ def find_nvcc() -> Path | None:
 
 
 def nvcc_home(nvcc: Path) -> Path:
-    """The toolkit's root, from nvcc itself: `nvcc` may be a wrapper that lies elsewhere."""
+    """Root folder of the CUDA toolkit, as nvcc prints it: the file `nvcc` may be a wrapper outside the toolkit."""
     dry_run = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True)
     for line in dry_run.stderr.splitlines():
         if line.startswith("#$ TOP="):
@@ -113,7 +115,7 @@ def nvcc_home(nvcc: Path) -> Path:
 
 
 def cuda_architectures(nvcc: Path) -> list[str]:
-    """Architectures in torch's notation, e.g. 8.0+PTX or 9.0a."""
+    """CUDA architectures to compile for, in torch's notation, e.g. 8.0+PTX or 9.0a."""
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
     if asked:
         return asked.replace(";", " ").split()
@@ -131,7 +133,7 @@ def gencode(architecture: str) -> list[str]:
 
 
 class NinjaBuild(build_ext):
-    """Writes build.ninja, runs it, and says what to do when a command fails."""
+    """Build step that writes build.ninja, runs it, and says what to do if a command fails."""
 
     def finalize_options(self) -> None:
         self.asked_temp = self.build_temp  # None without --build-temp
@@ -180,7 +182,7 @@ class NinjaBuild(build_ext):
             for isa, (lanes, machine) in self.isas().items():
                 more = f"{self.openmp_flags()} {machine} -DBAM_ISA={isa} -DBAM_LANES={lanes}"
                 if isa == "avx512":
-                    more += " -Wno-maybe-uninitialized -Wno-uninitialized"  # gcc 12's own headers
+                    more += " -Wno-maybe-uninitialized -Wno-uninitialized"  # false alarms in gcc 12's headers
                 objects += [self.cpu_object(w, source / "cpu" / f"{k}.cpp", f"{k}.{isa}", more) for k in CPU_KERNELS]
             bindings, link = self.binding_flags(), self.openmp_flags()
             if nvcc:
@@ -207,14 +209,14 @@ class NinjaBuild(build_ext):
 
     @staticmethod
     def openmp_flags() -> str:
-        """Plain -fopenmp shares one runtime with torch. Apple's compiler has none: one thread there."""
+        """Plain -fopenmp shares torch's OpenMP runtime. Apple's compiler has no OpenMP: one thread there."""
         return "" if sys.platform == "darwin" else "-fopenmp"
 
     @staticmethod
     def binding_flags() -> str:
         import pybind11
 
-        # Only these files see pybind11: with build isolation its path changes at every install.
+        # Only the bindings see pybind11's path: isolated builds change it, and all that see it are recompiled.
         return f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}"
 
     @staticmethod

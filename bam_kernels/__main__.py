@@ -1,4 +1,7 @@
-"""The doctor: what is installed, what was built, and whether every backend that can run here agrees with the spec."""
+"""Print what is installed and built, and check each backend against the reference: `python -m bam_kernels`.
+
+Exit status 0 if every backend that can run on this machine agrees with the float64 reference.
+"""
 
 import platform
 import sys
@@ -22,18 +25,18 @@ def main() -> int:
     architectures = cuda.architectures()
     print(f"CUDA build  {'for ' + architectures if architectures else 'no'}")
     print(f"CPU         {_cpu_line()}")
-    for device in map(cuda.found_device, range(cuda.device_count())):
+    for device in map(cuda.query_device, range(cuda.device_count())):
         capability = "".join(map(str, device.capability))
         print(f"GPU         {device.name}, sm_{capability}, {device.memory_bytes >> 20} MiB; {device.forms()}")
     print("\nbackend     against the float64 reference (relative error of the gradient)")
-    agreed = [
+    verdicts = [
         _report("reference", None, "cpu", reference.bam_loss),
         _report("cpu", cpu.unavailable(), "cpu", partial(bam_loss, backend="cpu")),
-        _report("triton", _without_gpu(triton), "cuda", partial(bam_loss, backend="triton")),
-        _report("cuda", _without_gpu(cuda), "cuda", partial(bam_loss, backend="cuda")),
+        _report("triton", _gpu_unavailable(triton), "cuda", partial(bam_loss, backend="triton")),
+        _report("cuda", _gpu_unavailable(cuda), "cuda", partial(bam_loss, backend="cuda")),
     ]
-    print("\nall backends that can run here agree" if all(agreed) else "\nA BACKEND DISAGREES WITH THE REFERENCE")
-    return 0 if all(agreed) else 1
+    print("\nall backends that can run here agree" if all(verdicts) else "\nA BACKEND DISAGREES WITH THE REFERENCE")
+    return 0 if all(verdicts) else 1
 
 
 def _version(name: str) -> str:
@@ -49,14 +52,14 @@ def _cpu_line() -> str:
     return f"{torch.get_num_threads()} threads, instruction set {cpu.kernels().isa}"
 
 
-def _without_gpu(backend: Any) -> str | None:
-    """Why a GPU's backend cannot run here, or None."""
+def _gpu_unavailable(backend: Any) -> str | None:
+    """Reason why a GPU backend cannot run on this machine, or None."""
     reason = backend.unavailable(torch.device("cuda"))
     return reason or (None if torch.cuda.is_available() else "torch sees no GPU")
 
 
 def _report(name: str, unavailable: str | None, device: str, loss: Callable[..., Any]) -> bool:
-    """Print one backend's line; True unless it ran and was wrong."""
+    """Print the line of one backend. Returns False only if the backend ran and its gradient was wrong."""
     if unavailable:
         print(f"{name:<12}cannot run here: {unavailable}")
         return True
@@ -67,10 +70,12 @@ def _report(name: str, unavailable: str | None, device: str, loss: Callable[...,
 
 
 def _gradient_error(loss: Callable[..., Any], with_teacher: bool, device: str) -> float:
-    """|dz - dz_reference| / |dz_reference| of a small problem in float32, the truth in float64."""
-    drawn = partial(torch.randn, generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float32, device="cpu")
-    student = drawn(4, 24, 40).to(device)
-    teacher = drawn(2, 24, 40).to(device) if with_teacher else None
+    """Relative error |dz - dz_ref| / |dz_ref| of a small float32 problem; dz_ref is the reference in float64."""
+    embeddings = partial(
+        torch.randn, generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float32, device="cpu"
+    )
+    student = embeddings(4, 24, 40).to(device)
+    teacher = embeddings(2, 24, 40).to(device) if with_teacher else None
     exact = student.double().requires_grad_()
     exact_loss: Any = reference.bam_loss(exact, teacher.double() if teacher is not None else None)
     (expected,) = torch.autograd.grad(exact_loss, exact)

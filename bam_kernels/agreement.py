@@ -1,4 +1,7 @@
-"""Checks whose failure on one rank is told to the others, which would otherwise wait for it."""
+"""Check input on every rank, and report one rank's error to all ranks.
+
+Without the report the other ranks would wait in a collective for the rank that failed.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,10 +17,11 @@ from .ranks import Ranks, ranks_named, ranks_of
 
 
 @contextmanager
-def told(operation: str, group: Any, x: Any) -> Iterator[None]:
-    """Check arguments in the block; the other ranks of `group`, who wait for this one, are told of an error first.
+def share_errors_with_ranks(operation: str, group: Any, x: Any) -> Iterator[None]:
+    """Report a ValueError or TypeError raised in the block to all ranks of `group`, then raise it here.
 
-    x: the tensor whose device the ranks would have met on. On GPUs they do not meet at every call, so nothing is said.
+    x: the tensor whose device the ranks communicate on. Nothing is reported for tensors on GPUs, where ranks do not
+    compare headers at every call.
     """
     try:
         yield
@@ -30,13 +34,16 @@ def told(operation: str, group: Any, x: Any) -> Iterator[None]:
 
 
 @contextmanager
-def agreed(ranks: Ranks | Exchanges, operation: str, values: dict[str, Any], device: torch.device) -> Iterator[None]:
-    """Check this rank's input in the block; the other ranks are told of an error before it is raised here.
+def agree_with_ranks(
+    ranks: Ranks | Exchanges, operation: str, values: dict[str, Any], device: torch.device
+) -> Iterator[None]:
+    """Check this rank's input in the block, then compare `values` with all ranks.
 
-    Raises: ValueError, TypeError; NonFinite, on all ranks, only where values have non_finite="nan": the caller's answer
-    is NaN then.
+    An error of the block is reported to all ranks before it is raised here.
+    Raises: ValueError, TypeError. With values["non_finite"] = "nan", non-finite input raises NonFinite on all ranks,
+    and the caller returns NaN.
     """
-    if torch.compiler.is_compiling():  # what is compiled compares when it runs: exchanges.py
+    if torch.compiler.is_compiling():  # a compiled function compares when it runs: exchanges.py
         yield
         return
     try:

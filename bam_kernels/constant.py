@@ -1,4 +1,4 @@
-"""Constants of the process, for torch.compile."""
+"""Functions whose result torch.compile may keep as a constant of the graph."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -9,8 +9,9 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def constant_in_graphs(function: Function) -> Function:
     """Have torch.compile call `function` while it traces, and keep the result.
 
-    For what it cannot trace, such as functions of the extension. Does what torch.compiler.assume_constant_result does,
-    which imports the whole compiler: twice the time of torch.
+    For functions that cannot be traced, such as functions of the extension. Equal to
+    torch.compiler.assume_constant_result, which is not used because it imports the whole compiler: importing torch
+    then takes twice as long.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function

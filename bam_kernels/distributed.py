@@ -1,8 +1,10 @@
-"""Ranks that are the processes of a torch.distributed group: gloo on CPUs, NCCL on GPUs, the same code. Over gloo
-ranks may share a GPU: what neighbours send to each other then goes through host memory.
+"""Ranks that are the processes of a torch.distributed group: gloo on CPUs, NCCL or gloo on GPUs.
 
-Keys travel round a ring in blocks of one rank, so that a product can start with each block that has arrived while the
-next is under way, and key gradients travel round it adding up: each rank talks to its two neighbours, whatever W is.
+Over gloo, ranks may share a GPU; messages between neighbours then go through host memory.
+
+All-gather and reduce-scatter are rings: each rank sends to its right neighbour and receives from its left neighbour,
+whatever W is. Keys travel in blocks of one rank, so that a product can start with each block that has arrived while the
+next block is under way. Key gradients are added up on their way round the ring.
 """
 
 import os
@@ -20,14 +22,14 @@ CHECK_EVERY_CALL = "BAM_KERNELS_CHECK_RANKS"
 
 
 class GroupRanks:
-    """The ranks of one process group. Raises: RuntimeError naming the exchange that failed."""
+    """Collectives over one process group. Raises: RuntimeError naming the exchange that failed."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group = ref(group)  # who destroys it may rely on its threads having ended
+        self._group = ref(group)  # weak: destroying a group ends its threads only if nobody else holds the group
         self.W, self.rank, self.name = group.size(), group.rank(), f"group-{group.group_name}"
         self._left = dist.get_global_rank(group, (self.rank - 1) % self.W)
         self._right = dist.get_global_rank(group, (self.rank + 1) % self.W)
-        self._agreed: set[bytes] = set()
+        self._agreed_kinds: set[bytes] = set()
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -37,55 +39,58 @@ class GroupRanks:
         return group
 
     def agree(self, header: Header, device: torch.device) -> None:
-        """On CPUs at every call; on GPUs, where reading the answer waits for the device, once for a kind of header."""
+        """Compare headers of all ranks: on CPUs at every call, on GPUs once for each kind of header.
+
+        On GPUs, reading the gathered headers waits for the device; BAM_KERNELS_CHECK_RANKS=1 compares at every call.
+        """
         encoded, kind = header.encoded(), header.kind()
         every_call = device.type == "cpu" or os.environ.get(CHECK_EVERY_CALL) == "1"
-        if kind in self._agreed and not every_call:
+        if kind in self._agreed_kinds and not every_call:
             return
         own = torch.frombuffer(bytearray(encoded), dtype=torch.uint8).to(device)
         whole = own.new_empty(self.W * HEADER_BYTES)
-        with self._told(f"{header.operation}: comparing the problem"):
-            # The second is the first's name before torch 2.14.
+        with self._explain_failure(f"{header.operation}: comparing the problem"):
+            # Before torch 2.14, all_gather_single is called all_gather_into_tensor.
             all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
             all_gather(whole, own, group=self.group)
         header.check([bytes(row) for row in whole.view(self.W, HEADER_BYTES).tolist()])
         if not every_call:
-            self._agreed.add(kind)
+            self._agreed_kinds.add(kind)
 
     def gather(self, own: Tensor, as_sent: Callable[[Tensor], Tensor]) -> Iterator[tuple[int, Tensor]]:
-        """Step t passes the block of rank - t on to the right while it is used here."""
+        """Ring all-gather: step t sends the block of rank - t to the right while the caller uses the block."""
         block, n = own.contiguous(), len(own)
         for step in range(self.W):
             arriving = torch.empty_like(block) if step < self.W - 1 else None
-            with self._told("gathering keys"):
+            with self._explain_failure("gathering keys"):
                 pending = self._exchange(block, arriving) if arriving is not None else []
             yield (self.rank - step) % self.W * n, block
-            with self._told("gathering keys"):
+            with self._explain_failure("gathering keys"):
                 _wait(pending)
             if arriving is not None:
                 block = arriving
 
     def sum(self, x: Tensor, meanwhile: Callable[[], None] | None = None) -> Tensor:
-        with self._told("adding up columns"):
+        with self._explain_failure("adding up columns"):
             pending = dist.all_reduce(x, group=self.group, async_op=True)
         if meanwhile is not None:
             meanwhile()
-        with self._told("adding up columns"):
+        with self._explain_failure("adding up columns"):
             _wait([pending])
         return x
 
     def max(self, x: Tensor) -> Tensor:
-        with self._told("comparing columns"):
+        with self._explain_failure("comparing columns"):
             dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.group)
         return x
 
     def scatter(self, part: Callable[[int], Tensor]) -> Tensor:
-        """The sum for rank r starts at r + 1 and gains each rank's part on its way round to r."""
+        """Ring reduce-scatter: the sum for rank r starts at rank r + 1 and gains each rank's part on its way to r."""
         arriving: Tensor | None = None
         pending: list[_Pending] = []
         for step in range(self.W):
             total = part((self.rank - 1 - step) % self.W)
-            with self._told("adding up key gradients"):
+            with self._explain_failure("adding up key gradients"):
                 _wait(pending)
                 if arriving is not None:
                     total += arriving
@@ -95,23 +100,23 @@ class GroupRanks:
         return total
 
     def _exchange(self, right: Tensor, left: Tensor) -> "list[_Pending]":
-        """Send a tensor to the right neighbour, receive one from the left."""
-        if self._through_host(right.device):
+        """Start to send `right` to the right neighbour and to receive `left` from the left neighbour."""
+        if self._needs_host_copy(right.device):
             received = torch.empty_like(left, device="cpu")
-            return [_FromHost(self._pass(right.to("cpu", copy=True), received), received, left)]
-        return [*self._pass(right, left)]
+            return [_HostTransfer(self._send_and_receive(right.to("cpu", copy=True), received), received, left)]
+        return [*self._send_and_receive(right, left)]
 
-    def _pass(self, right: Tensor, left: Tensor) -> list[dist.Work]:
+    def _send_and_receive(self, right: Tensor, left: Tensor) -> list[dist.Work]:
         send = dist.P2POp(dist.isend, right, self._right, self.group)
         receive = dist.P2POp(dist.irecv, left, self._left, self.group)
         return dist.batch_isend_irecv([send, receive])
 
-    def _through_host(self, device: torch.device) -> bool:
-        """gloo reduces and gathers tensors of any device, but it sends and receives those of the CPU alone."""
+    def _needs_host_copy(self, device: torch.device) -> bool:
+        """Whether messages go through host memory: gloo sends and receives CPU tensors only."""
         return device.type != "cpu" and self.group._get_backend(device).name() == "gloo"
 
     @contextmanager
-    def _told(self, doing: str) -> Iterator[None]:
+    def _explain_failure(self, doing: str) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:
@@ -121,8 +126,8 @@ class GroupRanks:
             ) from error
 
 
-class _FromHost:
-    """What is under way between copies in host memory; the one that arrives is copied to the device at its end."""
+class _HostTransfer:
+    """A pending exchange of copies in host memory; `wait` copies the received tensor to its destination."""
 
     def __init__(self, works: list[dist.Work], received: Tensor, destination: Tensor) -> None:
         self._works, self._received, self._destination = works, received, destination
@@ -133,7 +138,7 @@ class _FromHost:
         self._destination.copy_(self._received)
 
 
-_Pending = dist.Work | _FromHost
+_Pending = dist.Work | _HostTransfer
 
 
 def _wait(pending: list[_Pending]) -> None:

@@ -1,5 +1,7 @@
-"""What the reference exchanges with other ranks, as operators: autograd differentiates them, more than once, and
-torch.compile traces them. Letters are those of layout.py.
+"""Collectives of the reference as torch operators: gather, scatter and all-reduce.
+
+Autograd differentiates gather and scatter any number of times, and torch.compile traces them.
+layout.py defines the dimension letters.
 """
 
 from dataclasses import dataclass
@@ -9,56 +11,60 @@ import torch
 from torch import Tensor
 
 from .header import SCHEDULED, Header
-from .operators import as_tensor, define, differentiable
+from .operators import as_tensor, define, make_differentiable
 from .options import check_positive
 from .ranks import ONE_RANK, ranks_named
 
 
 @dataclass(frozen=True)
 class Exchanges:
-    """Exchanges of this process with all W ranks, of which it is `rank`; `name` is the name `ranks_of` returned."""
+    """Collectives of this process, rank `rank` of W; `name` is the name that `ranks_of` returned."""
 
     W: int
     rank: int
     name: str
 
     def agree(self, header: Header, device: torch.device) -> None:
-        """Return if all ranks have the same header and none has a fault. Raises: ValueError saying what differs."""
+        """Compare headers of all ranks. Raises: ValueError if one reports an error or headers differ, saying what."""
         ranks_named(self.name).agree(header, device)
 
     def gather(self, own: Tensor, operation: str, problem: dict[str, Any]) -> Tensor:
-        """(N, D) in gathered order from (n, D); its gradient is scattered and summed over the ranks.
+        """All-gather: keys (N, D) of all ranks, in gathered order, from this rank's keys (n, D).
 
-        problem: what must be equal on all ranks, and has been compared; a compiled function checks and compares it here
-        at every call.
+        The gradient of the result is scattered to the ranks and summed over them.
+        problem: options and shapes that must be equal on all ranks. In eager mode the caller has compared them; a
+        compiled function compares them here, at every call.
         """
         world = [self.W, self.rank]
         if not torch.compiler.is_compiling():
             return own if self.W == 1 else _differentiable_gather(own, _no_numbers(), "", world, self.name)
-        apart = (*SCHEDULED, "one sum", "B")  # numbers that follow from these or from the keys' shape
-        text = ", ".join(f"{key}={value}" for key, value in problem.items() if key not in apart)
+        excluded = (*SCHEDULED, "one sum", "B")  # sent as numbers, or following from them or from the keys' shape
+        text = ", ".join(f"{key}={value}" for key, value in problem.items() if key not in excluded)
         numbers = as_tensor(*(problem[key] for key in SCHEDULED if key in problem))
         return _differentiable_gather(own, numbers, f"{operation}: {text}", world, self.name)
 
     def sum(self, x: Tensor) -> Tensor:
-        """Sum over the ranks, without gradient."""
+        """Sum of x over the ranks, without gradient."""
         return x if self.W == 1 else _all_reduce(x, "sum", [self.W, self.rank], self.name)
 
     def max(self, x: Tensor) -> Tensor:
-        """Maximum over the ranks, without gradient."""
+        """Maximum of x over the ranks, without gradient."""
         return x if self.W == 1 else _all_reduce(x, "max", [self.W, self.rank], self.name)
 
 
 ALONE = Exchanges(1, 0, ONE_RANK.name)
 
 
-# Arguments of all operators below: `world` is [W, rank] when the function was compiled, or the autograd graph made;
-# `name` is what `ranks_named` finds the ranks by.
+# Arguments of all operators below: `world` is [W, rank] at the time the function was compiled or the autograd graph was
+# recorded; `name` is the name that `ranks_named` looks up.
 
 
 def _gather_impl(own: Tensor, numbers: Tensor, problem: str, world: list[int], name: str) -> Tensor:
-    """All ranks' rows. First `numbers`, the options of SCHEDULED, are checked, and they and `problem` are compared
-    between ranks; problem "": neither."""
+    """All-gather this rank's rows (n, D) into (N, D), in gathered order.
+
+    Before it, the scheduled options `numbers` are checked, and `numbers` and `problem` are compared between ranks.
+    problem "": nothing is checked or compared.
+    """
     ranks = ranks_named(name, *world)
     if problem:
         operation, _, text = problem.partition(": ")
@@ -75,7 +81,7 @@ def _gather_impl(own: Tensor, numbers: Tensor, problem: str, world: list[int], n
 
 
 def _scatter_impl(whole: Tensor, world: list[int], name: str) -> Tensor:
-    """(n, D): this rank's rows of each rank's (N, D), summed over the ranks."""
+    """Reduce-scatter: (n, D), the sum over ranks of this rank's block of their tensors `whole` (N, D)."""
     blocks = whole.chunk(world[0])
     return ranks_named(name, *world).scatter(lambda r: blocks[r].clone(memory_format=torch.contiguous_format))
 
@@ -88,7 +94,7 @@ def _all_reduce_impl(x: Tensor, operation: str, world: list[int], name: str) -> 
 
 def _keep_ranks(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.world_and_name = inputs[-2:]
-    ctx.ranks = ranks_named(inputs[-1])  # which a name alone would not keep until the backward pass
+    ctx.ranks = ranks_named(inputs[-1])  # holds the ranks until the backward pass, which their name does not
 
 
 def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -126,5 +132,5 @@ _all_reduce = define(
     _all_reduce_impl,
     lambda x, operation, world, name: torch.empty_like(x, memory_format=torch.contiguous_format),
 )
-_differentiable_gather = differentiable(_gather, _gather_backward, _keep_ranks, jvp=_gather_jvp)
-_differentiable_scatter = differentiable(_scatter, _scatter_backward, _keep_ranks, jvp=_scatter_jvp)
+_differentiable_gather = make_differentiable(_gather, _gather_backward, _keep_ranks, jvp=_gather_jvp)
+_differentiable_scatter = make_differentiable(_scatter, _scatter_backward, _keep_ranks, jvp=_scatter_jvp)

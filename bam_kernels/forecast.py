@@ -1,4 +1,7 @@
-"""Memory, messages and time of one step on W ranks, on paper. Letters are those of layout.py."""
+"""Forecast of memory, messages and time of one step on W ranks, from formulas alone.
+
+layout.py defines the dimension letters.
+"""
 
 import sys
 from dataclasses import dataclass
@@ -12,8 +15,8 @@ from .engine.cost import (
     Problem,
     Rates,
     choose_engine,
-    flash_can,
     flash_seconds,
+    flash_supports,
     slab_seconds,
     slabs_of,
 )
@@ -27,7 +30,7 @@ from .precision import LEAST_EPSILON_OF_ONE_SUM
 
 @dataclass(frozen=True)
 class Message:
-    """What each rank gives to one kind of exchange: how many times, and bytes in all."""
+    """One kind of exchange: how many times each rank sends, and the bytes it sends in all."""
 
     exchange: str
     count: int
@@ -36,9 +39,10 @@ class Message:
 
 @dataclass(frozen=True)
 class Forecast:
-    """One rank's share. memory: bytes by purpose, beyond its own input; seconds: by purpose, none beside another.
+    """Forecast of one step for one rank.
 
-    slabs: how the slab engine holds the scores; the flash engine holds none.
+    memory: bytes by purpose, without the rank's input. seconds: by purpose, each as if nothing overlapped.
+    slabs: how the slab engine holds the scores; None for the flash engine, which holds none.
     """
 
     layout: Layout
@@ -54,8 +58,12 @@ class Forecast:
 
     @property
     def step_s(self) -> float:
-        """With what overlaps in the slab engine: keys arrive behind score products, column sums behind a teacher's
-        source products, key gradients leave behind the products that make them."""
+        """Seconds of the step, with the overlaps of the slab engine.
+
+        - The gather of keys overlaps with score products.
+        - The all-reduce of column sums overlaps with source products, if there is a teacher.
+        - The scatter of key gradients overlaps with the products that make them.
+        """
         s = self.seconds
         if self.slabs is None:
             return sum(s.values())
@@ -71,8 +79,8 @@ class Forecast:
 
     def __str__(self) -> str:
         x = self.layout
-        held = "none held" if self.slabs is None else "kept" if self.slabs.cached else "made again"
-        lines = [f"M={x.M} N={x.N} D={x.D} W={x.W}, {self.engine} engine, scores {held}"]
+        storage = "none held" if self.slabs is None else "kept" if self.slabs.cached else "made again"
+        lines = [f"M={x.M} N={x.N} D={x.D} W={x.W}, {self.engine} engine, scores {storage}"]
         lines += [f"  {name:<20}{bytes_ / 1e6:>12.1f} MB" for name, bytes_ in self.memory.items()]
         lines += [f"  {'together':<20}{self.total_bytes / 1e6:>12.1f} MB"]
         lines += [f"  {m.exchange:<20}{m.count:>6} x {m.bytes / max(m.count, 1) / 1e6:.3f} MB" for m in self.messages]
@@ -100,18 +108,23 @@ def plan(
     engine: str = "slab",
     rates: Rates = H200,
 ) -> Forecast:
-    """What one step of `bam_loss` takes on each of `ranks` ranks: memory, messages, and time at the rates given.
+    """Forecast memory, messages and time of one step of `bam_loss` on each of `ranks` ranks. Nothing is run.
 
-    views           V student views of each of `images` images per rank, `features` features
-    teacher_views   R, 0: no teacher
-    memory_budget   bytes for scores; None: as much as is needed to keep them
-    sixteen_bit     rows and keys in fp16, scores in 16-bit fixed point, as the kernels for GPUs have them for 16-bit
-                    input; else float32, as on the CPU
-    engine          slab | flash | auto, the one that takes less time at these rates, as backend="triton" chooses
-    rates           of the machine and its links
+    views           V, student views of each image
+    images          B, images per rank
+    features        D, features of an embedding
+    ranks           W
+    teacher_views   R; 0: no teacher
+    target_views, key_views, target_rows, iterations, epsilon, top_k, regather: as in `bam_loss`
+    memory_budget   bytes for scores; None: as many as are needed to keep them
+    needs_grad      with the gradient
+    sixteen_bit     True: fp16 rows and keys, 16-bit fixed-point scores, as on GPUs for 16-bit input; False: all in
+                    float32, as on the CPU
+    engine          slab | flash | auto: the engine that takes less time at these rates, as backend="triton" chooses
+    rates           speed of the machine and its links
 
-    Messages follow exactly from the arguments; memory to the allocator's rounding and libraries' own buffers; time is
-    a sum of quotients of work and rates, without launch times.
+    Messages are exact. Memory is exact up to the allocator's rounding and buffers inside libraries. Time is work
+    divided by rates, without launch times.
     Raises: ValueError, TypeError as `bam_loss`.
     """
     options = Options(
@@ -143,7 +156,7 @@ def plan(
         engine = choose_engine(x, top_k, budget, cpu, rates)
     messages = _messages(x, epsilon)
     if engine == "flash":
-        if not flash_can(layout, top_k, regather):
+        if not flash_supports(layout, top_k, regather):
             raise ValueError(f'plan: engine="flash" cannot compute D={features}, {top_k=}, {regather=}')
         return Forecast(layout, engine, None, _flash_memory(x), messages, flash_seconds(x, rates))
     slabs = slabs_of("plan", x, budget, cpu)
@@ -154,15 +167,15 @@ def _common_memory(x: Problem) -> dict[str, int]:
     layout = x.layout
     n = layout.T * layout.B
     sent = sent_columns(layout.D, x.sixteen_bit)
-    # A block that is used and one that arrives; in 16 bit what is sent is not what is read here.
+    # One block in use and one arriving; in 16 bit, also this rank's keys packed for sending.
     arriving = (2 + x.sixteen_bit) * n * sent if layout.W > 1 else 0
-    if layout.W == 1 and x.sixteen_bit:  # the keys are some of the rows
-        held = 0
+    if layout.W == 1 and x.sixteen_bit:  # the keys are a view of the rows
+        key_rows = 0
     else:
-        held = (n if x.regather and layout.W > 1 else layout.N) * layout.D
+        key_rows = (n if x.regather and layout.W > 1 else layout.N) * layout.D
     return {
         "unit rows": (layout.M + layout.R * layout.B) * layout.D * x.key_bytes,
-        "keys": (held + arriving) * x.key_bytes,
+        "keys": (key_rows + arriving) * x.key_bytes,
         "potentials": 8 * (layout.N + layout.M + layout.R * layout.B) * FLOAT_BYTES,
     }
 
@@ -188,7 +201,7 @@ def _flash_memory(x: Problem) -> dict[str, int]:
 
 
 def _partials(own: int, others: int, times: int, x: Problem) -> int:
-    """How many sums of a gradient's rows there are: of each chunk of the rows that are summed over, and of all."""
+    """Buffers for a gradient's sum: one per chunk of the rows summed over, and one for the total if chunks > 1."""
     tile = flash_tile(own, others, x.layout.D, wide=True, sixteen_bit=x.sixteen_bit)
     tiles = -(-own // tile.block_m) * -(-x.layout.D // tile.block_out) * times
     chunks, _ = split(tiles, others, tile.block_n)
@@ -203,7 +216,7 @@ def _messages(x: Problem, epsilon: float) -> tuple[Message, ...]:
     key_block = n * sent_columns(layout.D, x.sixteen_bit) * x.key_bytes
     maximum = int(epsilon < LEAST_EPSILON_OF_ONE_SUM)
     gathers = 1 + (x.regather and x.needs_grad)
-    # The first sum of columns is in float64.
+    # The first all-reduce of column sums is in float64.
     sums = 2 * FLOAT_BYTES * layout.N + (x.iterations - 1 + maximum) * FLOAT_BYTES * layout.N
     messages = [
         Message("header", 1, HEADER_BYTES),

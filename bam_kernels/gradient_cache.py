@@ -1,4 +1,4 @@
-"""The exact gradient of a loss over a batch that is embedded in parts: the memory of one part, the objective of all.
+"""Exact gradient of a contrastive loss over many micro-batches, with the activation memory of a single micro-batch.
 
 V views, b images in a micro-batch, B images in all micro-batches of this rank, D features.
 """
@@ -10,45 +10,54 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .options import plain
-from .parallel_model import buffers_broadcast, buffers_kept, check_number, gradients_kept
+from .options import python_number
+from .parallel_model import broadcast_buffers, check_pass_count, preserve_buffers, skip_gradient_exchange
 
 _OPERATION = "GradientCache"
 
 
 class GradientCache:
-    """Back-propagates criterion(model(whole batch)) with the activations of one micro-batch at a time.
+    """Back-propagate criterion(model(whole batch)) while holding the activations of one micro-batch at a time.
 
         dL/dtheta = Σ_m (dL/dz_m)ᵀ dz_m/dtheta
 
-    Every micro-batch is embedded without a graph; the loss of all embeddings z and its gradient dL/dz follow, over all
-    ranks where the criterion gathers them; then every micro-batch is embedded again, with a graph and with the random
-    numbers it had, and its rows of dL/dz are propagated. Beyond one micro-batch's activations the memory is that of
-    the embeddings and of the criterion; the cost is one more forward pass. A single micro-batch is embedded once.
+    1. Every micro-batch m is embedded without a graph.
+    2. The criterion gives the loss of all embeddings z, over all ranks if it gathers them, and the gradient dL/dz.
+    3. Every micro-batch is embedded again, with a graph and the random numbers of its first pass, and its rows of
+       dL/dz are propagated into the parameters.
+
+    Memory: the activations of one micro-batch, all embeddings, and the memory of the criterion. Cost: one more forward
+    pass. A single micro-batch is embedded once.
 
         cache = GradientCache(model, BAMLoss(return_stats=True))
         loss, stats = cache(micro_batches, step=step)  # adds to .grad, as loss.backward() does
         optimizer.step()
 
-    model      nn.Module. DistributedDataParallel, the model or any module in it, broadcasts buffers once a call, before
-               the first micro-batch, and exchanges gradients once, in the last; a model's own `no_sync` is entered
-               in all others
-    criterion  called once as criterion(z, **options), or criterion(z, y, **options) with a teacher; z (V, B, D), the
-               images in the order of the micro-batches. Returns the loss, or a tuple that begins with it
-    teacher    micro-batch -> (R, b, D) or (R*b, D); called once for each, without gradient
+    model      nn.Module: micro-batch -> (V, b, D) or (V*b, D). DistributedDataParallel (the model or any module in it)
+               broadcasts buffers once a call, before the first micro-batch, and exchanges gradients once, in the last
+               micro-batch. If the model has a `no_sync` of its own, it is entered for all micro-batches but the last
+    criterion  called once as criterion(z, **options), or criterion(z, y, **options) with a teacher; z (V, B, D), images
+               in the order of the micro-batches. Returns the loss, or a tuple whose first element is the loss
+    teacher    micro-batch -> (R, b, D) or (R*b, D); called once per micro-batch, without gradient
     scaler     torch.amp.GradScaler; `scaler.step(optimizer)` and `scaler.update()` stay with the caller
     views      V, needed where the model returns (V*b, D)
 
-    A micro-batch is whatever the model takes, for example a list of crops of two sizes; they may differ in b. Call it
-    inside `torch.autocast` if the model runs so. The buffers and torch's random numbers (dropout, drop-path; not those
-    of `random` or numpy) end as a single pass over the micro-batches leaves them. BatchNorm normalises each micro-batch
-    by its own statistics, SyncBatchNorm by those of one micro-batch of every rank: with them the result depends on the
-    micro-batches' size, with anything per image it does not.
+    A micro-batch is whatever the model takes, for example a list of crops of two sizes; micro-batches may differ in b.
+    If the model runs under `torch.autocast`, call the cache inside `torch.autocast`. After a call, the model's buffers
+    and torch's random state (dropout, drop-path) are as after a single pass over the micro-batches; the generators of
+    `random` and numpy are not restored between the two passes. BatchNorm normalises by the statistics of one
+    micro-batch, SyncBatchNorm by the statistics of one micro-batch of every rank: with either, the result depends on
+    the size of micro-batches. A model without statistics over images gives the result of the whole batch.
 
-    Ranks may have different numbers of micro-batches, except where the model (or the teacher, if a module) exchanges in
-    every pass: SyncBatchNorm in training, sharded parameters (FSDP, DTensor), and, in its first step alone,
-    DistributedDataParallel(static_graph=True), which exchanges gradients in its first micro-batch too, as torch needs.
-    There the ranks compare their numbers at each call, and a difference is an error on all of them.
+    Ranks may have different numbers of micro-batches unless the model (or a teacher that is a module) communicates in
+    every pass. Modules that communicate in every pass:
+    - SyncBatchNorm in training;
+    - sharded parameters (FSDP, DTensor);
+    - DistributedDataParallel(static_graph=True), in its first step alone: torch then exchanges gradients in the first
+      micro-batch too.
+    With such modules the ranks compare their numbers of micro-batches at each call; a difference raises on all ranks.
+
+    Raises: ValueError or TypeError for bad arguments and for outputs of the wrong shape, naming the micro-batch.
 
     Source: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", RepL4NLP 2021.
     """
@@ -62,43 +71,46 @@ class GradientCache:
         *,
         views: int | None = None,
     ) -> None:
-        views = plain(_OPERATION, "views", views)
+        views = python_number(_OPERATION, "views", views)
         if views is not None and (not isinstance(views, int) or views < 1):
             raise ValueError(f"{_OPERATION}: views must be a positive integer or None, got {views!r}")
         self.model, self.criterion, self.teacher, self.scaler, self.views = model, criterion, teacher, scaler, views
 
     def __call__(self, micro_batches: Sequence[Any], **options: Any) -> Any:
-        """Adds the gradient to .grad and returns what criterion(z, **options) does, detached. Raises: ValueError."""
+        """Add the gradient to .grad of the parameters, and return the criterion's result, detached.
+
+        micro_batches: a sequence, read twice. options: keyword arguments for the criterion.
+        """
         if not hasattr(micro_batches, "__len__") or isinstance(micro_batches, Tensor):
-            came = type(micro_batches).__name__
-            raise TypeError(f"{_OPERATION}: micro_batches must be a sequence of micro-batches, read twice; got {came}")
+            got = type(micro_batches).__name__
+            raise TypeError(f"{_OPERATION}: micro_batches must be a sequence of micro-batches, read twice; got {got}")
         if not torch.is_grad_enabled():
             raise ValueError(f"{_OPERATION}: gradients are switched off here (no_grad or inference_mode)")
         models = [model for model in (self.model, self.teacher) if isinstance(model, nn.Module)]
-        check_number(_OPERATION, models, len(micro_batches))
+        check_pass_count(_OPERATION, models, len(micro_batches))
         if len(micro_batches) == 0:
             raise ValueError(f"{_OPERATION}: micro_batches is empty")
-        with buffers_broadcast(self.model):
-            return (self._in_one if len(micro_batches) == 1 else self._in_parts)(micro_batches, options)
+        with broadcast_buffers(self.model):
+            return (self._embed_once if len(micro_batches) == 1 else self._embed_twice)(micro_batches, options)
 
-    def _in_one(self, micro_batches: Sequence[Any], options: dict[str, Any]) -> Any:
-        """One micro-batch, embedded once, with its graph."""
+    def _embed_once(self, micro_batches: Sequence[Any], options: dict[str, Any]) -> Any:
+        """Embed a single micro-batch once, with its graph, and back-propagate its loss."""
         z = self._embed(micro_batches[0], 0)
-        return self._backward_of_loss(z, self._teach(micro_batches[0], 0, z.shape[1]), options)
+        return self._backward_of_loss(z, self._embed_teacher(micro_batches[0], 0, z.shape[1]), options)
 
-    def _in_parts(self, micro_batches: Sequence[Any], options: dict[str, Any]) -> Any:
-        """Several micro-batches, each embedded twice: without a graph for the loss, then with one for the gradient."""
+    def _embed_twice(self, micro_batches: Sequence[Any], options: dict[str, Any]) -> Any:
+        """Embed several micro-batches twice: without a graph for the loss, then with a graph for the gradient."""
         devices = {p.device for p in self.model.parameters() if p.device.type != "cpu"}
-        parts, taught, random = [], [], []
-        with torch.no_grad(), buffers_kept(self.model):
+        parts, teacher_parts, random = [], [], []
+        with torch.no_grad(), preserve_buffers(self.model):
             for m, batch in enumerate(micro_batches):
                 random.append(_random_state(devices))
                 parts.append(self._embed(batch, m))
-                taught.append(self._teach(batch, m, parts[-1].shape[1]))
+                teacher_parts.append(self._embed_teacher(batch, m, parts[-1].shape[1]))
         sizes = [part.shape[1] for part in parts]
-        z = _joined(parts, "model").detach().requires_grad_()
+        z = _join(parts, "model").detach().requires_grad_()
         del parts
-        y = None if self.teacher is None else _joined(taught, "teacher")
+        y = None if self.teacher is None else _join(teacher_parts, "teacher")
         result = self._backward_of_loss(z, y, options)
         if z.grad is None:
             raise ValueError(f"{_OPERATION}: the criterion's loss does not depend on the embeddings")
@@ -107,40 +119,38 @@ class GradientCache:
         dz = z.grad.split(sizes, dim=1)
         for m, batch in enumerate(micro_batches):
             _set_random_state(random[m])
-            with nullcontext() if m == len(micro_batches) - 1 else gradients_kept(self.model):
+            with nullcontext() if m == len(micro_batches) - 1 else skip_gradient_exchange(self.model):
                 z_m = self._embed(batch, m)
                 if not z_m.requires_grad:
                     raise ValueError(f"{_OPERATION}: the model's output for micro-batch {m} has no graph")
                 if z_m.shape != dz[m].shape:
-                    came = f"{tuple(dz[m].shape)}, then {tuple(z_m.shape)}"
-                    raise ValueError(f"{_OPERATION}: two passes over micro-batch {m} gave embeddings of shape {came}")
+                    got = f"{tuple(dz[m].shape)}, then {tuple(z_m.shape)}"
+                    raise ValueError(f"{_OPERATION}: two passes over micro-batch {m} gave embeddings of shape {got}")
                 with torch.autocast(z_m.device.type, enabled=False):
                     z_m.backward(dz[m])
         _set_random_state(end)
         return result
 
     def _embed(self, batch: Any, m: int) -> Tensor:
-        return _by_view(self.model(batch), "model", m, views=self.views)
+        return _check_views(self.model(batch), "model", m, views=self.views)
 
-    def _teach(self, batch: Any, m: int, b: int) -> Tensor | None:
+    def _embed_teacher(self, batch: Any, m: int, b: int) -> Tensor | None:
         if self.teacher is None:
             return None
         with torch.no_grad():
-            return _by_view(self.teacher(batch), "teacher", m, b=b)
+            return _check_views(self.teacher(batch), "teacher", m, b=b)
 
     def _backward_of_loss(self, z: Tensor, y: Tensor | None, options: dict[str, Any]) -> Any:
-        """Back-propagate the (scaled) loss into what z depends on, and the criterion's own parameters."""
+        """Back-propagate the loss, scaled if there is a scaler, into z and the criterion's own parameters."""
         result = self.criterion(z, **options) if y is None else self.criterion(z, y, **options)
         loss = result[0] if isinstance(result, tuple) else result
         if not isinstance(loss, Tensor) or loss.numel() != 1:
-            came = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(
-                f"{_OPERATION}: the criterion must return one number, or a tuple with it first; got {came}"
-            )
+            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"{_OPERATION}: the criterion must return one number, or a tuple with it first; got {got}")
         if not loss.requires_grad:
             raise ValueError(f"{_OPERATION}: the criterion's loss has no graph: nothing to propagate to the model")
         scaled = loss if self.scaler is None else self.scaler.scale(loss)
-        # The derivative of a product that autocast left in float32 is a product in float32 too.
+        # Autocast would round products of the backward pass whose forward product was in float32.
         with torch.autocast(z.device.type, enabled=False):
             scaled.backward()
         if not isinstance(result, tuple):
@@ -148,12 +158,12 @@ class GradientCache:
         return tuple(part.detach() if isinstance(part, Tensor) else part for part in result)
 
 
-def _by_view(out: Any, whose: str, m: int, views: int | None = None, b: int | None = None) -> Tensor:
-    """(V, b, D) from that or (V*b, D), of which views or b must be known; what is known must hold."""
+def _check_views(out: Any, role: str, m: int, views: int | None = None, b: int | None = None) -> Tensor:
+    """Check an output (V, b, D) or (V*b, D) against the known `views` and `b`, and return it as (V, b, D)."""
     if not isinstance(out, Tensor) or out.ndim not in (2, 3) or out.numel() == 0:
-        came = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
-        raise ValueError(f"{_OPERATION}: the {whose} must return (V, b, D) or (V*b, D), got {came}, micro-batch {m}")
-    returned = f"{_OPERATION}: the {whose} returned shape {tuple(out.shape)} for micro-batch {m}"
+        got = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+        raise ValueError(f"{_OPERATION}: the {role} must return (V, b, D) or (V*b, D), got {got}, micro-batch {m}")
+    returned = f"{_OPERATION}: the {role} returned shape {tuple(out.shape)} for micro-batch {m}"
     if out.ndim == 2:
         known = views or b
         if known is None:
@@ -166,13 +176,13 @@ def _by_view(out: Any, whose: str, m: int, views: int | None = None, b: int | No
     return out
 
 
-def _joined(parts: list[Any], whose: str) -> Tensor:
-    """(V, B, D) of all micro-batches."""
+def _join(parts: list[Any], role: str) -> Tensor:
+    """Concatenate the embeddings (V, b, D) of all micro-batches into (V, B, D)."""
     first = parts[0]
     for m, part in enumerate(parts):
         if (part.shape[0], part.shape[2], part.dtype) != (first.shape[0], first.shape[2], first.dtype):
             raise ValueError(
-                f"{_OPERATION}: micro-batches must agree in views, features and dtype; the {whose} returned "
+                f"{_OPERATION}: micro-batches must agree in views, features and dtype; the {role} returned "
                 f"{tuple(first.shape)} {first.dtype} for micro-batch 0, {tuple(part.shape)} {part.dtype} for {m}"
             )
     return torch.cat(parts, dim=1)

@@ -1,7 +1,7 @@
-"""What ranks tell each other before they exchange anything: the problem, and whether one of them cannot take part.
+"""Header that ranks compare before all other messages: the options and shapes of a call, and this rank's error.
 
-Number, order and size of all later messages follow from the header, so ranks that agree cannot wait for each other in
-vain, and ranks that do not are told what differs.
+Number, order and size of all later messages follow from the header. Ranks with equal headers therefore never wait for a
+message that does not come; ranks with different headers raise an error that says what differs.
 """
 
 import json
@@ -19,9 +19,10 @@ class NonFinite(ValueError):
 
 @dataclass(frozen=True)
 class Header:
-    """The operation, what must be equal on all ranks, and this rank's own fault if it has one.
+    """Header of one call.
 
-    non_finite: the fault is NonFinite input.
+    operation: name of the public function. values: options and shapes that must be equal on all ranks.
+    fault: message of this rank's error, or "". non_finite: the error is NonFinite.
     """
 
     operation: str
@@ -30,7 +31,7 @@ class Header:
     non_finite: bool = False
 
     def encoded(self) -> bytes:
-        """JSON in HEADER_BYTES bytes."""
+        """The header as JSON, padded to HEADER_BYTES bytes."""
         fault = self.fault.encode("ascii", "replace").decode()[:FAULT_CHARACTERS]
         fields = {"operation": self.operation, **self.values, "fault": fault, "non-finite": self.non_finite}
         text = json.dumps(fields, separators=(",", ":")).encode()
@@ -38,19 +39,23 @@ class Header:
         return text.ljust(HEADER_BYTES)
 
     def kind(self) -> bytes:
-        """What messages follow from: all but what a schedule may change at every step."""
-        kept = {key: value for key, value in self.values.items() if key not in SCHEDULED}
-        return replace(self, values=kept).encoded()
+        """The header without the scheduled options: it changes only when number, order or size of messages may."""
+        fixed = {key: value for key, value in self.values.items() if key not in SCHEDULED}
+        return replace(self, values=fixed).encoded()
 
     def check(self, encoded: list[bytes]) -> None:
-        """Raise what the ranks' headers tell. This rank's own fault is for the caller to raise. ValueError."""
+        """Raise the first error or difference in `encoded`, the headers of all ranks in rank order.
+
+        Returns if this rank has an error of its own, which the caller raises.
+        Raises: ValueError; NonFinite if non-finite input is the only fault.
+        """
         if (self.fault and not self.non_finite) or all(other == encoded[0] for other in encoded):
             return
         headers = [json.loads(other) for other in encoded]
         faults = [
             (header["non-finite"], rank, header["fault"]) for rank, header in enumerate(headers) if header["fault"]
         ]
-        for non_finite, rank, fault in sorted(faults):  # NaN last: it need not end the run, and a fault does
+        for non_finite, rank, fault in sorted(faults):  # NonFinite last: the caller may go on after it
             if self.fault and non_finite:
                 return
             error = NonFinite if non_finite else ValueError
@@ -60,8 +65,8 @@ class Header:
             for rank, header in enumerate(headers):
                 by_value.setdefault(repr(header.get(key)), []).append(rank)
             if len(by_value) > 1:
-                told = "; ".join(f"{value} on {_ranks_text(ranks)}" for value, ranks in by_value.items())
-                raise ValueError(f"{self.operation}: ranks disagree on {key}: {told}")
+                differences = "; ".join(f"{value} on {_ranks_text(ranks)}" for value, ranks in by_value.items())
+                raise ValueError(f"{self.operation}: ranks disagree on {key}: {differences}")
 
 
 def _ranks_text(ranks: list[int]) -> str:

@@ -5,8 +5,8 @@ W  ranks, r this rank           L  target views (first L)       N = T*B*W  keys 
 D  features                     T  key views (first T)          R  teacher views (0: no teacher)
 
 Rows are view-major: row v*B + i is view v of image i. The public order of columns is view, rank, image:
-column t*(B*W) + r*B + i. Inside the engines columns stay as gathered, rank-major: r*(T*B) + t*B + i; with one
-rank the two orders are the same.
+column t*(B*W) + r*B + i. Inside the engines columns stay in gathered order, rank-major: r*(T*B) + t*B + i.
+With one rank the two orders are equal.
 """
 
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ class Layout:
 
     @property
     def own_columns(self) -> int:
-        """First of this rank's T*B columns in gathered order."""
+        """Index of the first of this rank's T*B columns, in gathered order."""
         return self.rank * self.T * self.B
 
     def view(self, row: int) -> int:
@@ -54,9 +54,9 @@ class Layout:
         return (rank * self.T + view) * self.B + image
 
     def positive_mask(self, rows: int, device: torch.device | str = "cpu") -> Tensor:
-        """(rows, N) bool, public order: True where row v*B + i meets a key of its own image.
+        """Mask (rows, N) bool, columns in public order: True where row v*B + i meets a key of its own image.
 
-        The reference's form of the mask; kernels use the same arithmetic column by column.
+        For the reference; kernels compute the mask column by column with equal arithmetic.
         """
         image = torch.arange(rows, dtype=torch.int64, device=device) % self.B + self.rank * self.B
         column_image = torch.arange(self.N, dtype=torch.int64, device=device) % (self.B * self.W)
@@ -77,7 +77,7 @@ class Layout:
         return columns.view(*shape, self.T, self.W, self.B).transpose(-3, -2).reshape(*shape, self.N)
 
     def target_terms(self, v: int) -> list[int]:
-        """The target views that source view v is matched to: t < L, t != v; view 0 itself where V = 1."""
+        """The target views that source view v is matched to: all t < L with t != v; for V = 1, view 0."""
         return [0] if self.V == 1 else [t for t in range(self.L) if t != v]
 
     @property

@@ -1,6 +1,6 @@
-"""The public loss: argument checks, one torch.library operator, its gradient, and the module.
+"""The functions `bam_loss` and `bam_targets` and the module `BAMLoss`: argument checks, operators, gradient.
 
-Letters are those of layout.py.
+layout.py defines the dimension letters.
 """
 
 import math
@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from . import reference
-from .agreement import told
+from .agreement import share_errors_with_ranks
 from .backends import choose, row_kernels
 from .engine import flash, slab
 from .engine.call import Call
 from .engine.cost import Problem, choose_engine, rates
 from .header import NonFinite
 from .layout import Layout
-from .operators import as_tensor, define, differentiable, not_twice, wants_gradient
-from .options import Options, check_bool, check_positive, options_of, plain
+from .operators import as_tensor, define, make_differentiable, refuse_second_derivative, wants_gradient
+from .options import Options, check_bool, check_positive, options_of, python_number
 from .precision import float32_products, is_sixteen_bit, product_precision
 from .ranks import Ranks, ranks_named, ranks_of
 from .stats import BAMStats
@@ -49,44 +49,52 @@ def bam_loss(
     non_finite: str = "error",
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, BAMStats]:
-    """loss = mean_{t<L} mean_{v != t} mean_i ( -Σ_j P_t,ij log A_v,ij ).
+    """BAM loss: cross entropy between the attention A of each view and the balanced attention P of the other views.
 
-    A = softmax(z kᵀ / temperature) is each view's attention over the images of the global batch; P is the same
-    attention after `iterations` of Sinkhorn normalisation of columns and rows at regularisation epsilon, taken as a
-    constant. z, k are L2-normalised embeddings and keys; a row does not attend to the views of its own image. All V
-    views of the student (all R of a teacher) are rows of the Sinkhorn problem, and only the first L give targets; for
-    V = 1 the view is matched to its own target. A row with a norm below 1e-12 is divided by 1e-12 and gets no gradient.
+        loss = mean_{t<L} mean_{v != t} mean_i ( -Σ_j P_t,ij log A_v,ij )
+
+    A = softmax(z kᵀ / temperature) is the attention of each view over the images of the global batch. P is
+    exp(y kᵀ / epsilon) after `iterations` of Sinkhorn normalisation of columns, then rows; P is a constant of the
+    gradient. z, y and k are L2-normalised: student embeddings, teacher embeddings (or z, see target_rows) and keys. A
+    row does not attend to the views of its own image.
+    All V views of the student (all R views of a teacher) are rows of the Sinkhorn problem, but only the first L views
+    give targets. For V = 1 the view is matched to its own target. A row with a norm below 1e-12 is divided by 1e-12 and
+    gets no gradient.
 
     student         (V*B, D) embeddings, row v*B + i is view v of image i, or (V, B, D); float32, float16, bfloat16, or
                     float64 (reference)
-    teacher         (R*B, D) or (R, B, D), never differentiated; None: the student's own embeddings are the keys
+    teacher         (R*B, D) or (R, B, D), never differentiated: keys, and by default targets, come from its embeddings;
+                    None: they come from the student's embeddings
     views           V; needed for a 2-D student
-    target_views    L, the first L views give targets; default min(V, 2), or min(V, R, 2) with a teacher
-    key_views       T, the first T views are the keys; default L
-    temperature     tau, of the source attention A
+    target_views    L: the first L views give targets; default min(V, 2), or min(V, R, 2) with a teacher
+    key_views       T: the first T views are the keys; default L
+    temperature     tau, the temperature of the source attention A
     epsilon         Sinkhorn regularisation of the target P, at least 1e-6; float32 is accurate down to 1e-3
     iterations      Sinkhorn iterations, columns then rows
-    top_k           keep the k largest columns of each image's mean target, in all its target views, whose rows then sum
-                    to one again; 0, or N and more: all
+    top_k           keep the k largest columns of each image's mean target in all its target views, and normalise the
+                    rows to sum to one; 0, or N and more: keep all
     mask_positives  leave the views of a row's own image out of A and P
-    target_rows     with a teacher, whose rows are balanced: "teacher" or "student"
-    group           torch.distributed process group over whose ranks the batch is spread, with the same number of images
-                    on each; None: the default group where there is one
-    backend         auto | reference | cpu | triton | cuda; auto takes the best that can run here
+    target_rows     with a teacher: rows of the Sinkhorn problem, whose first L views give targets, "teacher" or
+                    "student"
+    group           torch.distributed process group over whose ranks the batch is spread, with an equal number of images
+                    on each rank; None: the default group, or one rank if torch.distributed is not initialised
+    backend         auto | reference | cpu | triton | cuda; auto: cpu for CPU tensors except float64, else reference
     engine          auto | slab | flash (triton only)
-    precision       default | exact (float32 products whatever torch's flags) | fp8 (where a backend has it)
+    precision       default: 16-bit arithmetic on GPUs where the input's type or torch's flags allow it;
+                    exact: float32 products whatever torch's flags; fp8: where a backend has it
     memory_budget   bytes the engine may use for scores; None: a quarter of the memory that is free, 64 MiB at least
-    regather        with several ranks: gather the keys again for the gradient instead of holding them; all scores are
-                    then kept
-    non_finite      on CPUs, where a row is infinite or NaN on some rank: "error", a ValueError; "nan", the loss and the
-                    gradient are NaN, so that a gradient scaler skips the step. On GPUs always NaN
-    return_stats    also return BAMStats
+    regather        with several ranks: do not keep the gathered keys but gather them again for the gradient; all scores
+                    are then kept
+    non_finite      on CPUs, if a row has an infinite or NaN entry on any rank: "error" raises ValueError; "nan" makes
+                    loss and gradient NaN, so that a gradient scaler skips the step. On GPUs always NaN
+    return_stats    return (loss, BAMStats)
 
-    Returns a scalar, float32 (float64 for float64 input): this rank's mean over its own images. The gradient is that
-    of the sum of all ranks' losses by this rank's embeddings, so that the mean over ranks that
-    DistributedDataParallel makes of parameter gradients is the gradient of the mean loss. It is computed with the loss.
-    The kernels have no second derivatives and no forward mode: those are errors; the reference has both, P a constant.
-    Every rank must call, with the same options; ranks that differ raise ValueError.
+    Returns a scalar, float32 (float64 for float64 input): the mean over this rank's images.
+    Gradient: computed together with the loss. With several ranks it is the gradient of the sum of all ranks' losses by
+    this rank's embeddings. DistributedDataParallel averages parameter gradients over ranks, which gives the gradient of
+    the mean loss. The kernels have no second derivatives and no forward mode; asking for one is an error. The reference
+    has both, with P a constant.
+    Ranks: every rank must call, with equal options; ranks that differ raise ValueError.
     Raises: ValueError or TypeError naming the argument, what must hold and what came.
     Source: Shalam and Korman, "Unsupervised Representation Learning by Balanced Self Attention Matching", ECCV 2024.
     """
@@ -114,9 +122,9 @@ def bam_loss(
 def _loss(
     student: Tensor, teacher: Tensor | None, options: Options, return_stats: bool
 ) -> Tensor | tuple[Tensor, BAMStats]:
-    with told("bam_loss", options.group, student):
+    with share_errors_with_ranks("bam_loss", options.group, student):
         options = options.checked("bam_loss")
-        return_stats = plain("bam_loss", "return_stats", return_stats)
+        return_stats = python_number("bam_loss", "return_stats", return_stats)
         check_bool("bam_loss", "return_stats", return_stats)
         layout = options.layout("bam_loss", student, teacher)
         backend = choose("bam_loss", options, student.device, student.dtype, options.engine)
@@ -129,12 +137,14 @@ def _loss(
 
 
 def bam_targets(student: Tensor, teacher: Tensor | None = None, **options: Any) -> Tensor:
-    """The targets P of `bam_loss` with the same options (all but return_stats), without gradient.
+    """Targets P of the BAM loss, without gradient, for inspection and tests.
 
-    Returns (L*B, N) float32 (float64 for float64 input); row t*B + i is target view t of image i; columns in public
-    order: view, rank, image. Every row sums to one.
+    student, teacher, options: as `bam_loss`, without return_stats.
+    Returns P (L*B, N), float32 (float64 for float64 input): row t*B + i is target view t of image i; columns are the
+    keys of all ranks, ordered by view, rank, image. Every row sums to one.
+    Raises: ValueError or TypeError as `bam_loss`.
     """
-    with told("bam_targets", options.get("group"), student):
+    with share_errors_with_ranks("bam_targets", options.get("group"), student):
         resolved = options_of("bam_targets", options)
         layout = resolved.layout("bam_targets", student, teacher)
         backend = choose("bam_targets", resolved, student.device, student.dtype, resolved.engine)
@@ -144,8 +154,8 @@ def bam_targets(student: Tensor, teacher: Tensor | None = None, **options: Any) 
     return _targets_operator(student.detach(), teacher, *_problem("bam_targets", layout, resolved, backend))
 
 
-# What an operator takes beside the tensors: dimensions V, L, T, R, W and this rank; temperature and epsilon; the ranks'
-# name; and the fields of Options that are left, the backend chosen.
+# An operator takes the tensors, the dimensions V, L, T, R, W and this rank, temperature and epsilon, the name of the
+# ranks, and these fields of Options, with the chosen backend.
 _FIELDS = {
     "iterations": "int",
     "top_k": "int",
@@ -162,7 +172,7 @@ _PROBLEM = "SymInt[] dimensions, Tensor scales, str group, " + ", ".join(f"{t} {
 
 
 def _problem(name: str, layout: Layout, options: Options, backend: str) -> tuple[Any, ...]:
-    """Arguments of an operator, in the order in which `_PROBLEM` declares them."""
+    """Arguments of the loss and target operators after the tensors, in the order of `_PROBLEM`."""
     return (
         [layout.V, layout.L, layout.T, layout.R, layout.W, layout.rank],
         as_tensor(options.temperature, options.epsilon),
@@ -175,16 +185,16 @@ def _problem(name: str, layout: Layout, options: Options, backend: str) -> tuple
 def _call(
     name: str, student: Tensor, teacher: Tensor | None, problem: tuple[Any, ...], ranks: Ranks, *, needs_grad: bool
 ) -> Iterator[tuple[Any, Call]]:
-    """The engine and its call, from an operator's arguments; in the block products are set."""
+    """Make the engine and its call from an operator's arguments; in the block, product precision is set."""
     (V, L, T, R, _, _), scales, _, *fields_given = problem
     temperature, epsilon = scales.tolist()
     named = dict(zip(_FIELDS, fields_given, strict=True))
     for field, value in (("temperature", temperature), ("epsilon", epsilon)):
-        check_positive(name, field, value)  # a compiled function may have had tensors, whose values were not checked
+        check_positive(name, field, value)  # a compiled function does not check values of tensors
     options = Options(temperature=temperature, epsilon=epsilon, **named)
     backend, D = options.backend, student.shape[-1]
     layout = Layout(B=student.numel() // (V * D), V=V, L=L, T=T, D=D, R=R, W=ranks.W, rank=ranks.rank)
-    options.check_keys(name, layout)  # of the ranks that there are now: what is compiled was checked before
+    options.check_keys(name, layout)  # again: W may have changed since a function was compiled
     sixteen_bit = is_sixteen_bit(backend, options, student.dtype, student.device)
     with product_precision(student.device, options.precision):
         module, options = _engine(backend, options, layout, student, sixteen_bit, needs_grad=needs_grad)
@@ -195,7 +205,7 @@ def _call(
 def _engine(
     backend: str, options: Options, layout: Layout, student: Tensor, sixteen_bit: bool, *, needs_grad: bool
 ) -> tuple[Any, Options]:
-    """The module whose `evaluate` and `targets` run, and the options with its name. Called where products are set."""
+    """Choose the engine: its module, and the options with its name. Reads the product precision of the moment."""
     name = options.engine
     if name == "auto" and backend == "triton":
         shared = not layout.R or options.target_rows == "student"
@@ -230,17 +240,23 @@ def _loss_fake(student: Tensor, teacher: Tensor | None, *problem_and_needs_grad:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    """dz stays differentiable: a derivative of the gradient goes to `_backward` by it, and is an error there."""
+    """Save dz for the backward pass, in eager mode.
+
+    dz stays differentiable, so that a derivative of the gradient reaches `_backward`, which raises an error.
+    """
     student, (_, stats, dz) = inputs[0], output
-    ctx.set_materialize_grads(False)  # no zeros for stats and dz
+    ctx.set_materialize_grads(False)  # else torch makes zeros for stats and dz
     ctx.mark_non_differentiable(stats)
     ctx.save_for_backward(dz)
     ctx.shape, ctx.dtype = student.shape, student.dtype
 
 
 def _setup_compiled(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    """The compiler asks for the derivatives of all differentiable outputs: dz must not be one. The gradient comes from
-    an operator that takes the student, so that the compiler knows what it depends on."""
+    """Save dz and the student for the backward pass, under torch.compile.
+
+    The compiler asks for derivatives of all differentiable outputs, so dz is marked as not differentiable. The gradient
+    comes from an operator that takes the student, so that the compiler sees the dependence.
+    """
     _setup_context(ctx, inputs, output)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(output[2], inputs[0])
@@ -248,7 +264,7 @@ def _setup_compiled(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
 
 def _backward(ctx: Any, grad_loss: Tensor | None, _: None, grad_dz: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_dz is not None:
-        not_twice()
+        refuse_second_derivative()
     if grad_loss is None:
         return (None,) * len(ctx.needs_input_grad)
     dz, *student = ctx.saved_tensors
@@ -276,15 +292,15 @@ def _targets_fake(student: Tensor, teacher: Tensor | None, dimensions: list[int]
     return student.new_empty((L * B, T * B * W), dtype=torch.float32)
 
 
-_gradient_operator = differentiable(
+_gradient_operator = make_differentiable(
     define(
         "loss_backward(Tensor grad_loss, Tensor dz, Tensor student) -> Tensor",
         lambda grad_loss, dz, student: _scaled(grad_loss, dz, student.dtype, student.shape),
         lambda grad_loss, dz, student: student.new_empty(student.shape),
     ),
-    not_twice,
+    refuse_second_derivative,
 )
-_loss_operator = differentiable(
+_loss_operator = make_differentiable(
     define(
         f"loss(Tensor student, Tensor? teacher, {_PROBLEM}, bool needs_grad) -> (Tensor loss, Tensor stats, Tensor dz)",
         _loss_impl,
@@ -300,9 +316,14 @@ _targets_operator = define(
 
 
 class BAMLoss(nn.Module):
-    """`bam_loss` with its options given once.
+    """BAM loss as a module: `bam_loss` with its options given at construction.
 
-    epsilon may be a schedule: a callable from the step to a float; `forward` then needs `step`.
+        criterion = BAMLoss(views=2, epsilon=lambda step: max(0.02, 0.1 * 0.999**step))
+        loss = criterion(student, teacher, step=step)
+
+    epsilon: a float, or a schedule: a callable from the step to a float; `forward` then needs `step`.
+    return_stats, options: as `bam_loss`.
+    Raises: ValueError or TypeError as `bam_loss`, for options already at construction.
     """
 
     def __init__(
@@ -310,7 +331,7 @@ class BAMLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.epsilon = epsilon
-        self.return_stats = plain("BAMLoss", "return_stats", return_stats)
+        self.return_stats = python_number("BAMLoss", "return_stats", return_stats)
         self.options = options_of("BAMLoss", options)
         check_bool("BAMLoss", "return_stats", self.return_stats)
         if not callable(epsilon):
@@ -319,7 +340,7 @@ class BAMLoss(nn.Module):
     def forward(
         self, student: Tensor, teacher: Tensor | None = None, step: int | None = None
     ) -> Tensor | tuple[Tensor, BAMStats]:
-        """The loss of `bam_loss`; with return_stats, (loss, BAMStats)."""
+        """Loss of student and teacher embeddings, as `bam_loss`; with return_stats, (loss, BAMStats)."""
         epsilon = self.epsilon
         if callable(epsilon):
             if step is None:

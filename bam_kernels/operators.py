@@ -1,7 +1,7 @@
-"""Operators of torch.library, for torch.compile and fake tensors, and their derivatives.
+"""Define operators of torch.library, and their derivatives, so that torch.compile and fake tensors can use kernels.
 
-In eager mode an operator is differentiated by an autograd.Function, which torch.func's transforms understand; under
-torch.compile by what is registered with the operator. Both have the same formula.
+In eager mode an autograd.Function differentiates an operator, because torch.func's transforms understand it. Under
+torch.compile the formula registered with the operator does. Both use one backward function.
 """
 
 import types
@@ -15,17 +15,21 @@ library = torch.library.Library("bam_kernels", "FRAGMENT")
 
 
 def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """The operator of a schema; `fake` gives outputs of the right shapes. torch.func.vmap calls it once per element."""
+    """Define an operator from its schema and return it.
+
+    fake: gives outputs of the right shapes and dtypes, for tensors without memory. torch.func.vmap calls the operator
+    once per element.
+    """
     library.define(schema)
     name = schema.partition("(")[0]
     library.impl(name, implementation, "CompositeExplicitAutograd")
     operator = getattr(torch.ops.bam_kernels, name)
     torch.library.register_fake(f"bam_kernels::{name}", fake, lib=library)
-    torch.library.register_vmap(f"bam_kernels::{name}", _one_by_one(operator), lib=library)
+    torch.library.register_vmap(f"bam_kernels::{name}", _vmap_rule(operator), lib=library)
     return operator
 
 
-def differentiable(
+def make_differentiable(
     operator: Any,
     backward: Callable[..., Any],
     setup_context: Callable[..., None] | None = None,
@@ -33,9 +37,10 @@ def differentiable(
     setup_compiled: Callable[..., None] | None = None,
     jvp: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """The operator as a function with derivatives. Without `jvp` forward mode is a NotImplementedError.
+    """Return the operator as a function with derivatives.
 
-    setup_compiled: used under torch.compile in place of setup_context; None: setup_context is used there too.
+    backward, setup_context, jvp: as of torch.autograd.Function; without `jvp`, forward mode is a NotImplementedError.
+    setup_compiled: replaces setup_context under torch.compile; None: setup_context is used there too.
     """
     name = operator.__name__
     setup = setup_compiled or setup_context
@@ -58,27 +63,27 @@ def differentiable(
     def eager(*args: Any) -> Any:
         return torch.compiler.disable(function.apply)(*args)
 
-    # As torch.compiler.disable, which would import the compiler here.
+    # Equal to torch.compiler.disable, which would import the compiler here.
     eager._torchdynamo_disable = True  # type: ignore[attr-defined]
 
     def call(*args: Any) -> Any:
         if not torch.compiler.is_compiling():
             return function.apply(*args)
-        # A compiled operator would drop tangents, and knows nothing of torch.func's transforms.
-        return eager(*args) if _differentiating() else operator(*args)
+        # A compiled operator drops tangents and does not know torch.func's transforms.
+        return eager(*args) if _inside_transform() else operator(*args)
 
     return call
 
 
-def _differentiating() -> bool:
-    """Whether the compiler is within a forward-mode derivative or a transform of torch.func."""
+def _inside_transform() -> bool:
+    """Whether a forward-mode derivative or a transform of torch.func is active while the compiler traces."""
     return torch.autograd.forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None
 
 
 def as_tensor(*numbers: Any) -> Tensor:
-    """Numbers that may be scheduled, floats or 0-d tensors, for an operator.
+    """Pack numbers (floats or 0-d tensors) that a schedule may change into one float64 CPU tensor, for an operator.
 
-    A float in an operator, or in torch.tensor, would have torch.compile compile afresh for every value.
+    As a float argument, or in torch.tensor, each new value would make torch.compile compile again.
     """
     if not torch.compiler.is_compiling():
         return torch.tensor(numbers, dtype=torch.float64, device="cpu")
@@ -87,29 +92,30 @@ def as_tensor(*numbers: Any) -> Tensor:
 
 
 def wants_gradient(x: Tensor) -> bool:
-    """Whether a gradient by x may be asked for; within torch.func's transforms tensors do not always say so."""
+    """Whether a gradient by x may be asked for; under torch.func's transforms x.requires_grad may be False."""
     if not torch.is_grad_enabled():
         return False
     return x.requires_grad or torch._C._functorch.maybe_current_level() is not None
 
 
-def anchored(x: Tensor) -> Tensor:
-    """x itself; in a compiled function a copy of x, whose backward pass reads x.
+def anchor_gradient(x: Tensor) -> Tensor:
+    """Return x; in a compiled function, a copy of x whose backward pass reads x.
 
-    Without it the compiler would take the gradient for a constant in second derivatives; so it raises an error there.
+    Without the copy the compiler would treat the gradient as a constant in second derivatives, silently; with it, a
+    second derivative raises an error.
     """
     return _anchor(x) if torch.compiler.is_compiling() and wants_gradient(x) else x
 
 
-def not_twice(*_: Any) -> Any:
-    """The derivative of a kernel's gradient, which no kernel has. Raises: RuntimeError."""
+def refuse_second_derivative(*_: Any) -> Any:
+    """Backward function of a kernel's gradient: raises RuntimeError, because no kernel has second derivatives."""
     raise RuntimeError(
         "bam_kernels: the gradient of a kernel is not differentiable, and a derivative of it was asked for (a gradient "
         'penalty, a Hessian); backend="reference" is differentiable twice'
     )
 
 
-def _one_by_one(operator: Callable[..., Any]) -> Callable[..., Any]:
+def _vmap_rule(operator: Callable[..., Any]) -> Callable[..., Any]:
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         def element(i: int) -> Any:
             chosen = (
@@ -128,24 +134,24 @@ def _one_by_one(operator: Callable[..., Any]) -> Callable[..., Any]:
     return rule
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+def _save_input(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-_anchor_backward = differentiable(
+_anchor_backward = make_differentiable(
     define(
         "anchor_backward(Tensor grad, Tensor x) -> Tensor",
         lambda grad, x: grad.clone(memory_format=torch.contiguous_format),
         lambda grad, x: x.new_empty(x.shape),
     ),
-    not_twice,
+    refuse_second_derivative,
 )
-_anchor = differentiable(
+_anchor = make_differentiable(
     define(
         "anchor(Tensor x) -> Tensor",
         lambda x: x.clone(memory_format=torch.contiguous_format),
         lambda x: x.new_empty(x.shape),
     ),
     lambda ctx, grad: _anchor_backward(grad, *ctx.saved_tensors),
-    _keep,
+    _save_input,
 )

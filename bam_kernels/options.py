@@ -1,4 +1,4 @@
-"""Options of the public functions, checked in one place. Letters are those of layout.py."""
+"""Options of the public functions, and all checks of options and arguments. layout.py defines the dimension letters."""
 
 import sys
 from dataclasses import dataclass, fields, replace
@@ -13,7 +13,7 @@ from .header import SCHEDULED, NonFinite
 from .layout import Layout
 from .precision import LEAST_EPSILON_OF_ONE_SUM
 from .ranks import ranks_of
-from .saved_group import to_save
+from .saved_group import picklable_group
 
 FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
@@ -27,7 +27,7 @@ LEAST_SCALE = 1e-6  # float32 holds the exponents of exp(1/eps) as exact integer
 
 @dataclass(frozen=True)
 class Options:
-    """The options shared by `bam_loss`, `bam_targets` and `BAMLoss`; `bam_loss` says what each means."""
+    """Options shared by `bam_loss`, `bam_targets` and `BAMLoss`; the docstring of `bam_loss` explains each."""
 
     views: int | None = None
     target_views: int | None = None
@@ -47,17 +47,17 @@ class Options:
     non_finite: str = "error"
 
     def __deepcopy__(self, memo: Any) -> "Options":
-        return self  # it never changes, and a process group cannot be copied
+        return self  # immutable, and a process group cannot be copied
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"group": to_save(self.group)}
+        return self.__dict__ | {"group": picklable_group(self.group)}
 
     def checked(self, name: str) -> "Options":
-        """A copy in which numpy scalars and 0-d tensors are Python numbers, after all checks that need no embeddings.
+        """Check all options; return a copy with Python numbers for numpy scalars and 0-d tensors.
 
-        Raises: ValueError, TypeError.
+        name: the public function, for messages. Raises: ValueError, TypeError.
         """
-        options = _with_plain_numbers(self, name)
+        options = _with_python_numbers(self, name)
         options._check(name)
         return options
 
@@ -79,7 +79,7 @@ class Options:
             raise ValueError(f'{name}: engine="flash" exists for backend="triton" only, got backend="{self.backend}"')
 
     def layout(self, name: str, student: Tensor, teacher: Tensor | None) -> Layout:
-        """Check the tensors against the options and return the dimensions. Raises: ValueError, TypeError."""
+        """Check student and teacher against the options; return the dimensions. Raises: ValueError, TypeError."""
         check_tensor(name, "student", student, (2, 3))
         V, B = self._student_shape(name, student)
         D = student.shape[-1]
@@ -105,7 +105,7 @@ class Options:
     def header(
         self, layout: Layout, student: Tensor, teacher: Tensor | None, backend: str, needs_grad: bool
     ) -> dict[str, Any]:
-        """What must be the same on all ranks: number, order and size of their messages follow from it."""
+        """Values that must be equal on all ranks: number, order and size of messages follow from them."""
         return {
             **{letter: getattr(layout, letter) for letter in "BVRLTD"},
             "student's type": str(student.dtype),
@@ -161,7 +161,7 @@ NAMES = tuple(field.name for field in fields(Options))
 
 
 def options_of(name: str, given: dict[str, Any]) -> Options:
-    """Options from keywords, checked. Raises: TypeError naming the operation and the keyword it has not."""
+    """Make checked Options from keywords. Raises: TypeError naming an unknown keyword, and as `checked`."""
     for keyword in given:
         if keyword not in NAMES:
             raise TypeError(f"{name}() got an unexpected keyword argument {keyword!r}")
@@ -170,7 +170,7 @@ def options_of(name: str, given: dict[str, Any]) -> Options:
 
 @dataclass(frozen=True)
 class AttentionOptions:
-    """The options of `sinkhorn_attention`, checked here."""
+    """Options of `sinkhorn_attention`; its docstring explains each. `layout` checks them."""
 
     epsilon: float
     iterations: int
@@ -184,15 +184,18 @@ class AttentionOptions:
     backend: str
     precision: str
 
-    def plain(self, name: str) -> "AttentionOptions":
-        """A copy in which numpy scalars and 0-d tensors are Python numbers.
+    def with_python_numbers(self, name: str) -> "AttentionOptions":
+        """Return a copy with Python numbers for numpy scalars and 0-d tensors.
 
         Raises: ValueError for a tensor with a gradient or a tangent.
         """
-        return _with_plain_numbers(self, name)
+        return _with_python_numbers(self, name)
 
     def layout(self, name: str, q: Tensor, k: Tensor | None) -> Layout:
-        """Check everything and return the dimensions; rows and columns of an unmasked problem are B = n, V = T = 1."""
+        """Check options, q and k, and return the dimensions; without mask "block", B = n and V = T = 1.
+
+        Raises: ValueError, TypeError; NotImplementedError for differentiable=True on several ranks.
+        """
         check_positive(name, "epsilon", self.epsilon)
         _check_int(name, "iterations", self.iterations, 1)
         _check_int(name, "views", self.views, 1)
@@ -226,7 +229,7 @@ class AttentionOptions:
         return layout
 
     def header(self, layout: Layout, q: Tensor, k: Tensor | None, backend: str) -> dict[str, Any]:
-        """What must be the same on all ranks. Without a mask they may have different numbers of rows."""
+        """Values that must be equal on all ranks. Without a mask, ranks may have different numbers of rows."""
         return {
             **{letter: getattr(layout, letter) for letter in "BVTD"},
             "q's type": str(q.dtype),
@@ -252,7 +255,7 @@ class AttentionOptions:
 
 
 def _one_sum(epsilon: float) -> bool | None:
-    """Whether ranks add up column sums in a single float64 sum; None while compiling, if epsilon is a tensor."""
+    """Whether one float64 all-reduce adds up column sums; None if epsilon is a tensor of a compiled function."""
     return None if isinstance(epsilon, Tensor) else epsilon >= LEAST_EPSILON_OF_ONE_SUM
 
 
@@ -271,13 +274,13 @@ def _teacher_views(name: str, teacher: Tensor, B: int) -> int:
 
 
 def check_execution(name: str, backend: str, precision: str) -> None:
-    """Check the options that say how, not what, to compute."""
+    """Check `backend` and `precision`. Raises: ValueError."""
     _check_choice(name, "backend", backend, BACKENDS)
     _check_choice(name, "precision", precision, PRECISIONS)
 
 
 def check_tensor(name: str, argument: str, x: Tensor, dims: tuple[int, ...]) -> None:
-    """A floating tensor with one of the numbers of dimensions."""
+    """Check that x is a dense floating-point tensor with one of `dims` dimensions. Raises: TypeError, ValueError."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: {argument} must be a torch.Tensor, got {type(x).__name__}")
     if hasattr(x, "to_local"):
@@ -295,7 +298,7 @@ def check_tensor(name: str, argument: str, x: Tensor, dims: tuple[int, ...]) -> 
 
 
 def check_same(name: str, first: str, a: Tensor, second: str, b: Tensor) -> None:
-    """Two tensors that are multiplied: same features, device and (outside autocast) dtype."""
+    """Check that two tensors can be multiplied: equal features, device and (outside autocast) dtype."""
     if a.shape[-1] != b.shape[-1]:
         raise ValueError(f"{name}: {first} has {a.shape[-1]} features, {second} has {b.shape[-1]}")
     if a.device != b.device:
@@ -305,7 +308,10 @@ def check_same(name: str, first: str, a: Tensor, second: str, b: Tensor) -> None
 
 
 def check_finite(name: str, argument: str, x: Tensor) -> None:
-    """Raise if a row is not finite: x (..., D), or norms (m,). On the CPU only: elsewhere it would synchronise."""
+    """Raise NonFinite if a row of x (..., D), or a norm of x (m,), is not finite.
+
+    Checks CPU tensors only: on other devices the check would wait for the device.
+    """
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return
     finite = torch.isfinite(x)
@@ -330,22 +336,22 @@ NUMBERS = (
     "normalize",
     "differentiable",
 )
-Given = TypeVar("Given", Options, AttentionOptions)
+AnyOptions = TypeVar("AnyOptions", Options, AttentionOptions)
 
 
-def _with_plain_numbers(options: Given, name: str) -> Given:
+def _with_python_numbers(options: AnyOptions, name: str) -> AnyOptions:
     changed = {}
     for field in NUMBERS:
         value = getattr(options, field, None)
         if type(value) not in (int, float, bool, type(None)):
-            changed[field] = plain(name, field, value)
+            changed[field] = python_number(name, field, value)
     return replace(options, **changed) if changed else options
 
 
-def plain(name: str, field: str, value: Any) -> Any:
-    """The Python number of a numpy scalar, a 0-d array or a 0-d tensor; anything else as it is.
+def python_number(name: str, field: str, value: Any) -> Any:
+    """Convert a numpy scalar, a 0-d array or a 0-d tensor to a Python number; return anything else unchanged.
 
-    Within a compiled function temperature and epsilon stay tensors, which no graph reads.
+    In a compiled function temperature and epsilon stay tensors, so that their values are not constants of the graph.
     Raises: ValueError for a tensor with a gradient or a tangent.
     """
     if getattr(value, "shape", None) != ():
@@ -371,7 +377,7 @@ def _check_int(name: str, field: str, value: Any, least: int) -> None:
 
 
 def check_positive(name: str, field: str, value: Any) -> None:
-    if torch.compiler.is_compiling() and isinstance(value, Tensor):  # checked when it runs
+    if torch.compiler.is_compiling() and isinstance(value, Tensor):  # checked when the compiled function runs
         return
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name}: {field} must be a number, got {value!r}")

@@ -1,7 +1,7 @@
-"""What a model that lives in several processes exchanges in its passes, so that it may be passed through in parts.
+"""Control when a model on several ranks broadcasts buffers and exchanges gradients, for GradientCache.
 
-DistributedDataParallel, the model or any module in it, exchanges buffers before a forward pass and gradients in a
-backward pass. SyncBatchNorm and sharded parameters exchange in every forward pass.
+DistributedDataParallel, the model or any module in it, broadcasts buffers before a forward pass and exchanges gradients
+in a backward pass. SyncBatchNorm and sharded parameters communicate in every forward pass.
 """
 
 import sys
@@ -15,20 +15,20 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def replicas(model: nn.Module) -> list[DistributedDataParallel]:
-    """Every DistributedDataParallel in the model, also below torch.compile's and other modules."""
+    """Every DistributedDataParallel module in the model, at any depth, also inside a module of torch.compile."""
     return [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
 
 
 @contextmanager
-def buffers_broadcast(model: nn.Module) -> Iterator[None]:
-    """Broadcast buffers on entry, where DistributedDataParallel is about to; no pass in the block does so again.
+def broadcast_buffers(model: nn.Module) -> Iterator[None]:
+    """Broadcast buffers on entry if DistributedDataParallel would in the next pass, and in no pass of the block.
 
-    What ranks exchange before the first backward pass is then the same for any number of passes on each rank.
+    The ranks then communicate equally often before the first backward pass, whatever their numbers of passes.
     """
     broadcast = []
     try:
         for replica in replicas(model):
-            # DistributedDataParallel does so in the second pass with a graph, with collectives of its own.
+            # Otherwise the second pass with a graph would rebuild buckets, with collectives of its own.
             if replica.reducer._rebuild_buckets():
                 replica._has_rebuilt_buckets = True
             if replica._check_sync_bufs_pre_fwd():
@@ -38,33 +38,33 @@ def buffers_broadcast(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for replica in broadcast:
-            # As a pass that exchanges gradients leaves it, even if an error came before that pass.
+            # A pass that exchanges gradients leaves the flag True; set it also if an error came before that pass.
             if replica.require_backward_grad_sync:
                 replica.require_forward_param_sync = True
 
 
 @contextmanager
-def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Buffers end as they began, and DistributedDataParallel broadcasts them next time if it was about to, not here."""
+def preserve_buffers(model: nn.Module) -> Iterator[None]:
+    """Restore all buffers on leaving the block, and put off the broadcast of buffers until after the block."""
     before = [buffer.clone() for buffer in model.buffers()]
-    about_to = [(replica, replica.require_forward_param_sync) for replica in replicas(model)]
-    for replica, _ in about_to:
+    broadcast_flags = [(replica, replica.require_forward_param_sync) for replica in replicas(model)]
+    for replica, _ in broadcast_flags:
         replica.require_forward_param_sync = False
     try:
         yield
     finally:
         for buffer, value in zip(model.buffers(), before, strict=True):
             buffer.copy_(value)
-        for replica, broadcast in about_to:
+        for replica, broadcast in broadcast_flags:
             replica.require_forward_param_sync = broadcast
 
 
 @contextmanager
-def gradients_kept(model: nn.Module) -> Iterator[None]:
-    """For a pass before the last: gradients stay on each rank, and no broadcast of buffers follows."""
+def skip_gradient_exchange(model: nn.Module) -> Iterator[None]:
+    """Keep gradients on each rank in a pass before the last; no broadcast of buffers follows the pass."""
     found = replicas(model)
     learning = [replica for replica in found if _learns_its_graph(replica)]
-    own = getattr(model, "no_sync", None)  # torch.compile hands on that of the module it compiles
+    own = getattr(model, "no_sync", None)  # a module of torch.compile hands on the no_sync of the module it compiles
     with ExitStack() as stack:
         if own is not None and getattr(own, "__self__", None) not in found:
             stack.enter_context(own())
@@ -76,16 +76,17 @@ def gradients_kept(model: nn.Module) -> Iterator[None]:
         replica.require_forward_param_sync = False
 
 
-def check_number(operation: str, models: list[nn.Module], number: int) -> None:
-    """All ranks must pass through the models the same number of times, if layers exchange in every pass.
+def check_pass_count(operation: str, models: list[nn.Module], number: int) -> None:
+    """Check that all ranks make the same number of passes, if layers of the models communicate in every pass.
 
-    Raises: ValueError on every rank, before any pass. Without such layers nothing is exchanged here.
+    Without such layers nothing is communicated here.
+    Raises: ValueError on every rank, before any pass.
     """
-    layers = [layer for model in models for layer in _exchanging(model)]
+    layers = [layer for model in models for layer in _exchanging_layers(model)]
     if not layers:
         return
     groups = {group: device for _, group, device in layers}
-    # A rank beyond these groups may wait for this one where gradients are exchanged.
+    # Ranks outside these groups may wait for this rank in the exchange of gradients.
     groups |= {replica.process_group: replica.device for model in models for replica in replicas(model)}
     reach = torch.tensor([number, -number], dtype=torch.int64, device="cpu")
     for group, device in groups.items():
@@ -100,12 +101,12 @@ def check_number(operation: str, models: list[nn.Module], number: int) -> None:
         )
 
 
-def _exchanging(model: nn.Module) -> "list[tuple[str, dist.ProcessGroup, torch.device]]":
-    """Layers that exchange in every pass: name, group, device of what they exchange. The order is that of the model."""
+def _exchanging_layers(model: nn.Module) -> "list[tuple[str, dist.ProcessGroup, torch.device]]":
+    """Layers that communicate in every pass, in the model's order: name, group, device of the tensors they send."""
     layers: list[tuple[str, dist.ProcessGroup, torch.device]] = []
     if not dist.is_available() or not dist.is_initialized():
         return layers
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # slow to import; without it no module is one of its classes
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # slow to import; if nobody imported it, no module is FSDP
     for module in model.modules():
         if isinstance(module, nn.SyncBatchNorm) and module.training:
             group = module.process_group or dist.group.WORLD
@@ -117,7 +118,7 @@ def _exchanging(model: nn.Module) -> "list[tuple[str, dist.ProcessGroup, torch.d
         elif fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel):
             layers.append(("FullyShardedDataParallel", module.process_group, module.compute_device))
         elif fsdp is not None and isinstance(module, fsdp.FSDPModule):
-            module.reshard()  # a pass without gradient may leave its parameters whole, which hides the groups
+            module.reshard()  # a pass without gradient may leave the parameters unsharded, without their groups
     for parameter in model.parameters():
         mesh = getattr(parameter, "device_mesh", None)
         if mesh is not None:
@@ -127,5 +128,5 @@ def _exchanging(model: nn.Module) -> "list[tuple[str, dist.ProcessGroup, torch.d
 
 
 def _learns_its_graph(replica: DistributedDataParallel) -> bool:
-    """A static graph is learned in the first backward pass, which must exchange gradients: torch has no other way."""
+    """Whether the next backward pass learns a static graph: torch then needs it to exchange gradients."""
     return replica.static_graph and not replica._static_graph_delay_allreduce_enqueued

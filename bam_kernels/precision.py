@@ -1,4 +1,4 @@
-"""The arithmetic of matrix products, set for the length of a block."""
+"""Precision of matrix products: the choice of 16-bit arithmetic, and torch's flags set for the length of a block."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -7,10 +7,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .operators import define, differentiable
+from .operators import define, make_differentiable
 
 LEAST_EPSILON_OF_FIXED_SCORES = 0.003
-# Below this a float64 sum of per-rank column sums can no longer hold the range of exp(1/epsilon) on both sides.
+# Below this epsilon, float64 column sums of all ranks may overflow or underflow: they span exp(+-1/epsilon).
 LEAST_EPSILON_OF_ONE_SUM = 0.0029
 
 
@@ -24,11 +24,12 @@ class _Options(Protocol):
 
 
 def is_sixteen_bit(backend: str, options: _Options, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether rows, keys and the scores' gradient are fp16 and scores int16 fixed point; from options alone.
+    """Whether a GPU backend uses fp16 rows, keys and score gradients, and int16 fixed-point scores.
 
-    On GPUs, where reading them is what takes the time: for 16-bit input, and for float32 input where torch's flag
-    lets its products be rounded. The error of scores is a multiple of 1/epsilon. The CPU's kernels gain nothing by it.
-    The step of fixed point follows from all keys, which `regather` does not hold.
+    True for 16-bit input, and for float32 input if torch's flag allows products to be rounded. Follows from options and
+    types alone, never from free memory. On GPUs reading scores takes most of the time; CPU kernels gain nothing.
+    False for small epsilon, because the error of scores is multiplied by 1/epsilon, and with `regather`, because the
+    fixed-point step needs all keys at once.
     """
     if backend == "cpu" or options.precision == "exact" or options.regather:
         return False
@@ -38,13 +39,13 @@ def is_sixteen_bit(backend: str, options: _Options, dtype: torch.dtype, device: 
 
 
 def float32_products(device: torch.device) -> str:
-    """torch.get_float32_matmul_precision(), or what torch.backends' newer fp32_precision says where it was used."""
-    rounded = {"ieee": "highest", "tf32": "high", "bf16": "medium"}.get(_fp32_precision(device.type), "")
+    """Torch's precision of float32 products: "highest", "high" or "medium", whichever of its two interfaces set it."""
+    newer_setting = {"ieee": "highest", "tf32": "high", "bf16": "medium"}.get(_fp32_precision(device.type), "")
     try:
-        said = torch.get_float32_matmul_precision()
-    except RuntimeError:  # where both interfaces were used, and say different things
-        return rounded or "highest"
-    return said if rounded != "highest" else rounded
+        setting = torch.get_float32_matmul_precision()
+    except RuntimeError:  # torch refuses to read it after both interfaces were used
+        return newer_setting or "highest"
+    return setting if newer_setting != "highest" else newer_setting
 
 
 def _fp32_precision(device_type: str) -> str:
@@ -59,24 +60,28 @@ _PRODUCTS: dict[str, Any] = {
 
 @contextmanager
 def product_precision(device: torch.device, precision: str) -> Iterator[None]:
-    """Matrix products outside autocast; "exact": in float32 whatever torch's global flag, "default": as it says.
+    """Set the precision of matrix products in the block, outside autocast.
 
-    fp16 products add in float32. The flags are process-wide and are restored on leaving, also after an exception.
+    precision "exact": float32 products whatever torch's global flags; "default": as the flags say. fp16 products add in
+    float32. The flags are process-wide; leaving the block restores them, also after an exception.
     """
-    adds_in_half = torch.backends.cuda.matmul.allow_fp16_accumulation
-    with torch.autocast(device.type, enabled=False), _unrounded(device) if precision == "exact" else nullcontext():
+    half_accumulation = torch.backends.cuda.matmul.allow_fp16_accumulation
+    with torch.autocast(device.type, enabled=False), _exact_float32(device) if precision == "exact" else nullcontext():
         try:
-            if adds_in_half:
+            if half_accumulation:
                 torch.backends.cuda.matmul.allow_fp16_accumulation = False
             yield
         finally:
-            if adds_in_half:
+            if half_accumulation:
                 torch.backends.cuda.matmul.allow_fp16_accumulation = True
 
 
 @contextmanager
-def _unrounded(device: torch.device) -> Iterator[None]:
-    """Float32 products, by both of torch's interfaces: the older sets what the newer reads, of all devices."""
+def _exact_float32(device: torch.device) -> Iterator[None]:
+    """Turn off rounding of float32 products, in both of torch's interfaces; restore both on leaving the block.
+
+    Setting the older interface also changes the newer one, for all devices.
+    """
     before = {name: _fp32_precision(name) for name in _PRODUCTS}
     try:
         flag = torch.get_float32_matmul_precision()
@@ -97,7 +102,7 @@ def _unrounded(device: torch.device) -> Iterator[None]:
 
 
 def product(a: Tensor, b: Tensor, precision: str) -> Tensor:
-    """a b (m, n) outside autocast, as `product_precision` says, and so are the products of its derivatives."""
+    """Product a b (m, n) in the precision of `product_precision`, which its derivatives use too."""
     return _differentiable_product(a, b, precision)
 
 
@@ -125,7 +130,7 @@ def _product_jvp(ctx: Any, da: Tensor | None, db: Tensor | None, _: None) -> Ten
     return sum(parts[1:], parts[0])
 
 
-_differentiable_product = differentiable(
+_differentiable_product = make_differentiable(
     define(
         "product(Tensor a, Tensor b, str precision) -> Tensor",
         _product_impl,
@@ -138,10 +143,10 @@ _differentiable_product = differentiable(
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
-    """out (m, n) float32 = a b, or out + a b; a (m, k) and b (k, n) both float32 or both fp16."""
+    """Write a b, or out + a b with `add`, to out (m, n) float32; a (m, k) and b (k, n) both float32 or both fp16."""
     if a.dtype == torch.float32:
         return out.addmm_(a, b) if add else torch.mm(a, b, out=out)
-    if a.device.type == "cpu":  # which has no product of fp16 with a float32 result
+    if a.device.type == "cpu":  # torch has no CPU product of fp16 with a float32 result
         return multiply(a.float(), b.float(), out, add=add)
     if add:
         return out.add_(torch.mm(a, b, out_dtype=torch.float32))

@@ -1,7 +1,7 @@
 """Named ranges for Nsight Systems in the domain "bam_kernels": gather, scores, Sinkhorn, match, gradient.
 
-Off unless the environment has BAM_KERNELS_NVTX=1 or `enable` was called: nvtx is imported only then. A range that is on
-costs about a microsecond.
+Ranges are off, and nvtx is not imported, unless the environment has BAM_KERNELS_NVTX=1 or `enable` was called. A range
+that is on costs about a microsecond.
 """
 
 import os
@@ -15,7 +15,7 @@ _enabled = os.environ.get("BAM_KERNELS_NVTX") == "1"
 
 
 def enable() -> None:
-    """Mark ranges from now on. Raises: ImportError without nvtx."""
+    """Turn ranges on for the rest of the process. Raises: ImportError if nvtx is not installed."""
     global _enabled
     _domain()
     _enabled = True
@@ -30,16 +30,16 @@ def _domain() -> Any:
     return nvtx.get_domain("bam_kernels")
 
 
-class named(ContextDecorator):
-    """`with named("scores"): ...`, or a decorator."""
+class named_range(ContextDecorator):
+    """Mark a block or a function as a range: `with named_range("scores"): ...`, or `@named_range("scores")`."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def _recreate_cm(self) -> "named":
-        return named(self.name)
+    def _recreate_cm(self) -> "named_range":
+        return named_range(self.name)
 
-    def __enter__(self) -> "named":
+    def __enter__(self) -> "named_range":
         self._domain = _domain() if _enabled else None
         if self._domain is not None:
             self._domain.push_range(self._domain.get_event_attributes(message=self.name))
@@ -50,10 +50,10 @@ class named(ContextDecorator):
             self._domain.pop_range()
 
 
-def each(name: str, items: Iterator[T]) -> Iterator[T]:
-    """The same items; the making of each is a range, what is done with it is not."""
+def range_for_each(name: str, items: Iterator[T]) -> Iterator[T]:
+    """Iterate over `items`, marking the production of each item, but not its use, as a range `name`."""
     while True:
-        with named(name):
+        with named_range(name):
             try:
                 item = next(items)
             except StopIteration:

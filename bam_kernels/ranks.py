@@ -1,7 +1,8 @@
-"""How one rank sees the others. Engines, reference and operators speak to this interface alone.
+"""Communication between ranks: the interface `Ranks`, the case of one rank, and the lookup by process group.
 
-W ranks, this one is `rank`; each holds n = T*B of the N = W*n keys, rows r*n .. (r+1)*n - 1 in gathered order.
-Three kinds: no other rank (here), torch.distributed (distributed.py), and simulated ones (simulated.py).
+Engines, reference and operators use this interface alone. There are W ranks; rank r holds n = T*B of the N = W*n keys:
+rows r*n .. (r+1)*n - 1 in gathered order.
+Three kinds: OneRank (here), ranks of torch.distributed (distributed.py), simulated ranks (simulated.py).
 """
 
 from collections.abc import Callable, Iterator
@@ -17,40 +18,44 @@ from .saved_group import SavedGroup
 
 
 class Ranks(Protocol):
-    """Agree on the problem, gather keys, reduce column sums, scatter key gradients.
+    """The collectives of one evaluation: compare headers, gather keys, reduce column sums, scatter key gradients.
 
-    Every rank calls the same methods in the same order with tensors of the same shapes: they follow from what `agree`
-    has compared.
+    Every rank calls the same methods in the same order, with tensors of equal shapes: both follow from the header that
+    `agree` has compared.
     """
 
     W: int
     rank: int
     name: str
-    """Under which `ranks_named` finds them: operators take strings. Never empty."""
+    """Key of these ranks for `ranks_named`, because operators take strings. Never empty."""
 
     def agree(self, header: Header, device: torch.device) -> None:
-        """Return if all ranks have the same header and none has a fault. Raises: ValueError saying what differs."""
+        """Compare headers of all ranks. Raises: ValueError if one reports an error or headers differ, saying what."""
 
     def gather(self, own: Tensor, as_sent: Callable[[Tensor], Tensor]) -> Iterator[tuple[int, Tensor]]:
-        """Blocks (first row, rows) of the ranks' `own` as they arrive, this rank's first; each valid until the next.
+        """Gather the keys `own` (n, D) of every rank: yields (first row, rows) block by block, in order of arrival.
 
-        rows (k*n, D): those of one rank or of k neighbouring ones. To be read to the end, and not to be written to.
-        as_sent: what a rank with these unit rows would call `own`, for ranks that are simulated.
+        The first block is this rank's own. A block has the rows (k*n, D) of k neighbouring ranks, is valid until the
+        next block is taken, and must not be written to. The iterator must be read to its end.
+        as_sent: for simulated ranks, the `own` of a rank whose unit rows are the argument.
         """
 
     def sum(self, x: Tensor, meanwhile: Callable[[], None] | None = None) -> Tensor:
-        """x <- its sum over the ranks; `meanwhile` is done while the sum is under way."""
+        """Replace x by its sum over the ranks; `meanwhile` is called while the all-reduce is under way."""
 
     def max(self, x: Tensor) -> Tensor:
-        """x <- its maximum over the ranks."""
+        """Replace x by its maximum over the ranks."""
 
     def scatter(self, part: Callable[[int], Tensor]) -> Tensor:
-        """Σ over ranks of their part(this rank): `part(r)` is this rank's (n, D) contribution to rank r, a contiguous
-        tensor that may be written to. Asked for the other ranks first."""
+        """Reduce-scatter: the sum over ranks of their contributions to this rank, (n, D).
+
+        part(r): this rank's contribution (n, D) to rank r, a contiguous tensor that may be written to. It is called for
+        all other ranks before this rank.
+        """
 
 
 class OneRank:
-    """No other rank: nothing to send."""
+    """The only rank of its group: nothing is sent."""
 
     W = 1
     rank = 0
@@ -73,17 +78,19 @@ class OneRank:
 
 
 ONE_RANK = OneRank()
-DEFAULT_GROUP = ""  # the name of the default process group, or of one rank where there is none: at every call anew
-_named: WeakValueDictionary[str, Ranks] = WeakValueDictionary({ONE_RANK.name: ONE_RANK})
-_of_groups: WeakKeyDictionary[Any, Ranks] = WeakKeyDictionary()  # with what they have agreed on, as long as the groups
+DEFAULT_GROUP = ""  # stands for the default process group of the time of the call, or for one rank if there is none
+_ranks_by_name: WeakValueDictionary[str, Ranks] = WeakValueDictionary({ONE_RANK.name: ONE_RANK})
+# GroupRanks live as long as their process groups, with the kinds of header that the ranks have compared.
+_ranks_by_group: WeakKeyDictionary[Any, Ranks] = WeakKeyDictionary()
 
 
 def ranks_named(name: str, W: int | None = None, rank: int | None = None) -> Ranks:
-    """The ranks of a name that `ranks_of` has returned. W, rank: what a function was compiled, or a graph made, for.
+    """Look up the ranks by a name that `ranks_of` has returned.
 
-    Raises: RuntimeError where their group has gone, or is another than it was then.
+    W, rank: values at the time a function was compiled or a graph was recorded; None: not compared.
+    Raises: RuntimeError if the process group has been destroyed, or has another W or rank than given.
     """
-    ranks = _resolve("bam_kernels", None) if name == DEFAULT_GROUP else _named.get(name)
+    ranks = _resolve("bam_kernels", None) if name == DEFAULT_GROUP else _ranks_by_name.get(name)
     if ranks is None:
         raise RuntimeError(f"bam_kernels: the process group {name} has been destroyed")
     if (W, rank) not in ((None, None), (ranks.W, ranks.rank)):
@@ -97,43 +104,44 @@ def ranks_named(name: str, W: int | None = None, rank: int | None = None) -> Ran
 
 @constant_in_graphs
 def ranks_of(operation: str, group: Any) -> tuple[int, int, str]:
-    """(W, rank, name) of `group`; of the default process group where it is None and torch.distributed is initialised.
+    """Number of ranks W, this rank, and the name for `ranks_named`, of a process group.
 
-    A compiled function keeps the answer: operators take the name, and W and rank where something follows from them.
+    group None: the default group if torch.distributed is initialised, else one rank.
+    A compiled function keeps the result as a constant, so operators take the name, and W and rank to detect a change.
     Raises: ValueError, TypeError naming the operation.
     """
     ranks = _resolve(operation, group)
-    _named[ranks.name] = ranks
+    _ranks_by_name[ranks.name] = ranks
     return ranks.W, ranks.rank, ranks.name if group is not None else DEFAULT_GROUP
 
 
 def _resolve(operation: str, group: Any) -> Ranks:
     from .simulated import SimulatedRanks, ThreadRanks
 
-    group = getattr(group, "real_obj", group)  # torch.compile may hand over the group in a wrapper of its own
+    group = getattr(group, "real_obj", group)  # torch.compile may wrap the group
 
     if isinstance(group, (OneRank, SimulatedRanks, ThreadRanks)):
         return group
     distributed = torch.distributed
     if not distributed.is_available() or not distributed.is_initialized():
         if isinstance(group, SavedGroup):
-            group.found(operation)  # raises
+            group.find(operation)  # raises
         if group is not None:
             raise ValueError(f"{operation}: group is given, but torch.distributed is not initialised")
         return ONE_RANK
     from .distributed import GroupRanks
 
     if isinstance(group, SavedGroup):
-        group = group.found(operation)
+        group = group.find(operation)
     if group is None:
         group = distributed.group.WORLD
-    if group == distributed.GroupMember.NON_GROUP_MEMBER:  # a number, of which a file has a copy
+    if group == distributed.GroupMember.NON_GROUP_MEMBER:  # compared by value: unpickling copies this constant
         raise ValueError(f"{operation}: this process is not a member of group")
     if not isinstance(group, distributed.ProcessGroup):
         raise TypeError(f"{operation}: group must be a torch.distributed process group, got {type(group).__name__}")
     if group.size() == 1:
         return ONE_RANK
-    known = _of_groups.get(group)
+    known = _ranks_by_group.get(group)
     if known is None:
-        _of_groups[group] = known = GroupRanks(group)
+        _ranks_by_group[group] = known = GroupRanks(group)
     return known

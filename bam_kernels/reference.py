@@ -1,8 +1,8 @@
 """BAM in plain PyTorch: the specification, written to be read. Any float type, any device.
 
-Letters are those of layout.py; tau is the temperature of the source attention, eps the Sinkhorn regularisation.
-16-bit input is computed in float32. Same names and signatures as the public functions. All derivatives are autograd's,
-of any order, forward and reverse; the targets are constants in each of them.
+layout.py defines the dimension letters; tau is the temperature of the source attention, eps the Sinkhorn
+regularisation. 16-bit input is computed in float32. Names and signatures equal those of the public functions. All
+derivatives are autograd's, of any order, forward and reverse; the targets are constants in each derivative.
 
 Source: Shalam and Korman, "Unsupervised Representation Learning by Balanced Self Attention Matching", ECCV 2024.
 """
@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .agreement import agreed
+from .agreement import agree_with_ranks
 from .exchanges import ALONE, Exchanges
 from .header import NonFinite
 from .layout import Layout
-from .operators import anchored, define, wants_gradient
+from .operators import anchor_gradient, define, wants_gradient
 from .options import AttentionOptions, Options, check_finite, options_of
 from .precision import product
 from .ranks import ranks_of
@@ -50,8 +50,8 @@ def bam_loss(
 ) -> Tensor | tuple[Tensor, BAMStats]:
     """loss = mean_{t<L} mean_{v != t} mean_i ( -Σ_j P_t,ij log A_v,ij ), differentiable by autograd.
 
-    `bam_kernels.bam_loss` says what the options mean. `backend`, `engine` and `memory_budget` say how kernels
-    compute and are only checked here.
+    `bam_kernels.bam_loss` explains the options. `backend`, `engine` and `memory_budget` concern kernels; here they are
+    only checked.
     """
     options = Options(
         views,
@@ -113,7 +113,7 @@ def loss_from_scores(
 
 
 def bam_targets(student: Tensor, teacher: Tensor | None = None, **options: Any) -> Tensor:
-    """The targets P (L*B, N) of `bam_loss` with the same options, columns in public order."""
+    """Targets P (L*B, N) of `bam_loss` with equal options; columns in public order (view, rank, image)."""
     resolved = options_of("bam_targets", options)
     return targets(student, teacher, resolved.layout("bam_targets", student, teacher), resolved)
 
@@ -130,17 +130,20 @@ def targets(student: Tensor, teacher: Tensor | None, layout: Layout, options: Op
 
 
 def _dtype(x: Tensor) -> torch.dtype:
-    """The type that x is computed in."""
+    """Dtype of computation for input x: float64 for float64, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def normalize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x/|x| over the last dimension, the norm floored at 1e-12, and the largest |x_i|, whose inverse is a factor of the
-    norm: so that it neither overflows nor underflows. A row whose norm is below the floor has gradient 0."""
+    """L2-normalise x over the last dimension, with norms of at least 1e-12; returns (unit rows, largest |x_i|).
+
+    Norms are computed of x / max_i |x_i|, so that they neither overflow nor underflow. A row whose norm is below 1e-12
+    has gradient 0.
+    """
     most = x.detach().abs().amax(-1, keepdim=True)
     scale = torch.where(most > 0, most, 1.0)
     small = _norm(x.detach() / scale) * scale < NORM_FLOOR
-    scaled = torch.where(small, 1.0, x / scale)  # whose norm has all derivatives
+    scaled = torch.where(small, 1.0, x / scale)  # its norm has derivatives of every order
     return torch.where(small, x.detach() / NORM_FLOOR, scaled / _norm(scaled).to(x.dtype)), most
 
 
@@ -149,7 +152,7 @@ def _norm(x: Tensor) -> Tensor:
 
 
 def _check_finite(name: str, argument: str, x: Tensor) -> None:
-    """`check_finite` as an operator: fake tensors and elements of torch.func.vmap come here too."""
+    """Call `check_finite` through an operator, because x may be a fake tensor or an element of torch.func.vmap."""
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         _finite_operator(x, name, argument)
 
@@ -165,7 +168,7 @@ def log_sinkhorn(log_K: Tensor, iterations: int, ranks: Exchanges = ALONE) -> tu
     """Sinkhorn-Knopp in log space: log P_ij = log K_ij + f_i + g_j, columns first, rows last.
 
     Starts from f = 0; `iterations` times g_j = -log Σ_i exp(log K_ij + f_i), f_i = -log Σ_j exp(log K_ij + g_j).
-    The rows i are those of all ranks, each of which holds its own; the columns j are all keys.
+    The sum over i runs over the rows of all ranks, of which each rank holds its own; the columns j are all keys.
     Returns f (m,), g (n,), and the column sums (n,) of P that entered the last column step (NaN if iterations = 1).
     """
     f = log_K.new_zeros(log_K.shape[0])
@@ -186,7 +189,7 @@ def _column_logsumexp(x: Tensor, ranks: Exchanges) -> Tensor:
 
 
 def _embeddings(name: str, student: Tensor, teacher: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Unit rows of student (M, D) and teacher (R*B, D), float32 at least."""
+    """Unit rows of student (M, D) and teacher (R*B, D) or None, in float32 or float64."""
     z, most = normalize(student.flatten(0, -2).to(_dtype(student)))
     _check_finite(name, "student", most)
     if teacher is None:
@@ -199,10 +202,10 @@ def _embeddings(name: str, student: Tensor, teacher: Tensor | None) -> tuple[Ten
 def _scores(
     name: str, student: Tensor, teacher: Tensor | None, layout: Layout, options: Options, ranks: Exchanges
 ) -> tuple[Tensor, Tensor]:
-    """Source scores z kᵀ (M, N) and target scores, the same or y kᵀ (R*B, N), columns in public order."""
+    """Source scores z kᵀ (M, N), and target scores: z kᵀ or y kᵀ (R*B, N). Columns in public order."""
     header = options.header(layout, student, teacher, "reference", wants_gradient(student))
-    with agreed(ranks, name, header, student.device):
-        z, y = _embeddings(name, anchored(student), teacher)
+    with agree_with_ranks(ranks, name, header, student.device):
+        z, y = _embeddings(name, anchor_gradient(student), teacher)
     own = (z if y is None else y)[: layout.T * layout.B]
     keys = layout.to_public(ranks.gather(own, name, header).T)
     source = product(z, keys, options.precision)
@@ -212,7 +215,7 @@ def _scores(
 
 
 def log_targets(scores: Tensor, layout: Layout, options: Options, ranks: Exchanges = ALONE) -> tuple[Tensor, Tensor]:
-    """log P (L*B, N) of the target views and the column residual: Sinkhorn on all rows of (rows, N) scores, top-k."""
+    """Sinkhorn and top-k on scores (rows, N): returns log P (L*B, N) of the target views, and the column residual."""
     log_K = scores / options.epsilon
     if options.mask_positives:
         log_K = log_K.masked_fill(layout.positive_mask(scores.shape[0], scores.device), -math.inf)
@@ -225,7 +228,7 @@ def log_targets(scores: Tensor, layout: Layout, options: Options, ranks: Exchang
 
 
 def _keep_top_k(log_P: Tensor, layout: Layout, k: int) -> Tensor:
-    """Keep, in all target views of an image, the k columns with the largest mean P; renormalise in log space."""
+    """Keep the k columns with the largest mean P in all target views of an image; renormalise in log space."""
     per_view = log_P.view(layout.L, layout.B, layout.N)
     order = per_view.exp().mean(0).sort(dim=-1, descending=True, stable=True).indices
     kept = torch.zeros_like(per_view[0], dtype=torch.bool).scatter_(-1, order[:, :k], True)
@@ -233,7 +236,7 @@ def _keep_top_k(log_P: Tensor, layout: Layout, k: int) -> Tensor:
 
 
 def _log_source(scores: Tensor, layout: Layout, options: Options) -> Tensor:
-    """log A (M, N) of (M, N) scores, with 0 at the masked positives: they weigh nothing in the loss."""
+    """log A (M, N) of scores (M, N), with 0 at masked positives, which then add nothing to the loss."""
     logits = scores / options.temperature
     if not options.mask_positives:
         return logits.log_softmax(-1)
@@ -278,7 +281,7 @@ def sinkhorn_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """P = exp(s/epsilon + f_i + g_j), s = q kᵀ, or its natural-log potentials (f, g); differentiable by autograd.
 
-    `bam_kernels.sinkhorn_attention` says what the options mean.
+    `bam_kernels.sinkhorn_attention` explains the options.
     """
     options = AttentionOptions(
         epsilon,
@@ -293,7 +296,7 @@ def sinkhorn_attention(
         backend,
         precision,
     )
-    options = options.plain("sinkhorn_attention")
+    options = options.with_python_numbers("sinkhorn_attention")
     return attention(q, k, options.layout("sinkhorn_attention", q, k), options)
 
 
@@ -302,9 +305,9 @@ def attention(q: Tensor, k: Tensor | None, layout: Layout, options: AttentionOpt
     ranks = Exchanges(*ranks_of("sinkhorn_attention", options.group))
     if not options.differentiable:
         q, k = q.detach(), k.detach() if k is not None else None
-    q, k = anchored(q), anchored(k) if k is not None else None
+    q, k = anchor_gradient(q), anchor_gradient(k) if k is not None else None
     header = options.header(layout, q, k, "reference")
-    with agreed(ranks, "sinkhorn_attention", header, q.device):
+    with agree_with_ranks(ranks, "sinkhorn_attention", header, q.device):
         rows = _attention_rows("q", q, options.normalize)
         own = rows[: layout.T * layout.B] if k is None else _attention_rows("k", k, options.normalize)
     keys = layout.to_public(ranks.gather(own, "sinkhorn_attention", header).T)

@@ -1,4 +1,4 @@
-"""A process group in a file: torch cannot pickle one, so what finds it again is written in its place."""
+"""Stand-in for a process group in a pickle: torch cannot pickle a group, so its name and members are saved."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,34 +8,36 @@ import torch
 
 @dataclass(frozen=True)
 class SavedGroup:
-    """The group of this name and these members (ranks of the default group); no name: the default group."""
+    """Name and members (ranks of the default group) of a saved process group; name "" is the default group."""
 
     name: str
     members: tuple[int, ...]
 
-    def found(self, operation: str) -> Any:
-        """The group in this process. Raises: ValueError where it has none of that name with those members."""
+    def find(self, operation: str) -> Any:
+        """Find the group in this process. Raises: ValueError if no group here has this name and these members."""
         distributed = torch.distributed
         if not distributed.is_available() or not distributed.is_initialized():
-            raise ValueError(f"{operation}: {self._saved()}, but torch.distributed is not initialised")
+            raise ValueError(f"{operation}: {self._description()}, but torch.distributed is not initialised")
         if not self.name:
             return distributed.group.WORLD
         try:
             resolve: Any = distributed.distributed_c10d._resolve_process_group
             group = resolve(self.name)
         except (RuntimeError, ValueError, KeyError) as error:
-            raise ValueError(f"{operation}: {self._saved()}; this process has none of that name") from error
+            raise ValueError(f"{operation}: {self._description()}; this process has none of that name") from error
         members = tuple(distributed.get_process_group_ranks(group))
         if members != self.members:
-            raise ValueError(f"{operation}: {self._saved()}; here the group of that name has ranks {list(members)}")
+            raise ValueError(
+                f"{operation}: {self._description()}; here the group of that name has ranks {list(members)}"
+            )
         return group
 
-    def _saved(self) -> str:
+    def _description(self) -> str:
         return f"group was saved as the process group {self.name or 'of all ranks'!r} with ranks {list(self.members)}"
 
 
-def to_save(group: Any) -> Any:
-    """A SavedGroup for a process group; anything else is returned unchanged."""
+def picklable_group(group: Any) -> Any:
+    """Replace a process group by its SavedGroup; return anything else unchanged."""
     distributed = torch.distributed
     if not distributed.is_available() or not isinstance(group, distributed.ProcessGroup):
         return group

@@ -1,4 +1,4 @@
-"""Ranks without a process group: threads of one process, and one rank alone with the others' keys given."""
+"""Ranks without a process group: threads of one process, or one rank with the keys of all other ranks given."""
 
 import itertools
 import threading
@@ -15,13 +15,13 @@ _numbers = itertools.count()
 
 
 class SimulatedRanks:
-    """Rank `rank` of W alone: the other ranks' keys are given, reductions stay local.
+    """Rank `rank` of W in a single process: the keys of the other ranks are given, and reductions stay local.
 
-    For one rank's share of the work and memory on one device. The loss is not that of W ranks: columns are balanced
-    over this rank's rows only.
-    keys (N, D): unit keys in gathered order; this rank's own block is replaced by what it gathers.
-    keep_sent: what the others would send is made once, at the first call: for timing, which should not count their
-    work, with the same embeddings at every call.
+    Shows one rank's share of the work and memory on one device. The loss differs from the loss of W ranks, because
+    columns are balanced over the rows of this rank only.
+    keys (N, D): unit keys in gathered order; this rank's own block is replaced by the keys it computes.
+    keep_sent: make the messages of the other ranks once, at the first call. For timing, which must not count work of
+    other ranks; the embeddings must be equal at every call.
     """
 
     def __init__(self, W: int, rank: int, keys: Tensor, *, keep_sent: bool = False) -> None:
@@ -49,14 +49,14 @@ class SimulatedRanks:
             for rank in others:
                 yield rank * n, as_sent(self.keys[rank * n : (rank + 1) * n])
             return
-        # The other ranks' keys are here already: one block before this rank's rows and one after.
+        # All keys are in memory: one block holds the ranks before this one, another block the ranks after it.
         for ranks in (range(self.rank), range(self.rank + 1, self.W)):
             if not ranks:
                 continue
-            kept = ranks.start, own.dtype
-            if kept not in self._sent:
-                self._sent[kept] = torch.cat([as_sent(self.keys[rank * n : (rank + 1) * n]) for rank in ranks])
-            yield ranks.start * n, self._sent[kept]
+            key = ranks.start, own.dtype
+            if key not in self._sent:
+                self._sent[key] = torch.cat([as_sent(self.keys[rank * n : (rank + 1) * n]) for rank in ranks])
+            yield ranks.start * n, self._sent[key]
 
     def sum(self, x: Tensor, meanwhile: Callable[[], None] | None = None) -> Tensor:
         if meanwhile is not None:
@@ -73,7 +73,7 @@ class SimulatedRanks:
 
 
 class ThreadRanks:
-    """One of W ranks that are threads of this process; `run_ranks` starts them. The same results as processes."""
+    """One of W ranks that are threads of this process, with the results of W processes; `run_ranks` starts them."""
 
     def __init__(self, W: int, rank: int, meeting: "_Meeting") -> None:
         self.W, self.rank, self._meeting = W, rank, meeting
@@ -99,11 +99,11 @@ class ThreadRanks:
 
     def scatter(self, part: Callable[[int], Tensor]) -> Tensor:
         parts = self._meeting.exchange(self.rank, [part(r) for r in range(self.W)])
-        return torch.stack([of_rank[self.rank] for of_rank in parts]).sum(0)
+        return torch.stack([rank_parts[self.rank] for rank_parts in parts]).sum(0)
 
 
 class _Meeting:
-    """Where W threads put a value each and take everyone's."""
+    """All-gather between W threads: each thread gives one value and gets the values of all threads."""
 
     def __init__(self, W: int) -> None:
         self.barrier = threading.Barrier(W)
@@ -118,9 +118,10 @@ class _Meeting:
 
 
 def run_ranks(W: int, function: Callable[[ThreadRanks], Result]) -> list[Result]:
-    """`function(group)` on W ranks at once, each a thread of this process; their results in rank order.
+    """Run `function(group)` on W ranks, each a thread of this process, and return the results in rank order.
 
-    Pass the `ThreadRanks` given as `group=`. Raises: the first rank's error that is not a consequence of another's.
+    function: gets its rank as a `ThreadRanks`, to be passed on as `group=`.
+    Raises: the error of the lowest rank that did not fail merely because another rank failed.
     """
     meeting = _Meeting(W)
     results: list[Any] = [None] * W

@@ -1,6 +1,6 @@
-"""The balanced attention by itself, for other methods: Sinkhorn-normalised cosine similarities.
+"""Balanced attention for use in other methods: Sinkhorn-normalised cosine similarities.
 
-m rows q, N keys k of all ranks, D features; with mask "block" the letters of layout.py.
+m rows q, N keys k of all ranks, D features; for mask "block", layout.py defines the dimension letters.
 """
 
 from typing import Any
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .agreement import told
+from .agreement import share_errors_with_ranks
 from .backends import choose, row_kernels
 from .engine import attention
 from .layout import Layout
-from .operators import as_tensor, define, differentiable, not_twice
+from .operators import as_tensor, define, make_differentiable, refuse_second_derivative
 from .options import AttentionOptions, check_positive
 from .precision import product_precision
 from .ranks import ranks_named, ranks_of
@@ -35,29 +35,30 @@ def sinkhorn_attention(
     backend: str = "auto",
     precision: str = "default",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """P_ij = exp(s_ij/epsilon + f_i + g_j), s = q kᵀ, after `iterations` of Sinkhorn normalisation.
+    """Balanced attention P_ij = exp(s_ij/epsilon + f_i + g_j) of scores s = q kᵀ, by Sinkhorn normalisation.
 
-    From f = 0, each iteration sets g_j = -log Σ_i exp(s_ij/epsilon + f_i), then f_i = -log Σ_j exp(s_ij/epsilon + g_j):
-    columns first, rows last, so every row of P sums to one.
+    From f = 0, each of `iterations` sets g_j = -log Σ_i exp(s_ij/epsilon + f_i), then
+    f_i = -log Σ_j exp(s_ij/epsilon + g_j). Columns come first and rows last, so every row of P sums to one.
 
-    q, k            (m, D) and (n, D), float32, float16, bfloat16, or float64 (reference); k None: q
+    q, k            (m, D) and (n, D), float32, float16, bfloat16, or float64 (reference); k None: the keys are q
     epsilon         Sinkhorn regularisation
     iterations      Sinkhorn iterations
-    mask            "none"; "self": row i does not attend to key i, k None; "block": rows are view-major, row v*B + i is
-                    view v of image i, keys likewise, and a row does not attend to the views of its own image
-    views, key_views  of mask "block": q has views*B rows, k key_views*B (default views; with k None the keys are the
-                    first key_views*B rows of q)
-    normalize       L2-normalise rows of q and k first
-    output          "plan": P (m, N); "potentials": natural-log f (m,) and g (N,), in memory linear in m + N
-    differentiable  exact gradient through the unrolled iterations, by recomputation, which only the reference can
-                    differentiate again (else an error); otherwise the result is a constant
-    group           torch.distributed process group over whose ranks q and k are spread, with the same number of keys on
-                    each; None: the default group where there is one. With several ranks the result is a constant
-    backend         auto | reference | cpu | triton | cuda
+    mask            "none"; "self": row i does not attend to key i, and k must be None; "block": rows and keys are
+                    view-major, row v*B + i is view v of image i, and a row does not attend to the views of its image
+    views, key_views  for mask "block": q has views*B rows, k has key_views*B rows (default: key_views = views); with k
+                    None the keys are the first key_views*B rows of q
+    normalize       L2-normalise the rows of q and k first
+    output          "plan": P (m, N); "potentials": f (m,) and g (N,), natural logarithms, in memory linear in m + N
+    differentiable  True: exact gradient through the unrolled iterations, by recomputation; second derivatives are an
+                    error except with backend="reference". False: the result is a constant
+    group           torch.distributed process group over whose ranks q and k are spread, with an equal number of keys on
+                    each rank; None: the default group, or one rank if torch.distributed is not initialised
+    backend         auto | reference | cpu | triton | cuda, as in `bam_loss`
     precision       default | exact, as in `bam_loss`
 
     Returns float32 (float64 for float64 input); columns are the keys of all ranks, ordered by view, rank, image.
-    Raises: ValueError or TypeError naming the argument and what came.
+    Raises: ValueError or TypeError naming the argument, what must hold and what came; NotImplementedError for
+    differentiable=True with several ranks.
     Source: Cuturi, "Sinkhorn Distances", NeurIPS 2013, in log space.
     """
     options = AttentionOptions(
@@ -73,8 +74,8 @@ def sinkhorn_attention(
         backend,
         precision,
     )
-    with told("sinkhorn_attention", group, q):
-        options = options.plain("sinkhorn_attention")
+    with share_errors_with_ranks("sinkhorn_attention", group, q):
+        options = options.with_python_numbers("sinkhorn_attention")
         layout = options.layout("sinkhorn_attention", q, k)
         backend_chosen = choose("sinkhorn_attention", options, q.device, q.dtype)
     if backend_chosen == "reference":
@@ -107,7 +108,7 @@ def _options(
     epsilon: Tensor, iterations: int, mask: str, dimensions: list[int], normalize: bool, plan: bool, precision: str
 ) -> AttentionOptions:
     value = epsilon.item()
-    check_positive("sinkhorn_attention", "epsilon", value)  # a compiled function may have had a tensor
+    check_positive("sinkhorn_attention", "epsilon", value)  # a compiled function does not check values of tensors
     return AttentionOptions(
         epsilon=value,
         iterations=iterations,
@@ -204,7 +205,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 _PROBLEM = "Tensor q, Tensor? k, Tensor epsilon, int iterations, str mask, SymInt[] dimensions, bool normalize"
-_attention_operator = differentiable(
+_attention_operator = make_differentiable(
     define(
         f"sinkhorn_attention({_PROBLEM}, bool plan, str precision, str backend, str group) "
         "-> (Tensor plan, Tensor f, Tensor g)",
@@ -214,12 +215,12 @@ _attention_operator = differentiable(
     _backward,
     _setup_context,
 )
-_backward_operator = differentiable(
+_backward_operator = make_differentiable(
     define(
         f"sinkhorn_attention_backward({_PROBLEM}, str precision, str backend, Tensor? plan, Tensor? grad_plan, "
         "Tensor? grad_f, Tensor? grad_g) -> (Tensor dq, Tensor dk)",
         _backward_impl,
         _backward_fake,
     ),
-    not_twice,
+    refuse_second_derivative,
 )

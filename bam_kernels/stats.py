@@ -1,4 +1,4 @@
-"""What one evaluation of the loss tells about the state of training."""
+"""Statistics of one evaluation of the loss, to follow training and to see collapse."""
 
 from dataclasses import dataclass
 
@@ -8,10 +8,12 @@ from torch.utils import _pytree
 
 @dataclass(frozen=True)
 class BAMStats:
-    """Detached 0-d tensors, natural logarithms. All but `column_residual` are this rank's own.
+    """Statistics of one evaluation of `bam_loss`: detached 0-d tensors; entropies and losses in nats.
 
-    target_entropy   mean over t < L and images of H(P_t,i): the floor of the loss
-    source_entropy   mean over all M rows of H(A)
+    Every value is a mean over this rank's rows, except column_residual, which covers all ranks.
+
+    target_entropy   mean over target views t < L and images i of the entropy H(P_t,i): the lower bound of the loss
+    source_entropy   mean over all M rows of the entropy H(A)
     kl               loss - target_entropy
     column_residual  max_j |c_j / mean(c) - 1| of the column sums that enter the last column step, over all ranks;
                      NaN where iterations = 1
@@ -27,5 +29,5 @@ class BAMStats:
     collapse_gap: Tensor
 
 
-# torch.export and torch.func.vmap return it like a tuple of tensors.
+# torch.export and torch.func.vmap treat BAMStats as a tuple of tensors.
 _pytree.register_dataclass(BAMStats, serialized_type_name="bam_kernels.BAMStats")

@@ -2,9 +2,10 @@
 
     python -m bam_kernels.tune --shapes 2048x8192x256 512x512x128
 
-M x N scores, D features; two views of M/2 images. For every tile the default and its neighbours are timed with a cold
-cache; one that gives another result is dropped, and one that is not 2% faster than the default is not kept. The file
-replaces that of an earlier run and is read by every later process on this kind of GPU; delete it to go back.
+A shape is MxNxD: M x N scores of D features, from two views of M/2 images. For every tile, the default and its
+neighbours are timed with a cold cache. A tile that gives another result is dropped; a tile that is not 2% faster than
+the default is not kept. The result is one file for each kind of GPU: it replaces the file of an earlier run, and every
+later process on this kind of GPU reads it. Delete it to return to the defaults.
 """
 
 import argparse
@@ -22,16 +23,16 @@ from .backends.interface import HALF_UNIT, LOG2_E, Potential
 from .backends.triton import tiles
 from .layout import Layout
 from .precision import multiply
-from .tuned import Key, Tuned
+from .tuned import Key, Tuning
 
-GAIN = 0.98  # of the default's time: less is noise
-AGREEMENT = 1e-3  # relative, between tiles, which add in another order
+GAIN = 0.98  # largest share of the default's time for a tile that is kept: a smaller gain is noise
+AGREEMENT = 1e-3  # largest relative difference between tiles, which add in different orders
 Timer = Callable[[Callable[[], Any]], float]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One launch whose tile can be chosen: `run` returns what every tile must give."""
+    """One launch whose tile can be chosen; `run` launches it and returns its result, equal for all tiles."""
 
     key: Key
     default: tuple[int, ...]
@@ -40,7 +41,7 @@ class Job:
 
 
 def jobs(M: int, N: int, D: int, device: torch.device) -> Iterator[Job]:
-    """The row kernels on int16 scores and, up to 512 features, the flash kernels on fp16 rows."""
+    """Jobs for one shape: row kernels on int16 scores and, up to 512 features, flash kernels on fp16 rows."""
     layout = Layout(B=M // 2, V=2, L=2, T=2, D=D, W=max(N // M, 1))
     generator = torch.Generator(device).manual_seed(0)
     s = torch.randint(-32000, 32000, (M, N), generator=generator, device=device, dtype=torch.int16)
@@ -85,7 +86,7 @@ def _flash_jobs(layout: Layout, generator: torch.Generator, device: torch.device
     bias = torch.zeros(N, dtype=torch.float32, device=device)
     kernels = triton.flash()(unit(N), bias, layout, masked=True, unit=HALF_UNIT)
     col = Potential.one(N, device)
-    # Below the largest score's exponential, log2(e)/0.1: P and A stay within 1, as finished potentials make them.
+    # -15 < -log2(e)/0.1: the largest score has exponent log2(e)/0.1, and P and A must stay within 1, as in training.
     row = Potential.one(M, device)
     row.exponent.fill_(-15.0)
 
@@ -114,22 +115,22 @@ def _with_warps(tile: Any, warps: tuple[int, ...]) -> list[tuple[int, ...]]:
 
 
 def _row_candidates(m: int, default: tiles.Tile) -> list[tuple[int, ...]]:
-    """Rows at once, about one or two programs per multiprocessor, warps."""
+    """Tiles around the default: rows at once, programs (half to two per multiprocessor of a large GPU), warps."""
     found: list[tuple[int, ...]] = []
     for block_m in {max(default.block_m // 2, 1), default.block_m, default.block_m * 2}:
         for programs in (66, 132, 264):
-            rows = tiles.up(-(-m // programs), block_m)
+            rows = tiles.round_up(-(-m // programs), block_m)
             tile = default._replace(block_m=block_m, rows=rows, chunks=-(-m // rows))
             found += [tile, *_with_warps(tile, (4, 8, 16))]
     return [tile for tile in dict.fromkeys(found) if tile != default]
 
 
 def _column_candidates(m: int, n: int, default: tiles.Tile) -> list[tuple[int, ...]]:
-    """Columns of a program and its warps; at most 64 chunks of rows."""
+    """Tiles around the default: columns and rows at once, warps; at most 64 chunks of rows."""
     found: list[tuple[int, ...]] = []
     for block_n in (128, 256, 512, 1024):
         for block_m in (8, 16):
-            rows = tiles.up(max(-(-m // 64), block_m), block_m)
+            rows = tiles.round_up(max(-(-m // 64), block_m), block_m)
             tile = tiles.Tile(block_m, min(block_n, tiles.power_of_two(n)), rows, -(-m // rows), 4)
             found += [tile, *_with_warps(tile, (2, 8))]
     return [tile for tile in dict.fromkeys(found) if tile != default]
@@ -152,15 +153,15 @@ def _flash_candidates(m: int, n: int, wide: bool, default: tiles.FlashTile) -> l
 
 
 def best(job: Job, timer: Timer) -> tuple[tuple[int, ...], float, float]:
-    """(tile, its ms, the default's ms)."""
+    """Time a job's candidates; returns the fastest tile, its milliseconds and the milliseconds of the default."""
     expected = job.run().clone()
     default_ms = timer(job.run)
     tile, fastest = job.default, GAIN * default_ms
     for candidate in job.candidates:
-        with tuned.trying({job.key: candidate}):
+        with tuned.use_tiles({job.key: candidate}):
             try:
                 found = job.run()
-            except Exception as error:  # more registers or shared memory than there are
+            except Exception as error:  # the tile needs more registers or shared memory than the GPU has
                 print(f"    {candidate}: {type(error).__name__}", file=sys.stderr)
                 continue
             if not bool(((found - expected).abs() <= AGREEMENT * expected.abs().max()).all()):
@@ -173,7 +174,7 @@ def best(job: Job, timer: Timer) -> tuple[tuple[int, ...], float, float]:
 
 
 def measured_rates(device: torch.device, timer: Timer, size: int = 8192) -> dict[str, float]:
-    """Of fp16 products, products in a flash kernel, a copy, and exponentials of scores that lie in the cache."""
+    """Measure rates per second: flops of fp16 products and of a flash kernel, bytes of a copy, exponentials."""
     a = torch.randn(size, size, dtype=torch.float32, device=device).half()
     product = torch.empty(size, size, dtype=torch.float32, device=device)
     copy = torch.empty_like(product)
@@ -187,10 +188,10 @@ def measured_rates(device: torch.device, timer: Timer, size: int = 8192) -> dict
     }
 
 
-def tune(shapes: list[tuple[int, int, int]], device: torch.device, timer: Timer, size: int = 8192) -> Tuned:
-    """Prints a line for every tile, the default's time beside the one that is kept."""
+def tune(shapes: list[tuple[int, int, int]], device: torch.device, timer: Timer, size: int = 8192) -> Tuning:
+    """Choose tiles for all shapes and measure rates; prints the default's time and the best time of every job."""
     chosen: dict[Key, tuple[int, ...]] = {}
-    with tuned.trying({}):
+    with tuned.use_tiles({}):
         for shape in shapes:
             for job in jobs(*shape, device):
                 tile, ms, default_ms = best(job, timer)
@@ -201,7 +202,7 @@ def tune(shapes: list[tuple[int, int, int]], device: torch.device, timer: Timer,
         found = measured_rates(device, timer, size)
     for name, rate in found.items():
         print(f"{name:<28} {rate:>12.3g} a second")
-    return Tuned(found, chosen)
+    return Tuning(found, chosen)
 
 
 def _shape(text: str) -> tuple[int, int, int]:

@@ -1,7 +1,7 @@
-"""What `python -m bam_kernels.tune` has measured on a GPU: rates for the planner, tiles for the Triton kernels.
+"""Results of `python -m bam_kernels.tune` on a GPU: rates for the planner, tiles for the Triton kernels.
 
-One JSON file per kind of GPU, found by its name; without one, stated rates and tiles that follow from shapes. Letters
-of keys are those of backends/triton/tiles.py.
+There is one JSON file per kind of GPU, found by the GPU's name. Without a file, rates are stated constants and tiles
+follow from shapes. backends/triton/tiles.py defines the kernels and shapes that are keys of tiles.
 """
 
 import json
@@ -22,15 +22,15 @@ Key = tuple[str | int, ...]
 
 
 @dataclass(frozen=True)
-class Tuned:
-    """rates: by the names of engine.cost.Rates; tiles: the numbers of a tile by kernel and shape."""
+class Tuning:
+    """Rates per second, by the field names of engine.cost.Rates, and the numbers of tiles, by kernel and shape."""
 
     rates: dict[str, float] = field(default_factory=dict)
     tiles: dict[Key, tuple[int, ...]] = field(default_factory=dict)
 
 
 def path() -> Path | None:
-    """The file of this process's first GPU, or the one that BAM_KERNELS_TUNED names; None where there is neither."""
+    """Path of the tuning file: BAM_KERNELS_TUNED, else one named after the first GPU; None without either."""
     if os.environ.get(FILE):
         return Path(os.environ[FILE])
     if not torch.cuda.is_available():
@@ -40,11 +40,11 @@ def path() -> Path | None:
 
 
 @lru_cache
-def tuned() -> Tuned:
-    """What the file says, read once. Raises: ValueError naming the file and what is wrong with it."""
+def tuning() -> Tuning:
+    """Contents of the tuning file, read once per process. Raises: ValueError naming the file and its fault."""
     file = path()
     if file is None or (FILE not in os.environ and not file.exists()):
-        return Tuned()
+        return Tuning()
     try:
         plain = json.loads(file.read_text())
         rates = {name: float(plain["rates"][name]) for name in RATES}
@@ -53,36 +53,36 @@ def tuned() -> Tuned:
         tiles = {_key(text): tuple(int(n) for n in numbers) for text, numbers in plain["tiles"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file}: not a file that `python -m bam_kernels.tune` wrote: {error!r}") from error
-    return Tuned(rates, tiles)
+    return Tuning(rates, tiles)
 
 
-def save(found: Tuned, file: Path) -> None:
-    """Written under another name and renamed: the file in place is always whole."""
+def save(found: Tuning, file: Path) -> None:
+    """Write the tuning file under a temporary name and rename it, so that readers never see half a file."""
     tiles = {" ".join(map(str, key)): list(numbers) for key, numbers in found.tiles.items()}
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(".writing")
     temporary.write_text(json.dumps({"rates": found.rates, "tiles": tiles}, indent=1) + "\n")
     os.replace(temporary, file)
-    tuned.cache_clear()
+    tuning.cache_clear()
 
 
 def tile_of(*key: str | int) -> tuple[int, ...] | None:
-    """The numbers of a tile that a tuning run tries now or has found; None: those that follow from the shape."""
-    return tuned().tiles.get(key) if _tried is None else _tried.get(key)
+    """Numbers of a tuned tile, or of a candidate inside `use_tiles`; None: compute the tile from the shape."""
+    return tuning().tiles.get(key) if _candidate_tiles is None else _candidate_tiles.get(key)
 
 
-_tried: dict[Key, tuple[int, ...]] | None = None
+_candidate_tiles: dict[Key, tuple[int, ...]] | None = None
 
 
 @contextmanager
-def trying(tiles: dict[Key, tuple[int, ...]]) -> Iterator[None]:
-    """In the block launches take these tiles, and others those that follow from their shapes; the file is not read."""
-    global _tried
-    before, _tried = _tried, tiles
+def use_tiles(tiles: dict[Key, tuple[int, ...]]) -> Iterator[None]:
+    """Launch with these tiles in the block; other tiles follow from shapes, and the tuning file is not read."""
+    global _candidate_tiles
+    before, _candidate_tiles = _candidate_tiles, tiles
     try:
         yield
     finally:
-        _tried = before
+        _candidate_tiles = before
 
 
 def _key(text: str) -> Key:

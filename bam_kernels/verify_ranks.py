@@ -1,13 +1,13 @@
-"""The same numbers on W ranks as on one: loss and gradient of every kind of problem, by command.
+"""Check that W ranks give the loss and gradient of one rank, for every kind of problem.
 
 python -m bam_kernels.verify_ranks --world 4                        W processes of this machine, gloo on CPUs
 python -m bam_kernels.verify_ranks --world 2 --device cuda          on GPUs: NCCL with one for each rank, else gloo
 torchrun --nproc-per-node 8 -m bam_kernels.verify_ranks             the ranks of torchrun: NCCL where there are GPUs
 
-First the exchanges by themselves, each with a known result: a group of one rank is otherwise not used. Then each rank
-computes its share of a global batch in the group, and the whole batch alone. The ranks' mean loss must be that of the
-whole batch, and their gradients W times its gradient: to 1e-12 in float64 (where the backend has it), 1e-5 in float32
-with exact products, 2e-3 in float16.
+First every collective is called alone and compared with its known result, so that a group of one rank is checked too.
+Then each rank computes its share of a global batch within the group, and the whole batch alone. The mean loss over
+ranks must equal the loss of the whole batch, and gradients must be W times its gradient. Largest relative errors: 1e-12
+in float64 (where the backend has it), 1e-5 in float32 with exact products, 2e-3 in float16.
 """
 
 import argparse
@@ -31,11 +31,11 @@ from .options import BACKENDS
 from .ranks import ONE_RANK
 
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3}
-GRADIENT_SCALE = 1024.0  # keeps the gradients of float16 embeddings among its normal numbers
+GRADIENT_SCALE = 1024.0  # keeps gradients of float16 embeddings within the normal numbers of float16
 TIMEOUT = timedelta(minutes=5)
 RENDEZVOUS = "BAM_KERNELS_RENDEZVOUS"
 
-# Views V, teacher views R, options.
+# Name of a case: views V, teacher views R, options.
 CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "no teacher": (2, 0, {}),
     "teacher": (2, 2, {}),
@@ -52,7 +52,7 @@ CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
 
 
 def main(args: list[str] | None = None) -> int:
-    """Exit status 0 if every case agrees."""
+    """Run the command; the exit status is 0 if every case agrees."""
     parser = argparse.ArgumentParser(prog="python -m bam_kernels.verify_ranks", description=__doc__.splitlines()[0])
     parser.add_argument("--world", type=int, default=4, help="processes to start; not used under torchrun (4)")
     parser.add_argument("--images", type=int, default=16, help="images per rank (16)")
@@ -84,12 +84,12 @@ def main(args: list[str] | None = None) -> int:
 
 
 def ranks_on_machine(to_start: int) -> int:
-    """How many ranks share this machine. A launcher that says nothing of it is taken to give each rank its own."""
+    """Number of ranks on this machine. If a launcher does not set LOCAL_WORLD_SIZE, each rank has its own machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if "RANK" in os.environ else to_start
 
 
 def group_place(device: str, backend: str, ranks_here: int) -> tuple[str, str]:
-    """("cpu" or "cuda", "gloo" or "nccl") for that many ranks on this machine. Raises: ValueError."""
+    """Choose "cpu" or "cuda", and "gloo" or "nccl", for `ranks_here` ranks on this machine. Raises: ValueError."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "auto":
         under_torchrun = "RANK" in os.environ and RENDEZVOUS not in os.environ
@@ -108,7 +108,7 @@ def group_place(device: str, backend: str, ranks_here: int) -> tuple[str, str]:
 
 
 def _start(W: int, args: list[str]) -> int:
-    """One process per rank, which find each other through a file."""
+    """Start one process per rank; the processes rendezvous through a file. Returns the exit status."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "bam_kernels.verify_ranks", *args]
         sizes = {"WORLD_SIZE": str(W), "LOCAL_WORLD_SIZE": str(W)}
@@ -121,7 +121,7 @@ def _start(W: int, args: list[str]) -> int:
 
 
 def verify(images: int, features: int, backend: str, cases: list[str], device_type: str, group_backend: str) -> int:
-    """Run the cases as one rank of the group that the environment describes."""
+    """Run the cases as the rank that the environment (RANK, WORLD_SIZE) names. Returns the exit status."""
     device = torch.device("cpu")
     if device_type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
@@ -133,7 +133,7 @@ def verify(images: int, features: int, backend: str, cases: list[str], device_ty
         world_size=int(os.environ["WORLD_SIZE"]),
         timeout=TIMEOUT,
     )
-    show = partial(print, flush=True) if dist.get_rank() == 0 else _say_nothing
+    show = partial(print, flush=True) if dist.get_rank() == 0 else _print_nothing
     show(f"{dist.get_world_size()} ranks of {images} images, {device.type}, {dist.get_backend()}")
     wrong = wrong_exchanges(device)
     agreed = max_over_ranks([len(wrong)], device) == [0]
@@ -158,19 +158,19 @@ def verify(images: int, features: int, backend: str, cases: list[str], device_ty
     return 0 if agreed else 1
 
 
-def _say_nothing(text: str) -> None:
-    """What the ranks other than the first print."""
+def _print_nothing(text: str) -> None:
+    """Print nothing: only rank 0 prints."""
 
 
 def max_over_ranks(numbers: Sequence[float], device: torch.device) -> list[float]:
-    """The largest of the ranks' numbers, place by place."""
+    """Elementwise maximum of `numbers` over all ranks."""
     worst = torch.tensor(numbers, dtype=torch.float64, device=device)
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
     return worst.tolist()
 
 
 def wrong_exchanges(device: torch.device) -> list[str]:
-    """Names of the exchanges that give this rank something else than follows from the ranks' numbers."""
+    """Names of the collectives whose result on this rank is not the known one."""
     assert dist.group.WORLD is not None
     ranks = GroupRanks(dist.group.WORLD)
     W, rank = ranks.W, ranks.rank
@@ -198,17 +198,17 @@ def wrong_exchanges(device: torch.device) -> list[str]:
 def _errors(
     V: int, R: int, options: dict[str, Any], B: int, D: int, dtype: torch.dtype, device: torch.device, seed: int
 ) -> tuple[float, float]:
-    """Relative errors of the mean loss and of this rank's gradient; NaN counts as infinite."""
+    """Relative errors of the mean loss and of this rank's gradient against one rank; NaN counts as infinite."""
     W, rank = dist.get_world_size(), dist.get_rank()
     generator = torch.Generator("cpu").manual_seed(seed)
 
-    def drawn(*shape: int) -> Tensor:
+    def random_rows(*shape: int) -> Tensor:
         return torch.randn(*shape, D, generator=generator, dtype=torch.float32, device="cpu")
 
-    common = drawn()
+    common = random_rows()
 
     def embeddings(views: int) -> Tensor:
-        return (common + drawn(1, W * B) + drawn(views, W * B)).to(device, dtype)
+        return (common + random_rows(1, W * B) + random_rows(views, W * B)).to(device, dtype)
 
     z, y = embeddings(V), embeddings(R) if R else None
     own = slice(rank * B, (rank + 1) * B)
@@ -232,4 +232,4 @@ def _loss_and_gradient(student: Tensor, teacher: Tensor | None, **options: Any) 
 if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
-    os._exit(status)  # a group of gloo sometimes aborts while it is torn down
+    os._exit(status)  # gloo sometimes aborts the process while it is torn down

@@ -1,7 +1,7 @@
-"""The authors' published loss, imported from a checkout outside this project and measured as it is.
+"""The authors' published loss, imported unchanged from a checkout outside this project.
 
 The published class does not run as released: it reads an attribute that it never sets, allocates with .cuda() and
-calls torch.distributed unconditionally. Attributes set from outside, in memory, make it one process's loss.
+calls torch.distributed unconditionally. Attributes set from here, in memory, let it compute one process's loss.
 Repository: DanielShalam/BAM.
 """
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 
 class OneProcess:
-    """What the loss asks of torch.distributed, for rank 0 of W with the reductions left local."""
+    """Stands in for torch.distributed as the loss uses it: rank 0 of W ranks, with reductions left local."""
 
     ReduceOp = torch.distributed.ReduceOp
 
@@ -44,14 +44,14 @@ class OneProcess:
 
 
 def load(path: Path) -> ModuleType:
-    """The module bam/bam_loss.py of the checkout; its gather package is stood in for, as one process needs none."""
+    """Import bam/bam_loss.py of the checkout, with an empty module for `diffdist`, which one process does not need."""
     absent = {} if "diffdist" in sys.modules else {"diffdist": types.ModuleType("diffdist")}
     with mock.patch.dict(sys.modules, absent), mock.patch.object(sys, "path", [str(path), *sys.path]):
         return importlib.import_module("bam.bam_loss")
 
 
 class Authors:
-    """The published loss for one problem: from given scores, and whole."""
+    """The published loss for one problem, from given scores and from embeddings."""
 
     def __init__(self, path: Path, problem: Problem) -> None:
         self.problem = problem
@@ -74,12 +74,12 @@ class Authors:
             )
         self.loss.masking_fn = True if options.top_k else None
         self.loss.ot_reg = options.epsilon
-        # It makes its mask in a Python loop at the first step and keeps it; this is the same mask.
+        # The loss would fill this mask in a Python loop at its first step.
         self.loss.pos_mask = layout.positive_mask(layout.M, problem.student.device)
 
     @contextlib.contextmanager
-    def _in_place(self) -> Iterator[None]:
-        """Tensors stay on the device they are on."""
+    def _without_cuda_calls(self) -> Iterator[None]:
+        """On a CPU, make Tensor.cuda() return the tensor itself."""
         if self.problem.student.device.type == "cuda":
             yield
             return
@@ -87,27 +87,27 @@ class Authors:
             yield
 
     def sinkhorn(self, scores: Tensor) -> Tensor:
-        """P (M, N) of all rows."""
-        with self._in_place():
+        """Target P (M, N) of all rows of the scores."""
+        with self._without_cuda_calls():
             return self.loss._sinkhorn(scores)
 
     def from_scores(self, source: Tensor, target: Tensor | None) -> Tensor:
-        """The loss of source scores and, with a teacher, target scores."""
-        with self._in_place():
+        """Loss from source scores and, with a teacher, target scores."""
+        with self._without_cuda_calls():
             return self.loss.compute_loss(source) if target is None else self.loss.compute_loss(source, target)
 
     def whole(self, student: Tensor, teacher: Tensor | None) -> Tensor:
-        """The loss of embeddings."""
-        with self._in_place():
+        """Loss from embeddings."""
+        with self._without_cuda_calls():
             return self.loss(student, teacher, epoch=0)
 
     @contextlib.contextmanager
-    def recorded(self) -> Iterator[list[Tensor]]:
-        """The targets P (L*B, N) of the losses computed inside, as the loss sees them."""
+    def record_targets(self) -> Iterator[list[Tensor]]:
+        """Collect the targets P (L*B, N) of each loss computed within the context, after any top-k selection."""
         layout, made = self.problem.layout, []
         balance = self.loss._sinkhorn
 
-        def recording(scores: Tensor) -> Tensor:
+        def recording_balance(scores: Tensor) -> Tensor:
             P = balance(scores)
             kept = P[: layout.L * layout.B]
             if self.problem.options.top_k:
@@ -116,5 +116,5 @@ class Authors:
             made.append(kept.clone())
             return P
 
-        with mock.patch.object(self.loss, "_sinkhorn", recording):
+        with mock.patch.object(self.loss, "_sinkhorn", recording_balance):
             yield made

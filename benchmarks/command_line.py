@@ -1,4 +1,4 @@
-"""The options of a benchmark, read from its command line."""
+"""Reads a benchmark's options from its command line."""
 
 import sys
 from typing import TypeVar
@@ -7,9 +7,10 @@ T = TypeVar("T")
 
 
 def options_of(kind: type[T], description: str | None) -> T:
-    """An instance of the dataclass `kind`; `--help` shows the description and the text under each field.
+    """Parse the command line into an instance of the dataclass `kind`.
 
-    Ends the process with a message where tyro is not installed: the modules themselves can be imported without it.
+    `--help` shows the description and the docstring of each field. Without tyro the process ends with a message:
+    the benchmark modules can be imported without tyro, but their command lines need it.
     """
     try:
         import tyro

@@ -1,4 +1,4 @@
-"""A competitor, which of them are asked for, and the buffers that they read in turn."""
+"""What one competitor of a benchmark is, the choice of competitors, and the input buffers they read in rotation."""
 
 import math
 from collections import deque
@@ -46,7 +46,7 @@ WHOLE: tuple[RowName, ...] = (
     "cuda",
     "cuda-int16",
 )
-# Replayed as CUDA graphs: what a small problem takes without the launches of its kernels one by one.
+# Rows replayed as CUDA graphs: their times leave out the launch of each kernel, which dominates small problems.
 GRAPHS: tuple[RowName, ...] = ("triton-int16-graph", "triton-flash-int16-graph", "cuda-int16-graph")
 OURS: tuple[RowName, ...] = tuple(dict.fromkeys(GIVEN_SCORES + WHOLE + GRAPHS))
 Isa = Literal["auto", "avx512", "avx2", "plain"]
@@ -54,11 +54,16 @@ Isa = Literal["auto", "avx512", "avx2", "plain"]
 
 @dataclass
 class Competitor:
-    """run(*fresh()) is timed, fresh() is not; outputs() is what is compared with the truth, None: nothing to compare.
+    """One implementation on one problem: run(*fresh()) is timed, fresh() is not.
 
-    kind is the name that options and ratios use, name the one printed; held_bytes are outputs given to `run`.
-    precision: float32; tf32, its products; int16, scores of fixed point and all else in fp16; fp16, embeddings and the
-    gradient that is returned too; autocast, as torch's.
+    outputs() returns what is compared with the truth; None: there is nothing to compare. `kind` is the name in options
+    and ratios, `name` the printed one. held_bytes counts preallocated outputs of `run`, which its peak must include.
+    precision is one of:
+    - float32: everything;
+    - tf32: TF32 products, the rest float32;
+    - int16: int16 fixed-point scores, the rest fp16;
+    - fp16: as int16, and the embeddings and the returned gradient are fp16;
+    - autocast: what torch.autocast makes of it.
     """
 
     kind: RowName
@@ -78,17 +83,18 @@ class Competitor:
 
 @dataclass(frozen=True)
 class Choice:
-    """Which competitors to make."""
+    """The competitors to make, as the command line names them."""
 
     rows: tuple[RowName, ...]
     isa: tuple[Isa, ...]
     authors: Path | None
-    cold_bytes: int  # written between two uses of a buffer: more than a GPU's L2 holds
+    cold_bytes: int  # least bytes written between two uses of a buffer: more than a GPU's L2 cache holds
 
     def ours(self, problem: Problem, all_rows: tuple[RowName, ...]) -> list[tuple[RowName, RowKernels]]:
-        """Of `all_rows` those that are chosen and can run on the problem's device; the CPU's for each instruction set.
+        """The rows among `all_rows` that are chosen and can run on the problem's device, with their kernels.
 
-        int16 is the scores' type: in the whole loss rows, keys and gradient are fp16 with it.
+        A CPU row appears once per instruction set. A row named int16 has int16 scores; in the whole loss its rows,
+        keys and gradient are fp16.
         """
         device = problem.student.device
         chosen = [row for row in all_rows if row in self.rows]
@@ -107,7 +113,7 @@ class Choice:
 
 
 class Rotation:
-    """Fresh copies of the same tensors in buffers used in turn, so that what a GPU run reads has left the cache."""
+    """Copies of tensors in buffers used in rotation, so that a GPU run finds none of its input in the L2 cache."""
 
     def __init__(self, given: tuple[Tensor | None, ...], cold_bytes: int, requires_grad: bool = False) -> None:
         self.given = given

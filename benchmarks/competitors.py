@@ -1,35 +1,41 @@
-"""What is compared: our kernels, the eager reference, the compiled reference, the products alone, the authors' code.
+"""The competitors of each benchmark: our kernels, the reference (eager, compiled), matrix products, the authors' code.
 
-Letters are those of bam_kernels/layout.py. Each of the first three functions gives the competitors of one benchmark.
+Letters of dimensions are defined in bam_kernels/layout.py.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
 import torch
 from authors import Authors
-from competitor import GIVEN_SCORES, GRAPHS, WHOLE, Choice, Competitor, Rotation
-from ours import GivenScores, our_competitor, whole_ours
+from competitor import GIVEN_SCORES, GRAPHS, WHOLE, Choice, Competitor, Rotation, RowName
+from our_kernels import GivenScores, our_competitor, our_whole_competitor
 from problem import Problem, Truth, Work, loss_options, loss_work, products_work, sinkhorn_work, whole_work
 from torch import Tensor
 
 from bam_kernels import reference
-from bam_kernels.engine.cost import flash_can
+from bam_kernels.engine.cost import flash_supports
+
+
+def given_scores(
+    problem: Problem, source: Tensor, target: Tensor | None, choice: Choice
+) -> Iterator[tuple[RowName, GivenScores]]:
+    """Yield the kind and the kernels on given scores of each chosen row of ours."""
+    for kind, kernels in choice.ours(problem, GIVEN_SCORES):
+        yield kind, GivenScores(problem, source, target, kernels, fixed=kind.endswith("int16"))
 
 
 def sinkhorn_competitors(problem: Problem, scores: Tensor, choice: Choice) -> list[Competitor]:
-    """From given scores (M, N) to potentials; the authors' code goes on to P (M, N), which is its result."""
+    """Competitors from scores (M, N) to Sinkhorn potentials. The authors' code returns P (M, N) instead."""
     layout, options = problem.layout, problem.options
     work = sinkhorn_work(layout, options.iterations)
     made = []
-    for kind, kernels in choice.ours(problem, GIVEN_SCORES):
-        fixed = kind.endswith("int16")
-        given = GivenScores(problem, scores, None, kernels, fixed)
+    for kind, given in given_scores(problem, scores, None, choice):
         fresh = Rotation(given.given[:1], choice.cold_bytes)
-        ours = sinkhorn_work(layout, options.iterations, 2) if fixed else work
-        made.append(our_competitor(kind, kernels, fresh, given.sinkhorn, given.plan, ours))
+        ours = sinkhorn_work(layout, options.iterations, given.score_bytes)
+        made.append(our_competitor(kind, given.kernels, fresh, given.sinkhorn, given.plan, ours))
 
     def balance(s: Tensor) -> tuple[Tensor, Tensor]:
         mask = layout.positive_mask(len(s), s.device)
@@ -60,20 +66,18 @@ def sinkhorn_competitors(problem: Problem, scores: Tensor, choice: Choice) -> li
 def from_scores_competitors(
     problem: Problem, source: Tensor, target: Tensor | None, choice: Choice
 ) -> list[Competitor]:
-    """From given scores to the loss and G = dloss/ds; the products alone beside them for scale.
+    """Competitors from given scores to the loss and G = dloss/ds, and the matrix products alone for scale.
 
-    Given scores are float32: autocast has nothing to do here.
+    Autocast changes nothing about given float32 scores, so its rows are left out.
     """
     layout, options = problem.layout, problem.options
     work = loss_work(layout, options.iterations)
     made = []
-    for kind, kernels in choice.ours(problem, GIVEN_SCORES):
-        fixed = kind.endswith("int16")
-        given = GivenScores(problem, source, target, kernels, fixed)
-        ours = loss_work(layout, options.iterations, 2) if fixed else work
+    for kind, given in given_scores(problem, source, target, choice):
+        ours = loss_work(layout, options.iterations, given.score_bytes)
         fresh = Rotation(given.given, choice.cold_bytes)
-        competitor = our_competitor(kind, kernels, fresh, given.loss, given.outputs, ours)
-        if fixed:
+        competitor = our_competitor(kind, given.kernels, fresh, given.loss, given.outputs, ours)
+        if given.fixed:
             G = torch.empty(layout.M, layout.N, device=source.device)
             competitor.run = lambda s, t, given=given, G=G: given.loss(s, t, G)
             competitor.held_bytes, competitor.note = G.nbytes, "G written to a tensor given"
@@ -96,19 +100,19 @@ def from_scores_competitors(
 
 
 def whole_competitors(problem: Problem, choice: Choice) -> list[Competitor]:
-    """From embeddings to the loss and its gradient, of one process or one rank's share."""
+    """Competitors from embeddings to the loss and its gradient, for one process or one rank's share of several."""
     layout, options = problem.layout, problem.options
     named = loss_options(problem)
     work = whole_work(layout, options.iterations)
     fresh = Rotation((problem.student, problem.teacher), choice.cold_bytes, requires_grad=True)
     rows = WHOLE + (GRAPHS if problem.student.device.type == "cuda" else ())
     ours = choice.ours(problem, rows)
-    if not flash_can(layout, options.top_k, regather=False):
+    if not flash_supports(layout, options.top_k, regather=False):
         ours = [(kind, kernels) for kind, kernels in ours if "flash" not in kind]
-    made = [whole_ours(problem, kind, kernels, fresh) for kind, kernels in ours]
+    made = [our_whole_competitor(problem, kind, kernels, fresh) for kind, kernels in ours]
 
     def loss(z: Tensor, y: Tensor | None) -> Tensor:
-        """`reference.bam_loss` from the reference's own parts, without its checks, so that it is one graph."""
+        """The loss of `reference.bam_loss` without its checks of arguments, so that it compiles to one graph."""
         rows = reference.normalize(z)[0]
         targets = rows if y is None else reference.normalize(y)[0]
         keys = problem.all_keys(targets[: layout.T * layout.B])
@@ -126,12 +130,12 @@ def whole_competitors(problem: Problem, choice: Choice) -> list[Competitor]:
     return made
 
 
-# What a gradient scaler multiplies by, so that 16-bit gradients keep their small entries.
+# Factor of a gradient scaler: with it, small entries of 16-bit gradients do not underflow.
 GRADIENT_SCALE = 2.0**16
 
 
 def under_autocast(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The gradient of loss(x, ...) by x, as a training loop in mixed precision has it."""
+    """A function that returns the gradient of loss(x, ...) by x under autocast, with the loss scaled."""
 
     def run(x: Tensor, *rest: Tensor | None) -> Tensor:
         dtype = torch.float16 if x.device.type == "cuda" else torch.bfloat16
@@ -145,7 +149,7 @@ def under_autocast(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def torch_competitors(
     loss: Callable[..., Tensor], targets: Callable[[], Tensor], fresh: Rotation, work: Work, choice: Choice
 ) -> list[Competitor]:
-    """The reference, eager and compiled, forward and backward. loss(x, ...) is differentiated with respect to x."""
+    """The reference as competitors, eager and compiled: loss(x, ...) and its gradient with respect to x."""
 
     def gradient(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda x, *rest: torch.autograd.grad(function(x, *rest), x)[0]
@@ -154,7 +158,7 @@ def torch_competitors(
     if "eager" in choice.rows:
         run = gradient(loss)
         rows.append(Competitor("eager", "eager reference", fresh, run, lambda: Truth(targets(), run(*fresh())), work))
-    # P exists inside the compiled graph only; its error shows in the gradient.
+    # P exists inside the compiled graph only, so the gradient alone is compared.
     if "compile" in choice.rows:
         compiled = gradient(torch.compile(loss, fullgraph=True, dynamic=False))
         outputs = partial(gradient_alone, compiled, fresh)
@@ -174,10 +178,10 @@ def gradient_alone(run: Callable[..., Tensor], fresh: Rotation) -> Truth:
 def authors_competitors(
     authors: Authors, loss: Callable[..., Tensor], fresh: Rotation, work: Work, note: str, choice: Choice
 ) -> list[Competitor]:
-    """The published loss, and under autocast. loss(x, ...) is differentiated with respect to x."""
+    """The authors' loss as competitors, in float32 and under autocast: loss(x, ...) and its gradient by x."""
 
     def outputs(run: Callable[..., Tensor]) -> Truth:
-        with authors.recorded() as made:
+        with authors.record_targets() as made:
             found = run(*fresh())
         return Truth(made[0].float(), found)
 
@@ -195,9 +199,9 @@ def authors_competitors(
 
 
 def products(problem: Problem, choice: Choice) -> list[Competitor]:
-    """Three library products into tensors given: scores, dz = G k, and dk = Gᵀ z or a teacher's target scores.
+    """Three torch.mm of a step: scores, dz = G k, and dk = Gᵀ z or, with a teacher, the target scores.
 
-    Without a teacher and with the keys' own rows at hand ours makes dz and dk in one product, so it may be below this.
+    Without a teacher and on one rank our engine makes dz and dk in one product, so it can be faster than this row.
     """
     if "gemms" not in choice.rows:
         return []

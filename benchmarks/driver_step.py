@@ -1,11 +1,12 @@
-"""What a step of the driver is made of: data, backbone, head, loss, optimiser, and the rest.
+"""Times of the parts of a driver step: data, backbone, head, loss, teacher, optimiser, and the rest.
 
     python benchmarks/driver_step.py --json benchmarks/results/cpu_driver.json
     python benchmarks/driver_step.py --options="--recipe imagenet-vit-s --data.root PATH --virtual-batch 256"
 
-The driver's own parts with the options given, on made-up photographs unless they name a folder. Each part is run alone
-on the inputs that it has in the step; `rest` is what the whole step takes beyond its parts, `overhead` all but data and
-networks. The last column is each part's share of the time of student and teacher backbones, forward and backward.
+The parts are the driver's own, built from the given options, on photographs of noise unless the options name a folder.
+Each part runs alone, on the inputs it has within a step. `rest` is the time of the whole step less that of its parts;
+`overhead` is the step less data and backbones. The last column is each part's time relative to that of the student's
+and teacher's backbones, forward and backward.
 """
 
 import shlex
@@ -21,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 from command_line import options_of
-from common import plain_table, write
 from hardware import Machine
 from PIL import Image
+from report import plain_table, write
 from torch import Tensor
 
 from bam_kernels import GradientCache
@@ -42,9 +43,9 @@ PARTS = ("data", "backbone", "teacher", "head", "loss", "optimiser")
 @dataclass
 class DriverOptions:
     options: str = "--recipe cifar10-resnet18 --data.batch-size 128"
-    """Options of driver/pretrain.py, in one string."""
+    """Options of driver/pretrain.py, all in one string."""
     images: int = 512
-    """Made-up photographs, where the options name no folder."""
+    """Number of noise photographs to write, if the options name no folder."""
     device: str = "auto"
     threads: int | None = None
     repetitions: int = 5
@@ -53,7 +54,7 @@ class DriverOptions:
 
 
 class Step:
-    """One step of the driver, and its parts. B images per micro-batch, one rank."""
+    """One step of the driver on one rank, and its parts. B is the number of images per micro-batch."""
 
     def __init__(self, options: Config, machine: Machine) -> None:
         self.options, device, world = options, machine.device, World()
@@ -96,7 +97,7 @@ class Step:
             follow(self.teacher, self.network, self.options.model.teacher_momentum)
 
     def parts(self) -> dict[str, Callable[[], Any]]:
-        """Each on the inputs of the step, and with the gradients that whole() has left."""
+        """The parts of a step by name, each on the inputs it has there, with the gradients that `whole` has left."""
         micro_batches, context = next(self.batches), self.arithmetic.context
         passes = 2 if len(micro_batches) > 1 else 1  # the gradient cache embeds several micro-batches twice
 
@@ -138,8 +139,8 @@ class Step:
                 for crops in micro_batches:
                     self.teach(crops)
 
-        of_part = {"data": lambda: next(self.batches), "backbone": backbone, "head": head, "loss": loss}
-        return of_part | ({"teacher": teacher} if self.teacher else {}) | {"optimiser": self.optimise}
+        runs = {"data": lambda: next(self.batches), "backbone": backbone, "head": head, "loss": loss}
+        return runs | ({"teacher": teacher} if self.teacher else {}) | {"optimiser": self.optimise}
 
 
 def quantiles(times: list[float]) -> tuple[float, float, float]:
@@ -152,13 +153,13 @@ def measure(options: DriverOptions, machine: Machine, config: Config) -> list[di
         step.whole()
     parts = {"step": step.whole} | step.parts()
     times: dict[str, list[float]] = {name: [] for name in parts}
-    for _ in range(options.repetitions):  # in turn, so that noise hits all alike
+    for _ in range(options.repetitions):  # in rotation, so that noise of the machine hits all parts alike
         for name, run in parts.items():
-            run()  # after itself, as steps follow each other: the allocator then has what it needs
+            run()  # an untimed run first, so that the allocator already has the memory, as between steps
             if machine.device.type == "cuda":
-                torch.cuda.synchronize()  # what is under way would hide the time that the host takes
+                torch.cuda.synchronize()  # work still queued would hide the time of the host
             times[name].append(machine.time_ms(run))
-    median = {name: quantiles(of_part)[0] for name, of_part in times.items()}
+    median = {name: quantiles(samples)[0] for name, samples in times.items()}
     networks = median["backbone"] + median.get("teacher", 0.0)
     rest = median["step"] - sum(median[name] for name in PARTS if name in median)
     overhead = median["step"] - networks - median["data"]
@@ -173,21 +174,21 @@ def measure(options: DriverOptions, machine: Machine, config: Config) -> list[di
     return [row | sizes for row in rows]
 
 
-def made_up(folder: Path, count: int, side: int = 64) -> None:
-    """Photographs of noise, as JPEG."""
+def write_noise_photographs(folder: Path, count: int, side: int = 64) -> None:
+    """Write `count` JPEG photographs of noise into the folder."""
     pixels = np.random.default_rng(0).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
     for i, image in enumerate(pixels):
         Image.fromarray(image).save(folder / f"{i:05d}.jpg")
 
 
 def main(options: DriverOptions) -> int:
-    machine = Machine.found(options.device, options.threads)
+    machine = Machine.detect(options.device, options.threads)
     print(machine.line(), flush=True)
     given = shlex.split(options.options)
     with tempfile.TemporaryDirectory() as folder:
         if not any(word.startswith("--data.root") for word in given):
             (Path(folder) / "all").mkdir()
-            made_up(Path(folder) / "all", options.images)
+            write_noise_photographs(Path(folder) / "all", options.images)
             given += ["--data.root", folder]
         rows = measure(options, machine, cli.parse(given))
     print(plain_table([{k: "-" if v is None else v for k, v in row.items()} for row in rows]))

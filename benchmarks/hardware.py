@@ -1,4 +1,4 @@
-"""The machine: what it is, the best it does in this run, and how time and memory are measured on it."""
+"""The machine that runs a benchmark: its names and versions, its measured ceilings, its clock and its memory."""
 
 import ctypes
 import gc
@@ -17,17 +17,17 @@ import bam_kernels
 from bam_kernels.backends import cpu
 
 REPOSITORY = Path(__file__).parents[1]
-# One base-2 exponential in float32 without a unit for it: a polynomial of degree 5 and its range reduction.
+# Flops of one float32 exp2 on a CPU: a polynomial of degree 5 and its range reduction.
 EXP_FLOP = 14
-# ex2 results per clock and multiprocessor on sm_80 to sm_100.
+# Results of the ex2 instruction per clock and multiprocessor, on sm_80 to sm_100.
 EXP_PER_CLOCK = 16
 
 
 @dataclass
 class Machine:
-    """Device, versions and measured ceilings; what every result row carries.
+    """Device, versions and measured ceilings, which every result row carries.
 
-    The environment's BAM_KERNELS_COMMIT names the commit of a checkout that was copied without its history.
+    For a checkout copied without its history, the environment variable BAM_KERNELS_COMMIT names the commit.
     """
 
     device: torch.device
@@ -41,8 +41,8 @@ class Machine:
     _copy_at: dict[int, float] = field(default_factory=dict)
 
     @staticmethod
-    def found(device: str, threads: int | None) -> "Machine":
-        """The device asked for ("auto": CUDA where there is one), its ceilings measured."""
+    def detect(device: str, threads: int | None) -> "Machine":
+        """The named device ("auto": CUDA if there is one, else the CPU) with its ceilings measured."""
         if threads is not None:
             torch.set_num_threads(threads)
         place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
@@ -58,7 +58,7 @@ class Machine:
         return machine
 
     def measure(self) -> None:
-        """Raise the ceilings to the best seen so far: measured before each table, as noise can only lower them."""
+        """Measure the ceilings again and keep the best seen so far: noise can only lower a measurement."""
         cuda = self.device.type == "cuda"
         size = 8192 if cuda else 2048
         self.gemm_gflops = max(self.gemm_gflops, self._gemm_gflops(size, torch.float32))
@@ -67,7 +67,7 @@ class Machine:
 
     @property
     def half(self) -> torch.dtype:
-        """The 16-bit type that products are fast in, and that autocast takes."""
+        """The 16-bit type of fast products on this device, which autocast uses too."""
         return torch.float16 if self.device.type == "cuda" else torch.bfloat16
 
     def _gemm_gflops(self, n: int, dtype: torch.dtype) -> float:
@@ -76,7 +76,7 @@ class Machine:
         return 2 * n**3 / self._fastest_ms(lambda: torch.mm(a, b, out=out)) / 1e6
 
     def copy_gbs_at(self, footprint: int) -> float:
-        """Bytes read and written a second, in GB/s, by a copy that touches `footprint` bytes."""
+        """Rate in GB/s, reads plus writes, of a copy that touches `footprint` bytes."""
         source = torch.ones(max(footprint // 8, 1), device=self.device)
         target = torch.empty_like(source)
         ms = self._fastest_ms(lambda: target.copy_(source))
@@ -85,7 +85,7 @@ class Machine:
 
     @property
     def exp_per_s(self) -> float:
-        """Exponentials a second: an upper bound from the arithmetic rate or the special-function unit."""
+        """Upper bound of exponentials per second, from the product rate (CPU) or the special-function units (GPU)."""
         if self.device.type == "cpu":
             return self.gemm_gflops * 1e9 / EXP_FLOP
         properties = torch.cuda.get_device_properties(self.device)
@@ -100,7 +100,7 @@ class Machine:
         return best if best < float("inf") else self.time_ms(run)
 
     def time_ms(self, run: Callable[..., Any], *args: Any) -> float:
-        """Milliseconds of one run: CUDA events on a GPU, the wall clock elsewhere."""
+        """Milliseconds of one run, by CUDA events on a GPU and by the wall clock elsewhere."""
         if self.device.type != "cuda":
             begin = time.perf_counter_ns()
             run(*args)
@@ -113,7 +113,7 @@ class Machine:
         return begin.elapsed_time(end)
 
     def peak_bytes(self, run: Callable[..., Any], *args: Any) -> int | None:
-        """Most memory held during one run beyond what was held before; None where the system does not tell."""
+        """Peak memory of one run in bytes beyond what was allocated before; None if the system does not report it."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -122,7 +122,7 @@ class Machine:
             torch.cuda.synchronize(self.device)
             return torch.cuda.max_memory_allocated(self.device) - before
         try:
-            ctypes.CDLL(None).malloc_trim(0)  # freed memory that the allocator keeps would hide what the run takes
+            ctypes.CDLL(None).malloc_trim(0)  # memory the allocator keeps after a free would hide what the run takes
             before = resident_bytes("VmRSS")
             Path("/proc/self/clear_refs").write_text("5")  # VmHWM restarts from here
             run(*args)
@@ -132,7 +132,7 @@ class Machine:
 
     @property
     def l2_bytes(self) -> int:
-        """The cache that a GPU run must find cold; 0 on a CPU, where a run finds its input as the producer left it."""
+        """Size of a GPU's L2 cache, cold at each run; 0 on a CPU, where input stays as its producer left it."""
         return torch.cuda.get_device_properties(self.device).L2_cache_size if self.device.type == "cuda" else 0
 
     def fields(self) -> dict[str, Any]:

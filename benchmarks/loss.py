@@ -1,9 +1,9 @@
-"""The loss and its gradient: from given scores, and whole, from embeddings, forward and backward.
+"""Benchmark of the loss and its gradient, from given scores and from embeddings (forward and backward).
 
     python benchmarks/loss.py --authors CHECKOUT --json benchmarks/results/cpu_loss.json
 
-More keys than key_views*B make it one rank's share of several: the other ranks' keys are given and reductions local,
-for every competitor. Rows that fail the check against float64 are printed as failing and not timed.
+A problem with more than key_views*B keys is one rank's share of several ranks. Every competitor then gets the other
+ranks' keys ready-made and reduces locally. Each row is compared with float64 first; a row that fails is not timed.
 """
 
 import sys
@@ -11,22 +11,22 @@ from dataclasses import dataclass
 from typing import Literal
 
 from command_line import options_of
-from common import BenchmarkOptions, Report
 from competitors import from_scores_competitors, whole_competitors
 from hardware import Machine
 from problem import Problem, truth_of_embeddings, truth_of_scores
+from report import BenchmarkOptions, Report
 
 
 @dataclass
 class LossOptions(BenchmarkOptions):
     target_views: int = 2
-    """L, the first L views give targets."""
+    """L: the first L views give targets."""
     temperature: float = 0.1
     top_k: int = 0
     teacher: bool = False
-    """Keys and target rows from a teacher."""
+    """Take keys and target rows from a teacher's embeddings."""
     teacher_views: int | None = None
-    """R, the first R views that a teacher embeds; None: as many as are keys or give targets."""
+    """R: the teacher embeds the first R views. None: the larger of target_views and key_views."""
     parts: tuple[Literal["from-scores", "whole"], ...] = ("from-scores", "whole")
 
 
@@ -43,7 +43,7 @@ def whole(options: LossOptions, problem: Problem, report: Report) -> None:
 
 
 def main(options: LossOptions) -> int:
-    machine = Machine.found(options.device, options.threads)
+    machine = Machine.detect(options.device, options.threads)
     report = Report("loss", machine, options)
     least = max(options.target_views, options.key_views)
     given = {

@@ -1,4 +1,4 @@
-"""Draw the result files of the benchmarks, one PNG beside each, from the files alone.
+"""Draw result files of the benchmarks as PNG files next to them.
 
 python benchmarks/plot.py benchmarks/results/cpu_loss.json
 """
@@ -61,7 +61,7 @@ def number(value: float) -> str:
 
 
 def groups(rows: Rows, *keys: str) -> dict[tuple[Any, ...], Rows]:
-    """Rows with the same values of the keys, in the order of the file."""
+    """Group rows by their values of the keys, in the order of the file."""
     found: dict[tuple[Any, ...], Rows] = {}
     for row in rows:
         found.setdefault(tuple(row[key] for key in keys), []).append(row)
@@ -69,7 +69,7 @@ def groups(rows: Rows, *keys: str) -> dict[tuple[Any, ...], Rows]:
 
 
 def draw_times(rows: Rows) -> plt.Figure:
-    """One panel per problem: medians with p20 to p80, and the floor of float32 scores."""
+    """Plot times, one panel per problem: medians with whiskers from p20 to p80, and the floor for float32 scores."""
     panels = groups(rows, "part", "M", "N", "D")
     heights = [len(panel) + 1 for panel in panels.values()]
     figure, axes = plt.subplots(
@@ -129,7 +129,7 @@ def title(row: dict[str, Any]) -> str:
 
 
 def draw_accuracy(rows: Rows) -> plt.Figure:
-    """Error of P and of dz by mean cosine, one column of panels per epsilon."""
+    """Plot errors of P and dz against the mean cosine, one column of panels per epsilon."""
     epsilons = list(dict.fromkeys(row["epsilon"] for row in rows))
     size = (max(3.6 * len(epsilons), 4.5), 6.4)
     figure, axes = plt.subplots(2, len(epsilons), figsize=size, sharex=True, sharey=True, squeeze=False)
@@ -141,7 +141,7 @@ def draw_accuracy(rows: Rows) -> plt.Figure:
             axis.set_yscale("log")
             axis.grid(alpha=0.3)
             axis.set_title(f"{name}, epsilon {epsilon:g}", fontsize=10)
-    axes[0, 0].set_ylim(top=4 * axes[0, 0].get_ylim()[1])  # room for what is not finite
+    axes[0, 0].set_ylim(top=4 * axes[0, 0].get_ylim()[1])  # room for markers of errors that are not finite
     for axis in axes[:, 0]:
         axis.set_ylabel("relative error against float64")
     for axis in axes[-1]:
@@ -152,7 +152,7 @@ def draw_accuracy(rows: Rows) -> plt.Figure:
 
 
 def draw_errors(axis: plt.Axes, line: Rows, key: str, kind: str, competitor: str) -> None:
-    """One competitor's errors; what is not finite as a marker with its name on the upper edge."""
+    """Plot one competitor's errors; an error that is not finite is a marker with a name at the upper edge."""
     cosines = [f"{row['cosine']:g}" for row in line]
     errors = [math.nan if row[key] is None else row[key] for row in line]
     style = "--" if kind == "eager" else "-"
@@ -168,7 +168,7 @@ DRAWN = {"accuracy": draw_accuracy, "loss": draw_times, "sinkhorn": draw_times}
 
 
 def draw_files(files: Sequence[Path], out: Path | None) -> None:
-    """One picture a file, in the directory `out` or beside the file; no files: all of benchmarks/results."""
+    """Draw each file (default: all of benchmarks/results) into the directory `out`, or next to the file if None."""
     for file in files or sorted(RESULTS.glob("*.json")):
         rows = json.loads(file.read_text())
         draw = DRAWN.get(rows[0]["benchmark"])
@@ -183,8 +183,8 @@ def draw_files(files: Sequence[Path], out: Path | None) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("files", nargs="*", type=Path, help="result files (all of benchmarks/results)")
-    parser.add_argument("--out", type=Path, help="a directory for the pictures (beside each file)")
+    parser.add_argument("files", nargs="*", type=Path, help="result files to draw (default: all of benchmarks/results)")
+    parser.add_argument("--out", type=Path, help="directory of the pictures (default: next to each file)")
     options = parser.parse_args()
     draw_files(options.files, options.out)
 

@@ -1,6 +1,7 @@
-"""Sinkhorn from embeddings to potentials, without a mask: our attention by itself, and the flash-sinkhorn package.
+"""Competitors for unmasked Sinkhorn from embeddings to potentials, among them the flash-sinkhorn package.
 
-f (M), g (N) with P = exp(q kᵀ/eps + f_i + g_j), rows summing to one; q (M, D) and k (N, D) are unit rows.
+The potentials f (M) and g (N) give P = exp(q kᵀ/eps + f_i + g_j), whose rows sum to one; q (M, D) and k (N, D) are
+unit rows.
 """
 
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 from competitor import Choice, Competitor, Rotation, RowName
-from ours import our_competitor
+from our_kernels import our_competitor
 from problem import Problem, Truth, Work, sinkhorn_work
 from torch import Tensor
 
@@ -20,7 +21,7 @@ Potentials = tuple[Tensor, Tensor]
 
 
 def truth_of_potentials(problem: Problem) -> Truth:
-    """P (M, N) in float64."""
+    """The true P (M, N), computed in float64."""
     q, k = (x.double() for x in rows_of(problem))
     return Truth(reference.sinkhorn_attention(q, k, **given(problem), normalize=False), None)
 
@@ -76,10 +77,11 @@ def flash_sinkhorn(
     outputs: Callable[[Callable[..., Potentials]], Callable[[], Truth]],
     work: Work,
 ) -> list[Competitor]:
-    """The package's alternating solver where it is installed; it takes CUDA tensors alone.
+    """The alternating solver of the flash-sinkhorn package, if it is installed; it takes CUDA tensors only.
 
-    Half its squared distance is 1 - cosine of unit rows, so its regularisation is ours. Its first step is that of x: x
-    are the keys. Its plan has uniform marginals 1/N and 1/M and leaves them out of its potentials.
+    Half its squared distance of unit rows is 1 - cosine, so its regularisation is our epsilon. It updates its first
+    argument first, as our iterations update the keys first: the keys are its first argument. Its plan has uniform
+    marginals 1/N and 1/M, which its potentials leave out.
     """
     kinds: tuple[RowName, ...] = ("flash-sinkhorn", "flash-sinkhorn-tf32")
     chosen = [kind for kind in kinds if kind in choice.rows]

@@ -1,12 +1,14 @@
-"""What counts of instructions and bytes foretell of a GPU, beside what was measured there.
+"""Predicted times of kernels and steps on a GPU, from counts of instructions and bytes, compared with measured rows.
 
-    python benchmarks/predictions.py --results rows.jsonl      # the rows that benchmarks/gpu/times.py wrote
+    python benchmarks/predictions.py --results rows.jsonl      # rows that benchmarks/gpu/times.py wrote
 
-Written before any of these kernels had run. M = 2048 rows are 8 views of 256 images, a teacher has as many; N = 8192
-and 65,536 keys are one rank's share of 16 and 128 ranks, the others simulated; where M = N there are 2 views and one
-rank. Instructions are those of the hot path in machine code for sm_90a (nvcc 13.0, Triton 3.6), of one thread for one
-score. A block of 512 threads has a multiprocessor to itself there, and all of its warps wait at each row's reduction:
-2.4 to 3 of the 4 instructions that a multiprocessor can start in a clock are expected, and 2 to 3 us to begin and end.
+The predictions were written before any of these kernels had run on a GPU.
+
+- Problems: M = 2048 rows are 8 views of 256 images, and a teacher has as many. N = 8192 and 65,536 keys are one rank's
+  share of 16 and 128 ranks; the other ranks are simulated. Problems with M = N have 2 views and one rank.
+- Instructions are counted per score and thread, on the hot path of machine code for sm_90a (nvcc 13.0, Triton 3.6).
+- A block of 512 threads has a multiprocessor to itself, and all its warps wait at each row's reduction. Expected are
+  2.4 to 3 of the 4 instructions that a multiprocessor can start in a clock, and 2 to 3 us to start and end a kernel.
 """
 
 import argparse
@@ -27,7 +29,7 @@ from bam_kernels import plan  # noqa: E402
 
 @dataclass(frozen=True)
 class Gpu:
-    """What all kernels share: multiprocessors, their clock under load, and the rate of a large copy, read and write."""
+    """Multiprocessors of a GPU, their clock under load, and the rate of a large copy (read and write) in GB/s."""
 
     multiprocessors: int
     ghz: float
@@ -39,26 +41,27 @@ GPUS = {"H100": Gpu(132, 1.7, 3000), "H200": Gpu(132, 1.7, 4300)}
 
 @dataclass(frozen=True)
 class Counts:
-    """What one score costs: instructions of a thread, bytes to and from memory, exponentials (16 a clock)."""
+    """Cost of one score in a kernel: a thread's instructions, bytes to and from memory, exponentials."""
 
     instructions: float
     bytes: float
     exponentials: float
 
     def floors_us(self, shape: str, gpu: Gpu) -> tuple[float, float, float]:
-        """Least time by starting instructions (4 warps a clock), by memory, and by exponentials."""
+        """Least times in us by instructions (4 warps a clock), by memory, and by exponentials (16 a clock)."""
         M, N = (int(size) for size in shape.split("x")[:2])
-        clocks = gpu.multiprocessors * gpu.ghz * 1e3  # of all multiprocessors in a us
+        clocks = gpu.multiprocessors * gpu.ghz * 1e3  # clocks of all multiprocessors in one us
         issue, exponentials = self.instructions / (4 * 32 * clocks), self.exponentials / (16 * clocks)
         return M * N * issue, M * N * self.bytes / (gpu.memory_gbs * 1e3), M * N * exponentials
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Between low and high on an H100; `memory` is the share of the time that shrinks with a faster memory.
+    """A predicted range, low to high, of measured rows on an H100.
 
-    kind, name, backend, shape and teacher are those of rows.Row. how is a pattern of Row.how: the prediction is of each
-    row that it fits, such as that of a warm and that of a cold cache. of_peak: the row's peak memory.
+    A row is compared if its kind, name, backend, shape and teacher are equal and its `how` matches the pattern `how`;
+    a pattern can match a row of a warm cache and one of a cold cache. `memory` is the share of the time that shrinks
+    with a faster memory. With of_peak the prediction is of the row's peak memory, else of its value.
     """
 
     kind: str
@@ -75,12 +78,12 @@ class Prediction:
     counts: Counts | None = None
     of_peak: bool = False
 
-    def on(self, gpu: Gpu) -> "Prediction":
+    def for_gpu(self, gpu: Gpu) -> "Prediction":
         factor = 1 - self.memory + self.memory * GPUS["H100"].memory_gbs / gpu.memory_gbs
         return replace(self, low=self.low * factor, high=self.high * factor)
 
     def value(self, row: Row) -> float | None:
-        """What the row says of it; None where the row is of something else."""
+        """The predicted quantity in a measured row; None if the row measures something else."""
         fields = ("kind", "name", "backend", "shape", "teacher")
         if any(getattr(self, field) != getattr(row, field) for field in fields) or not fnmatch(row.how, self.how):
             return None
@@ -99,7 +102,7 @@ WIDE, SLAB, FEATURES = "2048x8192", "512x8192", "2048x8192x256"
 CUDA_EPILOGUE, TRITON_EPILOGUE = Counts(35.4, 6, 1.25), Counts(29.4, 6, 1.13)
 CUDA_LSE, TRITON_LSE = Counts(17.4, 2, 1.25), Counts(19, 2, 1.13)
 CUDA_PASS, TRITON_PASS = Counts(14.9, 2, 1), Counts(17.7, 2, 1)
-# 8 source rows of each image read and written, 2 target rows read.
+# Each image has 8 source rows, read and written, and 2 target rows, read.
 CUDA_MATCH, TRITON_MATCH = Counts(36.9 + 28.4 / 4, 4.5, 1.25), Counts(27 + 45 / 4, 4.5, 1.25)
 
 
@@ -152,7 +155,7 @@ def triton_kernels() -> Iterator[Prediction]:
 
 
 def library() -> Iterator[Prediction]:
-    """Products of fp16 with fp16 results: what nothing beats."""
+    """Predictions of the library's fp16 products with fp16 results, which bound any step from below."""
     yield kernel("product", "torch", FEATURES, BOTH, 10, 22, "34 MB written, a short sum of products", memory=0.5)
     for shape, low, high in (
         ("2048x8192x4096", 530, 645),
@@ -166,7 +169,7 @@ def library() -> Iterator[Prediction]:
             yield Prediction("step", "products alone", "torch", shape, "graph", low, high, why, teacher=teacher)
 
 
-# Device time of a step as a graph: shape, teacher, cuda's and triton's least and most, reason.
+# Device time in us of a step replayed as a graph: shape, teacher, (low, high) of cuda and of triton, reason.
 GRAPHS = (
     ("512x512x256", True, (75, 110), (110, 185), "18 launches (an earlier count: 75-90); Triton's 45 do not overlap"),
     ("512x512x256", False, (70, 105), (105, 180), "17 launches"),
@@ -193,7 +196,7 @@ GRAPHS = (
     ("2048x65536x1024", True, (3500, 4800), (4100, 6000), "128 blocks of keys: 1500; Triton reads rows 2 and 3 times"),
     ("2048x65536x1024", False, (4900, 7100), (5300, 8400), "key gradients of 128 ranks: 128 x 20"),
 )
-# The host's share of a step, cuda's and triton's.
+# Host time in us of a step: shape, teacher, (low, high) of cuda and of triton, reason.
 HOSTS = (
     ("512x512x256", False, (800, 1350), (1250, 2200), "970 and 1,672 with kernels that do nothing, on another CPU"),
     ("512x512x256", True, (900, 1500), (1300, 2250), "1,113 and 1,706 with kernels that do nothing"),
@@ -201,7 +204,7 @@ HOSTS = (
     ("2048x8192x4096", True, (1400, 2400), (1900, 3300), "as with 256 features"),
     ("2048x65536x1024", True, (4000, 7500), (4500, 8500), "128 ranks at 25 to 40"),
 )
-# One step and a wait: where the device takes less than the host, what the host takes and the wait.
+# Wall time in us of a step and a synchronisation: the host time and the wait, unless the device takes longer.
 WALLS = (
     ("512x512x256", False, (830, 1450), (1300, 2350), "the host decides"),
     ("512x512x256", True, (930, 1600), (1350, 2400), "the host decides"),
@@ -221,8 +224,11 @@ def steps() -> Iterator[Prediction]:
 
 
 def peaks() -> Iterator[Prediction]:
-    """`bam_kernels.plan` of the same problem: 20% less where the cache's size asks for a smaller float32 slab, 30% more
-    for what the allocator and the library keep."""
+    """Peak memory of steps, from `bam_kernels.plan`.
+
+    It may be 20% less, as the cache's size can ask for a smaller float32 slab, and 30% more, for what the allocator
+    and the library keep.
+    """
     for shape, teacher, *_ in GRAPHS:
         M, N, D = map(int, shape.split("x"))
         V = 2 if M == N else 8
@@ -235,22 +241,23 @@ def peaks() -> Iterator[Prediction]:
 
 
 def predictions(gpu: str) -> list[Prediction]:
-    """All, as they are for that GPU."""
+    """All predictions, adapted to the named GPU."""
     made: Iterable[Prediction] = (*cuda_kernels(), *triton_kernels(), *library(), *steps(), *peaks())
-    return [*ceilings(gpu), *(prediction.on(GPUS[gpu]) for prediction in made)]
+    return [*ceilings(gpu), *(prediction.for_gpu(GPUS[gpu]) for prediction in made)]
 
 
 def gpu_of(rows: list[Row]) -> str:
-    """The GPU that the row of the copy's rate names; H100 where it names none that is known."""
+    """The GPU named in the notes of the ceiling rows; H100 if they name no known GPU."""
     notes = " ".join(row.note for row in rows if row.kind == "ceiling")
     return next((name for name in GPUS if name in notes), "H100")
 
 
 def outcomes(rows: list[Row], gpu: str | None = None) -> list[dict[str, Any]]:
-    """A dictionary for each prediction. measured: of the last row of each `how`, the one furthest from the middle of
-    low and high, so that `held` is of all of them; both are None without a row.
+    """One dictionary per prediction, with the measured value and whether it lies within the range (`held`).
 
-    gpu: one of GPUS; None: the rows' own.
+    If rows of several `how` match, the last row of each counts and the value furthest from the middle of the range is
+    taken, so that `held` is true only if all of them lie within. Without a matching row both are None.
+    gpu: one of GPUS; None: the GPU that the rows name.
     """
     found, gpu = [], gpu or gpu_of(rows)
     for p in predictions(gpu):
@@ -274,7 +281,7 @@ def outcomes(rows: list[Row], gpu: str | None = None) -> list[dict[str, Any]]:
     return found
 
 
-def printed(found: list[dict[str, Any]]) -> str:
+def outcome_table(found: list[dict[str, Any]]) -> str:
     head = ["prediction", "low", "high", "measured", "unit", "held", "issue/memory/exp us", "  why"]
     said = {None: "-", True: "yes", False: "NO"}
     lines = []
@@ -288,11 +295,11 @@ def printed(found: list[dict[str, Any]]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, help="rows.jsonl; none: predictions alone")
-    parser.add_argument("--gpu", choices=GPUS, help="what is foretold of (the one that the rows name, else H100)")
+    parser.add_argument("--results", type=Path, help="rows.jsonl of times.py (default: print the predictions alone)")
+    parser.add_argument("--gpu", choices=GPUS, help="GPU to predict for (default: the rows' own, else H100)")
     options = parser.parse_args()
     found = outcomes(read(options.results) if options.results is not None else [], options.gpu)
-    print(printed(found))
+    print(outcome_table(found))
     held = [one["held"] for one in found if one["held"] is not None]
     print(f"{sum(held)} of {len(held)} held; {len(found) - len(held)} without a row")
     return 0

@@ -1,6 +1,6 @@
-"""The data of a benchmark, its float64 truth, and the work that no implementation can leave out.
+"""A benchmark's data, its result in float64, and the least work (bytes, exponentials, flops) that computes it.
 
-Letters are those of bam_kernels/layout.py. Scores are in the public order of columns unless said otherwise.
+Letters of dimensions are defined in bam_kernels/layout.py. Columns of scores are in public order unless stated.
 """
 
 import math
@@ -20,7 +20,7 @@ IMAGES_PER_CLUSTER = 16
 
 
 class Images:
-    """Images whose embeddings lie in clusters with a power-law spectrum; two have the given cosine in the mean."""
+    """Random images whose embeddings form clusters with a power-law spectrum and have a given mean cosine."""
 
     def __init__(self, images: int, D: int, device: torch.device, *, cosine: float = 0.0, seed: int = 0) -> None:
         self.cosine, self.generator = cosine, torch.Generator(device).manual_seed(seed)
@@ -32,7 +32,7 @@ class Images:
         self.common = torch.nn.functional.normalize(self._draw(1), dim=-1)
 
     def views(self, count: int, images: int | None = None) -> Tensor:
-        """(count, images, D) float32 embeddings, their lengths between 1 and 3, of the first images or of all."""
+        """Draw (count, images, D) float32 embeddings with norms from 1 to 3, of the first `images` images or of all."""
         means = self.means[:images]
         x = self._draw(count, len(means)).mul_(0.4).add_(means)
         x.div_(x.norm(dim=-1, keepdim=True)).mul_(math.sqrt(1 - self.cosine))
@@ -45,7 +45,7 @@ class Images:
 
 
 def parse_shape(text: str) -> tuple[int, int, int]:
-    """ "2048x8192x256" -> M, N, D."""
+    """Read M, N, D from text such as "2048x8192x256"."""
     parts = text.split("x")
     if len(parts) != 3 or not all(part.isdigit() and int(part) for part in parts):
         raise ValueError(f"shapes: a shape is MxNxD, three positive integers, got {text!r}")
@@ -54,7 +54,10 @@ def parse_shape(text: str) -> tuple[int, int, int]:
 
 
 def layout_of(M: int, N: int, D: int, *, V: int, L: int, T: int, R: int = 0) -> Layout:
-    """One process, or rank 0's share of W ranks where M rows alone have fewer than N keys. R: a teacher's views."""
+    """The layout of one process, or of rank 0 among W ranks if there are more keys than its own T*B.
+
+    R is the number of a teacher's views, 0 without a teacher.
+    """
     if M % V:
         raise ValueError(f"shapes: M={M} rows are not a multiple of views={V}")
     B = M // V
@@ -69,9 +72,9 @@ def layout_of(M: int, N: int, D: int, *, V: int, L: int, T: int, R: int = 0) -> 
 
 @dataclass(frozen=True)
 class Problem:
-    """student (M, D) and teacher (R*B, D) or None: rank 0's embeddings; keys (N, D): unit rows of all ranks.
+    """Rank 0's embeddings, student (M, D) and teacher (R*B, D) or None, and the unit keys (N, D) of all ranks.
 
-    Of W > 1 ranks the others are simulated: their keys are given, reductions stay local.
+    With W > 1 the other ranks are simulated: their keys are here already, and reductions stay local.
     """
 
     layout: Layout
@@ -81,7 +84,7 @@ class Problem:
     keys: Tensor
 
     @staticmethod
-    def made(layout: Layout, options: Options, device: torch.device, *, cosine: float = 0.0) -> "Problem":
+    def generate(layout: Layout, options: Options, device: torch.device, *, cosine: float = 0.0) -> "Problem":
         V, B, T, D = layout.V, layout.B, layout.T, layout.D
         images = Images(B * layout.W, D, device, cosine=cosine)
         keys = images.views(T)
@@ -105,27 +108,27 @@ class Problem:
         return ONE_RANK if layout.W == 1 else SimulatedRanks(layout.W, 0, self.gathered_keys, keep_sent=keep_sent)
 
     def all_keys(self, own: Tensor) -> Tensor:
-        """keys (N, D) with those of this rank, its own (T*B, D) unit rows, in the graph of `own`."""
+        """All keys (N, D), in which this rank's unit rows `own` (T*B, D) stay part of the autograd graph."""
         layout, D = self.layout, self.layout.D
         others = self.keys.view(layout.T, layout.W, layout.B, D)[:, 1:].to(own.dtype)
         return torch.cat((own.view(layout.T, 1, layout.B, D), others), 1).reshape(layout.N, D)
 
     def scores(self) -> tuple[Tensor, Tensor | None]:
-        """Source scores (M, N) and a teacher's target scores (R*B, N), float32."""
+        """Float32 source scores (M, N) and, with a teacher, target scores (R*B, N)."""
         source = reference.normalize(self.student)[0] @ self.keys.T
         return source, None if self.teacher is None else reference.normalize(self.teacher)[0] @ self.keys.T
 
 
 @dataclass(frozen=True)
 class Truth:
-    """P and the gradient with respect to the input, public order; None where there is none to be had."""
+    """Target P and the gradient by the input, columns in public order; None for what does not exist."""
 
     P: Tensor | None
     gradient: Tensor | None
 
 
 def relative_error(x: Tensor | None, truth: Tensor | None) -> float | None:
-    """Frobenius norm of the difference over that of the truth; None where there is nothing to compare."""
+    """|x - truth| / |truth| in Frobenius norms; None if either is missing."""
     if x is None or truth is None:
         return None
     return ((x.to(truth) - truth).norm() / truth.norm()).item()
@@ -156,7 +159,7 @@ def truth_of_embeddings(problem: Problem) -> Truth:
 
 
 def loss_options(problem: Problem, *, keep_sent: bool = True) -> dict[str, object]:
-    """The problem's options as `bam_loss` takes them."""
+    """Keyword arguments of `bam_loss` for the problem."""
     layout, o = problem.layout, problem.options
     return {
         "views": layout.V,
@@ -172,10 +175,10 @@ def loss_options(problem: Problem, *, keep_sent: bool = True) -> dict[str, objec
 
 @dataclass(frozen=True)
 class Work:
-    """Bytes to and from memory, exponentials, and flops of matrix products.
+    """Bytes to and from memory, exponentials, and flops of matrix products that a computation cannot avoid.
 
-    Bytes: each score once per step that depends on all of the step before. A cache may hold some of them: the floor
-    takes the rate of a copy of the scores' own size.
+    A step that needs all results of the step before reads each score once. A cache may hold some scores, so the floor
+    uses the rate of a copy as large as the scores.
     """
 
     bytes: int
@@ -183,20 +186,23 @@ class Work:
     flops: int
 
     def floor_ms(self, copy_gbs: float, exp_per_s: float, gemm_gflops: float) -> float:
-        """Products, then the slower of memory and exponentials, which can overlap."""
+        """Least time: the products, then the longer of memory traffic and exponentials, which can overlap."""
         return 1e3 * (self.flops / (gemm_gflops * 1e9) + max(self.bytes / (copy_gbs * 1e9), self.exps / exp_per_s))
 
 
 def sinkhorn_work(layout: Layout, iterations: int, score_bytes: int = 4) -> Work:
-    """The first column step, then per iteration a row step and, from the same read, the next column step."""
+    """Work of Sinkhorn on (M, N) scores: one read for the first column step, then one read per iteration.
+
+    Each later read serves a row step and the next column step.
+    """
     reads = iterations + 1
     return Work(reads * layout.M * layout.N * score_bytes, reads * layout.M * layout.N, 0)
 
 
 def loss_work(layout: Layout, iterations: int, score_bytes: int = 4) -> Work:
-    """`iterations` reads of the target problem's rows; then target rows and source rows read once, G written.
+    """Work from scores to the loss and G: `iterations` reads for Sinkhorn, then one read of all rows, and G written.
 
-    The last row step is part of that read. Without a teacher the target rows are source rows.
+    The last read includes the last row step. Without a teacher the target rows are the source rows.
     """
     N, rows = layout.N, layout.R * layout.B or layout.M
     reads = iterations * rows + layout.M + (layout.L * layout.B if layout.R else 0)
@@ -205,9 +211,10 @@ def loss_work(layout: Layout, iterations: int, score_bytes: int = 4) -> Work:
 
 
 def whole_work(layout: Layout, iterations: int, score_bytes: int = 4) -> Work:
-    """From scores, and the products: scores 2MND (a teacher's too), dz 2MND, without a teacher dk 2MND.
+    """Work from embeddings to the loss and dz: that of `loss_work`, and three products of 2MND flops.
 
-    Where the keys are the first N rows, dz and dk of those rows are one product with G + Gᵀ.
+    The products are the source scores, dz, and the teacher's target scores or, without a teacher, dk. On one rank
+    without a teacher the keys are the first N rows, whose dz and dk are one product with G + Gᵀ.
     """
     scores = loss_work(layout, iterations, score_bytes)
     M, N, D = layout.M, layout.N, layout.D
@@ -217,6 +224,6 @@ def whole_work(layout: Layout, iterations: int, score_bytes: int = 4) -> Work:
 
 
 def products_work(layout: Layout) -> Work:
-    """Scores, dz = G k, and dk = Gᵀ z or, with a teacher, the target scores."""
+    """Work of the products alone: scores, dz = G k, and dk = Gᵀ z or, with a teacher, the target scores."""
     third = layout.R * layout.B if layout.R else layout.M
     return Work(0, 0, 2 * (2 * layout.M + third) * layout.N * layout.D)

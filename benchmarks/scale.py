@@ -1,10 +1,11 @@
-"""One step on W ranks: the forecast of `bam_kernels.plan` beside what one rank's share takes here, then at any W.
+"""Forecasts of `bam_kernels.plan` for a step on W ranks, compared with the measured share of one rank.
 
     python benchmarks/scale.py --json benchmarks/results/cpu_scale.json
 
-Measured: `bam_loss` and its gradient of one rank of W, alone, with the other ranks' keys given, so nothing is sent;
-forecast: its products and passes at the rates measured on this machine. Then the same forecast, with messages, at the
-stated rates of an H200 and the published batch (8 views of 256 images, 4096 features, a teacher of 2 views).
+The first table measures `bam_loss` and its gradient on one rank of W. The other ranks' keys are already there, so
+nothing is sent. Its forecast takes the products and passes at the rates measured on this machine. The second table is a
+forecast, with messages, at the stated rates of an H200 for the published batch: 8 views of 256 images, 4096 features, a
+teacher of 2 views.
 """
 
 import itertools
@@ -15,8 +16,8 @@ from typing import Any
 
 import torch
 from command_line import options_of
-from common import plain_table, write
 from hardware import Machine
+from report import plain_table, write
 
 from bam_kernels import bam_loss, plan
 from bam_kernels.engine.cost import H200, Rates
@@ -28,11 +29,11 @@ from bam_kernels.simulated import SimulatedRanks
 class ScaleOptions:
     views: int = 2
     images: int = 512
-    """Images per rank."""
+    """Number of images on each rank."""
     features: int = 256
     ranks: tuple[int, ...] = (1, 2, 4, 8, 16)
     teacher: tuple[bool, ...] = (False, True)
-    """Without and with a teacher of as many views."""
+    """Whether there is a teacher, of as many views as the student; one set of rows for each value."""
     forecast_ranks: tuple[int, ...] = (1, 8, 16, 64, 256, 1024, 4096)
     repetitions: int = 10
     device: str = "auto"
@@ -41,7 +42,7 @@ class ScaleOptions:
     csv: Path | None = None
 
 
-def measured(options: ScaleOptions, machine: Machine, W: int, teacher: bool) -> dict[str, Any]:
+def measured_row(options: ScaleOptions, machine: Machine, W: int, teacher: bool) -> dict[str, Any]:
     V, B, D = options.views, options.images, options.features
     generator = torch.Generator().manual_seed(0)
 
@@ -84,7 +85,7 @@ def measured(options: ScaleOptions, machine: Machine, W: int, teacher: bool) -> 
     }
 
 
-def stated(W: int) -> dict[str, Any]:
+def forecast_row(W: int) -> dict[str, Any]:
     forecast = plan(views=8, images=256, features=4096, ranks=W, teacher_views=2, sixteen_bit=True, rates=H200)
     parts = {f"{name.replace(' ', '_')}_ms": 1e3 * seconds for name, seconds in forecast.seconds.items()}
     return {
@@ -103,14 +104,14 @@ def shape(forecast: Forecast) -> dict[str, int]:
 
 
 def main(options: ScaleOptions) -> int:
-    machine = Machine.found(options.device, options.threads)
+    machine = Machine.detect(options.device, options.threads)
     print(machine.line(), flush=True)
     here = []
     for teacher, W in itertools.product(options.teacher, options.ranks):
         machine.measure()
-        here.append(measured(options, machine, W, teacher))
+        here.append(measured_row(options, machine, W, teacher))
     print(f"\none rank's share, measured and forecast\n{plain_table(here)}")
-    anywhere = [stated(W) for W in options.forecast_ranks]
+    anywhere = [forecast_row(W) for W in options.forecast_ranks]
     print(f"\nforecast at stated rates: nothing of this has been run\n{plain_table(anywhere)}")
     keys = dict.fromkeys(key for row in here + anywhere for key in row)
     rows = [dict.fromkeys(keys) | row | machine.fields() for row in here + anywhere]

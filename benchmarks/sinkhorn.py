@@ -1,10 +1,10 @@
-"""The Sinkhorn part by itself, from given scores (M, N) or from embeddings to the potentials of all rows and columns.
+"""Benchmark of the Sinkhorn iterations alone: from scores (M, N) or embeddings to row and column potentials.
 
     python benchmarks/sinkhorn.py --shapes 2048x2048x256 --iterations 3 --json benchmarks/results/cpu_sinkhorn.json
 
-Ours: the first column step, then one read of the scores per iteration. From embeddings there is no mask, which others
-do not have, and flash-sinkhorn is compared where it is installed on a GPU. Rows that fail the check against float64
-are printed as failing and not timed.
+Our kernels take a first column step, then read the scores once per iteration. Problems from embeddings have no
+positive mask, because other packages have none; the flash-sinkhorn package is compared on GPUs where it is installed.
+Each row is compared with float64 first; a row that fails is not timed.
 """
 
 import sys
@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from command_line import options_of
-from common import BenchmarkOptions, Report
 from competitors import sinkhorn_competitors
 from hardware import Machine
 from potentials import potentials_competitors, truth_of_potentials
 from problem import Problem, truth_of_sinkhorn
+from report import BenchmarkOptions, Report
 
 
 @dataclass
@@ -36,7 +36,7 @@ def from_embeddings(options: SinkhornOptions, problem: Problem, report: Report) 
 
 
 def main(options: SinkhornOptions) -> int:
-    machine = Machine.found(options.device, options.threads)
+    machine = Machine.detect(options.device, options.threads)
     report = Report("sinkhorn", machine, options, unused=("L", "R", "temperature", "top_k"))
     for part, table in (("from-scores", from_scores), ("from-embeddings", from_embeddings)):
         if part in options.parts:

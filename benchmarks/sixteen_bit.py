@@ -1,8 +1,8 @@
-"""The whole loss as mixed-precision training has it: ours, its products alone, and the references under autocast.
+"""Competitors for the whole loss in mixed precision: our kernels, the products alone, and references under autocast.
 
-Embeddings have the type that a head under autocast gives, fp16 on a GPU. A gradient scaler multiplies the loss, and the
-gradient comes in the embeddings' type. On a CPU embeddings are float32 and autocast's products bf16. A row whose kind
-ends in -graph, and the products, are replayed as a CUDA graph. Letters are those of bam_kernels/layout.py.
+On a GPU the embeddings are fp16, as a head returns them under autocast. On a CPU they are float32, and products under
+autocast are bf16. A gradient scaler multiplies the loss, and the gradient has the embeddings' type. The products, and
+rows whose kind ends in -graph, are replayed as CUDA graphs. Letters of dimensions are defined in bam_kernels/layout.py.
 """
 
 from collections.abc import Callable
@@ -14,13 +14,13 @@ import torch
 from authors import Authors
 from competitor import Competitor, RowName
 from competitors import GRADIENT_SCALE
-from ours import Replayed
+from our_kernels import GraphReplay
 from problem import Problem, Truth, layout_of, loss_options, parse_shape, products_work, whole_work
 from torch import Tensor
 
 from bam_kernels import bam_loss, bam_targets, reference
 from bam_kernels.backends import cpu, cuda, triton
-from bam_kernels.engine.cost import flash_can
+from bam_kernels.engine.cost import flash_supports
 from bam_kernels.layout import Layout
 from bam_kernels.options import Options
 
@@ -28,20 +28,20 @@ Step = Callable[..., Tensor]
 
 
 def sixteen_bit_layout(shape: str, views: int, teacher: bool) -> Layout:
-    """L = T = 2 views of `views`, a teacher of all views."""
+    """Layout of an MxNxD problem in which L = T = 2 and a teacher, if any, has all views."""
     return layout_of(*parse_shape(shape), V=views, L=2, T=2, R=views if teacher else 0)
 
 
 def sixteen_bit_problem(layout: Layout, device: torch.device) -> Problem:
-    """Embeddings of the type that a head under autocast gives, on a CPU float32; the options' defaults."""
-    problem = Problem.made(layout, Options(), device)
+    """A problem with default options and 16-bit embeddings (fp16) on a GPU, float32 ones on a CPU."""
+    problem = Problem.generate(layout, Options(), device)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     y = problem.teacher
     return replace(problem, student=problem.student.to(dtype), teacher=None if y is None else y.to(dtype))
 
 
 def scaled_gradient(loss: Step) -> Step:
-    """The gradient of GRADIENT_SCALE * loss(z, ...) by z."""
+    """A function that returns the gradient of GRADIENT_SCALE * loss(z, ...) by z."""
 
     def step(z: Tensor, *rest: Tensor | None) -> Tensor:
         return torch.autograd.grad(loss(z, *rest).float() * GRADIENT_SCALE, z)[0]
@@ -50,7 +50,7 @@ def scaled_gradient(loss: Step) -> Step:
 
 
 def our_step(problem: Problem, backend: str, engine: str = "slab") -> Step:
-    """(z, y) -> the scaled gradient by the public `bam_loss`."""
+    """A function from (z, y) to the scaled gradient of the public `bam_loss`."""
     named = loss_options(problem) | {"backend": backend}
     if backend == "triton":
         named["engine"] = engine
@@ -58,9 +58,9 @@ def our_step(problem: Problem, backend: str, engine: str = "slab") -> Step:
 
 
 def unavailable(kind: RowName, problem: Problem, authors: Path | None) -> str | None:
-    """Why there is no such row of this problem; None: there is one."""
+    """Why this kind of row cannot run on the problem; None if it can."""
     device = problem.student.device
-    if "flash" in kind and not flash_can(problem.layout, 0, regather=False):
+    if "flash" in kind and not flash_supports(problem.layout, 0, regather=False):
         return f"flash takes no D = {problem.layout.D}"
     if kind.startswith("authors"):
         return "no checkout of the authors' code was given" if authors is None else None
@@ -71,9 +71,9 @@ def unavailable(kind: RowName, problem: Problem, authors: Path | None) -> str | 
 
 
 class Competitors:
-    """The rows of one problem; each is made when it is asked for.
+    """Factory of one problem's competitors.
 
-    fresh() gives (student leaf, teacher); compiler: torch.compile's backend.
+    fresh() returns (student as a leaf, teacher); `compiler` is the backend of torch.compile.
     """
 
     def __init__(
@@ -112,9 +112,9 @@ class Competitors:
     def _made(
         self, kind: RowName, name: str, step: Step, targets: Callable[[], Tensor] | None, precision: str
     ) -> Competitor:
-        """targets: P, None: it exists nowhere outside the step."""
+        """A competitor from its step; `targets` returns P, and is None if P exists within the step only."""
         graph = kind.endswith("-graph")
-        run = Replayed(step, self.fresh) if graph else step
+        run = GraphReplay(step, self.fresh) if graph else step
 
         def outputs() -> Truth:
             found = run(*self.fresh()).float() / GRADIENT_SCALE
@@ -125,10 +125,10 @@ class Competitors:
 
     @cached_property
     def _compiled(self) -> Step:
-        """The reference as one graph: unit rows in float32, products and keys in 16 bit, scores read as float32."""
+        """The reference compiled to one graph: float32 unit rows, 16-bit keys and products, float32 scores."""
         layout, options, half = self.problem.layout, self.problem.options, self.half
         T, W, B, D = layout.T, layout.W, layout.B, layout.D
-        others = self.problem.keys.view(T, W, B, D)[:, 1:].to(half)  # as other ranks send them
+        others = self.problem.keys.view(T, W, B, D)[:, 1:].to(half)  # other ranks send their keys in 16 bit
 
         def loss(z: Tensor, y: Tensor | None, others: Tensor) -> Tensor:
             rows = torch.nn.functional.normalize(z.float(), dim=-1)
@@ -152,7 +152,7 @@ class Competitors:
         step = scaled_gradient(lambda z, y: self._under_autocast(published.whole, z, y))
 
         def outputs() -> Truth:
-            with published.recorded() as made:
+            with published.record_targets() as made:
                 found = step(*self.fresh())
             return Truth(made[0].float(), found.float() / GRADIENT_SCALE)
 
@@ -161,7 +161,7 @@ class Competitors:
         return Competitor(kind, name, self.fresh, step, outputs, self.work, precision="autocast", note=note)
 
     def _products(self) -> Competitor:
-        """Scores, dz = G k, and dk = Gᵀ z or a teacher's target scores, of 16-bit matrices into tensors given."""
+        """Three 16-bit torch.mm into preallocated tensors: scores, dz = G k, and dk = Gᵀ z or the target scores."""
         problem = self.problem
         z, k = reference.normalize(problem.student.float())[0].to(self.half), problem.keys.to(self.half)
         y = None if problem.teacher is None else reference.normalize(problem.teacher.float())[0].to(self.half)
@@ -176,7 +176,7 @@ class Competitors:
                 return torch.mm(G.T, z, out=dk)
             return torch.mm(y, k.T, out=target)
 
-        replayed = Replayed(products, lambda: ())
+        replayed = GraphReplay(products, lambda: ())
 
         def run(*_: Tensor | None) -> Tensor:
             return replayed() if self.cuda else products()

@@ -1,10 +1,11 @@
-"""Memory and time of one step on a virtual batch: the gradient cache, by the number of micro-batches.
+"""Memory and time of one step with the gradient cache, for several numbers of micro-batches.
 
     python benchmarks/virtual_batch.py --json benchmarks/results/cpu_virtual_batch.json
 
-A small convolutional network embeds two views of random 8 x 8 images, a micro-batch of a fixed size at a time; the loss
-is over all of them. Peak memory beyond the images, and that of the loss alone on as many embeddings: what the cache
-takes beyond it and the embeddings must not grow with the number of micro-batches. The last row: plain backward on one.
+A small convolutional network embeds two views of random 8 x 8 images, one micro-batch of fixed size at a time; the loss
+is over the whole virtual batch. The table has the peak memory of a step and of the loss alone on as many embeddings.
+What a step takes beyond the loss and the embeddings must not grow with the number of micro-batches. The last row is a
+plain backward pass on one micro-batch.
 """
 
 import sys
@@ -14,8 +15,8 @@ from typing import Any
 
 import torch
 from command_line import options_of
-from common import plain_table, write
 from hardware import Machine
+from report import plain_table, write
 from torch import Tensor, nn
 
 from bam_kernels import BAMLoss, GradientCache
@@ -26,12 +27,12 @@ VIEWS = 2
 @dataclass
 class VirtualBatchOptions:
     batches: tuple[int, ...] = (1024, 4096, 16384)
-    """Images of the virtual batch."""
+    """Numbers of images in the virtual batch, one row of the table each."""
     micro_batch: int = 128
     features: int = 128
     width: int = 32
     memory_budget: int = 128 << 20
-    """Bytes that the loss may use for scores."""
+    """Bytes that the loss may allocate for scores."""
     device: str = "auto"
     threads: int | None = None
     json: Path | None = None
@@ -87,7 +88,7 @@ def main(options: VirtualBatchOptions) -> int:
         if images % options.micro_batch:
             print(f"--batches: {images} is not a multiple of --micro-batch {options.micro_batch}", file=sys.stderr)
             return 2
-    machine = Machine.found(options.device, options.threads)
+    machine = Machine.detect(options.device, options.threads)
     print(machine.line(), flush=True)
     rows = [row(options, machine, images, True) for images in options.batches]
     rows.append(row(options, machine, options.micro_batch, False))

@@ -1,4 +1,4 @@
-"""Backbones: the built-in convnet, and models of timm with what the options change in them from outside."""
+"""Backbones: the built-in convnet, and models of timm, which the options change from outside."""
 
 from typing import Any
 
@@ -9,7 +9,10 @@ from .config import Model, UserError, missing
 
 
 def make(model: Model, channels: int, size: int, several_sizes: bool = False) -> nn.Module:
-    """Images (n, C, S, S) -> features (n, D). Raises: UserError."""
+    """Backbone from images (n, C, S, S) to features (n, D). `several_sizes`: it also takes other sizes than `size`.
+
+    Raises: UserError where the model is unknown, or an option does not apply to it.
+    """
     if model.name == "convnet":
         for option in ("heads", "frozen_patches", "drop_path", "checkpointing"):
             if getattr(model, option):
@@ -33,7 +36,7 @@ def make(model: Model, channels: int, size: int, several_sizes: bool = False) ->
 
 
 def timm_arguments(model: Model, channels: int) -> dict[str, Any]:
-    """What `timm.create_model` needs beside the name and the size, to make the same backbone."""
+    """Arguments of `timm.create_model` that make this backbone, in addition to its name and image size."""
     arguments: dict[str, Any] = {"num_classes": 0, "in_chans": channels}
     if model.heads:
         arguments["num_heads"] = model.heads
@@ -50,7 +53,7 @@ def _of_timm(model: Model, channels: int, size: int, several_sizes: bool) -> nn.
     if not timm.is_model(model.name):
         near = ", ".join(timm.list_models(f"*{model.name}*")[:5]) or "see timm.list_models()"
         raise UserError(f"--model.name {model.name}: neither convnet nor a model of timm; near: {near}")
-    # ViTs take both, other transformers the first, convolutional models neither.
+    # ViTs take both sizes, other transformers only img_size, convolutional models neither.
     sizes: list[dict[str, Any]] = [{"img_size": size}, {}]
     if several_sizes:
         sizes.insert(0, {"img_size": size, "dynamic_img_size": True})
@@ -80,7 +83,7 @@ def _patches(backbone: nn.Module, option: str, name: str) -> nn.Module:
 
 @torch.no_grad()
 def _fixed_positions(backbone: nn.Module, name: str) -> None:
-    """2-D sine and cosine positions; none for tokens that are no patches."""
+    """Fixed 2-D sine and cosine position embeddings of the patches; zeros for all other tokens."""
     from timm.layers import build_sincos2d_pos_embed
 
     grid = _patches(backbone, "positions sincos", name).grid_size
@@ -91,7 +94,7 @@ def _fixed_positions(backbone: nn.Module, name: str) -> None:
 
 
 def _freeze_patches(backbone: nn.Module, name: str) -> None:
-    """Xavier's uniform weights of the projection as the matrix that it is, not trained."""
+    """Untrained patch projection, with Xavier's uniform weights of the projection taken as one matrix."""
     projection = _patches(backbone, "frozen_patches True", name).proj
     nn.init.xavier_uniform_(projection.weight.data.flatten(1))
     if projection.bias is not None:
@@ -100,7 +103,7 @@ def _freeze_patches(backbone: nn.Module, name: str) -> None:
 
 
 def convnet(channels: int, size: int, width: int, norm: str) -> nn.Sequential:
-    """3x3 convolutions; each stage halves the side and doubles the channels until the side is 2."""
+    """Network of 3x3 convolutions. Each stage halves the side and doubles the channels, up to 8 times, until side 2."""
     layers: list[nn.Module] = [*_convolution(channels, width, 1, norm)]
     widest, side = 8 * width, size
     while side > 2:

@@ -1,8 +1,8 @@
-"""Checkpoints: everything the loop mutates, as plain tensors, numbers and dictionaries.
+"""Checkpoints: everything that the training loop changes, as plain tensors, numbers and dictionaries.
 
-A checkpoint is the same for any number of ranks and micro-batches. All random numbers are keyed by seed and step, or by
-seed, epoch, image and view (data/random_keys.py): no generator has a state to keep, and the place in the epoch follows
-from the step.
+A checkpoint does not depend on the number of ranks and micro-batches. No generator has a state to keep: all random
+numbers are keyed by seed and step, or by seed, epoch, image and view (data/random_keys.py). The place in the epoch
+follows from the step.
 """
 
 import os
@@ -26,22 +26,22 @@ STEP_FILES = f"step-{'[0-9]' * 9}.pt"
 
 @dataclass
 class State:
-    """What the loop mutates."""
+    """State of a run that the training loop changes."""
 
     network: nn.Module
     teacher: nn.Module | None
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler | None = None
     images: Images | None = None
-    """Whose boxes are part of the state."""
+    """Data set of the run; its boxes are part of the state."""
     G: int = 0
     """Images per step."""
     epoch: int = 0
-    """Epochs done."""
+    """Number of epochs that are done."""
     step: int = 0
     history: History = field(default_factory=History)
     kept: set[Path] = field(default_factory=set)
-    """The step-N.pt of this run; not those of steps after an older checkpoint to which it went back."""
+    """Files step-N.pt to keep. Files of steps after the checkpoint from which the run went on are not in it."""
 
     def content(self, config: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -59,16 +59,16 @@ class State:
 
 
 def save(state: State, config: dict[str, Any], directory: Path, keep_last: int = 1, keep: bool = False) -> Path:
-    """Write the newest checkpoint; beside it stay the last ones, and for good this one if `keep`.
+    """Write checkpoint.pt and return its path. The newest `keep_last` checkpoints stay; with `keep`, this one for good.
 
-    Raises: UserError where the disk does not take it; what was there stays.
+    Raises: UserError where it cannot be written; the checkpoint before it stays.
     """
     path = directory / FILE
     try:
         with replacing(path) as temporary, open(temporary, "wb") as file:
             torch.save(state.content(config), file)
     except (OSError, RuntimeError) as error:
-        free_mb = shutil.disk_usage(directory).free / 1e6  # torch's own error does not tell a full disk
+        free_mb = shutil.disk_usage(directory).free / 1e6  # torch's error does not say whether the disk is full
         kept = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was written yet"
         raise UserError(f"{path}: not written ({error}; {free_mb:.0f} MB are free there); {kept}") from error
     if keep_last > 1:
@@ -85,7 +85,7 @@ def save(state: State, config: dict[str, Any], directory: Path, keep_last: int =
 
 
 def _keep(path: Path, copy: Path) -> None:
-    """The same file under another name too; a copy where the disk has no such links."""
+    """Give the file a second name by a hard link; make a copy where the file system has no hard links."""
     with replacing(copy) as temporary:
         try:
             os.link(path, temporary)
@@ -98,21 +98,21 @@ def _step_file(step: int) -> str:
 
 
 def load(state: State, source: Path) -> Path:
-    """Put a saved state in place: the newest of a directory, or a file; the run's directory is returned.
+    """Load the newest checkpoint of the directory `source`, or the file `source`, into `state`; return the directory.
 
-    Raises: UserError.
+    Raises: UserError where there is no checkpoint, or it does not fit the options.
     """
     path = source if source.suffix == ".pt" else source / FILE
     if not path.is_file():
-        raise UserError(f"--run.resume {source}: no {path.name} there; the run was stopped before its first one")
+        raise UserError(f"--run.resume {source}: no {path.name} there; the run ended before its first checkpoint")
     content = weights.read(path)
     try:
         saved = content["images"]
         now = {"training": state.images.training if state.images else 0, "step": state.G}
         if saved != now:
             raise UserError(
-                f"{path}: of a run of {saved['step']} images per step of {saved['training']}, not {now['step']} of "
-                f"{now['training']}; its steps would not be those of this one"
+                f"{path}: its run has {saved['training']} training images, {saved['step']} per step; the options give "
+                f"{now['training']} training images, {now['step']} per step, so its steps cannot be continued"
             )
         state.network.load_state_dict(content["network"])
         if state.teacher is not None:
@@ -120,7 +120,7 @@ def load(state: State, source: Path) -> Path:
         made = state.optimizer.param_groups
         state.optimizer.load_state_dict(content["optimizer"])
         for group, options in zip(state.optimizer.param_groups, made, strict=True):
-            group.update(options)  # momentum is the options', which may have changed
+            group.update(options)  # settings such as momentum come from the current options, not from the checkpoint
         if state.scaler is not None and content["scaler"]:
             state.scaler.load_state_dict(content["scaler"])
         if state.images is not None and content["boxes"] is not None:

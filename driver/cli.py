@@ -1,21 +1,37 @@
-"""The command line as a checked Config: a recipe, a YAML file over it, options over both."""
+"""Checked options from the command line.
+
+The options of a run come from a recipe, a YAML file over it, and the command line over both. The options of another
+script come from the command line alone.
+"""
 
 import argparse
 import os
 import sys
-from dataclasses import fields, replace
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
 import tyro
 import yaml
 
+from .bounds import bounds_of
 from .config import FILE, PARTS, Config, UserError
+from .distributed import World
+from .exits import exit_code
 from .recipes import nearest, recipe
+
+T = TypeVar("T")
+PLAIN = (tyro.conf.FlagConversionOff,)
+"""Setting of tyro: a truth value is given as `--option True` or `--option False`."""
 
 
 def parse(args: list[str] | None = None) -> Config:
-    """With --run.resume, the options saved with the run stand in the place of --config. Raises: UserError."""
+    """Options of a run, from the command line `args`.
+
+    With --run.resume, the run's saved options take the place of --config.
+    Raises: UserError on options that exclude each other, a bad file, or a value out of bounds.
+    """
     args = sys.argv[1:] if args is None else args
     sources = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("--recipe", "--config", "--run.resume", "--data.root"):
@@ -28,22 +44,21 @@ def parse(args: list[str] | None = None) -> Config:
     if file is not None:
         saved = read(Path(file), f"--config {file}")
     elif resume is not None:
-        saved = of_run(resume)
+        saved = options_of_run(resume)
     base = recipe(name or saved.pop("recipe", "digits" if given["data.root"] is None else "images"))
     if name is None and not saved and base.recipe == "images":
         base = replace(base, run=replace(base.run, name=os.path.basename(os.path.abspath(given["data.root"]))))
-    of_file, config = (
-        tyro.cli(Config, args=[*as_args(saved), *more], default=base, config=(tyro.conf.FlagConversionOff,))
-        for more in ([], args)
+    defaults, config = (
+        tyro.cli(Config, args=[*as_args(saved), *more], default=base, config=PLAIN) for more in ([], args)
     )
     if resume is None and config.run.resume is not None:
         raise UserError(f"--config {file}: run.resume {config.run.resume} in it; --run.resume alone resumes a run")
-    check(config, of_file)
+    check(config, defaults)
     return config
 
 
-def of_run(resume: str) -> dict[str, Any]:
-    """All options of the run that is resumed. Raises: UserError."""
+def options_of_run(resume: str) -> dict[str, Any]:
+    """All options of the run that --run.resume names. Raises: UserError where its config.yaml lacks one."""
     path = (Path(resume).parent if resume.endswith(".pt") else Path(resume)) / FILE
     if not path.is_file():
         raise UserError(f"--run.resume {resume}: not the directory of a run (no {path})")
@@ -57,7 +72,7 @@ def of_run(resume: str) -> dict[str, Any]:
 
 
 def read(path: Path, what: str) -> dict[str, Any]:
-    """The options in a YAML file, all of names that exist. Raises: UserError."""
+    """Options in a YAML file. `what` begins each message. Raises: UserError on a part or option that does not exist."""
     try:
         plain = yaml.safe_load(path.read_text()) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -79,7 +94,7 @@ def read(path: Path, what: str) -> dict[str, Any]:
 
 
 def as_args(plain: dict[str, Any]) -> list[str]:
-    """The same as a command line, which tyro then checks."""
+    """Options of a YAML file as command-line arguments, so that tyro checks their types."""
     args = []
     for part, options in plain.items():
         for name, value in options.items():
@@ -87,40 +102,6 @@ def as_args(plain: dict[str, Any]) -> list[str]:
     return args
 
 
-LEAST = {
-    "data.size": 1,
-    "data.batch_size": 2,
-    "data.virtual_batch": 0,
-    "data.views": 2,
-    "data.local_views": 0,
-    "data.local_size": 1,
-    "data.augment": 0,
-    "data.workers": 0,
-    "boxes.every": 0,
-    "boxes.after": 0,
-    "model.width": 1,
-    "model.heads": 0,
-    "model.head_layers": 1,
-    "model.head_width": 1,
-    "model.head_dim": 1,
-    "optim.epochs": 1,
-    "optim.lr": 0,
-    "optim.lr_end": 0,
-    "optim.lr_images": 0,
-    "optim.warmup_epochs": 0,
-    "optim.weight_decay": 0,
-    "optim.clip_norm": 0,
-    "run.log_every": 1,
-    "run.eval_every": 0,
-    "run.save_every": 1,
-    "run.save_steps": 0,
-    "run.keep_last": 1,
-    "run.keep_every": 0,
-    "run.neighbours": 1,
-}
-SHARES = ("data.blur", "data.max_unreadable", "model.teacher_momentum_end")
-SHARES_BELOW_1 = ("data.held_out", "boxes.threshold", "model.teacher_momentum", "model.drop_path", "optim.momentum")
-# Options that do nothing where the other is 0: given there they are errors, but for the value that they have anyway.
 NEEDS = {
     "model.teacher_momentum_end": "model.teacher_momentum",
     "model.teacher_views": "model.teacher_momentum",
@@ -129,48 +110,42 @@ NEEDS = {
     "boxes.alpha": "boxes.every",
     "boxes.every": "data.augment",
 }
+"""An option on the left does nothing where its option on the right is 0."""
 
 
-def check(config: Config, usual: Config) -> None:
-    """Numbers within their bounds, and options that fit each other. usual: what the user has not given just now.
+def check(config: Config, defaults: Config) -> None:
+    """Raise a UserError where a value is out of its bound or options do not fit each other.
 
-    Raises: UserError.
+    `defaults` has the values that the recipe or the file gives. Such a value may do nothing; one given now may not.
     """
 
     def value_of(option: str, of: Config = config) -> Any:
         part, name = option.split(".")
         return getattr(getattr(of, part), name)
 
-    for option, low in LEAST.items():
-        if not value_of(option) >= low:
-            raise UserError(f"--{option} must be at least {low}, got {value_of(option)}")
-    for option in SHARES:
-        if not 0 <= value_of(option) <= 1:
-            raise UserError(f"--{option} must be from 0 to 1, got {value_of(option)}")
-    for option in SHARES_BELOW_1:
-        if not 0 <= value_of(option) < 1:
-            raise UserError(f"--{option} must be at least 0 and below 1, got {value_of(option)}")
-    for option in ("data.global_scale", "data.local_scale"):
-        low, high = value_of(option)
-        if not 0 < low <= high <= 1:
-            raise UserError(f"--{option} must rise within 0 and 1, got {low} {high}")
-    if not config.boxes.alpha > 0:
-        raise UserError(f"--boxes.alpha must be positive, got {config.boxes.alpha}")
-    end = config.optim.weight_decay_end
-    if end is not None and not end >= 0:
-        raise UserError(f"--optim.weight_decay_end must be at least 0, got {end}")
-    if config.run.stop_after is not None and config.run.stop_after < 1:
-        raise UserError(f"--run.stop_after must be at least 1, got {config.run.stop_after}")
+    check_bounds(config)
     if not config.run.name or os.path.basename(config.run.name) != config.run.name:
         raise UserError(f"--run.name must be a plain name without slashes, got {config.run.name!r}")
     for option, needed in NEEDS.items():
-        if not value_of(needed) and value_of(option) not in (value_of(option, Config()), value_of(option, usual)):
+        if not value_of(needed) and value_of(option) not in (value_of(option, Config()), value_of(option, defaults)):
             raise UserError(f"--{option} {value_of(option)} does nothing where --{needed} is 0")
     check_source(config)
 
 
+def check_bounds(options: Any, prefix: str = "--") -> None:
+    """Raise a UserError where a value in the dataclass `options`, or in a part of it, is out of its option's bound."""
+    for name, annotation in get_type_hints(type(options), include_extras=True).items():
+        value = getattr(options, name)
+        if is_dataclass(value):
+            check_bounds(value, f"{prefix}{name}.")
+        for bound in bounds_of(annotation):
+            if value is not None and not bound.admits(value):
+                shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+                raise UserError(f"{prefix}{name} must be {bound.words}, got {shown}")
+
+
 def check_source(config: Config) -> None:
-    """Each source with what it needs. Raises: UserError."""
+    """Raise a UserError where the options do not fit --data.source."""
     data = config.data
     if data.source == "digits":
         if data.root is not None:
@@ -182,3 +157,16 @@ def check_source(config: Config) -> None:
         raise UserError(f"--data.root is needed for --data.source {data.source} (recipe {config.recipe})")
     if data.augmentation == "digits":
         raise UserError(f"--data.augmentation digits is for digits alone, not for --data.source {data.source}")
+
+
+def run_script(options: type[T], main: Callable[[T, World], Any], args: list[str] | None = None) -> int:
+    """Call `main` with the options of the command line, and return the exit code of this process.
+
+    0; 1 after a UserError; 130 after Ctrl-C; 2 (from tyro) for a wrong option.
+    """
+
+    def run(world: World) -> int:
+        main(world.from_first("options", lambda: tyro.cli(options, args=args, config=PLAIN)), world)
+        return 0
+
+    return exit_code(run)

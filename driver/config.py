@@ -1,6 +1,6 @@
 """The driver's options: one dataclass per part, read by tyro from the command line, saved as YAML with the run.
 
-The text under a field is its help. The defaults are those of the embedded digits; a recipe (recipes.py) has others.
+The text under a field is its help. The defaults are for the embedded digits; recipes.py holds other sets of values.
 """
 
 import os
@@ -12,27 +12,33 @@ import docstring_parser
 import tyro
 import yaml
 
+from .bounds import POSITIVE, RISING_SHARES, SHARE, SHARE_BELOW_1, at_least, bounds_of
 from .files import replacing
 
 FILE = "config.yaml"
 
 
 class UserError(Exception):
-    """Something the user can put right: shown as one message, without a traceback."""
+    """An error that the user can put right: shown as one message, without a traceback."""
 
 
 def helpful(cls: type) -> type:
-    """The text under each field as one paragraph of help: tyro by itself keeps the line breaks of indented text."""
+    """Class decorator: the help of an option is the text under its field, as one paragraph, and the option's bound.
+
+    tyro alone would keep the line breaks of indented text.
+    """
     types = dict(cls.__annotations__)
     for option in docstring_parser.parse_from_object(cls).params:
-        text = tyro.conf.arg(help=" ".join((option.description or "").split()))
-        types[option.arg_name] = Annotated[types[option.arg_name], text]
+        annotation = types[option.arg_name]
+        bounds = [f"Must be {bound.words}." for bound in bounds_of(annotation)]
+        text = " ".join([*(option.description or "").split(), *bounds])
+        types[option.arg_name] = Annotated[annotation, tyro.conf.arg(help=text)]
     cls.__annotations__ = types
     return cls
 
 
 def missing(what: str, package: str, error: ImportError, extra: str = "driver") -> str:
-    """What to type where an optional package is not installed."""
+    """Error message for an optional package that is not installed: what needs it, and the command that installs it."""
     return f'{what} needs {package}, which is not installed ({error}). Type:\n\n    pip install -e ".[{extra}]"\n'
 
 
@@ -42,47 +48,51 @@ class Data:
     """Images, views and augmentation."""
 
     source: Literal["digits", "cifar10", "folder", "webdataset"] = "digits"
-    """`digits`: scikit-learn's, embedded. `cifar10`: downloaded by torchvision into `root`, or read from a folder of
-    classes there. `folder`: images under `root`, flat, with a subfolder per class, or in `train/` and `val/` of such.
-    `webdataset`: the .tar shards in the folder `root`."""
+    """Kind of data set. `digits`: the handwritten digits of scikit-learn, embedded. `cifar10`: CIFAR-10, downloaded by
+    torchvision into `root`, or read from class folders there. `folder`: image files under `root`, flat or with a
+    subfolder per class; `root` may also hold two such folders, `train/` and `val/`. `webdataset`: the .tar shards in
+    the folder `root`."""
     root: Path | None = None
-    """Where the images are. Alone, with no recipe, it chooses the recipe `images`."""
-    size: int = 8
+    """Folder of the images. Given without a recipe or a file of options, it selects the recipe `images`."""
+    size: Annotated[int, at_least(1)] = 8
     """Side of the square images that the network sees, pixels."""
-    batch_size: int = 128
-    """Images of one micro-batch on one rank; each gives `views` + `local_views` views."""
-    virtual_batch: Annotated[int, tyro.conf.arg(aliases=["--virtual-batch"])] = 0
-    """Images per optimiser step, over all ranks and micro-batches; a multiple of batch_size times ranks. The loss is
-    over all of them; the memory is that of one micro-batch. 0: batch_size times ranks."""
-    views: int = 2
-    """Augmented views of `size` per image. The first two give targets and keys; further ones are matched to them."""
-    local_views: int = 0
-    """Further, small views of `local_size`, matched to the targets of the first two."""
-    local_size: int = 96
+    batch_size: Annotated[int, at_least(2)] = 128
+    """Images in one micro-batch of one rank. Each image gives `views` + `local_views` views."""
+    virtual_batch: Annotated[int, at_least(0), tyro.conf.arg(aliases=["--virtual-batch"])] = 0
+    """Images per optimiser step, over all ranks and micro-batches: a multiple of `batch_size` times the number of
+    ranks. The loss is over all these images; the memory is that of one micro-batch. 0: `batch_size` times ranks."""
+    views: Annotated[int, at_least(2)] = 2
+    """Augmented views of `size` pixels per image. The first two views give targets and keys; further views are matched
+    to these targets."""
+    local_views: Annotated[int, at_least(0)] = 0
+    """Additional small views per image, of `local_size` pixels, matched to the targets of the first two views."""
+    local_size: Annotated[int, at_least(1)] = 96
     """Side of a local view, pixels."""
-    global_scale: tuple[float, float] = (0.2, 1.0)
-    """Least and largest share of the image's area that a view takes (not of the digits, which are moved as a whole)."""
-    local_scale: tuple[float, float] = (0.05, 0.25)
-    """The same of a local view."""
+    global_scale: Annotated[tuple[float, float], RISING_SHARES] = (0.2, 1.0)
+    """Smallest and largest share of the image's area that a view of `size` pixels shows. Digits are moved as a whole
+    instead."""
+    local_scale: Annotated[tuple[float, float], RISING_SHARES] = (0.05, 0.25)
+    """Smallest and largest share of the image's area that a local view shows."""
     augmentation: Literal["digits", "simclr", "dino"] = "digits"
-    """`digits`: move, gamma, contrast, noise. `simclr`: crop, flip, colour, grey, blur. `dino`: the same, with blur and
-    solarisation by view, as BAM published it: DINO's with a stronger saturation."""
-    augment: float = 1.0
-    """Strength of the augmentation, a multiple of the built-in one; crops keep their scales. 0: the images as they
-    are."""
-    blur: float = 0.3
-    """Probability of the blur in `simclr`."""
-    held_out: float = 0.25
-    """Share of the labelled images kept out of training for the evaluation, where the source has no such part of
-    its own (CIFAR-10 and a folder with `val/` have)."""
+    """Random changes of a view. `digits`: move, gamma, contrast, noise. `simclr`: crop, flip, colour, grey, blur.
+    `dino`: as `simclr`, but blur and solarisation depend on the view, as BAM published it: DINO's augmentation with
+    stronger saturation."""
+    augment: Annotated[float, at_least(0)] = 1.0
+    """Strength of the augmentation, a multiple of the built-in strength; crops keep their scales. 0: the images are
+    used as they are."""
+    blur: Annotated[float, SHARE] = 0.3
+    """Probability of blur in the augmentation `simclr`."""
+    held_out: Annotated[float, SHARE_BELOW_1] = 0.25
+    """Share of the labelled images that is kept out of training for the evaluation, where the source has no such part
+    of its own. CIFAR-10 and a folder with `val/` have one."""
     on_device: bool = False
-    """Decode every image once to `size` and keep all on the device, where they are augmented. For small sets."""
-    max_unreadable: float = 0.01
-    """Largest share of images that may be unreadable. Up to it each is named once, and another image takes its
-    place; beyond it the run ends."""
-    workers: int = 2
-    """Processes that decode and augment. 0: the main process. Images that are on the device need them at the
-    start alone, to decode."""
+    """Decode every image once to `size` and keep all images on the device, where they are augmented. For small sets."""
+    max_unreadable: Annotated[float, SHARE] = 0.01
+    """Largest share of the images that may be unreadable. Each unreadable image is named once and another image takes
+    its place; beyond this share the run ends with an error."""
+    workers: Annotated[int, at_least(0)] = 2
+    """Processes that decode and augment images. 0: the main process does it. With `on_device`, workers only decode, at
+    the start."""
 
 
 @helpful
@@ -90,14 +100,17 @@ class Data:
 class Boxes:
     """ContrastiveCrop (Peng et al., CVPR 2022): crops around what the network attends to."""
 
-    every: int = 0
-    """Epochs between refreshes of the images' boxes. 0: plain random crops."""
-    after: int = 0
+    every: Annotated[int, at_least(0)] = 0
+    """Epochs between refreshes of the boxes, one box per image around what the network attends to. 0: plain random
+    crops."""
+    after: Annotated[int, at_least(0)] = 0
     """Epochs before the first boxes."""
-    threshold: float = 0.1
-    """Share of an image's strongest attention (ViT) or feature norm (others) from which a place is in its box."""
-    alpha: float = 0.6
-    """Centres are drawn in the box from Beta(alpha, alpha): below 1 they avoid the middle, 1 is uniform."""
+    threshold: Annotated[float, SHARE_BELOW_1] = 0.1
+    """Share of an image's strongest attention (ViTs) or feature norm (other models) above which a place is in the
+    image's box."""
+    alpha: Annotated[float, POSITIVE] = 0.6
+    """Crop centres are drawn in the box from the distribution Beta(alpha, alpha): values below 1 avoid the middle, 1 is
+    uniform."""
 
 
 @helpful
@@ -106,134 +119,143 @@ class Model:
     """Backbone, projection head and teacher."""
 
     name: str = "convnet"
-    """Backbone: `convnet` (built in) or any model of timm, which then has its options below."""
+    """Backbone: `convnet` (built in) or any model of timm, by its name there."""
     weights: Path | None = None
-    """Start the backbone from this file: an exported one, a checkpoint of the driver, or one of the authors'."""
+    """File of initial backbone weights: an export of driver/export.py, a checkpoint of the driver, or a checkpoint of
+    the authors' code."""
     norm: Literal["batch", "layer", "none"] = "batch"
-    """Normalisation in `convnet` and the head: `batch`, by the statistics of one micro-batch of one rank; `layer`, by
-    each image's own (then the run does not depend on ranks and micro-batches); `none`. Models of timm keep theirs."""
-    width: int = 32
-    """Channels of the first stage of `convnet`; doubled at each stage, up to 8 times."""
+    """Normalisation in `convnet` and in the projection head. `batch`: by the statistics of one micro-batch of one rank.
+    `layer`: by each image's own statistics, so that the run does not depend on ranks and micro-batches. `none`: no
+    normalisation. Models of timm keep their own."""
+    width: Annotated[int, at_least(1)] = 32
+    """Channels of the first stage of `convnet`; each further stage doubles them, up to 8 times the first."""
     sync_batch_norm: bool = False
-    """Batch norms, also those of timm's models, by the statistics of one micro-batch of every rank. GPUs only."""
+    """Take the statistics of batch norms, also in models of timm, over one micro-batch of every rank. GPUs only."""
     stem: Literal["own", "small"] = "own"
-    """`small`: in ResNets a 3x3 convolution of stride 1 and no max-pool at the beginning, for images of 32 pixels."""
-    heads: int = 0
-    """Attention heads in a ViT. 0: the model's own number."""
+    """First layers of the backbone. `own`: as the model has them. `small`: in ResNets a 3x3 convolution of stride 1 and
+    no max-pool, for images of 32 pixels."""
+    heads: Annotated[int, at_least(0)] = 0
+    """Attention heads of a ViT. 0: the model's own number."""
     positions: Literal["own", "sincos"] = "own"
-    """`sincos`: in ViTs fixed 2-D sine and cosine position embeddings."""
+    """Position embeddings of a ViT. `own`: as the model has them. `sincos`: fixed 2-D sines and cosines."""
     frozen_patches: bool = False
-    """ViTs keep their initial patch projection, which steadies training (Chen et al., MoCo v3)."""
-    drop_path: float = 0.0
-    """Stochastic depth of models of timm."""
-    head_layers: int = 2
+    """Keep the patch projection of a ViT at its initial weights, which steadies training (Chen et al., MoCo v3)."""
+    drop_path: Annotated[float, SHARE_BELOW_1] = 0.0
+    """Rate of stochastic depth in models of timm."""
+    head_layers: Annotated[int, at_least(1)] = 2
     """Linear layers of the projection head."""
-    head_width: int = 512
+    head_width: Annotated[int, at_least(1)] = 512
     """Hidden units of the projection head."""
-    head_dim: int = 128
-    """Features that the head gives to the loss."""
+    head_dim: Annotated[int, at_least(1)] = 128
+    """Features that the projection head gives to the loss."""
     activation: Literal["relu", "gelu"] = "relu"
-    """Between the layers of the head."""
-    teacher_momentum: float = 0.0
-    """Momentum per step of a teacher that follows the student and gives keys and targets. 0: no teacher."""
-    teacher_momentum_end: float = 1.0
-    """Where the momentum ends, by a cosine over the run."""
+    """Activation between the layers of the projection head."""
+    teacher_momentum: Annotated[float, SHARE_BELOW_1] = 0.0
+    """Momentum per step of a teacher: a moving average of the student that gives keys and targets. 0: no teacher."""
+    teacher_momentum_end: Annotated[float, SHARE] = 1.0
+    """Teacher momentum at the end of the run, reached along a cosine."""
     teacher_views: Literal["global", "all"] = "global"
-    """What the teacher sees: the first two views, or all, whose rows then take part in the balance (as published)."""
+    """Views that the teacher sees. `global`: the first two. `all`: every view; the rows of all views then take part in
+    the balance, as published."""
     checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, a third more time. Models of timm."""
+    """Recompute activations of models of timm in the backward pass: less memory, a third more time."""
     compile: bool = False
-    """torch.compile student and teacher."""
+    """Compile student and teacher with torch.compile."""
     channels_last: bool = True
-    """Convolutions with channels as the last dimension in memory."""
+    """Convolutions keep channels as the last dimension in memory."""
 
 
 @helpful
 @dataclass(frozen=True)
 class Loss:
-    """BAM's own options; `bam_kernels.bam_loss` explains them."""
+    """Options of the BAM loss; `bam_kernels.bam_loss` explains them."""
 
     temperature: float = 0.1
     """Softmax temperature of the self-attention that is trained (the source)."""
     epsilon: float = 0.025
     """Entropic regularisation of the balanced target: smaller is sharper."""
     epsilon_end: float | None = None
-    """Where epsilon ends, by a cosine over the run. None: constant."""
+    """Epsilon at the end of the run, reached along a cosine. None: constant."""
     iterations: int = 3
-    """Sinkhorn iterations."""
+    """Sinkhorn iterations that balance the target."""
     top_k: int = 0
-    """Columns kept in each row of the target. 0: all."""
+    """Columns kept in each row of the target: the ones with the largest weights. 0: all."""
     backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
-    """What computes the loss. A named one that cannot run here is an error."""
+    """Backend of the library that computes the loss. A named backend that cannot run here is an error."""
 
 
 @helpful
 @dataclass(frozen=True)
 class Optim:
-    """The optimiser and its schedules, all by step."""
+    """Optimiser and its schedules, which are functions of the step."""
 
     name: Literal["adamw", "sgd", "lars", "lamb"] = "adamw"
-    """AdamW, SGD, or LARS or LAMB (from timm, for large batches)."""
-    epochs: int = 100
+    """Optimiser: AdamW or SGD; or, for large batches, LARS or LAMB from timm."""
+    epochs: Annotated[int, at_least(1)] = 100
     """Passes over the training images."""
-    lr: float = 5e-3
-    """Learning rate after the linear warm-up; then a cosine to `lr_end`."""
-    lr_end: float = 0.0
-    """Learning rate at the end."""
-    lr_images: int = 0
-    """`lr` is meant for this many images per step and is scaled to the virtual batch (`lr_end` is not). 0: as given."""
-    warmup_epochs: float = 5.0
-    """Length of the warm-up, epochs."""
-    momentum: float = 0.9
-    """Of SGD and LARS."""
-    weight_decay: float = 0.05
-    """Weight decay, decoupled in AdamW and LAMB; norms, biases and other vectors have none."""
-    weight_decay_end: float | None = None
-    """Where the weight decay ends, by a cosine over the run. None: constant."""
-    clip_norm: float = 0.0
-    """Largest norm of the whole gradient. 0: no clipping."""
+    lr: Annotated[float, at_least(0)] = 5e-3
+    """Learning rate after the linear warm-up; from there it follows a cosine to `lr_end`."""
+    lr_end: Annotated[float, at_least(0)] = 0.0
+    """Learning rate at the end of the run."""
+    lr_images: Annotated[int, at_least(0)] = 0
+    """Images per step for which `lr` is meant: `lr` is scaled in proportion to the virtual batch, `lr_end` is not. 0:
+    `lr` as given."""
+    warmup_epochs: Annotated[float, at_least(0)] = 5.0
+    """Length of the learning rate's warm-up, epochs."""
+    momentum: Annotated[float, SHARE_BELOW_1] = 0.9
+    """Momentum of SGD and LARS."""
+    weight_decay: Annotated[float, at_least(0)] = 0.05
+    """Weight decay, decoupled in AdamW and LAMB. Norms, biases and other vectors have none."""
+    weight_decay_end: Annotated[float | None, at_least(0)] = None
+    """Weight decay at the end of the run, reached along a cosine. None: constant."""
+    clip_norm: Annotated[float, at_least(0)] = 0.0
+    """Largest norm of the gradient of all weights together; a larger one is scaled down to it. 0: no clipping."""
 
 
 @helpful
 @dataclass(frozen=True)
 class Run:
-    """Where and how often things are written."""
+    """Name, device, arithmetic and seed of the run; how often it logs, evaluates and saves."""
 
     name: str = "digits"
-    """Runs are written to ./runs/NAME-001, then NAME-002 and so on."""
+    """Name of the run. Runs are written to ./runs/NAME-001, then NAME-002 and so on."""
     resume: Path | None = None
-    """Continue the run in this directory from its newest checkpoint (or from this checkpoint of it, a file), with its
-    own options; others given here replace them."""
-    stop_after: int | None = None
-    """Stop once this many epochs are done, as if interrupted: `resume` goes on. None: run to the end."""
+    """Directory of a run to continue from its newest checkpoint, or one checkpoint file in it to continue from. The
+    run's own options hold; options given here replace them."""
+    stop_after: Annotated[int | None, at_least(1)] = None
+    """Stop once this many epochs are done, as if interrupted; `--run.resume` continues the run. None: run to the
+    end."""
     device: str = "auto"
-    """Torch device, e.g. cpu, cuda, cuda:1. auto: the GPU where there is one; under torchrun, one for each rank."""
+    """Torch device, e.g. cpu, cuda, cuda:1. auto: the GPU where there is one; under torchrun, one GPU per rank."""
     dtype: Literal["auto", "bfloat16", "float16", "float32", "float64"] = "auto"
-    """Arithmetic. bfloat16 and float16 (with gradient scaling): autocast, the weights stay float32. auto: bfloat16 on
-    GPUs that have it; else float32, since most CPUs only emulate it, slower. float64 is for comparing runs."""
+    """Arithmetic. bfloat16 and float16 (with gradient scaling): autocast; the weights stay float32. auto: bfloat16 on
+    GPUs that have it; else float32, since most CPUs only emulate bfloat16, slowly. float64: for comparing runs."""
     deterministic: bool = False
-    """Only algorithms that repeat bit for bit, slower: for a GPU run that resumes exactly. CPUs do without."""
+    """Use only algorithms that repeat bit for bit, which are slower: for a GPU run that resumes exactly. On CPUs runs
+    resume exactly without it."""
     seed: int = 0
-    """Seed of weights, order and augmentation. The held-out images are the same for every seed."""
-    log_every: int = 20
-    """Steps between log lines; only there does the host wait for the device, and do several ranks heed a signal."""
-    eval_every: int = 10
-    """Epochs between evaluations of the frozen features. 0: before and after only."""
-    save_every: int = 10
-    """Epochs between checkpoints; the last epoch is always saved."""
-    save_steps: int = 0
-    """Steps between further checkpoints, within an epoch. 0: none."""
-    keep_last: int = 1
-    """Newest checkpoints that are kept: checkpoint.pt, and with 2 or more also step-N.pt. A run that goes
-    back to an older one removes those after it at its first save."""
-    keep_every: int = 0
+    """Seed of weights, image order and augmentation. The held-out images are the same for every seed."""
+    log_every: Annotated[int, at_least(1)] = 20
+    """Steps between log lines. The host waits for the device only there, and several ranks react to a signal only
+    there."""
+    eval_every: Annotated[int, at_least(0)] = 10
+    """Epochs between evaluations of the frozen features. 0: only before and after the run."""
+    save_every: Annotated[int, at_least(1)] = 10
+    """Epochs between checkpoints. The last epoch is always saved."""
+    save_steps: Annotated[int, at_least(0)] = 0
+    """Steps between additional checkpoints, within an epoch. 0: none."""
+    keep_last: Annotated[int, at_least(1)] = 1
+    """Newest checkpoints that are kept: checkpoint.pt, and with 2 or more also step-N.pt. A run that continues from an
+    older checkpoint removes the later ones at its first save."""
+    keep_every: Annotated[int, at_least(0)] = 0
     """Epochs between checkpoints that are kept for good, as epoch-N.pt. 0: none."""
-    neighbours: int = 10
+    neighbours: Annotated[int, at_least(1)] = 10
     """Neighbours that vote in the k-NN evaluation."""
     tensorboard: bool = False
-    """Also write the curves for TensorBoard, under the run's directory."""
+    """Also write the curves for TensorBoard, into the run's directory."""
     wandb: str | None = None
-    """Also send the curves to this project of Weights & Biases, with the key of `wandb login` or WANDB_API_KEY."""
+    """Project of Weights & Biases that also gets the curves, with the key of `wandb login` or WANDB_API_KEY. None: the
+    curves are not sent."""
 
 
 @helpful
@@ -246,11 +268,11 @@ class Config:
     """
 
     recipe: str = "digits"
-    """Where all other values come from, each to be replaced by its own option: `digits`; `images` (a folder of yours,
-    chosen by `--data.root` alone); `cifar10-resnet18`; `imagenette-vit-s`; and, as published, `imagenet-vit-s`,
-    `imagenet-vit-b`, `imagenet-caformer-m36`."""
+    """Name of the set of values that all options start from; an option given here replaces its value. `digits`;
+    `images` (a folder of your own images, chosen by `--data.root` alone); `cifar10-resnet18`; `imagenette-vit-s`; and,
+    as published, `imagenet-vit-s`, `imagenet-vit-b`, `imagenet-caformer-m36`."""
     config: Path | None = None
-    """A YAML file of options, such as the config.yaml of a run; what it leaves out comes from its recipe."""
+    """YAML file of options, such as the config.yaml of a run. Options that it leaves out come from its recipe."""
     data: Data = field(default_factory=Data)
     boxes: Boxes = field(default_factory=Boxes)
     model: Model = field(default_factory=Model)
@@ -269,8 +291,10 @@ def save(config: Config, directory: Path) -> None:
 
 
 def as_plain(config: Config) -> dict[str, Any]:
-    """Nested dictionaries of numbers, strings and lists. What concerns one process alone (config, resume, stop_after)
-    is not kept."""
+    """Options as nested dictionaries of numbers, strings and lists, with absolute paths.
+
+    `config`, `run.resume` and `run.stop_after` are left out: they concern one process, not the run.
+    """
     plain = asdict(replace(config, run=replace(config.run, resume=None, stop_after=None)))
     del plain["config"]
     for part in (plain["data"], plain["model"]):

@@ -1,7 +1,7 @@
-"""ContrastiveCrop's boxes: where in each training image the network looks. Crops then have their centres there.
+"""Boxes of ContrastiveCrop: one box per training image, around what the network attends to; crops are centred in it.
 
-Source: Peng et al., "Crafting Better Contrastive Views for Siamese Representation Learning", CVPR 2022. The boxes'
-use is in data/crops.py. n images, h x w places, S pixels a side.
+Source: Peng et al., "Crafting Better Contrastive Views for Siamese Representation Learning", CVPR 2022.
+data/crops.py makes crops from boxes. n images, h x w places of a feature map, S pixels a side.
 """
 
 from contextlib import contextmanager
@@ -18,20 +18,20 @@ from .model import Network
 
 
 def due(boxes: Boxes, epoch: int) -> bool:
-    """Whether the boxes are refreshed before this epoch. Before epoch 0 there is nothing to look with."""
+    """Whether the boxes are refreshed before this epoch; never before epoch 0, when the network is untrained."""
     return boxes.every > 0 and epoch >= max(boxes.after, 1) and (epoch - boxes.after) % boxes.every == 0
 
 
 @torch.no_grad()
 def check(network: Network, channels: int, size: int) -> None:
-    """One look, before a run that is to have boxes. Raises: UserError."""
+    """Raise a UserError where the backbone cannot give boxes: a trial on one image, before the run starts."""
     with _evaluating(network):
         heat(network.backbone, next(network.parameters()).new_zeros(1, channels, size, size))
 
 
 @torch.no_grad()
 def refresh(images: Images, network: Network, threshold: float, world: World) -> None:
-    """New boxes for all training images, each rank asking its network about its share; every rank gets all."""
+    """Set new boxes of all training images. Each rank computes the boxes of its share; every rank gets all of them."""
     share = torch.arange(world.rank, images.training, world.size)
     with _evaluating(network):
         found = [boxes_of(heat(network.backbone, batch), threshold).float() for batch in images.whole(share)]
@@ -39,14 +39,16 @@ def refresh(images: Images, network: Network, threshold: float, world: World) ->
 
 
 def boxes_of(heat: Tensor, threshold: float) -> Tensor:
-    """(n, 4) top, left, bottom, right in shares of the sides: the places of heat (n, h, w) above the threshold, a
-    share of the way from the image's least to its largest heat, after bilinear enlargement to 8 times the grid.
+    """Boxes (n, 4) around the places with heat above the threshold: top, left, bottom, right, in shares of the sides.
+
+    heat (n, h, w) is enlarged bilinearly to 8 times the grid. The threshold is a share of the way from the image's
+    smallest to its largest heat.
     """
     low, high = heat.amin((1, 2), keepdim=True), heat.amax((1, 2), keepdim=True)
     scaled = (heat - low) / (high - low).clamp(min=1e-12)
     fine = F.interpolate(scaled[:, None], scale_factor=8, mode="bilinear")[:, 0]
     above = fine > threshold
-    above |= ~above.any(2).any(1)[:, None, None]  # no place stands out: the whole image
+    above |= ~above.any(2).any(1)[:, None, None]  # no place is above the threshold: the box is the whole image
     sides = []
     for seen in (above.any(2), above.any(1)):
         length = seen.shape[1]
@@ -58,8 +60,11 @@ def boxes_of(heat: Tensor, threshold: float) -> Tensor:
 
 
 def heat(backbone: nn.Sequential, images: Tensor) -> Tensor:
-    """(n, h, w): in ViTs the class token's attention to each patch in the last block, over heads; else the norm over
-    channels of the last feature map. Raises: UserError where the backbone shows neither.
+    """Heat (n, h, w): how much the backbone attends to each place of the images.
+
+    ViTs: attention of the class token to each patch in the last block, summed over heads. Other models: norm over
+    channels of the last feature map.
+    Raises: UserError where the backbone has neither.
     """
     standardize, model = backbone
     blocks = getattr(model, "blocks", None)
@@ -79,7 +84,7 @@ def heat(backbone: nn.Sequential, images: Tensor) -> Tensor:
 
 
 def _class_attention(attention: nn.Module, tokens: Tensor, prefix: int) -> Tensor:
-    """(n, patches): softmax(q kᵀ) of the class token, summed over heads. tokens (n, prefix + patches, D)."""
+    """Attention softmax(q kᵀ) of the class token (n, patches), summed over heads. tokens (n, prefix + patches, D)."""
     n, length, _ = tokens.shape
     q, k, _ = attention.qkv(tokens).view(n, length, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
     q, k = attention.q_norm(q[:, :, :1]), attention.k_norm(k)
@@ -88,7 +93,10 @@ def _class_attention(attention: nn.Module, tokens: Tensor, prefix: int) -> Tenso
 
 @contextmanager
 def _evaluating(network: nn.Module):
-    """Each part gets its own mode back: a teacher's dropout is in evaluation while its norms train."""
+    """Context in which the network is in evaluation mode. After it, each module gets its own mode back.
+
+    Modes differ within a teacher: its dropout is in evaluation mode, its norms are in training mode.
+    """
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
     try:
@@ -100,7 +108,7 @@ def _evaluating(network: nn.Module):
 
 @contextmanager
 def _input_of(module: nn.Module):
-    """What the module is called with, in a list."""
+    """Context that gives a list; each input with which the module is called is appended to it."""
     seen: list[Any] = []
     handle = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     try:

@@ -1,4 +1,4 @@
-"""The ranks of a run: one process alone, or those that torchrun has started, each with its own device."""
+"""Ranks of a run: one process alone, or the processes that torchrun has started, each with its own device."""
 
 import gc
 import multiprocessing
@@ -11,7 +11,7 @@ from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # its defaults would hold the group that is there when DDP imports it
+import torch.distributed.nn.functional  # before a group exists, which its default arguments would keep alive
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -22,17 +22,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """`size` ranks, of which this is `rank`; the first one alone prints, evaluates and writes."""
+    """All `size` ranks of a run, as seen by rank `rank`. Only rank 0 prints to standard output and writes files."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     store: dist.Store | None = None
-    """Small things that pass between ranks, before the process group is there and after it has failed."""
+    """Key-value store for small messages between ranks, before the process group exists and after it has failed."""
 
     @classmethod
     def from_environment(cls) -> "World":
-        """As torchrun describes it in environment variables; without them, one process alone."""
+        """Ranks as torchrun describes them in environment variables; without these variables, one process alone."""
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls()
         store, rank, size = next(dist.rendezvous("env://"))
@@ -43,7 +43,7 @@ class World:
         return self.rank == 0
 
     def from_first(self, name: str, make: Callable[[], T]) -> T:
-        """What `make()` gives on the first rank. Where it ends there, the others end too, without a word."""
+        """Result of `make()`, which only rank 0 calls. If it raises there, the other ranks exit silently."""
         if self.store is None:
             return make()
         if self.first:
@@ -57,7 +57,10 @@ class World:
         return sys.exit(0) if value is None else value
 
     def choose_device(self, name: str) -> torch.device:
-        """The device of that name, seen to work; of several GPUs each rank takes its own. Raises: UserError."""
+        """Torch device for --run.device `name`, after a trial on it. With several ranks, `cuda` is this rank's own GPU.
+
+        Raises: UserError where the device does not work here.
+        """
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
         if self.size > 1 and name.startswith("cuda"):
@@ -72,7 +75,7 @@ class World:
             raise UserError(f"--run.device {name}: {str(error).splitlines()[0]}") from error
 
     def start(self, device: torch.device) -> None:
-        """Take the device; with several ranks the process group too, NCCL between GPUs, gloo between CPUs."""
+        """Select the device and, with several ranks, start the process group: NCCL between GPUs, gloo between CPUs."""
         nccl = device.type == "cuda"
         if nccl:
             torch.cuda.set_device(device)
@@ -87,10 +90,10 @@ class World:
         )
 
     def end(self) -> None:
-        """Wait for all ranks, then leave the group: gloo may abort where a rank leaves another behind.
+        """Wait for all ranks, then leave the process group: gloo may abort where one rank leaves before the others.
 
-        Nothing may hold the group any more, as DDP's modules do: its threads end with it, and one that still lets go
-        of a tensor when Python ends would abort the process.
+        No object may hold the group any more, as DDP modules do, hence the garbage collection. A thread of the group
+        that releases a tensor while Python shuts down would abort the process.
         """
         if dist.is_initialized():
             gc.collect()
@@ -101,7 +104,7 @@ class World:
         """End this process at once with exit code `code`, if a process group exists; otherwise return.
 
         For a run that has failed on some rank: a barrier would wait for ranks that never reach it. The interpreter is
-        not shut down, since gloo's threads may still hold tensors then, which aborts the process with SIGABRT.
+        not shut down, since gloo's threads may still hold tensors, which would abort the process with SIGABRT.
         """
         if not dist.is_initialized():
             return
@@ -112,18 +115,18 @@ class World:
         os._exit(code)
 
     def parallel(self, network: nn.Module) -> nn.Module:
-        """The network, its gradients averaged over ranks."""
+        """Network whose gradients are averaged over ranks in the backward pass."""
         return network if self.store is None else DistributedDataParallel(network)
 
     def mean(self, x: Tensor) -> Tensor:
-        """x <- its mean over ranks."""
+        """Mean of x over ranks, in place."""
         if self.store is not None:
             dist.all_reduce(x)
             x /= self.size
         return x
 
     def any(self, flag: bool, device: torch.device) -> bool:
-        """Whether it is so on one of the ranks. Waits for the device where there are several."""
+        """Whether `flag` is true on any rank. With several ranks, waits for the device."""
         if self.store is None:
             return flag
         flags = torch.tensor(int(flag), device=device)
@@ -131,13 +134,13 @@ class World:
         return bool(flags.item())
 
     def sum(self, x: Tensor) -> Tensor:
-        """x <- its sum over ranks."""
+        """Sum of x over ranks, in place."""
         if self.store is not None:
             dist.all_reduce(x)
         return x
 
     def gather(self, value: T) -> list[T]:
-        """What each rank has, in their order. Small things: they are pickled."""
+        """Values of all ranks, in the order of ranks. For small values: they are pickled."""
         if self.store is None:
             return [value]
         values: list[T | None] = [None] * self.size
@@ -145,7 +148,7 @@ class World:
         return cast(list[T], values)
 
     def broadcast(self, x: Tensor, rank: int) -> Tensor:
-        """That rank's x; the ranks' may differ in their number of rows."""
+        """Tensor x of rank `rank`, on every rank. Ranks may have different numbers of rows."""
         if self.store is None:
             return x
         rows = torch.tensor(len(x), device=x.device)
@@ -155,13 +158,13 @@ class World:
         return x
 
     def share_buffers(self, network: nn.Module) -> None:
-        """Those of the first rank, whose checkpoint it is, to all: norms' statistics are each rank's own images'."""
+        """Broadcast rank 0's buffers: batch-norm statistics differ between ranks, and the checkpoint holds rank 0's."""
         if self.store is not None:
             for buffer in network.buffers():
                 dist.broadcast(buffer, 0)
 
     def join(self, x: Tensor) -> Tensor:
-        """(n, k) of every rank -> (n, W*k)."""
+        """Tensors (n, k) of all W ranks, side by side: (n, W*k)."""
         if self.store is None:
             return x
         parts = [torch.empty_like(x) for _ in range(self.size)]
@@ -169,7 +172,7 @@ class World:
         return torch.cat(parts, dim=1)
 
     def interleaved(self, share: Tensor, total: int) -> Tensor:
-        """(total, k) of which rank r has brought rows r, r + W, r + 2*W and so on."""
+        """Rows of all W ranks in one tensor (total, k): rank r gives rows r, r + W, r + 2*W and so on."""
         if self.store is None:
             return share
         longest = -(-total // self.size)
@@ -179,9 +182,9 @@ class World:
         return torch.stack(parts, dim=1).flatten(0, 1)[:total]
 
     def first_to_fail(self) -> bool:
-        """Whether no other rank has asked: what several ranks meet is said once."""
+        """Whether this call is the first on any rank, so that an error that several ranks meet is printed once."""
         return self.store is None or self.store.add("failures", 1) == 1
 
     def failed(self) -> bool:
-        """Whether a rank has failed, and said why."""
+        """Whether a rank has failed; it has printed why."""
         return self.store is not None and self.store.add("failures", 0) > 0

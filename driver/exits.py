@@ -1,6 +1,6 @@
-"""How a script ends: one clear error, an exit code, and a checkpoint where a scheduler's signal stops the run.
+"""End of a script: one clear error message, an exit code, and a checkpoint when a scheduler's signal stops the run.
 
-Schedulers send SIGTERM or SIGUSR1 before the time is up: the run saves after the step under way and ends with code 75.
+Schedulers send SIGTERM or SIGUSR1 before the time is up: the run saves after the current step and ends with code 75.
 """
 
 import os
@@ -19,14 +19,14 @@ STOPPED = 75
 
 
 class Stopped(Exception):
-    """The run has saved and ended because of a signal."""
+    """Exception of a run that has saved its state and ends because of a signal."""
 
     def __init__(self, directory: Path, step: int) -> None:
         super().__init__(f"stopped by a signal after step {step}; --run.resume {directory} goes on from there")
 
 
 class StopSignal:
-    """While entered, the first signal is only noted; a second one does what it does without us."""
+    """Context in which a first SIGTERM or SIGUSR1 is only noted, in `asked`; a second one has its usual effect."""
 
     NAMES = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -35,7 +35,7 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         self.before = {}
-        if threading.current_thread() is threading.main_thread():  # where alone Python lets handlers be set
+        if threading.current_thread() is threading.main_thread():  # Python sets handlers in this thread only
             self.before = {name: signal.signal(name, self._note) for name in self.NAMES}
         return self
 
@@ -65,7 +65,7 @@ def exit_code(run: Callable[[World], int], interrupted: str = "interrupted") -> 
     except UserError as error:
         code = 1
         if world.first_to_fail():
-            # A loader's worker wraps its error in a traceback; the user's part is the end.
+            # A data-loader worker puts a traceback before the message of its UserError.
             say(f"error: {str(error).rsplit('UserError: ', 1)[-1]}")
     except KeyboardInterrupt:
         code = 130
@@ -74,7 +74,7 @@ def exit_code(run: Callable[[World], int], interrupted: str = "interrupted") -> 
     except RuntimeError:
         if not world.failed():
             raise
-        code = 1  # this rank missed the one that failed, which has said why
+        code = 1  # a collective failed here because another rank has ended; it has printed why
     world.abandon(code)
     return code
 

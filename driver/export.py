@@ -1,8 +1,8 @@
-"""Write a run's backbone for use elsewhere.
+"""Write the backbone of a run to a file for use elsewhere.
 
 python driver/export.py RUN_DIR                     RUN_DIR/backbone.safetensors, for timm.create_model
-python driver/export.py RUN_DIR --format onnx       RUN_DIR/backbone.onnx, images (n, C, S, S) in [0, 1] to features
-python driver/export.py RUN_DIR --whose student     not the teacher's weights, which are the default where there is one
+python driver/export.py RUN_DIR --format onnx       RUN_DIR/backbone.onnx: images (n, C, S, S) in [0, 1] -> features
+python driver/export.py RUN_DIR --whose student     the student's weights, where the teacher's would be the default
 """
 
 import sys
@@ -18,24 +18,30 @@ import tyro
 from torch import nn
 
 from driver import backbones, checkpoint, cli
-from driver.config import FILE, Config, UserError, missing
+from driver.config import FILE, Config, UserError, helpful, missing
+from driver.files import replacing
 from driver.model import Standardize
 from driver.weights import load_backbone
 
 
+@helpful
 @dataclass(frozen=True)
 class Export:
+    """Write the backbone of a run to a file for use elsewhere."""
+
     run: Annotated[Path, tyro.conf.Positional]
     """Directory of a run, or one of its checkpoints."""
     format: Literal["safetensors", "onnx"] = "safetensors"
+    """Format of the file. `safetensors`: weights, for timm.create_model. `onnx`: a network from images (n, C, S, S) in
+    [0, 1] to features."""
     whose: Literal["student", "teacher"] | None = None
-    """Whose weights. None: the teacher's where there is one."""
+    """Network whose weights are written. None: the teacher where there is one, else the student."""
     out: Path | None = None
-    """The file to write. None: backbone.FORMAT beside the checkpoint."""
+    """File to write. None: backbone.FORMAT in the folder of the checkpoint."""
 
 
 def export(options: Export) -> Path:
-    """Write the file, say how it is used, return its path. Raises: UserError."""
+    """Write the backbone, print how the file is used, return its path. Raises: UserError without a checkpoint."""
     path = options.run if options.run.suffix == ".pt" else options.run / checkpoint.FILE
     if not path.is_file():
         raise UserError(f"{options.run}: no {path.name} there")
@@ -52,13 +58,14 @@ def export(options: Export) -> Path:
         from safetensors.torch import save_file
     except ImportError as error:
         raise UserError(missing("--format safetensors", "safetensors", error)) from error
-    save_file({name: value.contiguous() for name, value in backbone.state_dict().items()}, out)
+    with replacing(out) as temporary:
+        save_file({name: value.contiguous() for name, value in backbone.state_dict().items()}, temporary)
     print(f"{out}: {_use(config, channels, out)}")
     return out
 
 
 def _use(config: Config, channels: int, out: Path) -> str:
-    """How to make the backbone of the file."""
+    """Instructions that make the backbone from the file `out`."""
     model = config.model
     if model.name == "convnet":
         return f"--model.weights {out} starts a run of the same convnet from it"
@@ -79,27 +86,23 @@ def _write_onnx(model: nn.Module, channels: int, size: int, out: Path) -> None:
     except ImportError as error:
         raise UserError(missing("--format onnx", "onnxscript", error, extra="onnx")) from error
     images = torch.zeros(2, channels, size, size)
-    torch.onnx.export(
-        model,
-        (images,),
-        out,
-        input_names=["images"],
-        output_names=["features"],
-        dynamic_shapes=({0: torch.export.Dim("n")},),
-        dynamo=True,
-        external_data=False,
-        verbose=False,
-    )
+    with replacing(out) as temporary:
+        torch.onnx.export(
+            model,
+            (images,),
+            temporary,
+            input_names=["images"],
+            output_names=["features"],
+            dynamic_shapes=({0: torch.export.Dim("n")},),
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
 
 
 def main(args: list[str] | None = None) -> int:
-    """The exit code: 0, 1 for what the user can put right; 2 (from tyro) for a wrong option."""
-    try:
-        export(tyro.cli(Export, args=args, description=__doc__))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    """Exit code of this process, see `cli.run_script`."""
+    return cli.run_script(Export, lambda options, _: export(options), args)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Files that are whole whenever they are there."""
+"""Atomic writing of files: a file under its own name is always whole, and its content has reached the disk."""
 
 import os
 from collections.abc import Iterator
@@ -8,7 +8,10 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name; what is written there reaches the disk, then is renamed: the file in place is always whole."""
+    """Give a temporary name beside `path`. After the block, the file written there is synced and renamed to `path`.
+
+    If the block raises, the temporary file is removed and `path` stays as it was.
+    """
     temporary = path.with_name(f"{path.name}.writing")
     temporary.unlink(missing_ok=True)
     try:
@@ -21,7 +24,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def _sync(path: Path) -> None:
-    """A file's content, or a directory's names, reach the disk."""
+    """Wait until the content of a file, or the names in a directory, have reached the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,20 +1,21 @@
-"""A run's record: one JSON object a line in history.jsonl, appended and flushed as it is known.
+"""History of a run: one JSON object a line in history.jsonl, appended and flushed as soon as it is known.
 
 Each row has `kind`, `step` and `epoch` (a fraction within one):
 
 train       means over the steps since the last such row, and over ranks
-evaluation  what `evaluate` gave for the network; `pixels` the same for raw pixels, once
-collapse    the step by which the features were seen to have collapsed, once; `ceiling` that by which the loss was seen
-            at its ceiling or above with features that are not alike
+evaluation  results of `evaluate` for the features of the network
+pixels      results of `evaluate` for raw pixels, once
+collapse    written once, at the step by which the features were seen to have collapsed
+ceiling     written once, at the step by which the loss was seen at its ceiling or above, with features that differ
 """
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any, Protocol
 
 from .config import UserError
+from .files import replacing
 
 FILE = "history.jsonl"
 
@@ -22,7 +23,7 @@ Row = dict[str, Any]
 
 
 class Sink(Protocol):
-    """Gets each new row: the file, TensorBoard, W&B."""
+    """Receiver of each new row of a history: the file, TensorBoard or W&B."""
 
     def __call__(self, row: Row) -> None: ...
 
@@ -30,7 +31,7 @@ class Sink(Protocol):
 
 
 class History:
-    """The rows, in order, and the sinks. Numbers that are not finite are None, as JSON has no such numbers."""
+    """Rows in order, and the sinks that get each new row. Numbers that are not finite become None: JSON has none."""
 
     def __init__(self, rows: list[Row] | None = None) -> None:
         self.rows: list[Row] = list(rows or [])
@@ -52,7 +53,7 @@ class History:
 
     @property
     def epoch(self) -> float:
-        """Epochs done, by the last row."""
+        """Epochs done according to the last row; 0 without rows."""
         return self.rows[-1]["epoch"] if self.rows else 0.0
 
     def close(self) -> None:
@@ -61,13 +62,15 @@ class History:
 
 
 class File:
-    """history.jsonl. It begins with exactly these rows: what a run wrote after its last checkpoint is dropped."""
+    """Sink that appends to history.jsonl.
+
+    The file starts anew from `rows`, so that rows that a run wrote after its last checkpoint are dropped.
+    """
 
     def __init__(self, directory: Path, rows: list[Row]) -> None:
         path = directory / FILE
-        temporary = path.with_suffix(".jsonl.writing")
-        temporary.write_text("".join(map(_line, rows)))
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            temporary.write_text("".join(map(_line, rows)))
         self.file = path.open("a")
 
     def __call__(self, row: Row) -> None:
@@ -83,7 +86,7 @@ def _line(row: Row) -> str:
 
 
 def read(directory: Path) -> History:
-    """The history in a run's directory. A last line that was cut short is left out. Raises: UserError."""
+    """History in the directory of a run, without a last line that was cut short. Raises: UserError without a file."""
     try:
         lines = (directory / FILE).read_text().splitlines()
     except OSError as error:

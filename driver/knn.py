@@ -1,13 +1,14 @@
-"""k-NN accuracy of a frozen backbone, exact: every test image meets every training image.
+"""k-NN accuracy of a frozen backbone, exact: every test image is compared with every training image.
 
 python driver/knn.py --backbone.run RUN_DIR
 python driver/knn.py --backbone.name vit_small_patch16_224 --backbone.weights FILE --data.root IMAGENET
-torchrun --nproc-per-node 8 driver/knn.py ...      features stay on the rank that made them; the same numbers
+torchrun --nproc-per-node 8 driver/knn.py ...      each rank embeds its share; the numbers are those of one rank
 """
 
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 if __name__ == "__main__":  # the driver is run from its repository, not installed
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -16,29 +17,32 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from driver.config import UserError
-from driver.data.labelled import Batches, Labels
+from driver.bounds import POSITIVE, at_least, some
+from driver.cli import check_bounds, run_script
+from driver.config import helpful
+from driver.data.images import Batches
+from driver.data.labelled import Labels
 from driver.distributed import World
-from driver.evaluation.frozen import Backbone, run_script
+from driver.evaluation.frozen import Backbone
 from driver.evaluation.online import Bank, Vote, knn, share_equal
 
 
+@helpful
 @dataclass(frozen=True)
 class Options:
     """Print the k-NN accuracy of frozen features, by cosine, for several k."""
 
     backbone: Backbone = field(default_factory=Backbone)
     data: Labels = field(default_factory=Labels)
-    k: tuple[int, ...] = (10, 20, 100, 200)
-    """Neighbours that vote."""
-    temperature: float = 0.07
-    """Each with weight exp(cosine / temperature)."""
+    k: Annotated[tuple[int, ...], some(at_least(1))] = (10, 20, 100, 200)
+    """Numbers of neighbours that vote; one accuracy is printed for each."""
+    temperature: Annotated[float, POSITIVE] = 0.07
+    """Temperature of the votes: a neighbour's vote has the weight exp(cosine / temperature)."""
 
 
 def main(options: Options, world: World) -> dict[int, float]:
-    """Accuracy by k. Raises: UserError."""
-    if not options.k or min(options.k) < 1 or not options.temperature > 0:
-        raise UserError("--k must be at least 1 and --temperature positive")
+    """Print and return the accuracy for each k. Raises: UserError where the options do not fit."""
+    check_bounds(options)
     frozen = options.backbone.load(world)
     world.start(frozen.device)
     labelled = options.data.load(options.backbone.options(), frozen.size, frozen.device, world)

@@ -1,18 +1,18 @@
-"""Linear evaluation of a frozen backbone, as published: SGD on a linear layer, standard crops, some learning rates.
+"""Linear evaluation of a frozen backbone, as published: SGD on a linear layer, standard crops, several learning rates.
 
 python driver/linear.py --backbone.run RUN_DIR
 python driver/linear.py --backbone.name vit_base_patch16_224 --backbone.weights FILE --data.root IMAGENET
     --blocks 1 --average True --norm True                                   (BAM's ViT-B and DINO's)
 torchrun --nproc-per-node 8 driver/linear.py ...
 
-The features are made once for all learning rates: each has its own layer, and the backbone costs most.
+Each learning rate has a linear layer of its own. All layers share the features, since the backbone costs most.
 """
 
 import json
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 if __name__ == "__main__":  # the driver is run from its repository, not installed
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -22,40 +22,46 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from driver.config import UserError
+from driver.bounds import POSITIVE, at_least, some
+from driver.cli import check_bounds, run_script
+from driver.config import UserError, helpful
 from driver.data.labelled import Labelled, Labels
 from driver.distributed import World
-from driver.evaluation.frozen import Backbone, Frozen, run_script
+from driver.evaluation.frozen import Backbone, Frozen
+from driver.files import replacing
 from driver.optim import cosine
 from driver.weights import read
 
 MOMENTUM = 0.9
 
 
+@helpful
 @dataclass(frozen=True)
 class Options:
     """Train linear classifiers on frozen features; print their accuracy on the test images."""
 
     backbone: Backbone = field(default_factory=Backbone)
     data: Labels = field(default_factory=Labels)
-    epochs: int = 100
+    epochs: Annotated[int, at_least(1)] = 100
     """Passes over the training images."""
-    lr: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1)
-    """Learning rates for 256 images per step, scaled to the images of a step; then a cosine to 0 over the epochs."""
-    blocks: int = 4
-    """Of ViTs: last blocks whose class tokens are side by side."""
+    lr: Annotated[tuple[float, ...], some(POSITIVE)] = (0.001, 0.003, 0.01, 0.03, 0.1)
+    """Learning rates to try, one linear layer for each. They are meant for 256 images per step, are scaled in
+    proportion to the actual images per step, and follow a cosine to 0 over the epochs."""
+    blocks: Annotated[int, at_least(1)] = 4
+    """Last blocks of a ViT whose class tokens are the features, side by side."""
     average: bool = False
-    """Of ViTs: beside them the mean of the last block's patches."""
+    """Also append the mean of the patches of a ViT's last block to the features."""
     norm: bool = False
-    """Batch norm without weights before the layer, over all ranks: features of any scale suit one learning rate."""
-    test_every: int = 10
+    """Normalise the features by a batch norm without weights, over all ranks: then features of any scale suit one
+    learning rate."""
+    test_every: Annotated[int, at_least(1)] = 10
     """Epochs between tests; the last epoch is always tested."""
     seed: int = 0
-    """Of the order and the crops."""
+    """Seed of the order of images and of the crops."""
     out: Path | None = None
     """Folder for linear.jsonl (a line per test) and linear.pt (the layers). None: nothing is written."""
     resume: bool = False
-    """Go on from linear.pt in `out`."""
+    """Continue from the linear.pt in `out`."""
 
 
 class Heads(nn.Module):
@@ -75,8 +81,9 @@ class Heads(nn.Module):
 
 
 class Norm(nn.BatchNorm1d):
-    """Batch norm without weights by the statistics of all ranks' features, which take no gradient. SyncBatchNorm would
-    need GPUs.
+    """Batch norm without weights, by the statistics of the features of all ranks; the features take no gradient.
+
+    torch's SyncBatchNorm would need GPUs.
     """
 
     def __init__(self, width: int, world: World) -> None:
@@ -91,8 +98,10 @@ class Norm(nn.BatchNorm1d):
 
 
 def main(options: Options, world: World) -> dict[float, float]:
-    """Top-1 accuracy by learning rate, after the last epoch. Raises: UserError."""
-    check(options)
+    """Print and return the top-1 accuracy for each learning rate. Raises: UserError where the options do not fit."""
+    check_bounds(options)
+    if options.resume and options.out is None:
+        raise UserError("--resume needs --out, where linear.pt is")
     frozen = options.backbone.load(world)
     world.start(frozen.device)
     labelled = options.data.load(options.backbone.options(), frozen.size, frozen.device, world)
@@ -136,7 +145,7 @@ def train(
     epoch: int,
     world: World,
 ) -> None:
-    """One epoch. The loss is the sum of the heads': none sees another's gradient."""
+    """Train all heads for one epoch. The loss is the sum of their losses, so no head sees another's gradient."""
     heads.train()
     scale = cosine(epoch / options.epochs, options.data.batch_size * world.size / 256, 0.0)
     for group, lr in zip(optimizer.param_groups, options.lr, strict=True):
@@ -164,34 +173,24 @@ def test(
     return top1, top5
 
 
-def check(options: Options) -> None:
-    """Raises: UserError."""
-    for name in ("epochs", "blocks", "test_every"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
-    if not options.lr or not all(lr > 0 for lr in options.lr):
-        raise UserError(f"--lr must be one or more positive numbers, got {options.lr}")
-    if options.resume and options.out is None:
-        raise UserError("--resume needs --out, where linear.pt is")
-
-
 def write(
     options: Options, heads: Heads, optimizer: torch.optim.Optimizer, epoch: int, top1: list[float], top5: list[float]
 ) -> None:
-    """A line in linear.jsonl and the layers in linear.pt, which is whole whenever it is there."""
+    """Append a line to linear.jsonl and replace linear.pt, which holds the layers and the optimiser."""
     assert options.out is not None
     options.out.mkdir(parents=True, exist_ok=True)
     row = {"epoch": epoch, "lr": options.lr, "top1": top1, "top5": top5}
     with (options.out / "linear.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
-    path = options.out / "linear.pt"
-    temporary = path.with_suffix(".pt.writing")
-    torch.save({"heads": heads.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch}, temporary)
-    os.replace(temporary, path)
+    with replacing(options.out / "linear.pt") as temporary:
+        torch.save({"heads": heads.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch}, temporary)
 
 
 def load(options: Options, heads: Heads, optimizer: torch.optim.Optimizer) -> int:
-    """Epochs done. Raises: UserError."""
+    """Put the layers and the optimiser of linear.pt in place; return the number of epochs that are done.
+
+    Raises: UserError where linear.pt is missing, damaged or of other options.
+    """
     assert options.out is not None
     content = read(options.out / "linear.pt")
     try:

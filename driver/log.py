@@ -1,4 +1,4 @@
-"""Curves of a run: collected on the device, read by the host at log lines only."""
+"""Log lines of a run. Numbers of each step stay on the device; the host reads them at log lines only."""
 
 import math
 import sys
@@ -22,11 +22,11 @@ from .reporting import summary
 T = TypeVar("T")
 CURVES = ("loss", "target_entropy", "source_entropy", "column_residual", "uniform_loss", "collapse_gap")
 BAR_S = 0.1 if sys.stderr.isatty() else 30.0
-"""Seconds between drawings of the progress bar: seldom in a file, where each is a line."""
+"""Seconds between updates of the progress bar: few in a file, where each update is a line."""
 
 
 class Log:
-    """The progress bar and the history's log lines, of steps of G images over all ranks."""
+    """Progress bar and log lines of a run. A step has G images over all ranks; an epoch has `steps` steps."""
 
     def __init__(
         self, state: checkpoint.State, directory: Path, steps: int, epochs: int, warmup: float, G: int, world: World
@@ -48,7 +48,7 @@ class Log:
         self.waited_s = 0.0
 
     def waiting(self, batches: Iterator[T]) -> Iterator[T]:
-        """The batches; the time until each is there counts as waiting for data."""
+        """Pass on the batches; count the time until each batch arrives as waiting for data."""
         while True:
             asked = time.perf_counter()
             batch = next(batches, None)
@@ -58,20 +58,23 @@ class Log:
             yield batch
 
     def add(self, lr: float, loss: Tensor, stats: BAMStats) -> None:
-        """Note one step's numbers without waiting for them."""
+        """Keep the numbers of one step as pending, without waiting for the device."""
         self.lr = lr
         self.pending.append(torch.stack([loss.detach(), *(getattr(stats, name) for name in CURVES[1:])]))
 
     def line(self) -> None:
-        """Wait for the device; note the mean over ranks and over the steps since the last line, if there are any.
+        """Log the mean of pending steps over ranks, and check for unreadable images.
 
-        Raises: UserError on a bad loss or too many unreadable images, on every rank.
+        Waits for the device. Raises: UserError on every rank, after a bad loss or too many unreadable images.
         """
         self.numbers()
         self.settle()
 
     def numbers(self) -> None:
-        """The same, but for the images. Raises: UserError on a bad loss, on every rank."""
+        """Log the mean of pending steps; do not check unreadable images.
+
+        Raises: UserError on every rank, after a bad loss.
+        """
         if not self.pending:
             return
         rows = self.world.mean(torch.stack(self.pending)).tolist()
@@ -94,18 +97,20 @@ class Log:
         self.restart_clock()
 
     def note(self, kind: str, **numbers: float) -> Row:
-        """Add a row to the history."""
+        """Add a row with these numbers to the history, at the current step."""
         return self.state.history.add(kind, self.state.step, self.state.step / self.steps, **numbers)
 
     def settle(self) -> None:
-        """Name the images that could not be read since the last time. Raises: UserError on every rank."""
-        tally = getattr(self.state.images, "tally", None)  # not of images that were read before the run
+        """Name the images that could not be read since the last call. Raises: UserError on every rank if too many."""
+        tally = getattr(self.state.images, "tally", None)  # images that were all read before the run have no tally
         if tally is not None:
             tally.settle(self.world)
 
     def warn(self) -> None:
-        """Say a trouble once in a run, when five lines after the warm-up show it: a network may begin with all features
-        alike."""
+        """Print a warning once in a run if five log lines after the warm-up show a collapse or a flat target.
+
+        Lines before the end of the warm-up do not count: an untrained network may give equal features.
+        """
         record = self.state.history
         trouble = summary.trouble(record)
         if trouble is None or record.last(trouble):
@@ -114,22 +119,22 @@ class Log:
         if first["step"] <= self.warmup:
             return
         row = self.note(trouble, collapse_gap=last["collapse_gap"])
-        if self.world.first:  # the bar writes where it is disabled, too
+        if self.world.first:  # tqdm.write prints even where the bar is disabled
             text = f"warning: {summary.warning(row)}. To try: {'; '.join(summary.ADVICE[trouble])}"
             self.bar.write(text, file=sys.stderr)
 
     def check_weights(self) -> None:
-        """What is about to be saved is finite. Waits for the device. Raises: UserError."""
+        """Raise a UserError where a weight of the network is not finite. Waits for the device."""
         norms = torch._foreach_norm(list(self.state.network.parameters()))
         if not torch.stack(norms).isfinite().all():
             raise self.stopped(self.state.step, "a weight is not finite")
 
     def restart_clock(self) -> None:
-        """Leave what was not training (evaluation, saving) out of images per second."""
+        """Restart the measurement of images per second, so that evaluation and saving do not count."""
         self.since, self.waited_s = time.perf_counter(), 0.0
 
     def stopped(self, step: int, reason: str) -> UserError:
-        """The error that ends a run whose numbers went bad."""
+        """Error that ends a run whose numbers went bad: its step, the reason, and the last good checkpoint."""
         path = self.directory / checkpoint.FILE
         kept = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was written yet"
         return UserError(

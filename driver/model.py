@@ -1,4 +1,4 @@
-"""The network: a backbone, whose features are what one keeps, and a projection head for the loss."""
+"""Network of a run: a backbone, whose features are the result, and a projection head that only the loss needs."""
 
 import copy
 
@@ -13,9 +13,9 @@ GREY_MEAN, GREY_STD = (0.5,), (0.25,)
 
 
 class Network(nn.Module):
-    """Images (n, C, S, S) in [0, 1], or a list of them at several sizes -> embeddings (n, head_dim), in their order.
+    """Images (n, C, S, S) in [0, 1], or a list of such tensors of several sizes -> embeddings (n, head_dim), in order.
 
-    `backbone` alone gives the features. Images are fetched to the network's device.
+    `backbone` alone gives the features. Images are copied to the network's device.
     """
 
     def __init__(self, model: Model, channels: int, size: int, local_size: int | None = None) -> None:
@@ -34,7 +34,7 @@ class Network(nn.Module):
 
 
 class Standardize(nn.Module):
-    """[0, 1] to about zero mean and unit variance, on the device and in the type of the network."""
+    """Images in [0, 1] -> about zero mean and unit variance, on the device and in the dtype of the network."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -47,10 +47,10 @@ class Standardize(nn.Module):
 
 
 def make_head(width: int, model: Model) -> nn.Sequential:
-    """Linear layers with a norm and an activation between them, and a norm without weights at the end.
+    """Projection head: linear layers with a norm and an activation between them, and a norm without weights at the end.
 
-    Embeddings with a common mean have all cosines near 1, and training may stay there: the last norm removes it. With
-    `norm="none"` the linear layers have biases and small weights instead, as published.
+    The last norm removes the common mean of the embeddings: with it all cosines are near 1, and training may stay
+    there. With `norm="none"` the linear layers have biases and small weights instead, as published.
     """
     norms = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
     layers: list[nn.Module] = []
@@ -73,8 +73,8 @@ def make_head(width: int, model: Model) -> nn.Sequential:
 
 
 def synchronised(network: Network) -> Network:
-    """Its batch norms by the statistics of all ranks; weights keep their names."""
-    try:  # timm has layers that join norm and activation, and knows how to keep the latter
+    """Network whose batch norms use the statistics of all ranks; weights keep their names."""
+    try:  # some layers of timm hold norm and activation; its converter keeps the activation
         from timm.layers import convert_sync_batchnorm
     except ImportError:
         convert_sync_batchnorm = nn.SyncBatchNorm.convert_sync_batchnorm
@@ -83,7 +83,7 @@ def synchronised(network: Network) -> Network:
 
 @torch.no_grad()
 def feature_width(backbone: nn.Module, channels: int, size: int, name: str) -> int:
-    """Features per image, by asking the backbone. Raises: UserError where it cannot take such images."""
+    """Number of features per image, found by a trial. Raises: UserError where the backbone cannot take such images."""
     try:
         shape = backbone.eval()(torch.zeros(2, channels, size, size)).shape
     except (RuntimeError, AssertionError, ValueError) as error:
@@ -95,7 +95,7 @@ def feature_width(backbone: nn.Module, channels: int, size: int, name: str) -> i
 
 
 def make_teacher(network: Network) -> Network:
-    """A copy that takes no gradient and drops nothing."""
+    """Copy of the student that takes no gradient and has no dropout."""
     teacher = copy.deepcopy(network).requires_grad_(False)
     for module in teacher.modules():
         if type(module).__name__ in ("Dropout", "DropPath"):
@@ -105,5 +105,5 @@ def make_teacher(network: Network) -> Network:
 
 @torch.no_grad()
 def follow(teacher: Network, student: Network, momentum: float) -> None:
-    """Move the teacher's weights towards the student's; its batch statistics are its own."""
+    """Move the teacher's weights towards the student's weights. The teacher's batch-norm statistics stay its own."""
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)

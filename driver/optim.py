@@ -1,4 +1,4 @@
-"""The optimiser, its parameter groups, its arithmetic, and the schedules of a run, all functions of the step."""
+"""Optimiser with its parameter groups, arithmetic of a step, and schedules, which are functions of the step."""
 
 import math
 from contextlib import AbstractContextManager, nullcontext
@@ -12,7 +12,7 @@ from .config import Config, Optim, UserError, missing
 
 
 def make_optimizer(network: nn.Module, optim: Optim) -> torch.optim.Optimizer:
-    """The optimiser that the options name. Raises: UserError."""
+    """Optimiser that --optim.name names. Raises: UserError where it needs timm, which is not installed."""
     groups = parameter_groups(network, optim.weight_decay)
     if optim.name == "adamw":
         return torch.optim.AdamW(groups, lr=optim.lr, fused=True)
@@ -24,11 +24,11 @@ def make_optimizer(network: nn.Module, optim: Optim) -> torch.optim.Optimizer:
         raise UserError(missing(f"--optim.name {optim.name}", "timm", error)) from error
     if optim.name == "lars":
         return Lars(groups, lr=optim.lr, momentum=optim.momentum)
-    return Lamb(groups, lr=optim.lr, max_grad_norm=None)  # its own clipping would be another --optim.clip-norm
+    return Lamb(groups, lr=optim.lr, max_grad_norm=None)  # --optim.clip-norm clips; Lamb's own clipping is off
 
 
 def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices and kernels decay; norms and biases, which have at most one dimension, do not."""
+    """Two parameter groups: matrices and kernels with weight decay; norms and biases, which are vectors, without."""
     trained = [p for p in network.parameters() if p.requires_grad]
     decayed = [p for p in trained if p.ndim > 1]
     others = [p for p in trained if p.ndim <= 1]
@@ -37,7 +37,7 @@ def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, 
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """Type of the weights, and autocast with gradient scaling where the options want it."""
+    """Dtype of the weights, and autocast and gradient scaling where --run.dtype asks for them."""
 
     weights: torch.dtype
     device: torch.device
@@ -46,7 +46,7 @@ class Arithmetic:
 
     @classmethod
     def of(cls, dtype: str, device: torch.device) -> "Arithmetic":
-        """For --run.dtype. `auto`: bfloat16 on a GPU that has it."""
+        """Arithmetic for --run.dtype `dtype` on this device. `auto`: bfloat16 on a GPU that has it, else float32."""
         if dtype == "auto":
             has_it = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
             dtype = "bfloat16" if has_it else "float32"
@@ -56,11 +56,11 @@ class Arithmetic:
         return cls(torch.float32, device, getattr(torch, dtype), scaler)
 
     def context(self) -> AbstractContextManager[Any]:
-        """In which networks and loss run."""
+        """Context in which networks and loss run: autocast, or nothing."""
         return nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
 
     def step(self, optimizer: torch.optim.Optimizer, network: nn.Module, clip_norm: float) -> None:
-        """Clip and step; with a scaler, a step whose gradient has overflowed is left out."""
+        """Clip the gradient and take an optimiser step. With a scaler, skip the step if the gradient has overflowed."""
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)
         if clip_norm > 0:
@@ -73,7 +73,10 @@ class Arithmetic:
 
 
 class Schedules:
-    """Learning rate, weight decay, teacher momentum and epsilon by step, of `steps` an epoch; G images per step."""
+    """Learning rate, weight decay, teacher momentum and epsilon as functions of the step.
+
+    An epoch has `steps` steps; a step has G images.
+    """
 
     def __init__(self, options: Config, steps: int, G: int) -> None:
         self.options, optim = options, options.optim
@@ -97,7 +100,7 @@ class Schedules:
         return start if end is None else cosine(step / self.total, start, end)
 
     def apply(self, optimizer: torch.optim.Optimizer, step: int) -> float:
-        """Set learning rate and weight decay; the rate is returned."""
+        """Set the optimiser's learning rate and weight decay for this step; return the learning rate."""
         lr = self.lr(step)
         decayed, others = optimizer.param_groups
         decayed["lr"] = others["lr"] = lr
@@ -106,12 +109,12 @@ class Schedules:
 
 
 def learning_rate(step: int, total: int, warmup: float, peak: float, end: float = 0.0) -> float:
-    """Linear warm-up to `peak`, then half a cosine to `end` at `total` steps."""
+    """Learning rate of a step: a linear warm-up to `peak`, then half a cosine to `end` at `total` steps."""
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
     return cosine((step - warmup) / max(1.0, total - warmup), peak, end)
 
 
 def cosine(done: float, start: float, end: float) -> float:
-    """From start to end as `done` goes from 0 to 1."""
+    """Half a cosine from `start` to `end`, as `done` goes from 0 to 1."""
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * done))

@@ -1,9 +1,9 @@
 """Pretrain a vision backbone with BAM.
 
-python driver/pretrain.py                      handwritten digits, about a minute on two cores
+python driver/pretrain.py                      the handwritten digits, about a minute on two cores
 python driver/pretrain.py --data.root PATH     your own images
 python driver/pretrain.py --recipe NAME        a recipe, such as cifar10-resnet18; --recipe NAME --help shows its values
-python driver/pretrain.py --virtual-batch 512  a loss over 512 images, with the memory of one micro-batch
+python driver/pretrain.py --virtual-batch 512  a loss over 512 images, in the memory of one micro-batch
 torchrun --nproc-per-node 2 driver/pretrain.py  on two ranks, each a GPU or a share of the CPU
 python driver/pretrain.py --help               every option
 """
@@ -23,8 +23,10 @@ from driver.train import pretrain
 
 
 def main(args: list[str] | None = None) -> int:
-    """The exit code: 0, 1 for what the user can put right, 75 after SIGTERM or SIGUSR1, once a checkpoint is written,
-    130 after Ctrl-C; 2 (from tyro) for a wrong option.
+    """Pretrain as the command line says, and return the exit code of this process.
+
+    0; 1 for an error that the user can put right; 75 after SIGTERM or SIGUSR1, once a checkpoint is written; 130 after
+    Ctrl-C; 2 (from tyro) for a wrong option.
     """
 
     def run(world: World) -> int:

@@ -1,4 +1,4 @@
-"""Recipes: whole sets of options under a name. Whatever the command line gives replaces a recipe's value."""
+"""Recipes: named sets of values for all options. An option on the command line replaces the recipe's value."""
 
 import difflib
 from dataclasses import replace
@@ -25,7 +25,7 @@ _CIFAR10 = Config(
     run=Run(name="cifar10"),
 )
 
-# The published run: 16 ranks of 256 images. Its floor of the learning rate, 1e-3, is for 4096 images per step.
+# The published run: 16 ranks of 256 images. The final learning rate, 1e-3, is meant for 4096 images per step.
 _IMAGENET_VIT_S = Config(
     recipe="imagenet-vit-s",
     data=Data(
@@ -81,7 +81,7 @@ _IMAGENET_CAFORMER = replace(
     ),
 )
 
-# One GPU: the same with fewer, smaller images in a step of one micro-batch. The floor is that of so small a step.
+# The ViT-S recipe for one GPU: fewer and smaller images, one micro-batch per step, and a final learning rate to match.
 _IMAGENETTE = replace(
     _IMAGENET_VIT_S,
     recipe="imagenette-vit-s",
@@ -105,14 +105,14 @@ RECIPES = {
 
 
 def recipe(name: str) -> Config:
-    """The options under this name. Raises: UserError naming near ones."""
+    """Options of the recipe `name`. Raises: UserError for an unknown name, with similar names."""
     if name not in RECIPES:
         raise UserError(f"--recipe {name}: no such recipe; {nearest(name, list(RECIPES))}")
     return RECIPES[name]
 
 
 def nearest(name: str, known: list[str]) -> str:
-    """What was perhaps meant, or all that there is."""
+    """Suggestion for a message: known names similar to `name`, or all known names."""
     letters = name.replace("-", "").replace("_", "")
     near = [other for other in known if letters and letters in other.replace("-", "").replace("_", "")]
     near = near or difflib.get_close_matches(name, known, cutoff=0.6)

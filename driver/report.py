@@ -1,6 +1,6 @@
-"""What a run leaves behind: report.html, dashboard.png, and a few lines of text.
+"""Make the report of a run again: report.html and dashboard.png.
 
-python driver/report.py RUN_DIR          make them again, also of a run that is under way or was killed
+python driver/report.py RUN_DIR          also of a run that is under way or was killed
 """
 
 import sys
@@ -14,10 +14,11 @@ if __name__ == "__main__":  # the driver is run from its repository, not install
 import tyro
 
 from driver import checkpoint, history
+from driver.cli import run_script
 from driver.config import UserError
 from driver.data import make_images
 from driver.distributed import World
-from driver.evaluation.frozen import Backbone, run_script
+from driver.evaluation.frozen import Backbone
 from driver.reporting import outputs, plots
 
 
@@ -32,7 +33,10 @@ class Report:
 
 
 def main(options: Report, world: World) -> None:
-    """Where the checkpoint or the images are missing, without pictures, which is said. Raises: UserError."""
+    """Write both files. Without a checkpoint or images they have no pictures, and a note says why.
+
+    Raises: UserError where the run has neither a log line nor an evaluation yet.
+    """
     backbone = Backbone(run=options.run, whose="student", device=options.device)
     config, record, missing = backbone.options(), history.read(options.run), None
     if not plots.panels_of(record):

@@ -3,8 +3,8 @@
 python driver/segment_video.py --davis DAVIS --backbone.run RUN_DIR
 python driver/segment_video.py --davis DAVIS --backbone.name vit_small_patch16_224 --backbone.weights FILE
 
-Nothing is trained. A patch of a frame takes the labels of the patches most like it, near its place, in the first frame
-and in the last few frames. F frames; h x w patches of D features; C labels, the background among them.
+Nothing is trained. A patch of a frame takes the labels of the most similar patches near its place, in the first frame
+and in the last few frames. Shapes: F frames; h x w patches of D features; C labels, one of them the background.
 """
 
 import json
@@ -12,6 +12,7 @@ import sys
 from collections import deque
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 if __name__ == "__main__":  # the driver is run from its repository, not installed
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -24,15 +25,19 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from driver.config import UserError
+from driver.bounds import at_least
+from driver.cli import check_bounds, run_script
+from driver.config import UserError, helpful
 from driver.distributed import World
 from driver.evaluation.davis_metrics import Scores, clip_scores, summary
-from driver.evaluation.frozen import Backbone, Frozen, run_script
+from driver.evaluation.frozen import Backbone, Frozen
+from driver.files import replacing
 
 MULTIPLE = 64
 """The longer side of a frame is cut to a multiple of this, as the published evaluations do."""
 
 
+@helpful
 @dataclass(frozen=True)
 class Options:
     """Carry the first frame's object masks through the clips of DAVIS 2017; print J and F."""
@@ -41,26 +46,25 @@ class Options:
     """Folder of DAVIS 2017, with ImageSets/2017, JPEGImages/480p and Annotations/480p."""
     backbone: Backbone = field(default_factory=Backbone)
     split: str = "val"
-    """List of clips: ImageSets/2017/SPLIT.txt."""
-    short_side: int = 480
+    """Name of the list of clips: the file ImageSets/2017/SPLIT.txt."""
+    short_side: Annotated[int, at_least(1)] = 480
     """Shorter side of the frames that the network sees, pixels."""
-    last_frames: int = 7
-    """Frames before the present one that give labels, beside the first."""
+    last_frames: Annotated[int, at_least(1)] = 7
+    """Frames just before the current one that give labels, in addition to the first frame."""
     radius: int = 12
-    """Patches, up and down, left and right, within which a patch looks for others. 0: the whole frame."""
-    top_k: int = 5
-    """Patches that give their labels to one."""
+    """Distance, in patches up, down, left and right, within which a patch looks for similar patches. 0: the whole
+    frame."""
+    top_k: Annotated[int, at_least(1)] = 5
+    """Number of most similar patches whose labels a patch takes."""
     temperature: float = 0.1
-    """Softmax temperature of their cosines."""
+    """Softmax temperature of the cosines that weigh the labels of the similar patches."""
     out: Path | None = None
-    """Where the masks (PNG, as DAVIS has them) and scores.json are written. None: nothing is written."""
+    """Folder for the masks (PNG, as in DAVIS) and scores.json. None: nothing is written."""
 
 
 def main(options: Options, world: World) -> Scores:
-    """Segment every clip of the split and print the scores. Raises: UserError."""
-    for name in ("short_side", "last_frames", "top_k"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+    """Segment every clip of the split; print and return the scores. Raises: UserError on bad options or files."""
+    check_bounds(options)
     if world.size > 1:
         raise UserError("segment_video runs on one rank")
     frozen = options.backbone.load()
@@ -77,13 +81,14 @@ def main(options: Options, world: World) -> Scores:
     print(table(rows))
     if options.out is not None:
         text = json.dumps({name: asdict(row) for name, row in rows.items()}, indent=1)
-        (options.out / "scores.json").write_text(text + "\n")
+        with replacing(options.out / "scores.json") as temporary:
+            temporary.write_text(text + "\n")
     return scores
 
 
 @torch.no_grad()
 def segment(frozen: Frozen, frames: list[Image.Image], first: NDArray, options: Options) -> NDArray[np.uint8]:
-    """(F, H, W) masks of a clip from that of its first frame (H, W)."""
+    """Masks (F, H, W) of a clip, from the mask (H, W) of its first frame."""
     classes = int(first.max()) + 1
     size = network_size(frames[0].size, options.short_side)
     start = _features(frozen, frames[0], size)
@@ -103,11 +108,11 @@ def segment(frozen: Frozen, frames: list[Image.Image], first: NDArray, options: 
 
 
 def propagate(query: Tensor, sources: Tensor, labels: Tensor, radius: int, top_k: int, temperature: float) -> Tensor:
-    """Labels (h, w, C) of a frame: softmax-weighted means over its patches' nearest ones.
+    """Labels (h, w, C) of a frame: for each patch, the softmax-weighted mean of the labels of the most similar patches.
 
     query (h, w, D) and sources (n, h, w, D) have unit rows; labels (n, h, w, C). Source patches are at most `radius`
-    rows and columns away (0: anywhere); the top_k of the highest cosine have weights exp(cosine / temperature).
-    One row of the frame at a time: memory is w times the patches in reach.
+    rows and columns away (0: anywhere); the top_k with the highest cosines have weights exp(cosine / temperature).
+    Memory: w times the patches in reach, since the frame is done row by row.
     """
     h, w, _ = query.shape
     radius = radius or max(h, w)
@@ -126,7 +131,7 @@ def propagate(query: Tensor, sources: Tensor, labels: Tensor, radius: int, top_k
 
 
 def to_mask(labels: Tensor, size: tuple[int, int], shape: tuple[int, int]) -> NDArray[np.uint8]:
-    """(H, W) mask from labels (h, w, C): each upsampled and stretched to [0, 1], and the largest wins."""
+    """Mask (H, W) from labels (h, w, C): each label's map is upsampled and stretched to [0, 1]; the largest wins."""
     maps = F.interpolate(labels.permute(2, 0, 1)[None], size=size, mode="bilinear")[0].flatten(1)
     low, high = maps.amin(1, keepdim=True), maps.amax(1, keepdim=True)
     stretched = torch.where(high > 0, (maps - low) / (high - low).clamp_min(torch.finfo(maps.dtype).tiny), maps)
@@ -135,14 +140,14 @@ def to_mask(labels: Tensor, size: tuple[int, int], shape: tuple[int, int]) -> ND
 
 
 def network_size(image_size: tuple[int, int], short_side: int) -> tuple[int, int]:
-    """(height, width) of the frame that the network sees, from PIL's (width, height); the longer side is cut."""
+    """Size (height, width) of the frame that the network sees, from PIL's (width, height); the longer side is cut."""
     width, height = image_size
     longer = short_side * max(width, height) // min(width, height) // MULTIPLE * MULTIPLE
     return (longer, short_side) if height > width else (short_side, longer)
 
 
 def _features(frozen: Frozen, frame: Image.Image, size: tuple[int, int]) -> Tensor:
-    """(h, w, D) unit features of a frame."""
+    """Unit features (h, w, D) of a frame."""
     resized = frame.resize((size[1], size[0]), Image.Resampling.BILINEAR)
     image = torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None].float() / 255
     return F.normalize(frozen.patches(image)[0].permute(1, 2, 0).float(), dim=-1)
@@ -161,7 +166,7 @@ def clip_names(options: Options) -> list[str]:
 
 
 def clip_files(davis: Path, name: str) -> tuple[list[Path], list[Path]]:
-    """Frames and annotations of a clip, one of each per frame. Raises: UserError."""
+    """Paths of a clip's frames and annotations. Raises: UserError where they do not match, or are fewer than 3."""
     frames = sorted((davis / "JPEGImages" / "480p" / name).glob("*.jpg"))
     annotations = sorted((davis / "Annotations" / "480p" / name).glob("*.png"))
     if [path.stem for path in frames] != [path.stem for path in annotations] or len(frames) < 3:
@@ -172,7 +177,7 @@ def clip_files(davis: Path, name: str) -> tuple[list[Path], list[Path]]:
 
 
 def read_mask(path: Path) -> NDArray[np.uint8]:
-    """The indices of a palette PNG. Raises: UserError."""
+    """Object numbers (H, W) in a palette or grey PNG. Raises: UserError on a PNG of another kind."""
     image = Image.open(path)
     if image.mode not in ("P", "L"):
         raise UserError(f"{path}: an annotation must be a palette or grey PNG, got mode {image.mode}")
@@ -180,7 +185,7 @@ def read_mask(path: Path) -> NDArray[np.uint8]:
 
 
 def write_masks(found: NDArray[np.uint8], annotations: list[Path], folder: Path) -> None:
-    """PNG with the palette of the annotation."""
+    """Write a clip's masks as PNG files, with the palette of its annotations."""
     folder.mkdir(parents=True, exist_ok=True)
     palette = Image.open(annotations[0]).getpalette()
     for mask, path in zip(found, annotations, strict=True):
@@ -191,7 +196,7 @@ def write_masks(found: NDArray[np.uint8], annotations: list[Path], folder: Path)
 
 
 def table(rows: dict[str, Scores]) -> str:
-    """The scores as lines of text, in per cent."""
+    """Table of the scores, in per cent, as lines of text."""
     width = max(len(name) for name in rows)
     lines = [f"{'':{width}}    J&F  J mean  J recall  F mean  F recall"]
     for name, row in rows.items():

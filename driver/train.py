@@ -1,4 +1,7 @@
-"""The training loop, from options to a finished run. V views per image, view-major; G images per step."""
+"""Training loop, from options to a finished run.
+
+A step has G images over all ranks and micro-batches, each image in V views; rows are view-major.
+"""
 
 import os
 from dataclasses import replace
@@ -27,10 +30,11 @@ from .reporting.trackers import TensorBoard, Wandb
 from .weights import load_backbone
 
 TEACHER_VIEWS = 2
+"""Views that a teacher sees with --model.teacher-views global."""
 
 
 def pretrain(options: Config, world: World | None = None) -> Path:
-    """Train as the options say and return the run's directory. Raises: UserError; Stopped after a signal."""
+    """Train as the options say and return the run's directory. Raises: UserError; Stopped once a signal has come."""
     world = world or World()
     device = world.choose_device(options.run.device)
     world.start(device)
@@ -50,10 +54,13 @@ def pretrain(options: Config, world: World | None = None) -> Path:
 
 
 class Training:
-    """What a run is made of, and its epochs."""
+    """A run: its images, networks, loss, optimiser, schedules and log, and the methods that take epochs and steps."""
 
     def __init__(self, options: Config, device: torch.device, world: World) -> None:
-        """Everything that the options name, with the state of the run that is resumed. Raises: UserError."""
+        """Make all parts of the run, load the checkpoint of a resumed run, and print a line about the run.
+
+        Raises: UserError where options, images or checkpoint do not fit.
+        """
         data, optim, run = options.data, options.optim, options.run
         self.device, self.world = device, world
         self.G = G = virtual_batch(data, world)
@@ -75,7 +82,7 @@ class Training:
             self.directory = checkpoint.load(self.state, run.resume)
         else:
             self.directory = world.from_first("directory", lambda: fresh_directory(run.name))
-        # Resumed on other ranks, the run keeps its objective.
+        # The images per step are saved, so that a run resumed on another number of ranks keeps its objective.
         self.options = replace(options, data=replace(data, virtual_batch=G))
         if world.first:
             config.save(self.options, self.directory)
@@ -100,7 +107,7 @@ class Training:
         )
 
     def begin(self) -> None:
-        """Before the first step of a run: what raw pixels and the untrained network are worth."""
+        """Evaluate raw pixels and the untrained network, before the first step of a new run."""
         if self.state.step == 0:
             if self.images.tested >= self.world.size:
                 self.test("pixels", pixels)
@@ -108,7 +115,7 @@ class Training:
             self.log.restart_clock()
 
     def epoch(self, signal: StopSignal) -> None:
-        """From the step at which the run is to the epoch's end, then evaluation and checkpoint where they are due."""
+        """Train from the current step to the end of the epoch; then evaluate and save where they are due."""
         state, log, run = self.state, self.log, self.options.run
         if state.step % self.steps == 0 and contrastive_crop.due(self.options.boxes, state.epoch):
             log.line()
@@ -139,7 +146,7 @@ class Training:
             self.stop_if_asked(signal)
 
     def step(self, micro_batches: list[Crops]) -> None:
-        """One optimiser step over G images; the host waits for nothing."""
+        """Take one optimiser step over G images. The host does not wait for the device."""
         state = self.state
         torch.manual_seed(seed_of(self.options.run.seed, state.step, self.world.rank))
         lr = self.schedules.apply(self.optimizer, state.step)
@@ -153,22 +160,25 @@ class Training:
         self.log.add(lr, loss, stats)
 
     def criterion(self, *embeddings: Tensor) -> Any:
+        """BAM loss and statistics of the current step. An error of the loss becomes the error that ends the run."""
         try:
             return self.bam(*embeddings, step=self.state.step)
         except ValueError as error:
             raise self.log.stopped(self.state.step, str(error)) from error
 
     def teach(self, crops: Crops) -> Tensor:
+        """Teacher's embeddings of the views that it sees."""
         assert self.teacher is not None
         data, model = self.options.data, self.options.model
         return self.teacher(crops if model.teacher_views == "all" else crops[0][: TEACHER_VIEWS * data.batch_size])
 
     def test(self, kind: str, embed: Embed) -> None:
+        """Evaluate the features of `embed` and add the results to the history, as a row of this kind."""
         self.log.note(kind, **evaluate(embed, self.images, Vote(self.options.run.neighbours), self.world))
         self.log.settle()
 
     def save(self) -> None:
-        """A checkpoint of the present step, once its numbers are known to be good."""
+        """Save a checkpoint of the current step, after a check that losses and weights are finite."""
         state, run = self.state, self.options.run
         self.log.numbers()
         self.log.check_weights()
@@ -179,7 +189,7 @@ class Training:
         self.log.restart_clock()
 
     def stop_if_asked(self, signal: StopSignal) -> None:
-        """Several ranks agree at log lines, where they wait for each other anyway. Raises: Stopped."""
+        """Save and raise Stopped if a signal has come. Several ranks agree at log lines, where they wait anyway."""
         if self.world.size > 1 and self.state.step % self.options.run.log_every:
             return
         if self.world.any(signal.asked, self.device):
@@ -187,14 +197,14 @@ class Training:
             raise Stopped(self.directory, self.state.step)
 
     def finish(self) -> None:
-        """The report, by the first rank."""
+        """Write the report of the run, on rank 0."""
         if self.world.first:
             embed = features(self.network.backbone)
             outputs.finish(self.state.history, self.options, self.directory, self.images, embed)
 
 
 def make_deterministic(wanted: bool) -> None:
-    """cuBLAS reads its part from the environment, when it is first used."""
+    """Switch torch to deterministic algorithms, or off; cuBLAS reads its setting from the environment at first use."""
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(wanted)
@@ -204,7 +214,7 @@ def make_deterministic(wanted: bool) -> None:
 def make_networks(
     options: Config, channels: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Network, Network | None]:
-    """Student and, if there is to be one, teacher. Raises: UserError."""
+    """Student, and teacher if --model.teacher-momentum asks for one. Raises: UserError where the options do not fit."""
     data, model = options.data, options.model
     network = Network(model, channels, data.size, data.local_size if data.local_views else None).to(device, dtype)
     if model.weights is not None and options.run.resume is None:
@@ -224,7 +234,7 @@ def make_networks(
 
 
 def make_sinks(state: checkpoint.State, options: Config, directory: Path) -> list[Sink]:
-    """Where the history goes, beside memory. Raises: UserError."""
+    """Sinks of the history: its file and, if asked for, TensorBoard and W&B. Raises: UserError if one is missing."""
     sinks: list[Sink] = [File(directory, state.history.rows)]
     if options.run.tensorboard:
         sinks.append(TensorBoard(directory, state.step))
@@ -234,9 +244,9 @@ def make_sinks(state: checkpoint.State, options: Config, directory: Path) -> lis
 
 
 def make_loss(loss: Loss, schedules: Schedules, device: torch.device, dtype: torch.dtype) -> BAMLoss:
-    """BAM with these options, tried on two images: what cannot run here is known before anything is written.
+    """BAM loss with these options, after a trial on two images, at the first and the last step's epsilon.
 
-    Raises: UserError.
+    Raises: UserError where the loss cannot run here, so that nothing has been written yet.
     """
     try:
         bam = BAMLoss(
@@ -255,7 +265,7 @@ def make_loss(loss: Loss, schedules: Schedules, device: torch.device, dtype: tor
 
 
 def fresh_directory(name: str) -> Path:
-    """./runs/NAME-001, or the first number that is free; made here, so that no two runs share it."""
+    """Make and return ./runs/NAME-001, or NAME with the first free number, so that no two runs share a directory."""
     number = 1
     while True:
         directory = Path("runs") / f"{name}-{number:03d}"
@@ -267,4 +277,5 @@ def fresh_directory(name: str) -> Path:
 
 
 def due(count: int, every: int) -> bool:
+    """Whether `count` is a multiple of `every`; never if `every` is 0."""
     return every > 0 and count % every == 0

@@ -1,11 +1,11 @@
-"""Break a run at random steps, resume it each time, and compare it bit for bit with an unbroken one.
+"""Break a run at random steps, resume it each time, and compare it bit for bit with an unbroken run.
 
 python driver/verify_resume.py                                    kill -9, on the digits
 python driver/verify_resume.py --signal TERM --breaks 5           as a scheduler ends a job
-python driver/verify_resume.py --ranks 2                          the same of two processes, all broken at once
+python driver/verify_resume.py --ranks 2                          two processes, both broken at once
 python driver/verify_resume.py --options="--data.root /PATH --optim.epochs 2"
 
-A folder's path is to be absolute. Everything is written under a temporary directory. Exit code 0: equal; 1: not.
+Everything is written under a temporary directory. Exit code 0: equal; 1: not equal, or not broken.
 """
 
 import os
@@ -29,29 +29,37 @@ import tyro
 
 from driver import history
 from driver.checkpoint import FILE
-from driver.exits import STOPPED
+from driver.config import helpful
+from driver.exits import STOPPED, exit_code
 
 PARTS = ("network", "teacher", "optimizer", "scaler", "boxes", "images", "epoch", "step")
 SMALL = "--model.width 8 --optim.epochs 3 --run.eval-every 0 --run.save-every 1"
 
 
+@helpful
 @dataclass(frozen=True)
 class Verify:
+    """Break a run at random steps, resume it each time, and compare it bit for bit with an unbroken run.
+
+    Everything is written under a temporary directory. Exit code 0: equal; 1: not equal, or not broken.
+    """
+
     options: str = SMALL
-    """Options of driver/pretrain.py, in one string."""
+    """Options of driver/pretrain.py in one string, e.g. `--data.root /PATH --optim.epochs 2`; absolute paths only."""
     signal: Literal["KILL", "TERM", "USR1"] = "KILL"
+    """Signal that breaks the run. KILL: as by kill -9. TERM or USR1: as a scheduler ends a job."""
     breaks: int = 2
-    """How often the run is broken."""
+    """Number of times that the run is broken."""
     ranks: int = 1
-    """Processes of the run, started here, without torchrun."""
+    """Processes of the run, started by this script without torchrun."""
     save_steps: int = 4
-    """Steps between checkpoints: what kill -9 leaves."""
+    """Steps between checkpoints, from which a run goes on after kill -9."""
     seed: int | None = None
-    """Of the steps at which it is broken. None: others each time."""
+    """Seed of the steps at which the run is broken. None: other steps each time."""
 
 
 def verify(verify: Verify) -> int:
-    """The exit code."""
+    """Break and resume the run as the options say, print the result, return the exit code: 0 equal, 1 not."""
     options = [
         *shlex.split(verify.options),
         "--run.deterministic",
@@ -65,7 +73,7 @@ def verify(verify: Verify) -> int:
         unbroken, broken = Path(folder) / "unbroken", Path(folder) / "broken"
         run(unbroken, options, verify.ranks, None, 0)
         total = content(unbroken)["step"]
-        # In the first half: a run may take many a step before it is seen to have taken this one.
+        # Breaks lie in the first half: a run may take many further steps before a step is seen in its history.
         early = range(1, max(2, total // 2))
         at = sorted(random.Random(verify.seed).sample(early, min(verify.breaks, len(early))))
         number = getattr(signal, f"SIG{verify.signal}")
@@ -84,10 +92,9 @@ def verify(verify: Verify) -> int:
 
 
 def run(folder: Path, options: list[str], ranks: int, stop_at: int | None, number: int) -> bool:
-    """Start or resume the run under `folder`; once it has done that step, send all its ranks the signal. Whether that
-    ended it.
+    """Start or resume the run under `folder`; once it has done step `stop_at`, send signal `number` to all its ranks.
 
-    Raises: RuntimeError where it ends in any other way.
+    Returns whether the signal ended the run. Raises: RuntimeError where the run ends in any other way.
     """
     folder.mkdir(exist_ok=True)
     directory = newest(folder)
@@ -95,7 +102,7 @@ def run(folder: Path, options: list[str], ranks: int, stop_at: int | None, numbe
     command = [sys.executable, str(Path(__file__).with_name("pretrain.py"))]
     command += ["--run.resume", str(directory)] if resumes else options
     if resumes and stop_at is not None:
-        # It is under way once there are steps of its own in the history, which it writes again from the checkpoint.
+        # The resumed run writes the history again, from the checkpoint: a later step in it shows that it is under way.
         stop_at = max(stop_at, content(folder)["step"] + 1)
         (directory / history.FILE).unlink()
     with (folder / "said").open("w+") as said:
@@ -104,7 +111,7 @@ def run(folder: Path, options: list[str], ranks: int, stop_at: int | None, numbe
         sent = False
         while any(process.poll() is None for process in processes):
             if stop_at is not None and not sent and steps_done(folder, directory if resumes else None) >= stop_at:
-                # Killed one by one, a rank might see that another has gone, and say so.
+                # All ranks are stopped before any is killed: a rank that sees another one end would print an error.
                 for each in (signal.SIGSTOP, number) if number == signal.SIGKILL else (number,):
                     for process in processes:
                         process.send_signal(each)
@@ -119,7 +126,7 @@ def run(folder: Path, options: list[str], ranks: int, stop_at: int | None, numbe
 
 
 def environments_of(ranks: int) -> list[dict[str, str]]:
-    """What each rank is started in."""
+    """Environment variables of each rank's process, as torchrun would set them."""
     if ranks == 1:
         return [dict(os.environ)]
     with socket.socket() as free:
@@ -130,7 +137,7 @@ def environments_of(ranks: int) -> list[dict[str, str]]:
 
 
 def steps_done(folder: Path, resumed: Path | None) -> int:
-    """By the history of the run that is resumed, or of the newest one."""
+    """Last step in the history of the run `resumed`, or of the newest run under `folder`; 0 without a history."""
     directory = resumed or newest(folder)
     if directory is None or not (directory / history.FILE).is_file():
         return 0
@@ -139,17 +146,17 @@ def steps_done(folder: Path, resumed: Path | None) -> int:
 
 
 def content(folder: Path) -> dict[str, Any]:
-    """The newest checkpoint of the last run under the folder."""
+    """Newest checkpoint of the last run under `folder`."""
     return torch.load(newest(folder) / FILE, map_location="cpu", weights_only=True)
 
 
 def newest(folder: Path) -> Path | None:
-    """The last of the runs under it."""
+    """Directory of the last run under `folder`, if there is one."""
     return max((folder / "runs").glob("*"), default=None)
 
 
 def same(a: Any, b: Any) -> bool:
-    """Nested containers with bitwise equal tensors."""
+    """Whether two nested containers have equal keys, lengths and values, tensors bit for bit."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if isinstance(a, (list, tuple)):
@@ -158,4 +165,4 @@ def same(a: Any, b: Any) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(verify(tyro.cli(Verify, description=__doc__)))
+    sys.exit(exit_code(lambda _: verify(tyro.cli(Verify))))

@@ -1,4 +1,4 @@
-"""Backbone weights from a file: an exported one, a checkpoint of this driver, or one of the authors' code."""
+"""Backbone weights from a file: an export, a checkpoint of this driver, or a checkpoint of the authors' code."""
 
 import argparse
 from pathlib import Path
@@ -10,20 +10,22 @@ from torch import Tensor, nn
 from .config import UserError, missing
 
 _OWN_PREFIX = "backbone.1."
-"""A Network's backbone is a Sequential of standardisation and the model."""
+"""Prefix of the model's weights in a Network, whose `backbone` is a Sequential of standardisation and model."""
 _WRAPPERS = ("module.", "_orig_mod.", "base_encoder.", "backbone.")
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What torch.save wrote, tensors and plain containers; of other types only argparse.Namespace, which the authors'
-    checkpoints hold. Raises: UserError.
+    """Content of a checkpoint file: tensors and plain containers.
+
+    The only other type that is read is argparse.Namespace, which the authors' checkpoints hold.
+    Raises: UserError where the file is missing, damaged, or holds anything else.
     """
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
-    except Exception as error:  # what a damaged file makes the unpickler raise is no closed list
+    except Exception as error:  # a damaged file makes the unpickler raise errors of many types
         raise UserError(f"{path}: not a readable checkpoint ({str(error).partition(chr(10))[0]})") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a checkpoint but a {type(content).__name__}, where a dict is expected")
@@ -31,10 +33,11 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def backbone_weights(path: Path, whose: str | None = None) -> dict[str, Tensor]:
-    """Names as in the timm model -> tensors. whose: "student" or "teacher"; None: the teacher where there is one.
+    """Backbone weights by their names in the timm model. `whose` is "student", "teacher", or None: the teacher if any.
 
-    Of our checkpoints: `network` and `teacher`. Of the authors': `model`, names behind `student.` or `teacher.` and any
-    of `module.`, `_orig_mod.`, `base_encoder.`, `backbone.`. Raises: UserError.
+    Checkpoints of this driver hold them in `network` and `teacher`. Checkpoints of the authors hold them in `model`,
+    with prefixes `student.` or `teacher.` and any of `module.`, `_orig_mod.`, `base_encoder.`, `backbone.`.
+    Raises: UserError where the file has no such weights.
     """
     if path.suffix == ".safetensors":
         return _of_safetensors(path)
@@ -87,7 +90,7 @@ def _without_wrappers(name: str) -> str:
 
 
 def load_backbone(backbone: nn.Module, path: Path, whose: str | None = None) -> None:
-    """Put the file's weights in place, all of them. Raises: UserError naming what does not fit."""
+    """Load all backbone weights of the file `path` into `backbone`. Raises: UserError naming what does not fit."""
     found = backbone_weights(path, whose)
     try:
         backbone.load_state_dict(found)

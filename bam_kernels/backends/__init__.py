@@ -12,7 +12,7 @@ from .interface import RowKernels
 
 
 class Execution(Protocol):
-    """The options that say how to compute."""
+    """Options that choose how to compute, not what."""
 
     @property
     def backend(self) -> str: ...
@@ -36,10 +36,10 @@ def _warn_once(message: str) -> None:
 
 
 def choose(name: str, options: Execution, device: torch.device, dtype: torch.dtype, engine: str = "auto") -> str:
-    """The backend that will run: the one asked for if it can run these tensors, the best one for "auto".
+    """Choose the backend for tensors of a device and dtype; returns options.backend, or for "auto" the best one.
 
-    Raises: TypeError for float64 with a backend other than reference; ValueError for one that cannot run here, or has
-    not the precision or engine asked for.
+    Raises: TypeError for float64 with a backend other than reference; ValueError for a backend that cannot run here or
+    lacks the precision or engine asked for.
     """
     backend = _choose(name, options.backend, device, dtype)
     if options.precision == "fp8":
@@ -58,26 +58,26 @@ def _choose(name: str, backend: str, device: torch.device, dtype: torch.dtype) -
             return "reference"
         raise TypeError(f'{name}: float64 is computed by backend="reference" only, got backend="{backend}"')
     if backend == "auto":
-        reason = _not_chosen(device)
+        reason = _reason_for_reference(device)
         if reason is None:
             return "cpu"
         _warn_once(f"bam_kernels: computing with the slow PyTorch reference: {reason}")
         return "reference"
-    reason = _cannot_run(backend, device)
+    reason = _reason_against(backend, device)
     if reason:
         raise ValueError(f'{name}: backend="{backend}" cannot run here: {reason}')
     return backend
 
 
-def _not_chosen(device: torch.device) -> str | None:
-    """Why "auto" computes tensors of that device with the reference; None: it has kernels for them."""
+def _reason_for_reference(device: torch.device) -> str | None:
+    """Reason why "auto" uses the reference for tensors on `device`; None if it uses kernels."""
     if device.type in ("cpu", "meta"):
         return cpu.unavailable()
     return _NOT_BY_AUTO if device.type == "cuda" else f"there are no kernels for {device.type} tensors"
 
 
-def _cannot_run(backend: str, device: torch.device) -> str | None:
-    if device.type == "meta":  # nothing runs: the operators say what shapes there would be
+def _reason_against(backend: str, device: torch.device) -> str | None:
+    if device.type == "meta":  # nothing runs: operators only return shapes
         return None
     if backend == "cpu":
         if device.type != "cpu":

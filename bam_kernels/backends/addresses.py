@@ -1,4 +1,4 @@
-"""Addresses of tensors for compiled kernels, which know nothing of types and devices: both are checked here."""
+"""Addresses of tensors for compiled kernels, with checks of dtype and device, which kernels cannot check."""
 
 from collections.abc import Collection
 
@@ -16,7 +16,7 @@ SCORES = (torch.float32, torch.int16)
 def address(x: Tensor | None, device: torch.device, dtypes: Collection[torch.dtype] = FLOAT32) -> int:
     """Address of the first element of x; 0 for None.
 
-    Raises: TypeError where x is on another device than the kernel runs on, or of a type that it does not take.
+    Raises: TypeError if x is not on the device of the kernel, or its dtype is not one of `dtypes`.
     """
     if x is None:
         return 0
@@ -29,7 +29,7 @@ def address(x: Tensor | None, device: torch.device, dtypes: Collection[torch.dty
 
 
 def pair(potential: Potential | None, device: torch.device) -> tuple[int, int]:
-    """Addresses of the exponent and the mantissa; 0 and 0 for None."""
+    """Addresses of a potential's exponent and mantissa; 0 and 0 for None."""
     if potential is None:
         return 0, 0
     return address(potential.exponent, device), address(potential.mantissa, device)
@@ -38,7 +38,7 @@ def pair(potential: Potential | None, device: torch.device) -> tuple[int, int]:
 def scores_of(
     s: Tensor | None, device: torch.device, dtypes: Collection[torch.dtype] = SCORES
 ) -> tuple[int, bool, int, int]:
-    """Address of the scores, whether they are int16 (fixed point), strides of views and of rows; zeros for None."""
+    """Scores as kernels take them: address, whether int16 (fixed point), strides of views and rows; 0 for None."""
     if s is None:
         return 0, False, 0, 0
     assert s.stride(-1) == 1

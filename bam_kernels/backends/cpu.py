@@ -1,4 +1,4 @@
-"""The C++ row kernels: shapes checked here, addresses handed to csrc/cpu.
+"""The C++ row kernels of csrc/cpu: this module checks shapes and passes addresses.
 
 Scores are (m, N) or (views, images, N), float32 or int16, with contiguous columns. Potentials are pairs of (n,)
 float32 tensors. All work runs on torch.get_num_threads() threads; results do not depend on their number.
@@ -13,25 +13,25 @@ from torch import Tensor
 from ..layout import Layout
 from .addresses import FLOAT64, INT16, address, pair, scores_of
 from .extension import _C, import_error
-from .interface import LOG2_E, Matched, Positives, Potential, UnitRows
+from .interface import LOG2_E, MatchSums, Positives, Potential, UnitRows
 
 CPU = torch.device("cpu")
 
 
 def unavailable() -> str | None:
-    """Why these kernels cannot run, or None."""
+    """Reason why the C++ kernels cannot run, or None."""
     if _C is None:
         return f"the extension is not built ({import_error}); install it with a C++ compiler: pip install -e ."
     return None
 
 
 def _threads(elements: int) -> int:
-    """torch's number of threads, one where starting them would take longer than the work."""
+    """Number of threads: torch's, or 1 if starting threads would take longer than the work."""
     return 1 if elements < 16384 else torch.get_num_threads()
 
 
 class CpuKernels:
-    """The row kernels for one instruction set: auto, avx512, avx2 or plain; or a given table of them."""
+    """The row kernels for one instruction set (auto, avx512, avx2 or plain), or from a given table of kernels."""
 
     backend = "cpu"
 
@@ -40,7 +40,7 @@ class CpuKernels:
         self.isa: str = self._kernels.isa
 
     def normalize(self, x: Tensor) -> UnitRows:
-        """x (m, D) or (V, B, D) of any float type and strides -> unit rows (m, D) float32, norms; view-major."""
+        """L2-normalise x (m, D) or (V, B, D), any float type and strides, into view-major unit rows (m, D) float32."""
         x = x.float().flatten(0, -2)
         if x.stride(-1) != 1:
             x = x.contiguous()
@@ -53,7 +53,7 @@ class CpuKernels:
         return UnitRows(unit, norm, unit)
 
     def centre_potential(self, read: Tensor, centre: Tensor, epsilon: float) -> Potential:
-        """The row potential exp(<unit_i, centre>/eps) that scores against centred keys start from."""
+        """Row potential exp(<unit_i, centre>/eps) of float32 rows, from which Sinkhorn on centred keys starts."""
         m, d = read.shape
         row = Potential.empty(m, CPU)
         self._kernels.centre_potential(
@@ -62,7 +62,10 @@ class CpuKernels:
         return row
 
     def project_(self, d: Tensor, rows: UnitRows, factor: float = 1.0) -> Tensor:
-        """d (m, D) <- factor * (d - unit <unit, d>) / norm, 0 for a row with norm below 1e-12."""
+        """Gradient of the L2 normalisation, in place: d (m, D) <- factor * (d - unit <unit, d>) / norm.
+
+        A row with a norm below 1e-12 gets 0.
+        """
         m, features = d.shape
         assert d.is_contiguous() and rows.x.is_contiguous()
         norm = address(rows.norm, CPU, FLOAT64)
@@ -70,7 +73,7 @@ class CpuKernels:
         return d
 
     def symmetrize_(self, G: Tensor) -> Tensor:
-        """G (m, m) <- G + Gᵀ; returns its row sums (m,)."""
+        """Replace G (m, m) by G + Gᵀ; returns the row sums (m,) of the result."""
         m = len(G)
         assert G.shape == (m, m) and G.stride(1) == 1
         sums = torch.empty(m, dtype=torch.float32, device=CPU)
@@ -94,7 +97,7 @@ class CpuKernels:
         return scores
 
     def quantize(self, scores: Tensor, step: float, out: Tensor) -> Tensor:
-        """rint(scores/step) clamped to +-32767 into `out` (m, N) int16; masked scores as -32768."""
+        """Write rint(scores/step), clamped to +-32767, to `out` (m, N) int16; masked scores become -32768."""
         assert scores.is_contiguous() and out.is_contiguous()
         m, n = scores.shape
         self._kernels.quantize(address(scores, CPU), m, n, 1 / step, address(out, CPU, INT16), _threads(m * n))
@@ -103,7 +106,7 @@ class CpuKernels:
     def column_lse(
         self, scores: Tensor, scale: float, row: Potential, shift: Tensor, sums: Tensor, accumulate: bool
     ) -> None:
-        """Per column Σ_i 2^(scale*s_ij) row_i = sums_j * 2^shift_j, added to what is there if `accumulate`."""
+        """Write column sums Σ_i 2^(scale*s_ij) row_i as sums_j * 2^shift_j; with `accumulate`, add to the old sums."""
         m, n = scores.shape
         self._kernels.column_lse(
             scores_of(scores, CPU),
@@ -118,13 +121,13 @@ class CpuKernels:
         )
 
     def reciprocal_potential(self, shift: Tensor, sums: Tensor) -> Potential:
-        """1 / (sums * 2^shift)."""
+        """Column potential 1 / (sums_j * 2^shift_j)."""
         col = Potential(torch.empty_like(shift), torch.empty_like(shift))
         _C.reciprocal_potential(pair(col, CPU), address(shift, CPU), address(sums, CPU), len(shift))
         return col
 
     def divide_potential_(self, col: Potential, c: Tensor) -> None:
-        """col <- col / c."""
+        """Divide the column potential by c, in place."""
         _C.divide_potential(pair(col, CPU), address(c, CPU), len(c))
 
     def sinkhorn_pass(
@@ -137,9 +140,10 @@ class CpuKernels:
         accumulate: bool,
         divide: bool = False,
     ) -> None:
-        """row_i = 1 / Σ_j 2^(scale*s_ij) col_j, then c_j += Σ_i 2^(scale*s_ij) row_i col_j, in one read.
+        """One Sinkhorn iteration in one read of the scores: row_i = 1 / Σ_j 2^(scale*s_ij) col_j, then column sums.
 
-        divide: these are the last rows, and col <- col / c.
+        c_j is set to Σ_i 2^(scale*s_ij) row_i col_j, or increased by it with `accumulate`. divide: these are the last
+        rows, so that col is divided by c.
         """
         m, n = scores.shape
         self._kernels.sinkhorn_pass(
@@ -172,11 +176,15 @@ class CpuKernels:
         row_out: Potential | None = None,
         gradient: Tensor | None = None,
         gradient_factor: float = 1.0,
-    ) -> Matched:
-        """Targets of b images and, with `source`, the loss of their source rows; `gradient` may be `source` itself.
+    ) -> MatchSums:
+        """Compute targets P of b images and, with `source`, loss, entropies and score gradient of their source rows.
 
-        target (L, b, N), source (V, b, N), row_exponent (L, b): guesses; targets (L, b, N) and gradient (V, b, N)
-        float32, times gradient_factor, are written where given; row_out (b,) is the potential of target view 0.
+        target        (L, b, N), scores of the target rows
+        source        (V, b, N), scores of the source rows, or None
+        row_exponent  (L, b), guesses of the exponents of the row potentials
+        targets       (L, b, N) float32, out: P
+        row_out       (b,), out: the row potential of target view 0
+        gradient      (V, b, N) float32, out: gradient of the loss by the scores, times gradient_factor; may be `source`
         """
         L, b, n = target.shape
         V = len(source) if source is not None else 0
@@ -218,12 +226,12 @@ class CpuKernels:
             ),
             _threads((L + V) * b * n),
         )
-        return Matched(per_image)
+        return MatchSums(per_image)
 
     def plan_products(
         self, scores: Tensor, scale: float, row: Potential, col: Potential, v: Tensor | None, u: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """E v (m,) and Eᵀ u (N,), E_ij = 2^(scale*s_ij) row_i col_j; empty where v or u is None."""
+        """Products E v (m,) and Eᵀ u (N,) with E_ij = 2^(scale*s_ij) row_i col_j; empty if v or u is None."""
         m, n = scores.shape
         y = torch.empty(m if v is not None else 0, dtype=torch.float32, device=CPU)
         w = torch.empty(n if u is not None else 0, dtype=torch.float32, device=CPU)
@@ -252,7 +260,7 @@ class CpuKernels:
         u: Tensor | None,
         v: Tensor | None,
     ) -> None:
-        """x_ij <- x_ij - E_ij (u_i + v_j)."""
+        """Subtract E_ij (u_i + v_j) from x_ij (m, N), in place, with E as in `plan_products`; u or v None: 0."""
         m, n = scores.shape
         self._kernels.plan_subtract(
             scores_of(scores, CPU),
@@ -270,5 +278,5 @@ class CpuKernels:
 
 @cache
 def kernels(isa: str = "auto") -> CpuKernels:
-    """The row kernels; "auto" is the best instruction set of this processor."""
+    """The row kernels of an instruction set; "auto" is the best one of this processor."""
     return CpuKernels(isa)

@@ -1,7 +1,8 @@
-"""The compiled extension, or why there is none. It is independent of torch, but shares torch's OpenMP runtime.
+"""Load the compiled extension `_C`, or keep the reason why it cannot be loaded.
 
-BAM_KERNELS_EXTENSION=FILE loads that build of it instead of the one that lies in the package; without the file, or
-with one that does not load, `import bam_kernels` is an ImportError.
+The extension is independent of torch but shares torch's OpenMP runtime.
+BAM_KERNELS_EXTENSION=FILE loads the build in FILE instead of the build in the package; if FILE is missing or does not
+load, `import bam_kernels` raises ImportError.
 """
 
 import importlib
@@ -12,14 +13,14 @@ from importlib.machinery import ExtensionFileLoader
 from types import ModuleType
 from typing import Any
 
-import torch  # noqa: F401  (loaded first, so that the extension finds torch's OpenMP runtime)
+import torch  # noqa: F401  (first, so that the extension finds torch's OpenMP runtime)
 
 _NAME = "bam_kernels._C"
 _FILE = "BAM_KERNELS_EXTENSION"
 
 
-def _load_asked(path: str) -> ModuleType:
-    """The file that the environment asks for. Raises: ImportError."""
+def _load_requested(path: str) -> ModuleType:
+    """Load the build that the environment asks for. Raises: ImportError naming the variable and the file."""
     try:
         return _load_file(os.path.abspath(path))
     except ImportError as error:
@@ -29,7 +30,7 @@ def _load_asked(path: str) -> ModuleType:
 def _load_file(path: str) -> ModuleType:
     loader = ExtensionFileLoader(_NAME, path)
     spec = importlib.util.spec_from_file_location(_NAME, path, loader=loader)
-    assert spec is not None  # a loader was given
+    assert spec is not None  # None only without a loader
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
     sys.modules[_NAME] = module
@@ -38,9 +39,9 @@ def _load_file(path: str) -> ModuleType:
 
 _C: Any = None
 import_error: ImportError | None = None
-_asked = os.environ.get(_FILE)
-if _asked:
-    _C = _load_asked(_asked)
+_requested = os.environ.get(_FILE)
+if _requested:
+    _C = _load_requested(_requested)
 else:
     try:
         _C = importlib.import_module(_NAME)

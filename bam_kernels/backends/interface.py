@@ -1,8 +1,8 @@
-"""What the engines ask of a backend: row kernels on slabs of scores, their potentials and their sums.
+"""Interface between engines and backends: row kernels on slabs of scores, their arguments and results.
 
 Scores are (m, N) or (views, images, N), float32 or int16 fixed point, with contiguous columns; a masked entry is the
-backend's masked score. `scale` and `step` are a Number: a float or, on GPUs, a scalar on the device. The CPU's
-docstrings (cpu.py) say what each method computes.
+backend's masked score. `scale` and `step` are a Number: a float or, on GPUs, a scalar on the device. Docstrings in
+cpu.py say what each method of RowKernels computes.
 """
 
 import math
@@ -16,14 +16,14 @@ from ..layout import Layout
 
 LOG2_E = 1 / math.log(2)
 FIXED_STEPS = 32000.0
-HALF_UNIT = 64.0  # fp16 rows are unit rows times this: their small entries are normal numbers
-# a A - Pbar is within [-1, 1]; times this, and stored in fp16, its small entries are normal numbers.
+HALF_UNIT = 64.0  # factor of fp16 unit rows: keeps small entries within fp16's normal numbers
+# Factor of a A - Pbar, which is within [-1, 1], when stored in fp16: keeps small entries within the normal numbers.
 GRADIENT_FACTOR = 16384.0
 
 
 @dataclass(frozen=True)
 class DeviceNumber:
-    """factor times a float32 scalar on the device: kernels multiply the two, so that no launch does."""
+    """A number as factor * scalar, scalar (1,) float32 on the device: kernels multiply, so no launch is needed."""
 
     factor: float
     scalar: Tensor
@@ -34,25 +34,27 @@ class DeviceNumber:
     __rmul__ = __mul__
 
 
-# A scale or step of scores.
+# Type of a scale or step of scores.
 Number = float | DeviceNumber
 
 
 def number(x: Number) -> tuple[float, Tensor | None]:
-    """The two factors of x; None: 1."""
+    """Split x into a float factor and a device scalar, or None for 1."""
     if not isinstance(x, DeviceNumber):
-        assert not isinstance(x, Tensor)  # to read it would wait for the device
+        assert not isinstance(x, Tensor)  # reading a tensor would wait for the device
         return float(x), None
     assert x.scalar.numel() == 1
     return x.factor, x.scalar
 
 
 class UnitRows(NamedTuple):
-    """Rows x_i / max(|x_i|, 1e-12) as products read them, and what leads back through the normalisation.
+    """Unit rows x_i / max(|x_i|, 1e-12) for products, and what the gradient of the normalisation needs.
 
-    read (m, D) float32, or fp16: less a centre, times HALF_UNIT; norm (m,) float64; x: what `project_` reads, x itself
-    or unit rows; bias (m,) float32 of fp16 rows: <unit_i - centre, centre> * HALF_UNIT**2, what a product of centred
-    rows with this row as a key lacks.
+    read   (m, D), float32 unit rows; or fp16, (unit_i - centre) * HALF_UNIT
+    norm   (m,) float64, |x_i|
+    x      the rows that `project_` reads: x itself, or unit rows
+    bias   (m,) float32 for fp16 rows, else None: <unit_i - centre, centre> * HALF_UNIT**2, to be added to products of
+           centred rows with row i as a key
     """
 
     read: Tensor
@@ -61,19 +63,22 @@ class UnitRows(NamedTuple):
     bias: Tensor | None = None
 
     def views(self, count: int, B: int) -> "UnitRows":
-        """The rows of the first `count` views of B images."""
+        """The rows of the first `count` views, of B images each."""
         m = count * B
         bias = self.bias[:m] if self.bias is not None else None
         return UnitRows(self.read[:m], self.norm[:m], first_views(self.x, count, B), bias)
 
 
 def first_views(x: Tensor, count: int, B: int) -> Tensor:
-    """The first `count` views of x (V*B, D) or (V, B, D)."""
+    """The first `count` views of x (V*B, D) or (V, B, D), of B images each."""
     return x[: count if x.dim() == 3 else count * B]
 
 
 class Positives(NamedTuple):
-    """What is masked in a slab: row i shows image (first + i % period) % B, `period` rows of each of several views."""
+    """Positives to mask in a slab: row i shows image (first + i % period) % B.
+
+    period: rows of each view in the slab.
+    """
 
     layout: Layout
     first: int
@@ -81,7 +86,7 @@ class Positives(NamedTuple):
 
 
 class Potential(NamedTuple):
-    """2^exponent * mantissa, per row or column; the exponent is an integer held in a float."""
+    """Potential 2^exponent * mantissa of each row or column; the exponent is an integer stored as float32."""
 
     exponent: Tensor
     mantissa: Tensor
@@ -99,15 +104,16 @@ class Potential(NamedTuple):
         return Potential(self.exponent[first:last], self.mantissa[first:last])
 
     def natural_log(self) -> Tensor:
-        """Natural logarithm in float64."""
+        """Natural logarithm of the potential, in float64."""
         return (self.exponent.double() + self.mantissa.double().log2()) / LOG2_E
 
 
 @dataclass(frozen=True)
-class Matched:
-    """What images add to the loss, the target's and the source's entropy: (3, images), or (3, 1) of all together.
+class MatchSums:
+    """Sums of a match: each image's terms of the loss, of the target entropy and of the source entropy, in nats.
 
-    Natural logarithms, of any float type; the properties are sums over the images, float64 scalars.
+    images: (3, images), or (3, 1) already summed over images, of any float type. The properties are sums over images,
+    float64 scalars.
     """
 
     images: Tensor
@@ -126,7 +132,7 @@ class Matched:
 
 
 class RowKernels(Protocol):
-    """The row kernels of one backend."""
+    """The row kernels of one backend; cpu.py documents the methods."""
 
     backend: str
 
@@ -167,7 +173,7 @@ class RowKernels(Protocol):
         row_out: Potential | None = None,
         gradient: Tensor | None = None,
         gradient_factor: float = 1.0,
-    ) -> Matched: ...
+    ) -> MatchSums: ...
     def plan_products(
         self, scores: Tensor, scale: Any, row: Potential, col: Potential, v: Tensor | None, u: Tensor | None, /
     ) -> tuple[Tensor, Tensor]: ...
@@ -185,7 +191,7 @@ class RowKernels(Protocol):
 
 
 class SixteenBitKernels(RowKernels, Protocol):
-    """Those of a GPU's backend: products of fp16 rows, int16 scores, the gradient of the scores in place in fp16."""
+    """The row kernels of a GPU backend, which also support fp16 rows, int16 scores and score gradients in fp16."""
 
     def half_rows(self, x: Tensor, centre: Tensor, epsilon: float) -> tuple[UnitRows, Potential]: ...
     def product_step(self, centre: Tensor, key_bias: Tensor, row_bias: Tensor) -> DeviceNumber: ...

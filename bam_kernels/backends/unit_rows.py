@@ -1,4 +1,4 @@
-"""What the backends for GPUs share of reading embeddings."""
+"""Normalisation of embeddings shared by the GPU backends."""
 
 import torch
 from torch import Tensor
@@ -7,17 +7,19 @@ from .interface import LOG2_E, Potential, UnitRows
 
 
 class UnitRowsKernels:
-    """Allocates what a backend's `_read_rows` fills; nothing waits for the device."""
+    """Row kernels that normalise embeddings: allocate results that a backend's `_read_rows` fills."""
 
     def normalize(self, x: Tensor) -> UnitRows:
-        """x (m, D) or (V, B, D) of any float type and strides -> unit rows (m, D) float32, norms; view-major."""
+        """L2-normalise x (m, D) or (V, B, D), any float type and strides, into view-major unit rows (m, D) float32."""
         rows = _empty_rows(x, torch.float32)
         self._read_rows(rows, None, None, 0.0)
         return rows
 
     def half_rows(self, x: Tensor, centre: Tensor, epsilon: float) -> tuple[UnitRows, Potential]:
-        """As `normalize`, but the unit rows, less `centre` (D,), are fp16 times HALF_UNIT, with their bias; and the row
-        potential exp(<unit_i, centre>/eps) that scores against centred keys start from."""
+        """L2-normalise x, subtract `centre` (D,), and store fp16 rows times HALF_UNIT, with their bias.
+
+        Also returns the row potential exp(<unit_i, centre>/eps), from which Sinkhorn on centred keys starts.
+        """
         assert centre.is_contiguous()
         rows = _empty_rows(x, torch.float16)
         m = len(rows.read)
@@ -27,7 +29,10 @@ class UnitRowsKernels:
         return rows, row
 
     def _read_rows(self, rows: UnitRows, centre: Tensor | None, row: Potential | None, scale: float) -> None:
-        """Fill read and norm from x; with a centre also bias, and the potential 2^(scale * <unit_i, centre>)."""
+        """Fill rows.read and rows.norm from rows.x.
+
+        With a centre, also fill rows.bias and the potential row = 2^(scale * <unit_i, centre>).
+        """
         raise NotImplementedError
 
 

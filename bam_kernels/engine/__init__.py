@@ -1,1 +1,1 @@
-"""Engines: how the row kernels and the matrix products are put together into the loss."""
+"""Engines: they compute the loss and its gradient from row kernels and matrix products."""

@@ -1,6 +1,7 @@
-"""The balanced attention with the slab engine's row kernels, and its gradient through the unrolled iterations.
+"""Balanced attention computed with row kernels, and its gradient through the unrolled iterations.
 
-m rows q, N keys k, D features. Scores are taken against centred keys, so row potentials inside carry q·centre/eps.
+m rows q, N keys k, D features. Scores are products with centred keys, k - centre, so row potentials inside this module
+include q·centre/eps.
 """
 
 import sys
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..agreement import agreed
+from ..agreement import agree_with_ranks
 from ..backends.interface import LOG2_E, Potential, RowKernels, UnitRows
 from ..layout import Layout
 from ..options import AttentionOptions, check_finite
@@ -38,7 +39,7 @@ def _prepare(
     budget: int | None,
 ) -> _Rows:
     masked = options.mask != "none"
-    with agreed(ranks, "sinkhorn_attention", options.header(layout, q, k, kernels.backend), q.device):
+    with agree_with_ranks(ranks, "sinkhorn_attention", options.header(layout, q, k, kernels.backend), q.device):
         plan = plan_slabs(
             "sinkhorn_attention",
             rows=len(q),
@@ -70,7 +71,10 @@ def _rows(argument: str, x: Tensor, normalize: bool, kernels: RowKernels) -> Uni
 
 
 def _check_products(q_norm: Tensor, k_norm: Tensor, epsilon: float) -> None:
-    """Raise if float32 may not hold q·k/epsilon for rows of such norms; on the CPU only, elsewhere it would wait."""
+    """Raise if q·k/epsilon may overflow float32, judged by the norms of rows.
+
+    Checks CPU tensors only: on other devices the check would wait for the device.
+    """
     if q_norm.device.type != "cpu":
         return
     largest, most = (q_norm.max() * k_norm.max()).item() / epsilon, torch.finfo(torch.float32).max
@@ -89,7 +93,11 @@ def forward(
     ranks: Ranks,
     kernels: RowKernels,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """P (m, N), or empty where not wanted, f (m,) and g (N,), float32, public column order; natural log."""
+    """Compute P (m, N), empty unless output is "plan", and the natural-log potentials f (m,) and g (N,).
+
+    All are float32, columns in public order.
+    Raises: ValueError on non-finite rows, too small a budget, and ranks that differ.
+    """
     wants_plan, epsilon = options.output == "plan", options.epsilon
     rows = _prepare(q, k, layout, options, ranks, kernels, sys.maxsize if wants_plan else None)
     m, target = len(q), rows.target
@@ -125,7 +133,10 @@ def backward(
     plan: Tensor | None,
     grads: tuple[Tensor | None, Tensor | None, Tensor | None],
 ) -> tuple[Tensor, Tensor]:
-    """dq (m, D) and dk (n, D), dk added to dq where k is None, from the gradients of (P, f, g). One rank."""
+    """Gradients dq (m, D) and dk (n, D) from the gradients of (P, f, g), on one rank.
+
+    With k None, dk is added to dq and an empty tensor is returned in its place.
+    """
     rows = _prepare(q, k, layout, options, ONE_RANK, kernels, sys.maxsize)
     ds = _score_gradient(rows, options.epsilon, options.iterations, plan, grads)
     dq, dk = ds @ rows.k.read, ds.T @ rows.q.read
@@ -146,9 +157,10 @@ def _score_gradient(
     plan: Tensor | None,
     grads: tuple[Tensor | None, Tensor | None, Tensor | None],
 ) -> Tensor:
-    """dL/ds (m, N): reverse through f_t = -LSE_j(x + g_t) and g_t = -LSE_i(x + f_{t-1}), x = s/eps.
+    """dL/ds (m, N), by reverse mode through f_t = -LSE_j(x + g_t) and g_t = -LSE_i(x + f_{t-1}), x = s/eps.
 
-    With U = dL/dP * P, every half step takes its softmax matrix times what reached its potential off dL/dx.
+    dL/dx starts as dL/dP * P. Every half step, in reverse, subtracts from dL/dx its softmax matrix times the gradient
+    of its potential.
     """
     target, kernels = rows.target, rows.target.scores.kernels
     scores, steps = _unrolled(rows, epsilon, iterations)
@@ -173,7 +185,7 @@ def _score_gradient(
 def _unrolled(
     rows: _Rows, epsilon: float, iterations: int
 ) -> tuple[Tensor, list[tuple[Potential, Potential, Potential]]]:
-    """The kept scores and (f_{t-1}, g_t, f_t) of every iteration."""
+    """Scores (m, N), and the potentials (f_{t-1}, g_t, f_t) of every iteration t."""
     target, kernels = rows.target, rows.target.scores.kernels
     row = Potential(*(part.clone() for part in rows.start))
     col, _ = balance(target, row, epsilon, 1, ONE_RANK)

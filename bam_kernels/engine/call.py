@@ -1,4 +1,4 @@
-"""One call of an engine."""
+"""Arguments of one call of an engine."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +12,13 @@ from ..ranks import Ranks
 
 @dataclass(frozen=True)
 class Call:
-    """`bam_loss` or `bam_targets` (the name) of one rank, shapes checked. Letters are those of layout.py.
+    """One call of `bam_loss` or `bam_targets` (its `name`) on this rank, with checked arguments.
 
-    kernels: RowKernels; SixteenBitKernels where sixteen_bit: products of fp16 rows, in the slab engine int16 scores and
-    their gradient in fp16; else float32 products, as torch.get_float32_matmul_precision() says.
+    layout.py defines the dimension letters.
+
+    kernels: RowKernels, or SixteenBitKernels with sixteen_bit.
+    sixteen_bit: True: products of fp16 rows, and in the slab engine int16 scores and their gradient in fp16; False:
+    float32 products, in the precision of torch.get_float32_matmul_precision().
     """
 
     name: str
@@ -30,11 +33,11 @@ class Call:
 
     @property
     def shared(self) -> bool:
-        """Whether the Sinkhorn problem's rows are the student's."""
+        """Whether the rows of the Sinkhorn problem are the student's."""
         return self.teacher is None or self.options.target_rows == "student"
 
     @property
     def header(self) -> dict[str, Any]:
-        """What must be the same on all ranks."""
+        """Values that must be equal on all ranks."""
         made = self.options.header(self.layout, self.student, self.teacher, self.kernels.backend, self.needs_grad)
         return made | {"16 bit": self.sixteen_bit}

@@ -1,4 +1,4 @@
-"""Seconds of one step on paper, by engine, and the choice between engines. Letters are those of layout.py."""
+"""Forecast seconds of one step by engine, and choose the engine. layout.py defines the dimension letters."""
 
 import sys
 from dataclasses import dataclass, replace
@@ -7,22 +7,28 @@ from functools import lru_cache
 import torch
 
 from ..layout import Layout
-from ..tuned import tuned
+from ..tuned import tuning
 from .plan import FLASH_FEATURES, SlabPlan, plan_slabs
 
 FLOAT_BYTES, HALF_BYTES = 4, 2
-FLASH_OUT = 256  # features of a gradient that a flash program holds; for more it makes the scores again
-# A forecast is no measurement: where the scores can be kept, the flash engine must promise to be this much faster.
+FLASH_OUT = 256  # features of a gradient that a flash program holds; scores are computed again for every further 256
+# A forecast is not a measurement: if the scores can be kept, flash is chosen only if forecast to be this much faster.
 KEPT_MARGIN = 1.5
-# What products of float32 reach of those of 16 bit on GPUs with tensor cores, by torch's precision.
+# Speed of float32 products as a share of 16-bit products, on GPUs with tensor cores, by torch's matmul precision.
 FLOAT32_SHARE = {"highest": 1 / 15, "high": 1 / 2, "medium": 1 / 2}
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What one rank's machine does in a second: flops of the library's matrix products, of products inside the flash
-    kernels, bytes to and from memory, exponentials, bytes sent to another rank; and the seconds that a message takes
-    however short it is. Products are of 16 bit where the machine has them."""
+    """Speed of one rank's machine, per second.
+
+    product_flops   flop of matrix products of the library, 16-bit if the machine has them
+    flash_flops     flop of products inside the flash kernels, 16-bit if the machine has them
+    memory_bytes    bytes read from and written to memory
+    exponentials    exponentials of scores
+    link_bytes      bytes sent to another rank
+    latency_s       seconds of an empty message
+    """
 
     product_flops: float
     flash_flops: float
@@ -32,7 +38,7 @@ class Rates:
     latency_s: float
 
     def float32(self, flag: str) -> "Rates":
-        """With products of float32, by torch's precision of them: highest, high or medium."""
+        """Rates with float32 products; flag: torch's matmul precision, highest, high or medium."""
         share = FLOAT32_SHARE[flag]
         return replace(self, product_flops=self.product_flops * share, flash_flops=self.flash_flops * share)
 
@@ -45,19 +51,19 @@ H200 = Rates(
     link_bytes=350e9,
     latency_s=5e-6,
 )
-"""Stated, not measured here: one 400 Gb/s adapter per GPU; half the library's rate inside the flash kernels."""
+"""Stated rates of an H200, not measured here: one 400 Gb/s adapter per GPU, flash at half the product rate."""
 
 
 def rates() -> Rates:
-    """Those that were measured on this machine's GPU, or H200's; links as stated."""
-    return replace(H200, **tuned().rates)
+    """Rates measured by a tuning run on this machine's GPU, or the rates of H200; rates of links are H200's."""
+    return replace(H200, **tuning().rates)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What one rank computes.
+    """Problem of one rank, as far as cost depends on it.
 
-    shared: the Sinkhorn problem's rows are the student's; scatters: there are key gradients.
+    shared: the rows of the Sinkhorn problem are the student's. scatters: key gradients are scattered to the ranks.
     """
 
     layout: Layout
@@ -78,19 +84,19 @@ class Problem:
 
     @property
     def targets(self) -> int:
-        """Rows that give targets."""
+        """Number of rows that give targets."""
         return self.layout.L * self.layout.B
 
 
 def slab_seconds(x: Problem, slabs: SlabPlan, rates: Rates) -> dict[str, float]:
-    """By purpose, none beside another."""
+    """Seconds of the slab engine's step by purpose, each as if nothing overlapped."""
     layout = x.layout
-    product = 2 * layout.N * layout.D / rates.product_flops  # of one row
+    product = 2 * layout.N * layout.D / rates.product_flops  # seconds of the product of one row with all keys
     sweeps = 1 if slabs.cached else x.iterations + (0 if x.shared else 1)
     source_rows = layout.M if not x.shared or not slabs.cached else 0
     contracted = layout.M * (2 if x.scatters else 1) if x.needs_grad else 0
     if x.scatters and layout.W == 1:
-        contracted = layout.M  # G + Gᵀ makes one product of two
+        contracted = layout.M  # one product with G + Gᵀ replaces two
     score_bytes = HALF_BYTES if x.sixteen_bit else FLOAT_BYTES
     reads = (x.iterations * x.rows + (0 if x.shared else x.targets) + layout.M) * layout.N
     writes = layout.M * layout.N * x.needs_grad
@@ -104,7 +110,7 @@ def slab_seconds(x: Problem, slabs: SlabPlan, rates: Rates) -> dict[str, float]:
 
 
 def flash_seconds(x: Problem, rates: Rates) -> dict[str, float]:
-    """By purpose. A kernel takes as long as the slower of its products and its exponentials."""
+    """Seconds of the flash engine's step by purpose. A kernel takes the longer of its products and exponentials."""
     layout = x.layout
     terms = layout.B * sum(len(layout.target_terms(v)) for v in range(layout.V))
     slices = -(-layout.D // FLASH_OUT) if x.needs_grad else 1
@@ -113,7 +119,7 @@ def flash_seconds(x: Problem, rates: Rates) -> dict[str, float]:
         flops = 2 * layout.N * layout.D * (score_rows + contracted_rows)
         return max(flops / rates.flash_flops, score_rows * layout.N / rates.exponentials)
 
-    sweeps = 2 * x.iterations - 1  # a row sum must be finished before columns can be added
+    sweeps = 2 * x.iterations - 1  # row sums must be finished before column sums start, so scores are made twice
     keys = slices * (layout.M + x.targets)
     return {
         "sinkhorn": seconds(sweeps * x.rows + x.targets),
@@ -136,19 +142,19 @@ def _message_seconds(x: Problem, rates: Rates) -> dict[str, float]:
     }
 
 
-def flash_can(layout: Layout, top_k: int, regather: bool) -> bool:
-    """Whether the flash engine computes such a problem."""
+def flash_supports(layout: Layout, top_k: int, regather: bool) -> bool:
+    """Whether the flash engine supports a problem."""
     return layout.D <= FLASH_FEATURES and not top_k and not (regather and layout.W > 1)
 
 
 def choose_engine(x: Problem, top_k: int, budget: int | None, device: torch.device, rates: Rates) -> str:
-    """The engine that takes less time at these rates: "slab" or "flash"; every rank's the same.
+    """Choose the engine that is forecast to take less time: "slab" or "flash". All ranks choose the same engine.
 
-    budget: bytes for scores; None: on one rank a share of what is free, on several as much as is needed, because ranks
-    may have different memory free.
+    budget: bytes for scores. None: on one rank a share of the free memory; on several ranks as much as is needed,
+    because ranks may differ in free memory.
     """
     layout = x.layout
-    if not flash_can(layout, top_k, x.regather):
+    if not flash_supports(layout, top_k, x.regather):
         return "slab"
     if budget is None and layout.W > 1:
         budget = sys.maxsize
@@ -167,7 +173,7 @@ def _faster_engine(x: Problem, slabs: SlabPlan, rates: Rates) -> str:
 
 
 def slabs_of(name: str, x: Problem, budget: int | None, device: torch.device) -> SlabPlan:
-    """The slab engine's plan of a whole step. Raises: ValueError as `plan_slabs`."""
+    """Slab plan of a whole step. Raises: ValueError as `plan_slabs`."""
     layout = x.layout
     return plan_slabs(
         name,

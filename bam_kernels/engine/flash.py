@@ -1,7 +1,8 @@
-"""The flash engine: scores never reach memory; every kernel makes those it needs again from rows and keys.
+"""The flash engine: scores are never stored; every kernel computes the scores it needs from rows and keys.
 
-Memory beside rows, keys and gradients is O(M + N). A row sum must be finished before columns can be added, so an
-iteration multiplies twice. Letters are those of layout.py; z, y, k are unit rows, k centred as in slab.py.
+Memory besides rows, keys and gradients is O(M + N). A row sum must be finished before column sums start, so an
+iteration computes the scores twice. layout.py defines the dimension letters; z, y, k are unit rows, k centred as in
+slab.py.
 """
 
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..agreement import agreed
+from ..agreement import agree_with_ranks
 from ..backends import triton
 from ..backends.interface import Potential
 from ..precision import float32_products
@@ -17,20 +18,20 @@ from .call import Call
 from .plan import FLASH_FEATURES
 from .rows import Rows, checked_rows, rows_and_keys
 from .slab import balance
-from .sums import Evaluated, Sums
+from .sums import Evaluation, Sums
 
 if TYPE_CHECKING:
     from ..backends.triton.flash_kernels import FlashKernels
 
 
-class _Slab:
-    """The Sinkhorn problem's rows as one slab: the flash kernels take rows where others take scores."""
+class _RowSweeps:
+    """Sweeps over the rows of the Sinkhorn problem: flash kernels take rows where row kernels take scores."""
 
     def __init__(self, rows: Tensor, flash: "FlashKernels") -> None:
         self.rows = rows
         self.step, self.columns = 1 / flash.unit**2, len(flash.keys)
-        self.kept_type = None  # they are no scores
-        self.kernels: Any = flash  # of the row kernels, those that `balance` calls
+        self.kept_type = None  # rows, not scores, are kept
+        self.kernels: Any = flash  # has the row kernels that `balance` calls
 
     def sweep(self) -> Iterator[tuple[int, Tensor]]:
         yield 0, self.rows
@@ -52,8 +53,11 @@ def _check(call: Call) -> None:
 
 
 def _embed(call: Call) -> "tuple[Rows, FlashKernels]":
-    """Raises: ValueError on non-finite rows, on what this engine cannot do, and where ranks differ."""
-    with agreed(call.ranks, call.name, call.header, call.student.device):
+    """Normalise the rows, gather the keys and make the flash kernels.
+
+    Raises: ValueError on non-finite rows, on options that this engine does not support, and if ranks differ.
+    """
+    with agree_with_ranks(call.ranks, call.name, call.header, call.student.device):
         _check(call)
         read = checked_rows(call)
     x = rows_and_keys(call, read)
@@ -69,19 +73,19 @@ def _embed(call: Call) -> "tuple[Rows, FlashKernels]":
 
 
 def _targets(call: Call, x: Rows, flash: "FlashKernels") -> tuple[Potential, Potential, Tensor]:
-    """Finished potentials of the L*B target rows and of the columns; the column sums before the last column step."""
+    """Potentials of the L*B target rows and of the columns, and the column sums before the last column step."""
     rows, options, kept = x.target.read, call.options, call.layout.L * call.layout.B
-    col, column_sums = balance(_Slab(rows, flash), x.potential, options.epsilon, options.iterations, call.ranks)
+    col, column_sums = balance(_RowSweeps(rows, flash), x.potential, options.epsilon, options.iterations, call.ranks)
     row = x.potential.rows(0, kept)
     flash.row_step(rows[:kept], flash.score_scale(options.epsilon), col, row)
     return row, col, column_sums
 
 
-def evaluate(call: Call) -> Evaluated:
-    """The loss of this rank, its statistics and, if wanted, dz: the gradient of the sum of all ranks' losses.
+def evaluate(call: Call) -> Evaluation:
+    """Compute the loss of this rank, its statistics and, if wanted, dz: the gradient of the sum of all ranks' losses.
 
-    Cost in score products of all rows, T = 2: 2 per iteration, one for the source's sums, 1 + L in the match (dz
-    included) and, without a teacher, about 1 + L/V for dk.
+    Cost, in products of all rows with all keys, for T = 2: 2 per iteration, 1 for the sums of the source, 1 + L in the
+    match with dz, and without a teacher about 1 + L/V for dk.
     """
     x, flash = _embed(call)
     layout, options, kernels = call.layout, call.options, call.kernels
@@ -94,7 +98,7 @@ def evaluate(call: Call) -> Evaluated:
     if dz is not None:
         if x.own_keys:
             n = layout.T * layout.B
-            # What rows have in common is added in float32: near collapse it is most of them.
+            # The part common to all rows is added in float32: near collapse it is most of every row.
             centred = z if call.sixteen_bit else z - x.keys.centre
             dk, sums = flash.key_gradient(z, centred, row, source, col, **scales)
             blocks = dk.addr_(sums, x.keys.centre).split(n)
@@ -102,11 +106,11 @@ def evaluate(call: Call) -> Evaluated:
         dz = kernels.project_(dz, x.z)
     total = Sums(kernels)
     total.add(matched)
-    return total.evaluated(layout, options.mask_positives, column_sums, dz)
+    return total.evaluation(layout, options.mask_positives, column_sums, dz)
 
 
 def targets(call: Call) -> Tensor:
-    """P (L*B, N) float32, public column order."""
+    """Compute the targets P (L*B, N) float32, columns in public order."""
     x, flash = _embed(call)
     row, col, _ = _targets(call, x, flash)
     rows = x.target.read[: call.layout.L * call.layout.B]

@@ -1,8 +1,10 @@
-"""dz = G k and, without a teacher, dk = Gᵀ z, as the rows of G come. Letters are those of layout.py.
+"""Gradient products dz = G k and, without a teacher, dk = Gᵀ z, of the score gradient G, slab by slab.
 
-In 16 bit G is fp16, (a A - Pbar) * GRADIENT_FACTOR, rows and keys are centred fp16 times HALF_UNIT, and what all rows
-have in common is added in float32: near collapse it is most of them. Sums are float32; their factors are taken out at
-the end.
+layout.py defines the dimension letters.
+
+In 16 bit, G is (a A - Pbar) * GRADIENT_FACTOR in fp16; rows and keys are centred, times HALF_UNIT, in fp16. The part
+common to all rows is added in float32, because near collapse it is most of every row. Sums are float32, and their
+factors are taken out at the end.
 """
 
 from typing import Any
@@ -13,25 +15,25 @@ from torch import Tensor
 from ..backends.interface import GRADIENT_FACTOR
 from ..layout import Layout
 from ..precision import multiply
-from ..ranges import named
+from ..ranges import named_range
 from ..ranks import Ranks
 from .rows import Rows
 
 
 class Gradient:
-    """The gradient of the sum of all ranks' losses by this rank's embeddings, contracted slab by slab."""
+    """Accumulates the gradient of the sum of all ranks' losses by this rank's embeddings, slab by slab."""
 
     def __init__(self, rows: Rows, layout: Layout, ranks: Ranks, kernels: Any) -> None:
         self.rows, self.keys, self.own_keys = rows.z, rows.keys, rows.own_keys
         self.layout, self.ranks, self.kernels = layout, ranks, kernels
         self.z = rows.z.read
         self.d = torch.empty_like(self.z, dtype=torch.float32)
-        self.dk: Tensor | None = None  # (N, D) of this rank's rows
-        self.dk_own: Tensor | None = None  # (T*B, D) of all ranks' rows
+        self.dk: Tensor | None = None  # (N, D), gradient of all keys from this rank's rows
+        self.dk_own: Tensor | None = None  # (T*B, D), gradient of this rank's keys from all ranks' rows
 
-    @named("gradient")
+    @named_range("gradient")
     def add(self, G: Tensor, first: int) -> None:
-        """G (V, b, N) of images first .. first + b - 1."""
+        """Add the contribution of images first .. first + b - 1, whose score gradient is G (V, b, N)."""
         V, b, N = G.shape
         if b == self.layout.B and G.is_contiguous():
             self._add_whole(G.view(V * b, N))
@@ -46,14 +48,14 @@ class Gradient:
             self._contract_keys(rows, z, self.dk, add=True)
 
     def _contract_keys(self, G: Tensor, z: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
-        """out (columns of G, D) <- Gᵀ z, or out + Gᵀ z."""
+        """Write Gᵀ z, or out + Gᵀ z with `add`, to out (columns of G, D)."""
         multiply(G.T, z, out, add=add)
         if self.keys.sixteen_bit:
             out.addr_(G.sum(0, dtype=torch.float32), self.keys.centre, alpha=self.keys.unit)
         return out
 
     def _add_whole(self, G: Tensor) -> None:
-        """All rows (M, N) at once: key gradients leave for their ranks before dz is made."""
+        """Add all rows G (M, N) at once: key gradients are scattered to their ranks before dz is computed."""
         if self.own_keys and self.layout.W == 1:
             self._add_symmetric(G)
             return
@@ -68,9 +70,10 @@ class Gradient:
             multiply(G[:, column : column + len(block)], block, self.d, add=number > 0)
 
     def _add_symmetric(self, G: Tensor) -> None:
-        """One rank whose rows are the keys: G k + Gᵀ z is one product with H = G + Gᵀ of those rows.
+        """Add all rows on one rank without a teacher, where the first N rows are the keys.
 
-        z = k' + centre there, so H z = H k' + rowsum(H) centre, and k' keeps the products small near collapse.
+        For the first N rows, G k + Gᵀ z is one product H z with H = G + Gᵀ. There z = k' + centre, so
+        H z = H k' + rowsum(H) centre; products with k' stay small near collapse.
         """
         keys, N = self.keys.whole, self.layout.N
         multiply(G[N:], keys, self.d[N:])
@@ -81,9 +84,9 @@ class Gradient:
         if len(G) > N:
             self._contract_keys(G[N:], self.z[N:], d, add=True)
 
-    @named("gradient")
+    @named_range("gradient")
     def finish(self, temperature: float) -> Tensor:
-        """dz (M, D) float32, back through the L2 normalisation."""
+        """Return dz (M, D) float32, after the gradient of the L2 normalisation."""
         n = self.layout.T * self.layout.B
         if self.dk is not None:
             blocks = self.dk.split(n)

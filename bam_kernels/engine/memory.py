@@ -1,4 +1,4 @@
-"""How much memory is free, read anew at every call: on GPUs from the driver, else from the machine and its cgroups."""
+"""Free memory, read at every call: of a GPU from its driver, of the host from /proc/meminfo and its cgroups."""
 
 import os
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ UNLIMITED = 1 << 62  # cgroup v1 writes "no limit" as the largest whole number o
 
 @dataclass(frozen=True)
 class Controller:
-    """The files of a cgroup's memory controller. reclaimable: the entry of memory.stat that is given up on demand."""
+    """File names of a cgroup's memory controller; reclaimable: entry of memory.stat with memory freed on demand."""
 
     limit: str
     used: str
@@ -26,21 +26,21 @@ _last_read: dict[torch.device, int] = {}
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory of the device that can be taken without swapping.
+    """Bytes of memory that can be allocated on the device without swapping.
 
-    The driver is not asked while the current stream is captured: that gives what the device had when it was read last,
-    or None if it never was.
+    While the current CUDA stream is captured the driver must not be asked: returns the result of the last call for this
+    device, or None if there was none.
     """
     if device.type != "cuda":
         return host_free_bytes()
     if not torch.cuda.is_current_stream_capturing():
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for what comes
-        _last_read[device] = torch.cuda.mem_get_info(device)[0] + kept
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # cached by torch
+        _last_read[device] = torch.cuda.mem_get_info(device)[0] + reserved
     return _last_read.get(device)
 
 
 def host_free_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """The least of what the machine has available and what each cgroup of this process leaves under its limit."""
+    """Bytes available on the host: the least of MemAvailable and of the bytes left under each cgroup limit."""
     return min([_available_bytes(proc / "meminfo"), *_left_by_cgroups(proc / "self" / "cgroup", cgroups)])
 
 
@@ -62,9 +62,10 @@ def _left_by_cgroups(memberships: Path, cgroups: Path) -> Iterator[int]:
 
 
 def _left_by_ancestors(files: Controller, mount: Path, path: str) -> Iterator[int]:
-    """Bytes left under the limit of the cgroup at `path`, and under that of each of its ancestors that is mounted.
+    """Bytes left under the limit of the cgroup at `path`, and under the limit of each ancestor that is mounted.
 
-    A container often sees its own cgroup as the mount's root, beside a path of the host's or one that leads above it.
+    In a container, `path` is often a path of the host, or leads above the mount; the container's own cgroup is then the
+    root of the mount.
     """
     parts = [part for part in path.split("/") if part]
     if ".." in parts:
@@ -89,9 +90,9 @@ def _left(files: Controller, cgroup: Path) -> int | None:
 def _entry(file: Path, name: str) -> int | None:
     """The number that follows `name` on the line of `file` that begins with it; None if there is no such line."""
     for line in _text(file).splitlines():
-        words = line.split()
-        if len(words) > 1 and words[0] == name:
-            return _number(words[1])
+        fields = line.split()
+        if len(fields) > 1 and fields[0] == name:
+            return _number(fields[1])
     return None
 
 

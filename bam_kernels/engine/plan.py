@@ -1,4 +1,4 @@
-"""How much of the score matrix is held at once. Letters are those of layout.py."""
+"""Slab plan: how much of the score matrix the slab engine holds at once. layout.py defines the dimension letters."""
 
 import sys
 from dataclasses import dataclass
@@ -8,23 +8,26 @@ import torch
 
 from . import memory
 
-DEFAULT_SHARE = 0.25  # of the memory that is free
-# Scores that may always be taken: libraries take more memory for themselves, and on a CPU a step over as many takes
-# hundreds of times as long as reading what is free.
+DEFAULT_SHARE = 0.25  # share of the free memory that scores may take by default
+# Scores may always take this much, and free memory is not read. Libraries take more memory for themselves, and on a CPU
+# a step over as many scores takes hundreds of times as long as reading the free memory.
 ALWAYS_BYTES = 64 << 20
-BUDGET_BITS = 4  # a budget that was read keeps its leading bits: a plan outlasts small changes of what is free
-FLASH_FEATURES = 512  # the flash engine takes: beyond, making scores again costs more than reading them
-PRODUCT_ROWS = 1024  # rows from which a library product no longer gains by having more
-LEAST_PRODUCT_ROWS = 512  # rows below which it loses
+BUDGET_BITS = 4  # leading bits kept of a budget from free memory, so that small changes do not change the plan
+FLASH_FEATURES = 512  # most features of the flash engine: with more, computing scores costs more than reading them
+PRODUCT_ROWS = 1024  # a matrix product gains no speed from more rows than this
+LEAST_PRODUCT_ROWS = 512  # a matrix product loses speed with fewer rows than this
 
 
 @dataclass(frozen=True)
 class SlabPlan:
-    """What is held of the scores, in bytes `score_bytes`.
+    """How many scores the slab engine holds, in `score_bytes` bytes.
 
-    cached, source_cached: the target's scores are kept whole, the student's beside a teacher's too. sweep_rows: rows
-    whose scores are made at once. match_images: images that are matched at once. slab_rows: rows of the buffer for
-    scores that are not kept. product_rows: float32 rows that int16 scores are made from.
+    cached          the target scores are kept whole
+    source_cached   the source scores of a student with a teacher are kept whole too
+    sweep_rows      rows whose scores are computed at once in a sweep
+    match_images    images that are matched at once
+    slab_rows       rows of the buffer for scores that are not kept
+    product_rows    rows of the float32 buffer that int16 scores are computed from
     """
 
     cached: bool
@@ -37,23 +40,23 @@ class SlabPlan:
 
 
 def product_rows(columns: int, device: torch.device) -> int:
-    """Float32 rows that int16 scores are made from at once: few enough to be read where the product left them, in L2.
+    """Number of float32 rows of products that int16 scores are computed from at once.
 
-    A third of it holds them; the rest is for the int16 scores and the keys. Where that holds too few rows for a
-    product, they go through memory.
+    On a GPU they should stay in the L2 cache: they may fill a third of it, the rest is for int16 scores and keys. If a
+    third holds too few rows for a fast product, the rows go through memory.
     """
     if device.type != "cuda":
         return PRODUCT_ROWS
-    held = torch.cuda.get_device_properties(device).L2_cache_size // 3 // (4 * columns) // 128 * 128
-    return min(held, PRODUCT_ROWS) if held >= LEAST_PRODUCT_ROWS else PRODUCT_ROWS
+    rows_in_l2 = torch.cuda.get_device_properties(device).L2_cache_size // 3 // (4 * columns) // 128 * 128
+    return min(rows_in_l2, PRODUCT_ROWS) if rows_in_l2 >= LEAST_PRODUCT_ROWS else PRODUCT_ROWS
 
 
 def plan_slabs(name: str, *, budget: int | None, device: torch.device, **shape: int) -> SlabPlan:
-    """Choose slabs within `budget` bytes of scores (None: a quarter of the memory that is free at this call).
+    """Choose slabs within `budget` bytes of scores; None: a quarter of the memory that is free at this call.
 
-    shape: what `_plan_within` takes. Where keeping everything needs no more than ALWAYS_BYTES it is kept, whatever is
-    free, and nothing is read.
-    Raises: ValueError if the budget does not hold one image, or with regather all scores.
+    shape: the arguments of `_plan_within`. If all scores need at most ALWAYS_BYTES, they are kept without reading the
+    free memory.
+    Raises: ValueError if the budget does not hold the scores of one image or, with regather, all scores.
     """
     if budget is not None:
         return _plan_within(name, budget=budget, device=device, **shape)
@@ -87,12 +90,16 @@ def _plan_within(
     budget: int,
     device: torch.device,
 ) -> SlabPlan:
-    """The slabs of a shape within `budget` bytes, made once.
+    """Choose slabs within `budget` bytes; cached by arguments.
 
-    rows x columns are the target scores; an image's match takes `target_views` rows of them and `source_views` rows of
-    source scores, the same rows where `shared`. sixteen_bit: scores are int16, made from a float32 slab, and their
-    gradient takes their place. With several ranks source scores are kept too where they fit: they are made while the
-    ranks add up columns. regather: all must be kept.
+    rows, columns   shape of the target scores; `images` images on this rank
+    target_views    rows of target scores in the match of one image
+    source_views    rows of source scores in the match of one image
+    shared          source and target scores are one tensor
+    sixteen_bit     scores are int16, computed from a float32 slab, and overwritten by their gradient
+    ranks           with several ranks, source scores are kept too if they fit: they are computed during the all-reduce
+                    of column sums
+    regather        all scores must be kept
     """
     row_bytes, made_bytes = (2 * columns, 4 * columns) if sixteen_bit else (4 * columns, 0)
     kept = rows * row_bytes

@@ -1,8 +1,9 @@
-"""Embedding rows as products read them, and the keys among them. Letters are those of layout.py; k' = k - centre.
+"""Normalised embedding rows and gathered keys, in the form that matrix products read.
 
-In float32 rows are unit rows, and their scores z·k'. In 16 bit rows are centred too before they are rounded, and
-z·k' = z'·k' + centre·k': a product of small numbers, whose rounding falls with the square of what rows differ by, and a
-bias of the key, which is taken before anything is rounded. Nothing is lost near collapse.
+layout.py defines the dimension letters; k' = k - centre. In float32, rows are unit rows z, and scores are z·k'. In
+16 bit, rows are also centred before they are rounded, and z·k' = z'·k' + centre·k'. The first term is a product of
+small numbers, whose rounding error falls with the square of the differences between rows. The second is a bias of the
+key, computed before rounding. So no precision is lost near collapse.
 """
 
 from collections.abc import Iterator
@@ -13,25 +14,26 @@ from torch import Tensor
 
 from ..backends.interface import HALF_UNIT, Potential, UnitRows, first_views
 from ..options import check_finite
-from ..ranges import each
+from ..ranges import range_for_each
 from ..ranks import Ranks
 from .call import Call
 
-BIAS_COLUMNS = 2  # a float32 in fp16 columns
+BIAS_COLUMNS = 2  # fp16 columns that hold one float32
 
 
 def sent_columns(D: int, sixteen_bit: bool) -> int:
-    """Columns of a key on its way: in 16 bit its bias is behind it, where a float32 may begin."""
+    """Columns of a key in a message; in 16 bit the bias follows the features, at an offset aligned for float32."""
     return D + D % 2 + BIAS_COLUMNS if sixteen_bit else D
 
 
 class Keys:
-    """The centred keys k - centre of all ranks, in gathered order; float32, or fp16 times `unit` with their `bias`.
+    """Centred keys k - centre of all ranks, in gathered order: float32, or fp16 times `unit` with a `bias`.
 
-    Any vector will do for the centre, since it adds a constant to every row of scores. Float32 keys are sent as they
-    are and centred where they arrive, on the mean of that rank's own, known before any other has come: it is within the
-    sampling error of the mean of all. fp16 keys are rounded, so they are centred before, on a mean that ranks share.
-    regather: they are not held, but gathered again whenever they are read.
+    Any vector can be the centre, because it adds a constant to every row of scores. Float32 keys are sent without
+    centring; each rank subtracts the mean of its own keys, which it knows before other keys arrive. This mean is within
+    the sampling error of the mean of all keys. fp16 keys are rounded, so they are centred before, on a mean that all
+    ranks share.
+    regather: keys are not held but gathered again whenever they are read.
     """
 
     def __init__(self, own: UnitRows, centre: Tensor, ranks: Ranks, regather: bool = False) -> None:
@@ -40,35 +42,35 @@ class Keys:
         self.unit = HALF_UNIT if self.sixteen_bit else 1.0
         n, D = own.read.shape
         self.bias: Tensor | None = None
-        self._held: Tensor | None = None
+        self._gathered: Tensor | None = None
         self._complete = ranks.W == 1 and self.sixteen_bit
         if self._complete:
-            self._held, self.bias = own.read, own.bias
+            self._gathered, self.bias = own.read, own.bias
             return
         if self.sixteen_bit:
             self.bias = own.norm.new_empty(ranks.W * n, dtype=torch.float32)
         if not regather or ranks.W == 1:
-            self._held = own.read.new_empty(ranks.W * n, D)
+            self._gathered = own.read.new_empty(ranks.W * n, D)
         self._own = own.read if own.bias is None else _packed(own.read, own.bias)
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """(first column, centred keys): rank by rank as they arrive, this rank's first; once all are here, in one."""
-        if self._held is not None and self._complete:
-            yield 0, self._held
+        """Yield (first column, centred keys): one block per rank in order of arrival, or all keys once gathered."""
+        if self._gathered is not None and self._complete:
+            yield 0, self._gathered
             return
-        for first, block in each("gather", iter(self.ranks.gather(self._own, self._as_sent))):
+        for first, block in range_for_each("gather", iter(self.ranks.gather(self._own, self._as_sent))):
             part = slice(first, first + len(block))
-            if self._held is None:
+            if self._gathered is None:
                 yield first, block - self.centre
             elif self.bias is not None:
                 self.bias[part] = _bias_of(block)
-                yield first, self._held[part].copy_(block[:, : self._held.shape[1]])
+                yield first, self._gathered[part].copy_(block[:, : self._gathered.shape[1]])
             else:
-                yield first, torch.sub(block, self.centre, out=self._held[part])
+                yield first, torch.sub(block, self.centre, out=self._gathered[part])
         self._complete = True
 
     def _as_sent(self, unit: Tensor) -> Tensor:
-        """What a rank with these unit rows would send."""
+        """The message of a rank whose keys are these unit rows, for simulated ranks."""
         if not self.sixteen_bit:
             return unit.to(self._own.dtype)
         centre = self.centre.double()
@@ -77,16 +79,16 @@ class Keys:
 
     @property
     def whole(self) -> Tensor:
-        """(N, D), once all have arrived; `bias` is complete then."""
-        assert self._held is not None
+        """All keys (N, D); gathers them if they have not arrived. `bias` is complete afterwards."""
+        assert self._gathered is not None
         if not self._complete:
             for _ in self.blocks():
                 pass
-        return self._held
+        return self._gathered
 
 
 def _packed(read: Tensor, bias: Tensor) -> Tensor:
-    """fp16 keys and their float32 bias in one message."""
+    """Pack fp16 keys and their float32 bias into one fp16 message."""
     n, D = read.shape
     sent = read.new_zeros(n, sent_columns(D, True))
     sent[:, :D] = read
@@ -100,7 +102,14 @@ def _bias_of(sent: Tensor) -> Tensor:
 
 @dataclass
 class Rows:
-    """z; the Sinkhorn problem's rows, which may be z, and the potential exp(<target_i, centre>/eps) they start from."""
+    """Rows of one evaluation.
+
+    z           rows of the student
+    target      rows of the Sinkhorn problem: the teacher's, or z
+    potential   exp(<target_i, centre>/eps), the row potential that Sinkhorn iterations start from
+    keys        keys of all ranks
+    own_keys    the keys are rows of the student, so that they have a gradient
+    """
 
     z: UnitRows
     target: UnitRows
@@ -110,8 +119,9 @@ class Rows:
 
 
 def checked_rows(call: Call) -> tuple[UnitRows, UnitRows | None] | None:
-    """Float32 unit rows of student and teacher; none yet in 16 bit, which ranks must centre alike.
+    """Check that rows are finite; returns float32 unit rows of student and teacher, or None in 16 bit.
 
+    16-bit rows are made later, because they need the centre of all ranks.
     Raises: ValueError on non-finite rows.
     """
     z = None if call.sixteen_bit else call.kernels.normalize(call.student)
@@ -124,7 +134,7 @@ def checked_rows(call: Call) -> tuple[UnitRows, UnitRows | None] | None:
 
 
 def rows_and_keys(call: Call, read: tuple[UnitRows, UnitRows | None] | None) -> Rows:
-    """read: what `checked_rows` has returned."""
+    """Make the rows and the keys of all ranks; `read` is the result of `checked_rows`."""
     layout, kernels, epsilon = call.layout, call.kernels, call.options.epsilon
     if read is not None:
         z, y = read[0], read[1] if read[1] is not None else read[0]
@@ -138,8 +148,10 @@ def rows_and_keys(call: Call, read: tuple[UnitRows, UnitRows | None] | None) -> 
         if layout.W > 1:
             centre = call.ranks.sum(centre).div_(layout.W)
         z, potential = kernels.half_rows(call.student, centre, epsilon)
-        y, of_y = kernels.half_rows(call.teacher, centre, epsilon) if call.teacher is not None else (z, potential)
-        target, potential = (z, potential) if call.shared else (y, of_y)
+        y, y_potential = (
+            kernels.half_rows(call.teacher, centre, epsilon) if call.teacher is not None else (z, potential)
+        )
+        target, potential = (z, potential) if call.shared else (y, y_potential)
         own = y.views(layout.T, layout.B)
     keys = Keys(own, centre, call.ranks, call.options.regather)
     return Rows(z, target, potential, keys, own_keys=call.teacher is None)

@@ -1,6 +1,7 @@
-"""Scores of unit rows against the gathered keys, made in slabs: kept whole, or made again in every sweep.
+"""Scores of unit rows against the gathered keys, computed in slabs: kept whole, or computed again in every sweep.
 
-In 16 bit rows and keys are fp16 times HALF_UNIT and scores int16, else all are float32. Letters are those of layout.py.
+In 16 bit, rows and keys are fp16 times HALF_UNIT and scores are int16; else all are float32. layout.py defines the
+dimension letters.
 """
 
 from collections.abc import Iterator
@@ -13,15 +14,15 @@ from torch import Tensor
 from ..backends.interface import HALF_UNIT, DeviceNumber, Positives, Potential, RowKernels, SixteenBitKernels
 from ..layout import Layout
 from ..precision import multiply
-from ..ranges import named
+from ..ranges import named_range
 from .plan import SlabPlan
 from .rows import Keys, Rows
 
 
 class Scores:
-    """Makes scores of rows against the keys, and has a buffer for those that are not kept.
+    """Computes scores of rows against the keys, and owns the buffer for scores that are not kept.
 
-    row_bias: of all rows that get int16 scores, whose steps are the same.
+    row_bias: bias of all rows that get int16 scores, from which their common fixed-point step follows.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class Scores:
 
     @classmethod
     def of(cls, rows: Rows, layout: Layout, masked: bool, plan: SlabPlan, kernels: RowKernels) -> "Scores":
-        """Of all these rows."""
+        """Make Scores for the student's and the target rows."""
         bias = rows.z.bias
         if bias is not None and rows.target.bias is not None and rows.target is not rows.z:
             bias = torch.cat((bias, rows.target.bias))
@@ -49,23 +50,26 @@ class Scores:
 
     @cached_property
     def product_step(self) -> DeviceNumber:
-        """The product of fp16 rows that is one step of int16. Waits for all keys."""
+        """Size of one int16 step, as a product of fp16 rows. Needs all keys, so it gathers them."""
         assert self.keys.whole is not None and self.keys.bias is not None and self._row_bias is not None
         return self._half_kernels.product_step(self.keys.centre, self.keys.bias, self._row_bias)
 
     @cached_property
     def step(self) -> Any:
-        """The score that is one step of what is read, a Number."""
+        """Score of one step of the stored scores, as a Number; 1 for float32 scores."""
         return self.product_step * HALF_UNIT**-2 if self.keys.sixteen_bit else 1.0
 
     def buffer(self, rows: int, after: int = 0) -> Tensor:
-        """`rows` rows of the buffer, past the first `after`."""
+        """Rows after .. after + rows - 1 of the buffer."""
         return self._buffer[after : after + rows]
 
-    @named("scores")
+    @named_range("scores")
     def make(self, unit: Tensor, first: int, into: Tensor, *, period: int | None = None) -> Tensor:
-        """Scores of (m, D) unit rows into (m, N), positives masked: rows first .. of all, or of images first .. of
-        several views with `period` images of each."""
+        """Compute scores of unit rows (m, D) into `into` (m, N), with positives masked.
+
+        The rows begin at row `first` of all rows; with `period` they are `period` rows of each of several views, which
+        begin at image `first`.
+        """
         positives = self._positives(first, period)
         if not self.keys.sixteen_bit:
             self.multiply(unit, into)
@@ -76,12 +80,12 @@ class Scores:
     def make_and_sum(
         self, unit: Tensor, first: int, into: Tensor, scale: float, row: Potential, shift: Tensor, sums: Tensor
     ) -> None:
-        """`make` of rows first .. of all, and the first column step over them."""
+        """Compute scores as `make` for rows first .., and add these rows to the first column step."""
         if not self.keys.sixteen_bit:
             self.make(unit, first, into)
             self.kernels.column_lse(into, scale, row, shift, sums, accumulate=first > 0)
             return
-        with named("scores"):
+        with named_range("scores"):
             made = self.multiply(unit, self._made[: len(unit)])
             self._half_kernels.finish_scores(
                 made,
@@ -97,14 +101,14 @@ class Scores:
             )
 
     def multiply(self, unit: Tensor, out: Tensor) -> Tensor:
-        """Products (m, N) float32 with the keys, as they arrive."""
+        """Products of unit rows (m, D) with all keys, as they arrive, into `out` (m, N) float32."""
         for column, block in self.keys.blocks():
             multiply(unit, block.T, out[:, column : column + len(block)])
         return out
 
-    @named("scores")
+    @named_range("scores")
     def make_both(self, first: Tensor, second: Tensor, out_first: Tensor, out_second: Tensor) -> None:
-        """Scores of all rows of two sets of unit rows, in one reading of the keys; float32."""
+        """Compute float32 scores of all rows of two tensors of unit rows, while reading the keys once."""
         for column, block in self.keys.blocks():
             columns = slice(column, column + len(block))
             multiply(first, block.T, out_first[:, columns])
@@ -115,7 +119,7 @@ class Scores:
             self.kernels.mask_positives_(out_second, positives)
 
     def _positives(self, first: int, period: int | None) -> Positives | None:
-        """Rows are view-major: without a period those of a slab go through all images, again and again."""
+        """Positives of a slab; without a period its rows are consecutive view-major rows, from `first` on."""
         if not self.masked:
             return None
         layout = self.layout
@@ -128,7 +132,7 @@ class Scores:
 
 
 class Sweeps(Protocol):
-    """The scores of the Sinkhorn problem, some rows at a time; `step` is the value of one step of fixed point."""
+    """Scores of the Sinkhorn problem, read some rows at a time; `step` is the score of one fixed-point step."""
 
     kernels: RowKernels
     columns: int
@@ -138,17 +142,17 @@ class Sweeps(Protocol):
 
     @property
     def kept_type(self) -> torch.dtype | None:
-        """The type of the scores if all are kept after a sweep."""
+        """Dtype of the scores if all are kept after a sweep, else None."""
 
     def sweep(self) -> Iterator[tuple[int, Tensor]]:
-        """(first row, scores of some rows) until all rows have been seen."""
+        """Yield (first row, scores of some rows) for all rows in order."""
 
     def column_step(self, scale: float, row: Potential, shift: Tensor, sums: Tensor) -> None:
-        """Per column Σ_i 2^(scale*s_ij) row_i = sums_j * 2^shift_j, in the first sweep."""
+        """Per column, write Σ_i 2^(scale*s_ij) row_i as sums_j * 2^shift_j; the first sweep."""
 
 
 class KeptScores:
-    """Scores that are there already."""
+    """Sweeps over scores that are given as one tensor."""
 
     def __init__(self, scores: Tensor, step: Any, kernels: RowKernels) -> None:
         self.scores, self.step, self.kernels, self.columns = scores, step, kernels, scores.shape[1]
@@ -162,7 +166,7 @@ class KeptScores:
 
 
 class TargetScores:
-    """Scores from embeddings: kept whole after the first sweep, or made again in every sweep."""
+    """Sweeps over target scores of embeddings, kept whole after the first sweep or computed again in every sweep."""
 
     def __init__(self, unit: Tensor, scores: Scores, plan: SlabPlan) -> None:
         self.unit, self.scores, self.plan = unit, scores, plan
@@ -192,7 +196,7 @@ class TargetScores:
             self.scores.make_and_sum(unit, first, into, scale, row.rows(first, first + len(unit)), shift, sums)
 
     def _slabs(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """(first row, unit rows, where their scores go): all of them; kept from then on where the plan says so."""
+        """Yield (first row, unit rows, tensor for their scores) for all rows; sets `kept` if the plan keeps scores."""
         rows, size = len(self.unit), self.plan.sweep_rows
         kept = self.unit.new_empty(rows, self.columns, dtype=self.scores.dtype) if self.plan.cached else None
         for first in range(0, rows, size):
@@ -202,10 +206,10 @@ class TargetScores:
 
 
 class SourceScores:
-    """The student's scores beside a teacher's, kept whole: made in portions while the ranks add up columns."""
+    """Source scores of a student with a teacher, kept whole, computed in portions during the column all-reduces."""
 
     def __init__(self, unit: Tensor, scores: Scores, plan: SlabPlan, sums: int) -> None:
-        """sums: how many times the ranks add up columns."""
+        """sums: number of all-reduces of column sums, and so of portions."""
         self.unit, self.scores, self.plan = unit, scores, plan
         self.kept = unit.new_empty(len(unit), scores.layout.N, dtype=scores.dtype)
         self._portion = -(-len(unit) // sums)
@@ -225,5 +229,5 @@ class SourceScores:
         return self.kept
 
     def mark_made(self) -> None:
-        """All of `kept` has been written."""
+        """Mark all of `kept` as computed."""
         self._done = len(self.unit)

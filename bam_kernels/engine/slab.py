@@ -1,8 +1,9 @@
-"""The slab engine: a library product makes some rows of scores by all N keys, row kernels do the rest in place.
+"""The slab engine: a matrix product computes a slab of scores, some rows by all N keys, and row kernels do the rest.
 
-If the memory budget holds all target scores they are made once and kept; if not, the same kernels run over slabs that
-are made again in every sweep. Letters are those of layout.py; z, y, k are unit rows, k centred: a constant per row,
-which cancels in P, A, the loss and dz if the first column step starts from the row potential exp(z·centre/eps).
+If the memory budget holds all target scores, they are computed once and kept; else the kernels run over slabs that are
+computed again in every sweep. layout.py defines the dimension letters; z, y, k are unit rows. Keys are centred, which
+adds a constant to every row of scores. It cancels in P, A, the loss and dz if the first column step starts from the row
+potential exp(z·centre/eps).
 """
 
 import math
@@ -13,34 +14,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..agreement import agreed
+from ..agreement import agree_with_ranks
 from ..backends.interface import GRADIENT_FACTOR, LOG2_E, Positives, Potential, RowKernels
 from ..layout import Layout
 from ..options import Options
 from ..precision import LEAST_EPSILON_OF_ONE_SUM
-from ..ranges import named
+from ..ranges import named_range
 from ..ranks import ONE_RANK, Ranks
 from .call import Call
 from .gradient import Gradient
 from .plan import SlabPlan, plan_slabs
 from .rows import Rows, checked_rows, rows_and_keys
 from .scores import KeptScores, Scores, SourceScores, Sweeps, TargetScores
-from .sums import Evaluated, Sums
+from .sums import Evaluation, Sums
 
 
 @dataclass
-class Embedded:
-    """Rows and keys, how their scores are held, and what makes them."""
+class EmbeddedBatch:
+    """Rows and keys of one evaluation, the plan of slabs for their scores, and the maker of scores."""
 
     rows: Rows
     plan: SlabPlan
     scores: Scores
 
 
-def embed(call: Call, *, wants_source: bool) -> Embedded:
-    """Raises: ValueError on non-finite rows or too small a budget on any rank, and where ranks differ."""
+def embed(call: Call, *, wants_source: bool) -> EmbeddedBatch:
+    """Plan the slabs, normalise the rows and prepare the gather of keys.
+
+    Raises: ValueError on non-finite rows or too small a budget on any rank, and if ranks differ.
+    """
     layout, options = call.layout, call.options
-    with agreed(call.ranks, call.name, call.header, call.student.device):
+    with agree_with_ranks(call.ranks, call.name, call.header, call.student.device):
         plan = plan_slabs(
             call.name,
             rows=layout.M if call.shared else layout.R * layout.B,
@@ -57,10 +61,10 @@ def embed(call: Call, *, wants_source: bool) -> Embedded:
         )
         read = checked_rows(call)
     rows = rows_and_keys(call, read)
-    return Embedded(rows, plan, Scores.of(rows, layout, options.mask_positives, plan, call.kernels))
+    return EmbeddedBatch(rows, plan, Scores.of(rows, layout, options.mask_positives, plan, call.kernels))
 
 
-@named("Sinkhorn")
+@named_range("Sinkhorn")
 def balance(
     target: Sweeps,
     row: Potential,
@@ -71,11 +75,12 @@ def balance(
     meanwhile: Callable[[], None] | None = None,
     cosines: bool = True,
 ) -> tuple[Potential, Tensor]:
-    """Column potentials g after `iterations` Sinkhorn iterations, and the column sums before the last column step.
+    """Run Sinkhorn iterations: column potentials g, and the column sums before the last column step.
 
-    `row` holds the potentials the first column step starts from, and afterwards those of the last row step but one:
-    the row step after g is left to the kernel that reads the scores next. `meanwhile` is done during each sum over the
-    ranks; `cosines` says that scores are within +-1.
+    row         in: the potentials that the first column step starts from; out: the potentials of the last row step but
+                one. The row step after g is left to the kernel that reads the scores next
+    meanwhile   called during each all-reduce of column sums
+    cosines     scores are within +-1
     """
     if ranks.W == 1 and iterations > 1 and (found := _in_one_launch(target, row, epsilon, iterations)) is not None:
         return found
@@ -88,7 +93,7 @@ def balance(
     for _ in range(iterations - 1):
         for first, scores in target.sweep():
             last = first + len(scores)
-            # One rank's column sums are complete after its last rows.
+            # On one rank, column sums are complete after the last rows.
             divide = ranks.W == 1 and last == len(row.exponent)
             rows = row.rows(first, last)
             kernels.sinkhorn_pass(scores, scale, rows, col, c, accumulate=first > 0, divide=divide)
@@ -99,14 +104,14 @@ def balance(
 
 
 def _in_one_launch(target: Sweeps, row: Potential, epsilon: float, iterations: int) -> tuple[Potential, Tensor] | None:
-    """The same where the backend does all iterations at once and the scores, kept whole, fit its chip; else None."""
+    """Run all Sinkhorn iterations in one launch, or return None if the backend cannot or scores do not fit on chip."""
     kernels: Any = target.kernels
     device = row.exponent.device
     if not hasattr(kernels, "sinkhorn") or target.kept_type is None:
         return None
     if not kernels.fits_on_chip(len(row.exponent), target.columns, target.kept_type, device):
         return None
-    for _ in target.sweep():  # makes what is kept
+    for _ in target.sweep():  # computes the scores to keep
         pass
     ((_, scores),) = target.sweep()
     return kernels.sinkhorn(scores, LOG2_E / epsilon * target.step, row, iterations)
@@ -115,7 +120,7 @@ def _in_one_launch(target: Sweeps, row: Potential, epsilon: float, iterations: i
 def _sum_over_ranks(
     shift: Tensor, sums: Tensor, epsilon: float, ranks: Ranks, meanwhile: Callable[[], None] | None
 ) -> tuple[Tensor, Tensor]:
-    """Column sums over all ranks, each given as sums * 2^shift. One rank: nothing to do."""
+    """All-reduce column sums, given and returned as (shift, sums) for sums * 2^shift."""
     if ranks.W == 1:
         return shift, sums
     if epsilon >= LEAST_EPSILON_OF_ONE_SUM:
@@ -127,8 +132,8 @@ def _sum_over_ranks(
     return common + exponent, mantissa.float()
 
 
-def evaluate(call: Call) -> Evaluated:
-    """The loss of this rank, its statistics and, if wanted, dz: the gradient of the sum of all ranks' losses."""
+def evaluate(call: Call) -> Evaluation:
+    """Compute this rank's loss, its statistics and, if wanted, dz: the gradient of the sum of all ranks' losses."""
     x, layout, options = embed(call, wants_source=True), call.layout, call.options
     z, plan, scores = x.rows.z.read, x.plan, x.scores
     target = TargetScores(x.rows.target.read, scores, plan)
@@ -143,27 +148,27 @@ def evaluate(call: Call) -> Evaluated:
 
     gradient = Gradient(x.rows, layout, call.ranks, call.kernels) if call.needs_grad else None
     sums = Sums(call.kernels)
-    made = source.finish() if source is not None else None
-    for first, matched, G in _match_slabs(call, x, target, made, col):
+    source_scores = source.finish() if source is not None else None
+    for first, matched, G in _match_slabs(call, x, target, source_scores, col):
         sums.add(matched)
         if gradient is not None:
             gradient.add(G, first)
-    if call.sixteen_bit:  # int16 has no NaN: a row that is not finite shows in its norm
-        sums.spoil_unless_finite(x.rows.z.norm)
+    if call.sixteen_bit:  # int16 scores have no NaN, so a row that is not finite shows in its norm only
+        sums.make_nan_unless_finite(x.rows.z.norm)
     dz = gradient.finish(options.temperature) if gradient is not None else None
-    return sums.evaluated(layout, options.mask_positives, column_sums, dz)
+    return sums.evaluation(layout, options.mask_positives, column_sums, dz)
 
 
-def _match_slabs(call: Call, x: Embedded, target: TargetScores, made: Tensor | None, col: Potential):
-    """(first image, sums, G (V, b, N) or None) slab by slab; G lives until the next slab.
+def _match_slabs(call: Call, x: EmbeddedBatch, target: TargetScores, source_scores: Tensor | None, col: Potential):
+    """Match slab by slab; yields (first image, sums, score gradient G (V, b, N) or None).
 
-    made (M, N): source scores that are there already.
+    G is overwritten by the next slab. source_scores (M, N): source scores if they are kept, else None.
     """
     layout, options, scores = call.layout, call.options, x.scores
     z = x.rows.z.read.view(layout.V, layout.B, layout.D)
     row_exponent = x.rows.potential.exponent.view(-1, layout.B)
     kept = target.kept.view(-1, layout.B, layout.N) if target.kept is not None else None
-    given = made.view(layout.V, layout.B, layout.N) if made is not None else None
+    given = source_scores.view(layout.V, layout.B, layout.N) if source_scores is not None else None
     factor = GRADIENT_FACTOR * layout.B * options.temperature if call.sixteen_bit else 1.0
     for first in range(0, layout.B, x.plan.match_images):
         last = min(first + x.plan.match_images, layout.B)
@@ -174,16 +179,16 @@ def _match_slabs(call: Call, x: Embedded, target: TargetScores, made: Tensor | N
             source = kept[:, first:last]
         else:
             source_rows = layout.V * (last - first)
-            source = _made_images(scores, z[:, first:last], first, 0)
+            source = _image_scores(scores, z[:, first:last], first, 0)
         if kept is not None:
             target_scores = kept[: layout.L, first:last]
         elif call.shared:
             target_scores = source[: layout.L]
         else:
             y = x.rows.target.read.view(-1, layout.B, layout.D)[: layout.L, first:last]
-            target_scores = _made_images(scores, y, first, source_rows)
+            target_scores = _image_scores(scores, y, first, source_rows)
         G = source.view(torch.float16) if call.sixteen_bit else source
-        matched = named("match")(call.kernels.match)(
+        matched = named_range("match")(call.kernels.match)(
             target_scores,
             source,
             layout,
@@ -199,15 +204,15 @@ def _match_slabs(call: Call, x: Embedded, target: TargetScores, made: Tensor | N
         yield first, matched, G if call.needs_grad else None
 
 
-def _made_images(scores: Scores, unit: Tensor, first: int, after: int) -> Tensor:
-    """Scores (views, b, N) of unit rows (views, b, D) of images first .., in the buffer past `after` rows."""
+def _image_scores(scores: Scores, unit: Tensor, first: int, after: int) -> Tensor:
+    """Compute scores (views, b, N) of unit rows (views, b, D) of images first .., in the buffer after row `after`."""
     views, b, D = unit.shape
     into = scores.buffer(views * b, after)
     return scores.make(unit.reshape(views * b, D), first, into, period=b).view(views, b, -1)
 
 
 def targets(call: Call) -> Tensor:
-    """P (L*B, N) float32, public column order."""
+    """Compute the targets P (L*B, N) float32, columns in public order."""
     x, layout, options = embed(call, wants_source=False), call.layout, call.options
     plan, scores = x.plan, x.scores
     target = TargetScores(x.rows.target.read, scores, plan)
@@ -221,8 +226,8 @@ def targets(call: Call) -> Tensor:
         if kept is not None:
             target_scores = kept[: layout.L, first:last]
         else:
-            target_scores = _made_images(scores, unit[:, first:last], first, 0)
-        named("match")(call.kernels.match)(
+            target_scores = _image_scores(scores, unit[:, first:last], first, 0)
+        named_range("match")(call.kernels.match)(
             target_scores,
             None,
             layout,
@@ -247,12 +252,13 @@ def from_scores(
     step: float = 1.0,
     needs_grad: bool = True,
     G: Tensor | None = None,
-) -> tuple[Evaluated, Tensor | None]:
-    """The loss from given scores (M, N) of one rank, and G = dloss/ds (M, N) float32, once the scores exist.
+) -> tuple[Evaluation, Tensor | None]:
+    """Compute the loss and G = dloss/ds (M, N) float32 from scores (M, N) on one rank, for tests and benchmarks.
 
-    Float32 scores are overwritten: their positives by the mask, then all of them by G. Int16 scores (`step` is the
-    value of one step, -32768 a masked entry) are kept, and G is written to the tensor given for it, or a new one.
-    target_scores (R*B, N): those of a teacher's rows; None: the scores themselves.
+    scores          float32: overwritten, positives by the mask, then all entries by G. int16: kept; G is written to the
+                    tensor `G`, or to a new one
+    target_scores   (R*B, N), scores of a teacher's rows; None: `scores`
+    step            score of one step of int16 scores, in which -32768 is a masked entry
     """
     fixed = scores.dtype == torch.int16
     given = [scores] if target_scores is None else [scores, target_scores]
@@ -268,7 +274,7 @@ def from_scores(
     shape = (-1, layout.B, layout.N)
     sums = Sums(kernels)
     sums.add(
-        named("match")(kernels.match)(
+        named_range("match")(kernels.match)(
             rows.view(shape)[: layout.L],
             scores.view(shape),
             layout,
@@ -281,4 +287,4 @@ def from_scores(
             gradient=G.view(shape) if G is not None else None,
         )
     )
-    return sums.evaluated(layout, options.mask_positives, column_sums, None), G
+    return sums.evaluation(layout, options.mask_positives, column_sums, None), G

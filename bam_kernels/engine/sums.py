@@ -1,4 +1,7 @@
-"""What an engine gives: the loss, its statistics and dz, from the kernels' sums. Letters are those of layout.py."""
+"""Result of an engine: the loss, its statistics and dz, computed from the sums of the match kernels.
+
+layout.py defines the dimension letters.
+"""
 
 import math
 from dataclasses import dataclass
@@ -7,14 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.interface import Matched
+from ..backends.interface import MatchSums
 from ..layout import Layout
 
 
 @dataclass
-class Evaluated:
-    """loss: scalar of this rank; stats: (6,) in the order of BAMStats; both float64, or float32 where a kernel has
-    summed in float64 and rounded at the end. dz: (M, D) float32 or None.
+class Evaluation:
+    """Result of one evaluation on this rank.
+
+    loss    scalar: float64, or float32 if a kernel summed in float64 and rounded at the end
+    stats   (6,), in the order of BAMStats, of the dtype of the loss
+    dz      (M, D) float32 or None
     """
 
     loss: Tensor
@@ -23,34 +29,34 @@ class Evaluated:
 
 
 class Sums:
-    """Collects what images add, match slab by slab, and turns it into means over images, without leaving the device."""
+    """Collects the sums of every slab's match, and turns them into the loss and its statistics on the device."""
 
     def __init__(self, kernels: Any) -> None:
         self.kernels = kernels
         self.parts: list[Tensor] = []
         self.norm: Tensor | None = None
 
-    def add(self, matched: Matched) -> None:
+    def add(self, matched: MatchSums) -> None:
         self.parts.append(matched.images)
 
-    def spoil_unless_finite(self, norm: Tensor) -> None:
-        """The loss will be NaN if a norm of rows (m,) float64 is not finite."""
+    def make_nan_unless_finite(self, norm: Tensor) -> None:
+        """Make the loss NaN if a norm of rows, norm (m,) float64, is not finite."""
         self.norm = norm
 
-    def evaluated(self, layout: Layout, masked: bool, column_sums: Tensor, dz: Tensor | None) -> Evaluated:
+    def evaluation(self, layout: Layout, masked: bool, column_sums: Tensor, dz: Tensor | None) -> Evaluation:
         images = self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts, 1)
         uniform_loss = math.log(layout.N - layout.T if masked else layout.N)
-        together = getattr(self.kernels, "loss_and_stats", loss_and_stats)
-        loss, stats = together(images, column_sums, self.norm, layout, uniform_loss)
-        return Evaluated(loss, stats, dz)
+        reduction = getattr(self.kernels, "loss_and_stats", loss_and_stats)
+        loss, stats = reduction(images, column_sums, self.norm, layout, uniform_loss)
+        return Evaluation(loss, stats, dz)
 
 
 def loss_and_stats(
     images: Tensor, column_sums: Tensor, norm: Tensor | None, layout: Layout, uniform_loss: float
 ) -> tuple[Tensor, Tensor]:
-    """The loss and (6,) statistics, float64, from Matched.images of all images and the sums of the last column step.
+    """Compute the loss and its statistics (6,) in float64, from MatchSums.images and the last column sums.
 
-    norm: see Sums.spoil_unless_finite.
+    norm: see Sums.make_nan_unless_finite.
     """
     total = images.sum(1, dtype=torch.float64)
     if norm is not None:

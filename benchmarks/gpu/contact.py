@@ -1,10 +1,11 @@
-"""Whether every kernel runs on this GPU, is right, and what it takes: about 300 s, one archive.
+"""Runs and times every kernel on this GPU and checks that it is right: about 300 s, one archive.
 
     python benchmarks/gpu/contact.py --out /tmp/contact --archive contact.tar.gz --extensions build/gpu
 
-Facts of the machine; each kernel in each form in a process of its own; the tests for GPUs, under CUDA's memory checker
-too; ranks; the driver's first steps on every backend; then, with the GPU to itself, times. A step that fails or hangs
-takes no other along. The archive holds what is needed to mend a failure without the GPU: logs, tracebacks, operands.
+Its steps print the facts of the machine, run each kernel in each form in its own process, the tests for GPUs (some of
+them under CUDA's memory checker), several ranks, and the driver's first steps on every backend. Then, with nothing else
+on the GPU, kernels and steps are timed. A step that fails or hangs does not stop the others. The archive holds what is
+needed to mend a failure without the GPU: logs, tracebacks and operands.
 """
 
 import importlib.util
@@ -23,23 +24,23 @@ from steps import (
     Outcome,
     Run,
     Step,
-    checker,
-    extension,
-    importing,
+    checkout_environment,
+    extension_environment,
     last_line,
     parser,
+    sanitizer_command,
     script,
     table,
 )
 
 TESTS = REPOSITORY / "tests"
-# Kernels from given operands, over blocks, clusters and long rows, at sizes that a memory checker allows.
+# Tests of kernels on given operands, for rows over blocks, clusters and long rows, small enough for a memory checker.
 CHECKED_TESTS = "(cluster or long) and (pass or blocks or 132)"
 CHECKED_FILES = [TESTS / "kernels" / "test_cuda_kernels.py", TESTS / "kernels" / "test_cuda_match.py"]
 
 
 class Contact:
-    """The steps of a run."""
+    """Builds the steps of a contact run."""
 
     def __init__(self, out: Path, extensions: Path | None, toy: bool) -> None:
         self.out, self.extensions, self.toy = out.absolute(), extensions, toy
@@ -47,24 +48,27 @@ class Contact:
         self.backends = ["cpu"] if toy else ["cuda", "triton"]
 
     def environment(self, variant: str = BASE, **more: str) -> dict[str, str]:
-        return importing() | extension(self.extensions, variant) | more
+        return checkout_environment() | extension_environment(self.extensions, variant) | more
 
-    def missing(self, variant: str) -> str | None:
-        """Why a step that needs a variant of the extension cannot run."""
-        here = bool(extension(self.extensions, variant))
+    def missing_variant(self, variant: str) -> str | None:
+        """Why a step that needs a variant of the extension cannot run; None if it can."""
+        here = bool(extension_environment(self.extensions, variant))
         return self.no_gpu or (None if here else f"build.py has not made {variant} in {self.extensions}")
 
     def facts(self) -> Step:
         return Step("facts", script("facts"), 40, self.environment(), self.no_gpu)
 
     def build(self) -> Step:
-        """The extension that was carried does not load here: make it here, beside OUT, whose files are archived."""
+        """Build the extensions here, because the given one does not load.
+
+        They go to a folder next to OUT, whose files would be archived.
+        """
         self.extensions = self.out.with_name(f"{self.out.name}-extensions")
-        return Step("build", script("build", "--out", self.extensions), 150, importing())
+        return Step("build", script("build", "--out", self.extensions), 150, checkout_environment())
 
     def probes(self, backend: str) -> list[Step]:
         toy = ["--toy"] if self.toy else []
-        limit = 15.0 if self.toy else 25.0 if backend == "cuda" else 60.0  # Triton compiles
+        limit = 15.0 if self.toy else 25.0 if backend == "cuda" else 60.0  # Triton compiles first
         environment = self.environment(OMP_NUM_THREADS="2")
         return [
             Step(f"probe-{name}", script("probe", name, "--out", self.out, *toy), limit, environment)
@@ -72,9 +76,9 @@ class Contact:
             if case.backend == backend and (not self.toy or case.check not in ("step", "flash_step"))
         ]
 
-    def named_waits(self, probed: list[Outcome]) -> list[Step]:
-        """CUDA's probes that did not end, by the build whose waits end and say where they were."""
-        environment, reason = self.environment("bounded"), self.missing("bounded")
+    def bounded_probes(self, probed: list[Outcome]) -> list[Step]:
+        """CUDA probes that hung, repeated with the build of bounded waits, which reports where a kernel waits."""
+        environment, reason = self.environment("bounded"), self.missing_variant("bounded")
         hung = {outcome.name for outcome in probed if "longer than" in outcome.status}
         return [
             Step(f"{step.name}-bounded", step.command, 25, environment, reason)
@@ -83,8 +87,8 @@ class Contact:
         ]
 
     def probes_for_older(self) -> list[Step]:
-        """The code for sm_80, which this GPU's driver compiles; it has no clusters."""
-        environment, reason = self.environment("sm_80"), self.missing("sm_80")
+        """CUDA probes with the build for sm_80, which this GPU's driver compiles; it has no clusters."""
+        environment, reason = self.environment("sm_80"), self.missing_variant("sm_80")
         return [
             Step(f"{step.name}-sm80", step.command, 60, environment, reason)
             for step in self.probes("cuda")
@@ -107,7 +111,7 @@ class Contact:
         environment["PYTHONPATH"] += f":{REPOSITORY / 'benchmarks' / 'gpu'}"
         if self.toy:
             environment["TRITON_INTERPRET"] = "1"
-        reason = None if variant == BASE else self.missing(variant)
+        reason = None if variant == BASE else self.missing_variant(variant)
         return Step(name, [*command, *map(str, files), *more], limit_s, environment, reason)
 
     def tests(self) -> list[Step]:
@@ -133,22 +137,27 @@ class Contact:
         ]
 
     def memory_checks(self) -> list[Step]:
-        return [self.checked("memcheck", 100), self.checked_rows("memcheck", "memcheck-rows", 150)]
+        return [self.sanitizer_step("memcheck", 100), self.sanitizer_rows_step("memcheck", "memcheck-rows", 150)]
 
-    def checked(self, tool: str, limit_s: float) -> Step:
-        """Small steps under a tool of compute-sanitizer."""
-        return self.under(tool, Step(tool, script("tiny", "cuda"), limit_s, self.environment()))
+    def sanitizer_step(self, tool: str, limit_s: float) -> Step:
+        """A step that runs small problems under a tool of compute-sanitizer."""
+        return self.under_sanitizer(tool, Step(tool, script("small_steps", "cuda"), limit_s, self.environment()))
 
-    def checked_rows(self, tool: str, name: str, limit_s: float, *which: str) -> Step:
-        """Tests of rows over blocks and clusters under a tool: those that `which` says, or all."""
-        return self.under(tool, self.pytest(name, CHECKED_FILES, limit_s, 0, *(which or ("-k", CHECKED_TESTS))))
+    def sanitizer_rows_step(self, tool: str, name: str, limit_s: float, *which: str) -> Step:
+        """A step that runs tests of rows over blocks and clusters under a tool: those that `which` selects, or all."""
+        return self.under_sanitizer(
+            tool, self.pytest(name, CHECKED_FILES, limit_s, 0, *(which or ("-k", CHECKED_TESTS)))
+        )
 
-    def under(self, tool: str, step: Step) -> Step:
-        """Each tensor is then a piece of memory of its own, so that what lies between two is seen."""
+    def under_sanitizer(self, tool: str, step: Step) -> Step:
+        """The step run under a tool of compute-sanitizer.
+
+        Without torch's caching each tensor is its own allocation, so that a write between two tensors is detected.
+        """
         missing = None if shutil.which("compute-sanitizer") else "compute-sanitizer is not here"
         environment = step.environment | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         needs = self.no_gpu or missing
-        return replace(step, command=[*checker(tool), *step.command], environment=environment, needs=needs)
+        return replace(step, command=[*sanitizer_command(tool), *step.command], environment=environment, needs=needs)
 
     def ranks(self) -> list[Step]:
         verify = [PYTHON, "-m", "bam_kernels.verify_ranks"]
@@ -164,7 +173,7 @@ class Contact:
         return made
 
     def driver(self) -> list[Step]:
-        """The first steps of the digits recipe on each backend, in float32, and in float64 for the truth."""
+        """First steps of the digits recipe on each backend, on the reference, and as the truth in float64."""
         missing = [name for name in ("tyro", "docstring_parser") if importlib.util.find_spec(name) is None]
         reason = f"the driver needs {', '.join(missing)}" if missing else None
         given = ["--optim.epochs=2", "--run.log-every=1", "--model.norm=layer"]
@@ -192,18 +201,18 @@ class Contact:
         return made
 
     def predictions(self) -> Step:
-        """What was foretold of the times beside what they are."""
+        """A step that compares the measured times with their predictions."""
         command = [PYTHON, str(REPOSITORY / "benchmarks" / "predictions.py")]
         return Step("predictions", [*command, "--results", str(self.out / "rows.jsonl")], 30, self.environment())
 
     def run(self, run: Run) -> None:
         facts = run.steps([self.facts()])
         probes = self.probes("triton") + self.probes("cuda")
-        if any(step.status == "failed with 1" for step in facts):  # 2: no GPU
+        if any(step.status == "failed with 1" for step in facts):  # 2 would mean that there is no GPU
             run.steps([self.build(), *self.probes("triton")], at_once=6)
             probes = self.probes("cuda")
         probed = run.steps([*probes, *self.probes_for_older()], at_once=8 if not self.toy else 2)
-        run.steps(self.named_waits(probed), at_once=6)
+        run.steps(self.bounded_probes(probed), at_once=6)
         beside = [*self.tests(), *self.memory_checks(), *self.ranks(), *self.driver()]
         beside.append(Step("doctor", [PYTHON, "-m", "bam_kernels"], 90, self.environment()))
         run.steps(beside, at_once=7 if not self.toy else 2)
@@ -213,7 +222,7 @@ class Contact:
 
 
 def failed_tests(out: Path) -> list[list[str]]:
-    """Test id and error of every test that failed, from the outcomes that pytest_gpu.py wrote."""
+    """Step, test id and error of each failed test, from the outcomes that pytest_gpu.py wrote."""
     found = []
     for file in sorted(out.glob("*.tests.jsonl")):
         for row in map(json.loads, file.read_text().splitlines()):
@@ -243,7 +252,7 @@ def times_table(rows: list[Row]) -> str:
 
 
 def summary(run: Run) -> str:
-    """Times first, failures last: often only the end of what a run prints is to be had."""
+    """Text of the summary. Failures come last, because often only the end of the output is kept."""
     parts = []
     rows = read(run.out / "rows.jsonl")
     if rows:
@@ -263,7 +272,7 @@ def summary(run: Run) -> str:
 
 def main() -> int:
     options = parser(__doc__, seconds=330).parse_args()
-    if options.extensions is not None and not extension(options.extensions, BASE):
+    if options.extensions is not None and not extension_environment(options.extensions, BASE):
         sys.exit(f"--extensions {options.extensions}: there is no {BASE} in it, which build.py makes")
     with Run(options.out, options.archive, options.only, options.seconds) as run:
         try:

@@ -1,6 +1,7 @@
-"""Reads what Nsight Compute counted, a line per kernel: `ncu --page raw --csv --print-units base --log-file FILE ...`.
+"""Tables of Nsight Compute's counters, one line per kernel.
 
-Each number is the median over a kernel's launches. Stalls are cycles that a warp waits per instruction issued.
+The files come from `ncu --page raw --csv --print-units base --log-file FILE ...`. Each number is the median over a
+kernel's launches. Stalls are cycles that a warp waits per instruction issued.
 """
 
 import csv
@@ -22,12 +23,12 @@ DRAM = (
 SM = ("sm__throughput.avg.pct_of_peak_sustained_elapsed",)
 INSTRUCTIONS = ("smsp__inst_executed.sum", "sm__inst_executed.sum")
 STALL = re.compile(r"issue_stalled_(\w+)_per_issue_active")
-NOT_STALLS = ("selected", "not_selected")  # a warp that issues, and one that could
+NOT_STALLS = ("selected", "not_selected")  # states of a warp that issues, and of one that could
 
 
 @dataclass(frozen=True)
-class Counted:
-    """Counters of one kernel; None: the profiler has not counted it. stalls: reasons, the longest first."""
+class KernelCounters:
+    """Counters of one kernel, None if the profiler did not count it; reasons of stalls, the longest first."""
 
     kernel: str
     launches: int
@@ -39,7 +40,7 @@ class Counted:
 
 
 def launches(file: Path) -> Iterator[tuple[str, dict[str, float]]]:
-    """(kernel, metrics) of each launch. The second line of the table says units: nanoseconds, as base units are."""
+    """Yield (kernel, metrics) of each launch. The table's second line holds units: times are in nanoseconds."""
     lines = [line for line in file.read_text(errors="replace").splitlines() if line.startswith('"')]
     for row in csv.DictReader(lines):
         if not row.get("ID"):
@@ -54,19 +55,19 @@ def launches(file: Path) -> Iterator[tuple[str, dict[str, float]]]:
 
 
 def short(name: str) -> str:
-    """ "void bam::cuda::match_kernel<short, false>(Args)" -> "match"."""
+    """Short name of a kernel: "match" for "void bam::cuda::match_kernel<short, false>(Args)"."""
     return name.split("(")[0].split("<")[0].split()[-1].split("::")[-1].removesuffix("_kernel")
 
 
-def counted(file: Path) -> list[Counted]:
-    """A row per kernel in the order of the file."""
+def read_counters(file: Path) -> list[KernelCounters]:
+    """Counters of each kernel, in the order of the file."""
     by_kernel: dict[str, list[dict[str, float]]] = defaultdict(list)
     for kernel, values in launches(file):
         by_kernel[kernel].append(values)
-    return [of_kernel(kernel, rows) for kernel, rows in by_kernel.items()]
+    return [median_counters(kernel, rows) for kernel, rows in by_kernel.items()]
 
 
-def of_kernel(kernel: str, rows: list[dict[str, float]]) -> Counted:
+def median_counters(kernel: str, rows: list[dict[str, float]]) -> KernelCounters:
     def middle(names: tuple[str, ...]) -> float | None:
         for name in names:
             if found := [row[name] for row in rows if name in row]:
@@ -82,10 +83,10 @@ def of_kernel(kernel: str, rows: list[dict[str, float]]) -> Counted:
     ns = middle(DURATION)
     longest = tuple(sorted(stalls, key=lambda item: -item[1])[:3])
     us = ns / 1e3 if ns is not None else None
-    return Counted(kernel, len(rows), us, middle(DRAM), middle(SM), middle(INSTRUCTIONS), longest)
+    return KernelCounters(kernel, len(rows), us, middle(DRAM), middle(SM), middle(INSTRUCTIONS), longest)
 
 
-def shown(rows: list[Counted]) -> str:
+def counter_table(rows: list[KernelCounters]) -> str:
     def text(value: float | None, digits: int = 1) -> str:
         return "-" if value is None else f"{value:.{digits}f}"
 
@@ -106,7 +107,7 @@ def shown(rows: list[Counted]) -> str:
 
 def main() -> int:
     for name in sys.argv[1:]:
-        print(f"{name}\n{shown(counted(Path(name)))}")
+        print(f"{name}\n{counter_table(read_counters(Path(name)))}")
     return 0
 
 

@@ -1,7 +1,7 @@
-"""Whether runs of the driver on several backends begin alike: `python curves.py float64 float32 cuda triton`.
+"""Compares the first losses of driver runs on several backends: `python curves.py float64 float32 cuda triton`.
 
-Each name is that of the newest run under ./runs. The first is the truth, and how far the second is from it says what
-rounding alone does, which grows from step to step: the others may be ten times as far, in each of their first steps.
+Each name stands for its newest run under ./runs. The first run is the truth. The distance of the second shows what
+rounding alone does, which grows from step to step. In each of the first steps the others may be ten times as far.
 """
 
 import json
@@ -19,7 +19,7 @@ def losses(name: str) -> list[float]:
 
 
 def differences(found: list[float], truth: list[float]) -> list[float]:
-    """The largest relative difference up to each step."""
+    """Largest relative difference from the truth up to each step."""
     each = [abs(a / b - 1) for a, b in zip(found, truth, strict=True)]
     return [max(each[: i + 1]) for i in range(len(each))]
 

@@ -1,4 +1,4 @@
-"""What this machine is: its GPU, its software, and which extension the library loads."""
+"""Prints the facts of this machine: its GPU, its software, and the extension that the library loads."""
 
 import shutil
 import subprocess
@@ -21,7 +21,7 @@ COMMANDS = (
 
 
 def main() -> int:
-    """Exit status 0 where the extension's CUDA kernels can run on the GPU, 2 where there is none."""
+    """Print the facts; exit status 0 if the CUDA kernels can run here, 1 if they cannot, 2 if there is no GPU."""
     print(f"Python {sys.version.split()[0]}, torch {torch.__version__}, CUDA {torch.version.cuda}")
     for command in COMMANDS:
         if shutil.which(command[0]) is None:
@@ -35,7 +35,7 @@ def main() -> int:
     print(torch.cuda.get_device_properties(0))
     print(f"the extension: {getattr(extension._C, '__file__', None)}, {extension.import_error or 'loaded'}")
     reason = cuda.unavailable(torch.device("cuda"))
-    print(cuda.found_device(0) if cuda.device_count() else "", f"compiled for {cuda.architectures()}", sep="\n")
+    print(cuda.query_device(0) if cuda.device_count() else "", f"compiled for {cuda.architectures()}", sep="\n")
     print(f"CUDA kernels: {reason or 'can run here'}")
     return int(reason is not None)
 

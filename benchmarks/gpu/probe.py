@@ -1,13 +1,15 @@
-"""One kernel in one form against float64, in a process of its own: what crashes or hangs takes nothing along.
+"""Compares one kernel in one form with float64, in its own process, so that a crash or hang stops nothing else.
 
     python benchmarks/gpu/probe.py --list
     python benchmarks/gpu/probe.py cuda-match-cluster --out DIR
 
-Each call of a kernel is named before it starts, so that the last line of the output names one that never ends. First
-every launch is waited for; then none is, and where the device can, launches overlap: the results must be the same bits.
-Memory is filled with NaN before, so that what is not written is seen, and outputs that are given lie between zones in
-which nothing may be written. What is wrong is saved with its operands. Without
-a GPU (--toy) the CUDA kernels run under the tests' emulator, the Triton kernels under Triton's interpreter.
+- The name of each kernel is printed before its call, so that the last line of the output names one that never ends.
+- The checks run twice: once waiting for every launch, once without waiting, with overlapping launches if the device has
+  them. Both runs must give the same bits.
+- Memory is filled with NaN first, so that missing writes are seen. Outputs lie between zones in which nothing may be
+  written.
+- A wrong result is saved with its operands.
+- Without a GPU (--toy) CUDA kernels run under the tests' emulator and Triton kernels under Triton's interpreter.
 """
 
 import argparse
@@ -24,9 +26,10 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests" / "support"), str(REPO
 
 @dataclass(frozen=True)
 class Case:
-    """check: of probe_checks.py; m x n scores or m rows of n features; limits: what the device is said to have.
+    """One probe: a check of probe_checks.py on m x n scores or m rows of n features.
 
-    form: "block", "cluster" or "long" rows, or "grid" of blocks, that int16 scores of this shape must take; "": any.
+    `toy` holds m and n for a toy run, `limits` fields of the device to override. `form` is what int16 scores of this
+    shape must take: rows in a "block", a "cluster" or "long" ones, or a "grid" of blocks; empty for any.
     """
 
     backend: str
@@ -36,7 +39,7 @@ class Case:
     toy: tuple[int, int] = (5, 300)
     limits: dict[str, Any] = field(default_factory=dict)
     form: str = ""
-    threads: int | None = None  # of a block, at most, at toy size: so that short rows need clusters
+    threads: int | None = None  # most threads of a block in a toy run, so that short rows need clusters
 
 
 ONE_BLOCK = {"clusters": (0, 0, 0, 0)}
@@ -75,8 +78,8 @@ CASES = {
 }
 
 
-class Named:
-    """Kernels that print their name before they run, and call `wait` after."""
+class LoggedKernels:
+    """Row kernels that print their name before each call and call `wait` after it."""
 
     def __init__(self, kernels: Any, wait: Callable[[], None]) -> None:
         self.kernels, self.wait = kernels, wait
@@ -97,7 +100,7 @@ class Named:
 
 
 def kernels_of(case: Case, toy: bool, overlapping: bool) -> Any:
-    """The row kernels of a case's backend on a device that is said to have its limits."""
+    """The row kernels of the case's backend, on a device with the case's limits."""
     if case.backend == "triton":
         from bam_kernels.backends import triton
 
@@ -113,13 +116,13 @@ def kernels_of(case: Case, toy: bool, overlapping: bool) -> Any:
         if case.threads is not None:
             shapes.MOST_THREADS = case.threads
         return emulated.kernels(replace(emulated.HOPPER, programmatic=overlapping, **case.limits))
-    found = cuda.found_device(0)
+    found = cuda.query_device(0)
     device = replace(found, programmatic=found.programmatic and overlapping, **case.limits)
     return CudaKernels(_C.cuda_kernels(), lambda index: device)
 
 
 def form_of(case: Case, m: int, n: int, device: Any) -> str:
-    """The form that int16 scores take on a device."""
+    """The form that int16 scores (m, n) take on a device."""
     from bam_kernels.backends.cuda import shapes
 
     if case.check == "on_chip":
@@ -135,10 +138,10 @@ def form_of(case: Case, m: int, n: int, device: Any) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("case", nargs="?", choices=CASES, help="which kernel in which form")
-    parser.add_argument("--list", action="store_true", help="print the cases")
-    parser.add_argument("--toy", action="store_true", help="on the CPU, at toy size")
-    parser.add_argument("--out", type=Path, default=Path("."), help="folder for what is wrong (.)")
+    parser.add_argument("case", nargs="?", choices=CASES, help="probe to run")
+    parser.add_argument("--list", action="store_true", help="print the names of the probes")
+    parser.add_argument("--toy", action="store_true", help="run toy sizes on the CPU")
+    parser.add_argument("--out", type=Path, default=Path("."), help="folder for wrong results (default: .)")
     options = parser.parse_args()
     if options.list or options.case is None:
         print("\n".join(CASES))
@@ -150,9 +153,9 @@ def main() -> int:
 
 
 def probe(name: str, case: Case, toy: bool, out: Path) -> int:
-    """Exit status 0 where all that the case's kernels write is right, waited for or not."""
+    """Run a probe, waiting for launches and overlapping; exit status 0 if all results are right and equal."""
     import torch
-    from probe_checks import CHECKS, Found, poison
+    from probe_checks import CHECKS, Findings, poison
 
     if toy and case.backend == "triton":
         import triton_device  # noqa: F401  (mends Triton 3.6's interpreter)
@@ -164,15 +167,15 @@ def probe(name: str, case: Case, toy: bool, out: Path) -> int:
         how = "launches as the device can" if overlapping else "each launch waited for"
         print(f"{name}: {m} x {n}, {how}", flush=True)
         poison(device)
-        found = Found(out / f"probe-{name}-{'overlapping' if overlapping else 'waiting'}")
-        of_case = kernels_of(case, toy, overlapping)
+        findings = Findings(out / f"probe-{name}-{'overlapping' if overlapping else 'waiting'}")
+        kernels = kernels_of(case, toy, overlapping)
         if case.form:
-            found.expect_form(case.form, form_of(case, m, n, of_case._found_device(0)))
+            findings.expect_form(case.form, form_of(case, m, n, kernels._query_device(0)))
         torch.manual_seed(0)
-        CHECKS[case.check](Named(of_case, (lambda: None) if overlapping else wait), device, m, n, found)
+        CHECKS[case.check](LoggedKernels(kernels, (lambda: None) if overlapping else wait), device, m, n, findings)
         wait()
-        found.check_zones()
-        runs.append(found)
+        findings.check_zones()
+        runs.append(findings)
     first, second = runs
     if not first.results:
         first.wrong.append("nothing was checked")

@@ -1,7 +1,8 @@
-"""A pytest plugin for GPU runs that may be cut off: `pytest -p pytest_gpu --outcomes FILE`, this folder on PYTHONPATH.
+"""Pytest plugin that writes outcomes one by one and replaces workers whose CUDA context is lost.
 
-Each test's outcome is a line of FILE as it comes. A worker of pytest-xdist whose CUDA context is lost ends after the
-test that lost it, so that the tests after it get a new one.
+Usage: `pytest -p pytest_gpu --outcomes FILE`, with this folder on PYTHONPATH. Each outcome is appended to FILE at once,
+because a GPU run may be cut off. A worker of pytest-xdist ends after the test that lost its CUDA context; pytest-xdist
+then starts a new worker for the remaining tests.
 """
 
 import json
@@ -21,7 +22,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class Outcomes:
-    """Writes the outcomes: for pytest's own process, not for its workers."""
+    """Writes the outcomes, in the main process of pytest and not in its workers."""
 
     def __init__(self, file: Path | None) -> None:
         self.file = file
@@ -30,7 +31,7 @@ class Outcomes:
             file.unlink(missing_ok=True)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        """A file that cannot be imported."""
+        """Write a failed outcome for a test file that cannot be imported."""
         if report.failed:
             self.write(report.nodeid, "failed", 0.0, report.longreprtext)
 
@@ -38,13 +39,13 @@ class Outcomes:
         if self.file is None or not (report.when == "call" or report.outcome != "passed"):
             return
         if report.failed:
-            if report.nodeid in self.failed:  # the end of its worker, which is told again as a crash in this test
+            if report.nodeid in self.failed:  # pytest-xdist reports the worker's end as one more failure
                 return
             self.failed.add(report.nodeid)
         self.write(report.nodeid, report.outcome, report.duration, report.longreprtext)
 
     def write(self, test: str, outcome: str, seconds: float, text: str) -> None:
-        """A line; of what failed or was skipped also why."""
+        """Append one outcome, with the reason if the test failed or was skipped."""
         if self.file is None:
             return
         row = {"test": test, "outcome": outcome, "seconds": round(seconds, 2)}
@@ -56,7 +57,7 @@ class Outcomes:
 
 
 class Worker:
-    """Ends a worker whose CUDA context is lost."""
+    """Ends this worker process when its CUDA context is lost."""
 
     def __init__(self) -> None:
         self.failed = False
@@ -74,7 +75,7 @@ class Worker:
 
 
 def context_is_lost() -> bool:
-    """Whether an earlier error of a kernel makes every later call of this process fail."""
+    """Whether an error of an earlier kernel makes every later CUDA call of this process fail."""
     import torch
 
     if not (torch.cuda.is_available() and torch.cuda.is_initialized()):

@@ -1,6 +1,7 @@
-"""A pytest plugin that runs listed tests alone: `pytest -p pytest_only --only-tests FILE`, one id a line of FILE.
+"""Pytest plugin that runs only the tests listed in a file: `pytest -p pytest_only --only-tests FILE`.
 
-Unlike ids on the command line, one that is no longer there is no error: it is named, and the others run.
+FILE has one test id per line. An id that no longer exists is printed and the others run; on the command line it would
+be an error.
 """
 
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--only-tests", type=Path, help="file of test ids, one a line")
+    parser.addoption("--only-tests", type=Path, help="file of test ids to run, one per line")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,4 +1,4 @@
-"""Result rows of the GPU scripts: one JSON object a line, written as they come."""
+"""Result rows of the GPU scripts, written one by one as lines of JSON."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -7,12 +7,15 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Row:
-    """A measured number.
+    """One measured number.
 
-    kind: ceiling, kernel or step. shape: M x N or M x N x D. error: relative, against float64, of dz or of a kernel's
-    output. how: "graph", device time of a replay, of a kernel "cold", with operands larger than the cache in turn, or
-    "warm", with the same again; "events", between two events around an eager call; "wall", an eager call and a wait;
-    "host", the call alone; "first", the first call, which compiles.
+    kind is ceiling, kernel or step; shape is MxN or MxNxD; error is the relative error against float64 of dz or of a
+    kernel's output. how says what was timed:
+    - "graph": device time of a replayed CUDA graph. For kernels it ends in "cold" if operands rotate through more
+      memory than the cache holds, or in "warm" if the same operands are used again;
+    - "events": time between CUDA events around an eager call;
+    - "wall": an eager call and a synchronisation; "host": the call without the synchronisation;
+    - "first": the first call, which compiles.
     """
 
     kind: str
@@ -29,13 +32,13 @@ class Row:
 
 
 class Rows:
-    """Appends rows to a file and prints them; counts what failed."""
+    """Appends rows to a file, prints them, and counts failures."""
 
     def __init__(self, path: Path | None) -> None:
         self.path, self.failed = path, 0
 
     def fail(self, what: str) -> None:
-        """Say that there is no row of something."""
+        """Print and count a measurement that failed."""
         self.failed += 1
         print(f"FAILED {what}", flush=True)
 

@@ -1,7 +1,7 @@
-"""What one eager step is made of on the device and on the host, by torch's profiler: `step_trace.py --out DIR`.
+"""Profiles one eager step on device and host with torch's profiler: `step_trace.py --out DIR`.
 
-A table of kernels, then the host's launches and what lies between them. The trace of each backend is a gzipped file for
-chrome://tracing or Perfetto, if it is small.
+Prints a table of kernels, then the host's launches and the gaps between them. Each backend's trace is written as a
+gzipped file for chrome://tracing or Perfetto, unless it is too large to be archived.
 """
 
 import gzip
@@ -14,19 +14,19 @@ from statistics import median
 from typing import Any
 
 import torch
-from one_step import options_of, ready, wait
+from one_step import step_parser, wait, warm_step
 from steps import LARGEST_ARCHIVED, table
 
-LONGEST = 8  # gaps that are shown
+LONGEST = 8  # number of gaps in the table
 Event = dict[str, Any]
 
 
-def traced(backend: str, shape: str, views: int, out: Path) -> list[Event]:
-    """The events of one step; its trace is written."""
+def trace_step(backend: str, shape: str, views: int, out: Path) -> list[Event]:
+    """Profile one step, write its trace, and return its events."""
     device = torch.device("cpu" if backend == "cpu" else "cuda")
-    step = ready(backend, shape, views, device)
+    step = warm_step(backend, shape, views, device)
     gpu = [torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else []
-    for _ in range(2):  # the first starts the profiler's own machinery
+    for _ in range(2):  # the first run also starts the profiler itself
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, *gpu]) as profile:
             step()
             wait(device)
@@ -43,7 +43,7 @@ def traced(backend: str, shape: str, views: int, out: Path) -> list[Event]:
 
 
 def kernels(events: list[Event]) -> str:
-    """Everything that ran on the device, on a CPU torch's operators, the longest first."""
+    """Table of all kernels and copies on the device (on a CPU torch's operators), the longest total first."""
     categories = {"kernel", "gpu_memcpy", "gpu_memset"}
     ran = [event for event in events if event.get("cat") in categories]
     ran = ran or [event for event in events if event.get("cat") == "cpu_op"]
@@ -56,7 +56,7 @@ def kernels(events: list[Event]) -> str:
 
 
 def launches(events: list[Event]) -> str:
-    """The host's launches of one step, and the longest times between two of them."""
+    """Summary of the host's launches in one step, and a table of the longest gaps between two launches."""
     made = [e for e in events if e.get("cat") in ("cuda_runtime", "cuda_driver") and is_launch(e["name"])]
     made.sort(key=lambda event: event["ts"])
     if len(made) < 2:
@@ -82,11 +82,11 @@ def number(event: Event) -> Any:
 
 
 def main() -> int:
-    parser = options_of(__doc__)
-    parser.add_argument("--out", type=Path, default=Path("."), help="folder of the traces (.)")
+    parser = step_parser(__doc__)
+    parser.add_argument("--out", type=Path, default=Path("."), help="folder for the traces (default: .)")
     options = parser.parse_args()
     for backend in options.backends:
-        events = traced(backend, options.shape, options.views, options.out)
+        events = trace_step(backend, options.shape, options.views, options.out)
         print(f"\n{backend}, {options.shape} with a teacher, one eager step")
         print(f"{kernels(events)}\n{launches(events)}", flush=True)
     return 0

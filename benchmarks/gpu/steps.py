@@ -1,7 +1,7 @@
-"""Commands with time limits, run in turn or side by side, for scripts that use a GPU one has for minutes.
+"""Runs commands with time limits, one by one or several at once, for scripts on a GPU that is available for minutes.
 
-What a step prints goes to OUT/NAME.log as it comes, how each ended to OUT/steps.json at once. The archive holds all of
-OUT's small files and is renewed every few seconds, so that a run that is killed leaves it too.
+The output of a step goes to OUT/NAME.log as it is printed, and its outcome to OUT/steps.json as soon as it ends. The
+archive holds all small files of OUT and is renewed every few seconds, so that a killed run leaves it too.
 """
 
 import argparse
@@ -23,14 +23,14 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 GPU_SCRIPTS = REPOSITORY / "benchmarks" / "gpu"
 PYTHON = sys.executable
 ARCHIVE_EVERY_S = 5.0
-LARGEST_ARCHIVED = 4 << 20  # bytes of a file; larger ones are left out and named
-KILLED_S = 5.0  # that a killed process may take to end
-BASE = "sm_90a"  # the variant of the extension that most steps use
+LARGEST_ARCHIVED = 4 << 20  # bytes; larger files are left out and listed
+KILLED_S = 5.0  # time in which a killed process must end
+BASE = "sm_90a"  # variant of the extension that most steps use
 
 
 @dataclass(frozen=True)
 class Step:
-    """A command with a limit in seconds; `needs` says why it cannot run here, None: it can."""
+    """A command with a limit in seconds. `needs` says why it cannot run here; None if it can."""
 
     name: str
     command: list[str]
@@ -41,7 +41,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a step ended: "passed", "failed ..." or "not run: ..." where it cannot run here, and its log's last line."""
+    """Outcome of a step: "passed", "failed ..." or, if it cannot run here, "not run: ..."; and its log's last line."""
 
     name: str
     status: str
@@ -54,7 +54,7 @@ class Outcome:
 
 
 class Run:
-    """Runs steps until `seconds` are over: `with Run(...) as run: run.steps([...], at_once=6)`."""
+    """A run of steps that ends after `seconds`: `with Run(...) as run: run.steps([...], at_once=6)`."""
 
     def __init__(self, out: Path, archive: Path | None, only: Iterable[str] = (), seconds: float = 1e9) -> None:
         self.out, self.archive, self.only = out.absolute(), archive, tuple(only)
@@ -67,22 +67,22 @@ class Run:
             archive.parent.mkdir(parents=True, exist_ok=True)
 
     def __enter__(self) -> "Run":
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends what runs, and writes the archive
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that __exit__ writes the archive
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.write_archive()
 
     def chosen(self, name: str) -> bool:
-        """Whether `only` lets a step of this name run."""
+        """Whether the patterns of `only` select a step of this name."""
         return not self.only or any(fnmatch(name, pattern) for pattern in self.only)
 
     def steps(self, steps: Iterable[Step], at_once: int = 1) -> list[Outcome]:
-        """Run the chosen ones, `at_once` at a time, each until its limit or the run's end."""
+        """Run the chosen steps, `at_once` at a time, each until its limit or the end of the run."""
         given: list[Step] = list(steps)
         self.known += [step.name for step in given]
         waiting, ended = [step for step in given if self.chosen(step.name)], []
-        running: list[Running] = []
+        running: list[StepProcess] = []
         try:
             while waiting or running:
                 while waiting and len(running) < at_once:
@@ -93,7 +93,7 @@ class Run:
                     elif left < 1:
                         ended.append(self._note(Outcome(step.name, "failed: no time was left for it")))
                     else:
-                        running.append(Running(step, self.out, min(step.limit_s, left)))
+                        running.append(StepProcess(step, self.out, min(step.limit_s, left)))
                 for process in [process for process in running if process.ended()]:
                     running.remove(process)
                     ended.append(self._note(process.outcome()))
@@ -106,7 +106,7 @@ class Run:
         return ended
 
     def write(self, name: str, text: str) -> None:
-        """A file of the archive."""
+        """Write a file into OUT, and so into the archive."""
         (self.out / name).write_text(text)
 
     def _note(self, outcome: Outcome) -> Outcome:
@@ -122,7 +122,7 @@ class Run:
         return outcome
 
     def write_archive(self) -> None:
-        """All of OUT's files that are not too large, in one file that is whole at any moment."""
+        """Archive OUT's files that are not too large. The archive is replaced as a whole, so it is always complete."""
         self._archived = time.monotonic()
         if self.archive is None:
             return
@@ -137,7 +137,7 @@ class Run:
 
             for path in sorted(self.out.rglob("*")):
                 name = str(path.relative_to(self.out))
-                try:  # steps write, rename and remove files meanwhile
+                try:  # steps may write, rename and remove files at the same time
                     size = path.stat().st_size if path.is_file() else None
                     if size is not None and size <= LARGEST_ARCHIVED:
                         add(name, path.read_bytes())
@@ -150,19 +150,19 @@ class Run:
         new.replace(self.archive)
 
     def shortfalls(self) -> str:
-        """A table of the steps that did not pass."""
+        """Table of the steps that did not pass."""
         others = [step for step in self.outcomes if step.status != "passed"]
         return table(["step", "status", "last line"], [[s.name, s.status, s.last_line[:150]] for s in others])
 
     def check_only(self) -> None:
-        """Raises: ValueError if a pattern of `only` named no step."""
+        """Raise ValueError if a pattern of `only` matches no step."""
         for pattern in self.only:
             if not any(fnmatch(name, pattern) for name in self.known):
                 raise ValueError(f"--only {pattern}: no such step; there are {', '.join(self.known)}")
 
 
-class Running:
-    """A step's process group, its log and its limit."""
+class StepProcess:
+    """The running process of a step, with its log and its limit."""
 
     def __init__(self, step: Step, out: Path, limit_s: float) -> None:
         self.step, self.limit_s, self.begin = step, limit_s, time.monotonic()
@@ -181,12 +181,12 @@ class Running:
     def ended(self) -> bool:
         self.over = self.process.poll() is None and time.monotonic() > self.begin + self.limit_s
         if self.over or self.process.returncode is not None:
-            self.kill()  # what a command has left running would disturb the steps after it
+            self.kill()  # child processes left behind would disturb later steps
             return True
         return False
 
     def kill(self) -> None:
-        """End the command and all that it started; one that the system cannot end is left behind."""
+        """Kill the command and its child processes; one that does not end within KILLED_S is left behind."""
         try:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait(KILLED_S)
@@ -202,51 +202,51 @@ class Running:
 
 
 def last_line(log: Path) -> str:
-    """The last line that says something."""
+    """Last line of the log with any text other than a rule of equal signs."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip(" =\n")]
     return lines[-1] if lines else ""
 
 
 def script(name: str, *arguments: str | Path) -> list[str]:
-    """A script of this folder as a command."""
+    """Command that runs a script of this folder."""
     return [PYTHON, str(GPU_SCRIPTS / f"{name}.py"), *map(str, arguments)]
 
 
-def checker(tool: str) -> list[str]:
-    """A command under a tool of CUDA's compute-sanitizer: exit status 9 where it has found something."""
+def sanitizer_command(tool: str) -> list[str]:
+    """Prefix that runs a command under a tool of CUDA's compute-sanitizer, which exits with 9 if it finds an error."""
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
-    # Barriers of a block in shared memory, which the tool does not count by itself.
+    # synccheck must be told how many barriers a block has in shared memory.
     return [*command, "--num-cuda-barriers", "64"] if tool == "synccheck" else command
 
 
 def parser(description: str, seconds: float) -> argparse.ArgumentParser:
-    """The options that contact, measure and tune share."""
+    """Parser of the options that contact.py, measure.py and tune.py share."""
     made = argparse.ArgumentParser(description=description.splitlines()[0])
-    made.add_argument("--out", type=Path, required=True, help="folder of logs and results")
-    made.add_argument("--archive", type=Path, help="one .tar.gz of all of them; its name ends in .tar.gz")
-    made.add_argument("--extensions", type=Path, help="folder that build.py wrote; none: the installed extension")
-    made.add_argument("--toy", action="store_true", help="toy sizes, on a CPU: whether each step runs")
-    made.add_argument("--only", nargs="+", default=[], metavar="STEP", help="only these steps; * stands for anything")
-    made.add_argument("--seconds", type=float, default=seconds, help=f"time for all of it ({seconds:.0f})")
+    made.add_argument("--out", type=Path, required=True, help="folder for logs and results")
+    made.add_argument("--archive", type=Path, help="file NAME.tar.gz for an archive of all of them")
+    made.add_argument("--extensions", type=Path, help="folder that build.py wrote (default: the installed extension)")
+    made.add_argument("--toy", action="store_true", help="run toy sizes on a CPU, to see that each step runs")
+    made.add_argument("--only", nargs="+", default=[], metavar="STEP", help="run only these steps; * matches anything")
+    made.add_argument("--seconds", type=float, default=seconds, help=f"seconds for all steps (default: {seconds:.0f})")
     return made
 
 
-def extension(folder: Path | None, variant: str) -> dict[str, str]:
-    """The environment of a step that uses a variant of the extension that build.py made."""
+def extension_environment(folder: Path | None, variant: str) -> dict[str, str]:
+    """Environment variables that load a variant of the extension from build.py's folder; empty if it is not there."""
     if folder is None:
         return {}
     found = sorted((folder / variant).glob("_C*.so"))
     return {"BAM_KERNELS_EXTENSION": str(found[0].resolve())} if found else {}
 
 
-def importing() -> dict[str, str]:
-    """The environment in which the checkout is imported, installed or not."""
+def checkout_environment() -> dict[str, str]:
+    """Environment variables that import bam_kernels from this checkout, installed or not."""
     path = os.environ.get("PYTHONPATH")
     return {"PYTHONPATH": f"{REPOSITORY}:{path}" if path else str(REPOSITORY)}
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """Aligned columns, the first to the left."""
+    """Text of a table: the first and last columns flush left, the others flush right."""
     cells = [head, *rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
     justified: list[Callable[..., str]] = [str.ljust, *[str.rjust] * (len(head) - 2), str.ljust]

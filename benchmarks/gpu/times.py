@@ -1,8 +1,8 @@
-"""What the device, each kernel and a whole step take, on a GPU that nothing else uses: `python times.py --rows FILE`.
+"""Times ceilings, kernels and whole steps on a GPU that nothing else uses: `python times.py --rows FILE`.
 
-Kernels and steps are timed by replays of CUDA graphs, whose launches cost the host nothing, with the inputs cold (taken
-in turn from sets larger than the cache) or warm; steps also by the wall, and by the host's share of it. Every step's
-gradient is compared with float64 first, and one that is wrong is not timed.
+Kernels and steps are replayed as CUDA graphs, whose launches cost the host nothing. Inputs are cold (they rotate
+through sets larger than the cache) or warm. Steps are also timed by the wall clock, with the host's share of it. The
+gradient of each step is compared with float64 first; a wrong step is not timed.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from bam_kernels.backends.interface import FIXED_STEPS, LOG2_E, Potential  # noq
 from bam_kernels.layout import Layout  # noqa: E402
 
 EPSILON, TAU = 0.05, 0.1
-# Shape and views, the most telling first.
+# Views by shape MxNxD, the most informative problems first.
 STEPS = {
     "2048x8192x4096": 8,
     "2048x8192x256": 8,
@@ -41,31 +41,31 @@ STEPS = {
     "2048x65536x1024": 8,
 }
 TOY_STEPS = {"32x64x16": 4, "16x16x16": 2}
-LARGEST_ERROR = 2e-3  # of dz, of 16-bit steps
-# Kernels four of whose sets of operands are larger than a cache; the others are timed warm alone.
+LARGEST_ERROR = 2e-3  # largest relative error of dz with which a 16-bit step is timed
+# Kernels of which four sets of operands exceed the cache; the others are timed warm only.
 LARGE = ("sinkhorn_pass", "column_lse", "match", "finish_scores")
 
 
 @dataclass(frozen=True)
 class Clock:
-    """Times functions on a device; on a CPU, for a toy run, by the wall."""
+    """Times functions on a device; on a CPU (toy runs) by the wall clock."""
 
     device: torch.device
-    seconds: float  # a measurement
+    seconds: float  # of one measurement
 
     def graph_us(self, runs: list[Callable[[], Any]]) -> float:
-        """Device time of one of `runs`, which are captured one after another and replayed: the median."""
+        """Median device time in us of one of `runs`, which are captured into one graph and replayed."""
         if self.device.type == "cpu":
             return self.wall_us(runs[0])
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # compiles, plans and makes workspaces
+        with torch.cuda.stream(aside):  # compiles kernels, makes plans and allocates workspaces
             for run in runs:
                 run()
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            kept = [run() for run in runs]  # outputs live as long as the graph
+            kept = [run() for run in runs]  # outputs must live as long as the graph
         times, end = [], time.perf_counter() + self.seconds
         while len(times) < 10 or time.perf_counter() < end:
             begin, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -78,11 +78,11 @@ class Clock:
         return statistics.median(times[3:])
 
     def wall_us(self, run: Callable[[], Any]) -> float:
-        """One call until the device has ended: the median."""
+        """Median us of one call until the device has finished."""
         return self.eager_us(run)[0]
 
     def eager_us(self, run: Callable[[], Any]) -> tuple[float, float]:
-        """One call until the device has ended, and until it returns: medians of the same calls."""
+        """Median us of one call until the device has finished, and until the call returns."""
         run()
         walls, hosts, end = [], [], time.perf_counter() + self.seconds
         while len(walls) < 5 or time.perf_counter() < end:
@@ -96,7 +96,7 @@ class Clock:
 
 
 def backends(device: torch.device) -> dict[str, Any]:
-    """Row kernels that run here, by name."""
+    """Row kernels that can run on the device, by name of the backend."""
     if device.type == "cpu":
         return {"cpu": cpu.kernels()} if cpu.unavailable() is None else {}
     found = {"cuda": cuda, "triton": triton}
@@ -104,7 +104,7 @@ def backends(device: torch.device) -> dict[str, Any]:
 
 
 def ceilings(clock: Clock, rows: Rows, toy: bool) -> None:
-    """The best that the device does in this run."""
+    """Measure the device's rates of a large copy and a large fp16 product."""
     source = torch.empty((1 << 20) if toy else (1 << 30), dtype=torch.float32, device=clock.device).normal_()
     target = torch.empty_like(source)
     gbs = 2 * source.nbytes / clock.wall_us(partial(target.copy_, source)) / 1e3
@@ -118,13 +118,13 @@ def ceilings(clock: Clock, rows: Rows, toy: bool) -> None:
 
 
 class Operands:
-    """Sets of operands of one problem's kernels, V views of teacher and student, rows of W ranks' keys."""
+    """One set of operands for the kernels of a problem with V views of student and teacher and W ranks."""
 
     def __init__(self, kernels: Any, M: int, N: int, D: int, V: int, device: torch.device, seed: int) -> None:
         generator = torch.Generator(device).manual_seed(seed)
         self.layout = Layout(B=M // V, V=V, L=2, T=2, D=D, R=V, W=N // (2 * M // V))
         self.kernels = kernels
-        # Between -1/2 and 1/2, as a problem's scores are: most are small.
+        # Cubes, so that most scores are small and all lie within +-1/2, as in a real problem.
         self.scores = torch.rand(M, N, generator=generator, device=device).mul_(2).sub_(1).pow_(3).mul_(0.5)
         self.fixed = (self.scores * FIXED_STEPS).round().short() if kernels.backend != "cpu" else self.scores
         self.source, self.gradient = self.fixed.clone(), torch.empty_like(self.fixed)
@@ -133,7 +133,7 @@ class Operands:
         self.col = Potential(torch.zeros(N, device=device), torch.ones(N, device=device))
         self.row = Potential(torch.zeros(M, device=device), torch.ones(M, device=device))
         self.shift, self.sums, self.c = torch.zeros(3, N, device=device)
-        # As good as a step's, in which a row's potential changes little from iteration to iteration.
+        # A close guess, as in a step, where a row's potential changes little between iterations.
         self.guess = torch.full((2, M // V), -math.ceil(LOG2_E / EPSILON / 2), dtype=torch.float32, device=device)
         self.x = torch.randn(M, D, generator=generator, device=device).half()
         self.d = torch.randn(M, D, generator=generator, device=device)
@@ -154,7 +154,7 @@ class Operands:
 
     def match(self) -> Any:
         V, B, N = self.layout.V, self.layout.B, self.layout.N
-        gradient = self.gradient.view(V, B, N)  # apart from the scores, which must be the same at every run
+        gradient = self.gradient.view(V, B, N)  # not in place: the scores must stay the same for every run
         return self.kernels.match(
             self.fixed.view(V, B, N)[:2],
             self.source.view(V, B, N),
@@ -180,7 +180,7 @@ class Operands:
 
 
 def kernel_times(clock: Clock, rows: Rows, toy: bool) -> None:
-    """Each kernel at 2048 x 8192: int16 scores, fp16 rows."""
+    """Time each kernel on 2048 x 8192 int16 scores and fp16 rows."""
     M, N, D, V = (32, 64, 16, 4) if toy else (2048, 8192, 256, 8)
     sets = 2 if toy else 4
     for backend, kernels in backends(clock.device).items():
@@ -207,7 +207,7 @@ def kernel_times(clock: Clock, rows: Rows, toy: bool) -> None:
 
 
 def small_kernels(clock: Clock, rows: Rows, backend: str, kernels: Any, toy: bool) -> None:
-    """What only some shapes have: one-launch Sinkhorn, G + transpose(G), and rows of many features."""
+    """Time kernels that only some shapes use: one-launch Sinkhorn, G + transpose(G), rows of many features."""
     device = clock.device
     m = 32 if toy else 512
     fixed = torch.randint(-32000, 32000, (m, m), dtype=torch.int16, device=device)
@@ -234,7 +234,7 @@ def small_kernels(clock: Clock, rows: Rows, backend: str, kernels: Any, toy: boo
 def attempt(
     rows: Rows, kind: str, name: str, backend: str, shape: str, how: str, run: Callable[[], float], **more: Any
 ) -> None:
-    """Add the row of one measurement, or say why there is none."""
+    """Measure and add a row; if the measurement raises, print and count the failure."""
     try:
         rows.add(Row(kind, name, backend, shape, how, run(), **more))
     except Exception as error:
@@ -242,7 +242,7 @@ def attempt(
 
 
 def step_times(clock: Clock, rows: Rows, toy: bool, only: list[str]) -> None:
-    """Whole steps, from 16-bit embeddings to the gradient, with a teacher and without."""
+    """Time whole steps from 16-bit embeddings to the gradient, with a teacher and without."""
     for shape, V in (TOY_STEPS if toy else STEPS).items():
         for teacher in (True, False):
             if only and shape not in only:
@@ -265,7 +265,7 @@ def step_times(clock: Clock, rows: Rows, toy: bool, only: list[str]) -> None:
 def one_step(
     clock: Clock, rows: Rows, shape: str, teacher: bool, problem: Problem, truth: Tensor | None, backend: str
 ) -> None:
-    """A backend's rows of one problem, if its gradient is right."""
+    """Time a backend's step on one problem, if its gradient is right."""
     leaves = [problem.student.clone().requires_grad_() for _ in range(4)]
     of_problem = our_step(problem, backend)
 
@@ -290,7 +290,7 @@ def one_step(
 
 
 def products(clock: Clock, rows: Rows, shape: str, teacher: bool, problem: Problem) -> None:
-    """The three library products of a step in fp16, which nothing beats."""
+    """Time the three fp16 torch.mm of a step, which bound any step from below."""
     z, k = problem.student.half(), problem.keys.half()
     y = problem.teacher.half() if problem.teacher is not None else None
     G = torch.mm(z, k.T)
@@ -302,7 +302,7 @@ def products(clock: Clock, rows: Rows, shape: str, teacher: bool, problem: Probl
 
 
 def peak_mb(run: Callable[[], Any], device: torch.device) -> float | None:
-    """Most memory beyond what was held before, in 10^6 bytes."""
+    """Peak memory of a run beyond what was allocated before, in 10^6 bytes; None on a CPU."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize()
@@ -316,12 +316,12 @@ def peak_mb(run: Callable[[], Any], device: torch.device) -> float | None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=Path, help="file to which a JSON line is appended for each number")
-    parser.add_argument("--toy", action="store_true", help="toy sizes, on the CPU")
+    parser.add_argument("--toy", action="store_true", help="run toy sizes on the CPU")
     parser.add_argument(
         "--parts", nargs="+", choices=("ceilings", "kernels", "steps"), default=["ceilings", "kernels", "steps"]
     )
-    parser.add_argument("--shapes", nargs="+", default=[], help="only these whole steps, M x N x D")
-    parser.add_argument("--seconds", type=float, default=0.15, help="of each measurement (0.15)")
+    parser.add_argument("--shapes", nargs="+", default=[], help="time only these whole steps, MxNxD")
+    parser.add_argument("--seconds", type=float, default=0.15, help="seconds of each measurement (default: 0.15)")
     options = parser.parse_args()
     clock = Clock(torch.device("cpu" if options.toy else "cuda"), 0.01 if options.toy else options.seconds)
     if options.rows is not None:

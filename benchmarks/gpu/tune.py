@@ -1,11 +1,14 @@
-"""Which Triton tiles and which constants of the CUDA kernels are the fastest on this GPU: about 420 s, one archive.
+"""Finds the fastest Triton tiles and constants of CUDA kernels for this GPU: about 420 s, one archive.
 
     python benchmarks/gpu/tune.py --out /tmp/tune --archive tune.tar.gz --extensions build/gpu
 
-Processes side by side compile every candidate tile; then one process alone times them, and whole steps with the winners
-(tune_tiles.py). Then each build of variants.py that build.py has made: its kernels are checked and timed, and one that
-is faster than the usual build is tried in whole steps, in turn with it (tune_variant.py). OUT/tuned.json is what
-BAM_KERNELS_TUNED may name; a copy lies where every later process on this kind of GPU finds it.
+1. Several processes compile all candidate tiles (tune_tiles.py).
+2. One process alone times the tiles, and whole steps with the winners (tune_tiles.py).
+3. The kernels of each variant that build.py has built are checked and timed (tune_variant.py, variants.py).
+4. A variant that is faster than the default build is timed in whole steps, alternating with the default build.
+
+The environment variable BAM_KERNELS_TUNED may name OUT/tuned.json. A copy is saved where later processes on this kind
+of GPU find it.
 """
 
 import json
@@ -15,62 +18,71 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
-from earlier import remove
+from earlier_run import remove
 from rows import Row, read
-from steps import BASE, Run, Step, extension, importing, parser, script, table
+from steps import BASE, Run, Step, checkout_environment, extension_environment, parser, script, table
 from variants import TRIED
 
-GAIN = 0.98  # of the usual build's time: less is noise
-TURNS = 2  # times that a winner and the usual build are tried in whole steps
+GAIN = 0.98  # a variant wins below this share of the default build's time: a smaller gain is noise
+TURNS = 2  # times that a winner and the default build are timed in whole steps
 
 
 class Tuning:
-    """The steps of a run."""
+    """Builds the steps of a tuning run."""
 
     def __init__(self, out: Path, extensions: Path | None, toy: bool, processes: int) -> None:
         self.out, self.extensions, self.toy, self.processes = out.absolute(), extensions, toy, processes
         self.rows = self.out / "rows.jsonl"
         self.tuned = self.out / "tuned.json"
 
-    def triton(self) -> dict[str, str]:
-        """The cache lies beside OUT: its thousands of files are not for the archive."""
+    def triton_environment(self) -> dict[str, str]:
+        """Environment of steps with Triton, whose cache lies next to OUT: its thousands of files are not archived."""
         cache = self.out.with_name(f"{self.out.name}-triton")
         interpreted = {"TRITON_INTERPRET": "1"} if self.toy else {}
-        return importing() | {"TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"} | interpreted
+        return checkout_environment() | {"TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"} | interpreted
 
-    def given(self) -> list[str]:
+    def toy_option(self) -> list[str]:
         return ["--toy"] if self.toy else []
 
-    def compiling(self) -> list[Step]:
+    def compile_steps(self) -> list[Step]:
         shares = [f"{part}/{self.processes}" for part in range(self.processes)]
         return [
-            Step(f"compile-{part}", script("tune_tiles", "--compile", share, *self.given()), 150, self.triton())
+            Step(
+                f"compile-{part}",
+                script("tune_tiles", "--compile", share, *self.toy_option()),
+                150,
+                self.triton_environment(),
+            )
             for part, share in enumerate(shares)
         ]
 
-    def tiles(self) -> Step:
-        return Step("tiles", script("tune_tiles", "--tuned", self.tuned, *self.given()), 150, self.triton())
+    def tile_step(self) -> Step:
+        return Step(
+            "tiles", script("tune_tiles", "--tuned", self.tuned, *self.toy_option()), 150, self.triton_environment()
+        )
 
-    def variant(self, name: str, step: str, *given: str) -> Step:
-        """A build's kernels or steps. A toy run has the CPU's kernels of one build for each."""
-        found = importing() | extension(self.extensions, name)
+    def variant_step(self, name: str, step: str, *given: str) -> Step:
+        """A step that times a variant's kernels or whole steps; a toy run times the installed CPU kernels."""
+        found = checkout_environment() | extension_environment(self.extensions, name)
         missing = None if self.toy or "BAM_KERNELS_EXTENSION" in found else "build.py has not made it"
-        command = script("tune_variant", "--name", name, "--rows", self.rows, *given, *self.given())
+        command = script("tune_variant", "--name", name, "--rows", self.rows, *given, *self.toy_option())
         return Step(step, command, 45, found, missing)
 
-    def variants(self) -> list[Step]:
-        return [self.variant(name, variant_step(name)) for name in (BASE, *TRIED)]
+    def variant_steps(self) -> list[Step]:
+        return [self.variant_step(name, variant_step_name(name)) for name in (BASE, *TRIED)]
 
-    def in_turns(self, winners: list[str]) -> list[Step]:
-        """Whole steps of the usual build and of each winner, one after another."""
+    def whole_steps_in_turn(self, winners: list[str]) -> list[Step]:
+        """Steps that time whole steps of the default build and of each winner, alternating."""
         builds = (BASE, *winners) if winners else ()
-        return [self.variant(name, steps_of_turn(turn, name), "--step") for turn in range(TURNS) for name in builds]
+        return [
+            self.variant_step(name, turn_step_name(turn, name), "--step") for turn in range(TURNS) for name in builds
+        ]
 
-    def forget(self, run: Run) -> None:
-        """Leave an earlier run's rows out that this one measures."""
+    def drop_old_rows(self, run: Run) -> None:
+        """Remove the rows of an earlier run that this run measures again."""
 
         def again(row: Row) -> bool:
-            kernels, steps = [variant_step(row.note)], [steps_of_turn(turn, row.note) for turn in range(TURNS)]
+            kernels, steps = [variant_step_name(row.note)], [turn_step_name(turn, row.note) for turn in range(TURNS)]
             return any(run.chosen(step) for step in (kernels if row.kind == "kernel" else steps))
 
         kept = [row for row in read(self.rows) if not again(row)]
@@ -78,46 +90,46 @@ class Tuning:
 
     def run(self, run: Run) -> None:
         remove(run, {"tiles": ("tiles.log", "tuned.json")})
-        self.forget(run)
-        run.steps(self.compiling(), at_once=self.processes)
-        run.steps([self.tiles()])
-        run.steps(self.variants())
-        run.steps(self.in_turns(winners(read(self.rows))))
+        self.drop_old_rows(run)
+        run.steps(self.compile_steps(), at_once=self.processes)
+        run.steps([self.tile_step()])
+        run.steps(self.variant_steps())
+        run.steps(self.whole_steps_in_turn(winners(read(self.rows))))
 
 
-def variant_step(name: str) -> str:
-    """Name of the step that times a build's kernels."""
+def variant_step_name(name: str) -> str:
+    """Name of the step that times a variant's kernels."""
     return f"variant-{name}"
 
 
-def steps_of_turn(turn: int, name: str) -> str:
-    """Name of the step that takes whole steps of a build."""
+def turn_step_name(turn: int, name: str) -> str:
+    """Name of the step that times whole steps of a variant."""
     return f"steps-{turn}-{name}"
 
 
-def us_of(rows: list[Row], name: str, kernel: str) -> float | None:
-    """Microseconds with cold operands."""
+def cold_us(rows: list[Row], name: str, kernel: str) -> float | None:
+    """Last measured us of a variant's kernel with cold operands; None without a row."""
     found = [row.value for row in rows if (row.note, row.name, row.how) == (name, kernel, "graph, cold")]
     return found[-1] if found else None
 
 
 def winners(rows: list[Row]) -> list[str]:
-    """Builds one of whose kernels is faster than the usual build's, and none of whose was wrong."""
+    """Variants with a kernel that is faster than the default build's, and with no wrong kernel."""
     found = []
     for name in TRIED:
-        pairs = [(us_of(rows, name, kernel), us_of(rows, BASE, kernel)) for kernel in ("sinkhorn_pass", "match")]
+        pairs = [(cold_us(rows, name, kernel), cold_us(rows, BASE, kernel)) for kernel in ("sinkhorn_pass", "match")]
         if all(mine and base for mine, base in pairs) and any(mine < GAIN * base for mine, base in pairs):
             found.append(name)
     return found
 
 
 def variants_table(rows: list[Row]) -> str:
-    """Kernels with cold operands, and whole steps: the median of the turns."""
+    """Table of each variant's times: kernels with cold operands, and the median of whole steps."""
     names = [name for name in (BASE, *TRIED) if any(row.note == name for row in rows)]
     shapes = list(dict.fromkeys(row.shape for row in rows if row.kind == "step"))
     cells = []
     for name in names:
-        kernels = [us_of(rows, name, kernel) for kernel in ("sinkhorn_pass", "match")]
+        kernels = [cold_us(rows, name, kernel) for kernel in ("sinkhorn_pass", "match")]
         steps = [
             [row.value for row in rows if row.kind == "step" and (row.note, row.shape) == (name, s)] for s in shapes
         ]
@@ -139,7 +151,12 @@ def summary(run: Run, tuning: Tuning) -> str:
 
 def main() -> int:
     options = parser(__doc__, seconds=420)
-    options.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 12), help="that compile (12)")
+    options.add_argument(
+        "--processes",
+        type=int,
+        default=min(os.cpu_count() or 1, 12),
+        help="number of compiling processes (default: the cores, at most 12)",
+    )
     given = options.parse_args()
     tuning = Tuning(given.out, given.extensions, given.toy, given.processes)
     with Run(given.out, given.archive, given.only, given.seconds) as run:

@@ -1,10 +1,11 @@
-"""Tiles of the Triton kernels: compiled by several processes, or timed by one that has the GPU to itself.
+"""Compiles candidate tiles of the Triton kernels, or times them and keeps the best.
 
-    python benchmarks/gpu/tune_tiles.py --compile 0/12          # one process in twelve's share, into Triton's cache
-    python benchmarks/gpu/tune_tiles.py --tuned tuned.json      # times all, tries the best in whole steps, writes
+    python benchmarks/gpu/tune_tiles.py --compile 0/12          # a twelfth of them, into Triton's cache
+    python benchmarks/gpu/tune_tiles.py --tuned tuned.json      # times them alone on the GPU, writes the best
 
-A tile that wins alone may lose in a step, where other kernels' leavings are in the cache: those of one number of
-columns, and those of the flash kernels, are kept together or not at all, by whole steps without and with them.
+A tile that wins alone may lose in a step, where other kernels have used the cache. So whole steps are timed
+without and with the winners of a group, and the group is kept or dropped as a whole: the tiles for one number of
+columns, and the tiles of the flash kernels.
 """
 
 import argparse
@@ -19,9 +20,9 @@ from one_step import steps_of
 from times import Clock
 
 from bam_kernels import tune, tuned
-from bam_kernels.tuned import Key, Tuned
+from bam_kernels.tuned import Key, Tuning
 
-# 512 rows are those that a product leaves in the cache of an H100 for the kernel that finishes scores.
+# 512 rows of 8192 scores: the slab that stays in an H100's cache between the product and `finish_scores`.
 SHAPES, TOY_SHAPES = ((2048, 8192, 256), (512, 8192, 4096), (512, 512, 256)), ((16, 32, 16),)
 COLD_CALLS = 5
 TOY_CANDIDATES = 2
@@ -29,7 +30,7 @@ TOY_CANDIDATES = 2
 
 @dataclass(frozen=True)
 class Steps:
-    """Whole steps that decide whether some tiles are kept: shapes and views."""
+    """Whole steps, as (shape, views), that decide whether the tiles whose keys `takes` accepts are kept."""
 
     name: str
     takes: Callable[[Key], bool]
@@ -43,7 +44,7 @@ def row_tiles(N: int, *shapes: tuple[str, int]) -> Steps:
 
 
 def flash_tiles(N: int, *shapes: tuple[str, int]) -> Steps:
-    """Without a teacher the flash kernels' problem is that of bam_kernels.tune.jobs."""
+    """Steps for the flash tiles of N columns; without a teacher, as in bam_kernels.tune.jobs."""
     return Steps(f"flash, {N}", lambda key: key[0] == "flash" and N in key[1:3], shapes, "flash", teacher=False)
 
 
@@ -57,7 +58,7 @@ TOY_STEPS = (row_tiles(32, ("16x32x16", 2)), flash_tiles(32, ("16x32x16", 2)))
 
 
 def all_jobs(device: torch.device, toy: bool) -> Iterator[tune.Job]:
-    """Every launch whose tile can be chosen, once."""
+    """Yield each launch whose tile can be chosen, without repetition."""
     seen: set[Key] = set()
     for shape in TOY_SHAPES if toy else SHAPES:
         for job in tune.jobs(*shape, device):
@@ -68,7 +69,7 @@ def all_jobs(device: torch.device, toy: bool) -> Iterator[tune.Job]:
 
 
 def compile_share(part: int, parts: int, device: torch.device, toy: bool) -> int:
-    """Run every `parts`-th candidate once, which compiles it; how many did not run."""
+    """Compile every `parts`-th candidate by running it once; returns how many did not run."""
     failed = number = 0
     for job in all_jobs(device, toy):
         for tile in (job.default, *job.candidates):
@@ -76,9 +77,9 @@ def compile_share(part: int, parts: int, device: torch.device, toy: bool) -> int
             if number % parts != part:
                 continue
             try:
-                with tuned.trying({job.key: tuple(tile)}):
+                with tuned.use_tiles({job.key: tuple(tile)}):
                     job.run()
-            except Exception as error:  # more registers or shared memory than there are: it is left out when timed
+            except Exception as error:  # too many registers or too much shared memory: left out when timed
                 failed += 1
                 print(f"{job.key} {tuple(tile)}: {type(error).__name__}: {str(error)[:120]}", flush=True)
     print(f"{number} candidates, {failed} of this share did not run")
@@ -86,8 +87,11 @@ def compile_share(part: int, parts: int, device: torch.device, toy: bool) -> int
 
 
 class ColdTimer:
-    """Milliseconds of a call whose operands are not in the cache: replays of a graph that writes more than the cache
-    holds before each call, less those of one that only writes."""
+    """Times a call in ms with its operands out of the cache.
+
+    The replayed graph writes more than the cache holds before each call; the time of a graph that only writes is
+    subtracted.
+    """
 
     def __init__(self, clock: Clock, device: torch.device) -> None:
         self.clock = clock
@@ -107,9 +111,9 @@ class ColdTimer:
 
 
 def chosen_tiles(timer: tune.Timer, device: torch.device, toy: bool) -> dict[Key, tuple[int, ...]]:
-    """The tiles that are faster alone than the defaults."""
+    """The tiles that, timed alone, are faster than the defaults."""
     chosen = {}
-    with tuned.trying({}):
+    with tuned.use_tiles({}):
         for job in all_jobs(device, toy):
             tile, ms, default_ms = tune.best(job, timer)
             kept = "default" if tile == tuple(job.default) else str(tile)
@@ -120,12 +124,12 @@ def chosen_tiles(timer: tune.Timer, device: torch.device, toy: bool) -> dict[Key
     return chosen
 
 
-def in_steps(
+def tiles_kept_by_steps(
     chosen: dict[Key, tuple[int, ...]], steps: Steps, clock: Clock, device: torch.device
 ) -> dict[Key, tuple[int, ...]]:
-    """The chosen tiles that these steps use; none where the steps are slower with them.
+    """The chosen tiles that these steps use, or none of them if the steps are slower with them.
 
-    Each step is timed twice without and twice with the tiles, in turn.
+    The steps are timed twice without and twice with the tiles, alternating.
     """
     of_steps = {key: tile for key, tile in chosen.items() if steps.takes(key)}
     if not of_steps:
@@ -136,7 +140,7 @@ def in_steps(
     ]
     totals = []
     for tiles in ({}, of_steps, {}, of_steps):
-        with tuned.trying(tiles):
+        with tuned.use_tiles(tiles):
             totals.append([clock.graph_us(run) for run in runs])
     without, with_them = (sum(map(sum, totals[first::2])) for first in (0, 1))
     kept = with_them <= without
@@ -149,9 +153,9 @@ def in_steps(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--compile", metavar="PART/PARTS", help="compile a share of the candidates, and time nothing")
-    parser.add_argument("--tuned", type=Path, help="file for the tiles and rates that were found")
-    parser.add_argument("--toy", action="store_true", help="toy sizes on the CPU: needs TRITON_INTERPRET=1")
+    parser.add_argument("--compile", metavar="PART/PARTS", help="compile a share of the candidates and time nothing")
+    parser.add_argument("--tuned", type=Path, help="file for the best tiles and the measured rates")
+    parser.add_argument("--toy", action="store_true", help="run toy sizes on the CPU; needs TRITON_INTERPRET=1")
     options = parser.parse_args()
     device = torch.device("cpu" if options.toy else "cuda")
     if options.compile:
@@ -164,13 +168,13 @@ def main() -> int:
     chosen, kept = chosen_tiles(timer, device, options.toy), {}
     clock = Clock(device, 0.001 if options.toy else 0.1)
     for steps in TOY_STEPS if options.toy else STEPS:
-        kept |= in_steps(chosen, steps, clock, device)
+        kept |= tiles_kept_by_steps(chosen, steps, clock, device)
     rates = tune.measured_rates(device, timer, 64 if options.toy else 8192)
     for name, rate in rates.items():
         print(f"{name:<28} {rate:>12.3g} a second")
-    found = tuned.path()  # None without a GPU
+    found = tuned.path()  # path of this GPU's tuning file; None without a GPU
     for file in (options.tuned, *([found] if found is not None else [])):
-        tuned.save(Tuned(rates, kept), file)
+        tuned.save(Tuning(rates, kept), file)
         print(f"{len(kept)} tiles of {len(chosen)} that won alone: {file}")
     return 0
 

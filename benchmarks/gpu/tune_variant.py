@@ -1,9 +1,9 @@
-"""The Sinkhorn pass and the match of one build of the extension, checked against float64 and timed.
+"""Times the Sinkhorn pass and the match of one build of the extension, after a comparison with float64.
 
     BAM_KERNELS_EXTENSION=FILE python benchmarks/gpu/tune_variant.py --name NAME --rows FILE
     BAM_KERNELS_EXTENSION=FILE python benchmarks/gpu/tune_variant.py --name NAME --rows FILE --step
 
-A result that is wrong is printed and not timed.
+A wrong result is printed and not timed.
 """
 
 import argparse
@@ -19,11 +19,11 @@ from times import EPSILON, TAU, Clock, Operands, backends
 SHAPE, VIEWS, TOY_SHAPE, TOY_VIEWS = (2048, 8192, 256), 8, (32, 64, 16), 4
 STEPS, TOY_STEPS = (("2048x8192x256", 8), ("2048x8192x4096", 8)), (("16x32x16", 2),)
 LARGEST_ERROR = 2e-3
-GRADIENT_SCALE = 16384.0  # of Operands.match
+GRADIENT_SCALE = 16384.0  # Operands.match writes a A - Pbar times this
 
 
 def error_of_pass(made: Operands) -> float:
-    """Relative error of the row potential or of the column sums, the larger one."""
+    """Larger one of the relative errors of row potential and column sums after one Sinkhorn pass."""
     made.sinkhorn_pass()
     K = torch.exp2(made.fixed.double() * made.scale)
     rows = 1 / K.sum(1)
@@ -32,7 +32,7 @@ def error_of_pass(made: Operands) -> float:
 
 
 def error_of_match(made: Operands) -> float:
-    """Relative error of the gradient of the scores."""
+    """Relative error of the gradient of the scores that `match` writes."""
     layout = made.layout
     V, L = layout.V, layout.L
     made.match()
@@ -46,7 +46,7 @@ def error_of_match(made: Operands) -> float:
 
 
 def kernel_rows(clock: Clock, rows: Rows, name: str, toy: bool) -> int:
-    """How many kernels were wrong."""
+    """Check and time the kernels; returns how many were wrong."""
     kernels = backends(clock.device).get("cpu" if toy else "cuda")
     if kernels is None:
         raise SystemExit("the extension's kernels cannot run here")
@@ -74,10 +74,10 @@ def step_rows(clock: Clock, rows: Rows, name: str, toy: bool) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--name", required=True, help="of the build, for the rows")
+    parser.add_argument("--name", required=True, help="name of the build, written to the rows")
     parser.add_argument("--rows", type=Path, help="file to which a JSON line is appended for each number")
-    parser.add_argument("--step", action="store_true", help="whole steps, not kernels")
-    parser.add_argument("--toy", action="store_true", help="toy sizes, the CPU's kernels")
+    parser.add_argument("--step", action="store_true", help="time whole steps instead of kernels")
+    parser.add_argument("--toy", action="store_true", help="run toy sizes with the CPU kernels")
     options = parser.parse_args()
     device = torch.device("cpu" if options.toy else "cuda")
     clock, rows = Clock(device, 0.002 if options.toy else 0.3), Rows(options.rows)

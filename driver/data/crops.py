@@ -1,6 +1,6 @@
-"""Where random crops lie: the usual random resized crop, and ContrastiveCrop's, around a box.
+"""Rectangles of random crops: random resized crops anywhere in the image, or ContrastiveCrop's with centres in a box.
 
-n crops, on any device; `u` (n, DRAWS) uniform. Lengths are in shares of the image's height and width.
+n crops at once, on any device, from uniform u (n, DRAWS). Lengths are in shares of the image's height and width.
 """
 
 import math
@@ -15,16 +15,18 @@ TRIES = 10
 DRAWS = 2 * TRIES + 2
 RATIOS = (3 / 4, 4 / 3)
 WHOLE = (0.0, 0.0, 1.0, 1.0)
-"""The box of an image that has none."""
+"""Box around the whole image: top, left, bottom, right."""
 
 
 def rectangles(
     u: Tensor, scale: tuple[float, float], boxes: Tensor | None, alpha: float, aspect: float | Tensor = 1.0
 ) -> Tensor:
-    """(n, 4) top, left, height, width, of area `scale` and ratio 3/4 to 4/3, the first of 10 draws that fits.
+    """(n, 4) top, left, height, width of crops whose area is within `scale` and whose ratio is 3/4 to 4/3.
 
-    boxes (n, 4) top, left, bottom, right: the crop's centre is drawn in it, each coordinate from Beta(alpha, alpha);
-    None: the crop is anywhere. aspect: width over height of the image, in pixels.
+    Of 10 draws of area and ratio, the first that fits into the image counts; if none does, the last one, cut.
+    boxes: (n, 4) top, left, bottom, right; a crop's centre is drawn in its box, each coordinate from
+    Beta(alpha, alpha). None: crops are anywhere.
+    aspect: width over height of the image, in pixels.
     Source: Peng et al., "Crafting Better Contrastive Views for Siamese Representation Learning", CVPR 2022.
     """
     area = u[:, :TRIES] * (scale[1] - scale[0]) + scale[0]
@@ -47,7 +49,7 @@ def rectangles(
 
 
 def beta(u: Tensor, alpha: float) -> Tensor:
-    """Beta(alpha, alpha) from uniform u, by its inverse distribution function, tabulated."""
+    """Draws from Beta(alpha, alpha) by its tabulated inverse distribution function at uniform u."""
     table = _quantiles(alpha, u.device)
     place = u * (len(table) - 1)
     below = place.long().clamp(max=len(table) - 2)
@@ -56,5 +58,5 @@ def beta(u: Tensor, alpha: float) -> Tensor:
 
 @cache
 def _quantiles(alpha: float, device: torch.device) -> Tensor:
-    """(4097,) quantiles of evenly spaced shares; kept where they are used, since every copy waits for the device."""
+    """(4097,) quantiles of Beta(alpha, alpha), cached on the device: a copy at each use would wait for it."""
     return torch.from_numpy(betaincinv(alpha, alpha, np.linspace(0, 1, 4097))).float().to(device)

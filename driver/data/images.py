@@ -1,12 +1,14 @@
-"""What the loop and the evaluation need of a data set.
+"""What training and evaluation need of a data set, and which images each rank sees in a step.
 
-B images per micro-batch, G per step over all ranks and micro-batches (the virtual batch), V views per image, of which
-V' local ones; C channels, S pixels a side; images are float32 in [0, 1]. The images of a step, their order and their
-views depend on seed and epoch alone: rank r of W has images r*G/W to (r+1)*G/W - 1 of the virtual batch, B after B.
+B images per micro-batch of one rank, G per step over all W ranks and all micro-batches (the virtual batch); V views per
+image, of which V' are local; C channels; images of S x S pixels, local views of S' x S'. Images are float32 in [0, 1].
+An index numbers an image in its source; a place numbers it among the training images.
+
+The images of a step, their order and their views depend on seed and epoch alone, not on the number of ranks.
 """
 
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import Generator, Tensor
@@ -15,64 +17,55 @@ from ..config import Data, UserError
 from ..distributed import World
 from .random_keys import seed_of
 
-SPLIT_SEED = 0
-EVAL_BATCH = 256
-
 Crops = list[Tensor]
 """A micro-batch: ((V - V')*B, C, S, S) and, with local views, (V'*B, C, S', S'); row v*B + i is view v of image i."""
 
+Batches = Iterator[tuple[Tensor, Tensor]]
+"""Images (n, C, S, S) and their labels (n,) int64, batch by batch, on the device."""
+
+
+Transform = Callable[[Any], Tensor]
+"""From one image as its source reads it to pixels (C, S, S)."""
+
+Augment = Callable[[Tensor, int, Tensor, Tensor | None], Tensor]
+"""From images (n, C, S, S), the number v of a view, keys (n,), and boxes (n, 4) or None to view v of each image."""
+
 
 class Images(Protocol):
-    """A data set on its device or in loader processes."""
+    """The data set of a run: training views for the loop, images without augmentation for the evaluation."""
 
     channels: int
     training: int
-    """Images to train on."""
+    """Number of training images."""
     tested: int
-    """Held-out images; 0 where there are no labels to test with."""
+    """Number of held-out images; 0 where there are no labels to test with."""
     classes: int
-    """Labels are below this number."""
+    """Number of classes: labels are below it."""
     boxes: Tensor | None
-    """(training, 4) top, left, bottom, right in shares of the image's sides, in which crops have their centres. Put
-    in place by `set_boxes`."""
+    """Box of each training image for the centres of its crops: (training, 4) top, left, bottom, right, in shares of the
+    image's sides. None until `set_boxes`."""
 
     def set_boxes(self, boxes: Tensor) -> None:
-        """Crops from the next call of `views` on keep to these."""
+        """Keep the centres of crops in these boxes, from the next call of `views` on."""
 
     def views(self, epoch: int, first: int = 0) -> Iterator[list[Crops]]:
         """This rank's micro-batches of each step of the epoch, from step `first` on."""
 
-    def bank(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's share of training images (n, C, S, S) as they are, and their labels (n,)."""
+    def bank(self) -> Batches:
+        """This rank's share of the training images without augmentation, for the evaluation."""
 
-    def held_out(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The held-out images r, r + W, r + 2*W, ... of rank r as they are, and their labels."""
+    def held_out(self) -> Batches:
+        """This rank's share of the held-out images without augmentation: images r, r + W, r + 2*W, ... on rank r."""
 
     def whole(self, places: Tensor) -> Iterator[Tensor]:
-        """The training images at these places, squeezed to (n, C, S, S) without a crop."""
-
-
-def split(labels: Tensor, held_out: float) -> tuple[Tensor, Tensor]:
-    """Indices of training and held-out images: the same share of every class, the same for every run."""
-    generator = Generator().manual_seed(SPLIT_SEED)
-    train, test = [], []
-    for label in labels.unique():
-        members = (labels == label).nonzero().flatten()
-        members = members[torch.randperm(len(members), generator=generator)]
-        cut = round(held_out * len(members))
-        test.append(members[:cut])
-        train.append(members[cut:])
-    return torch.cat(train).sort().values, torch.cat(test).sort().values
-
-
-def epoch_order(training: int, G: int, seed: int, epoch: int, world: World) -> Tensor:
-    """(steps, G/W) places of this rank's images. The last images of an epoch, fewer than G, are left out."""
-    order = torch.randperm(training, generator=Generator().manual_seed(seed_of(seed, epoch)))
-    return order[: training // G * G].view(-1, world.size, G // world.size)[:, world.rank]
+        """Training images (n, C, S, S) at `places`, squeezed to a square without a crop."""
 
 
 def virtual_batch(data: Data, world: World) -> int:
-    """G, images per step over all ranks and micro-batches. Raises: UserError."""
+    """G: images per step over all ranks and micro-batches.
+
+    Raises: UserError where it is not a multiple of batch size times ranks.
+    """
     least = data.batch_size * world.size
     G = data.virtual_batch or least
     if G % least:
@@ -83,12 +76,26 @@ def virtual_batch(data: Data, world: World) -> int:
     return G
 
 
-def check_batch(training: int, data: Data, world: World, where: str) -> None:
-    """At least one whole virtual batch. Raises: UserError."""
+def check_batch(training: int, data: Data, world: World) -> None:
+    """Require at least one whole virtual batch of training images. Raises: UserError where there are fewer."""
     G = virtual_batch(data, world)
     if training >= G:
         return
     advice = "a smaller --virtual-batch or --data.batch-size" if training > 1 else "at least 2 are needed"
     if training > 1 and G == data.batch_size:
         advice = f"give --data.batch-size {training} or less"
-    raise UserError(f"{where}: {training} images to train on, fewer than one batch of {G}; {advice}")
+    raise UserError(
+        f"{data.root or 'the digits'}: {training} images to train on, fewer than one batch of {G}; {advice}"
+    )
+
+
+def epoch_order(training: int, G: int, seed: int, epoch: int, world: World, interleaved: bool = False) -> Tensor:
+    """(steps, G/W) places of this rank's images in each step of an epoch, in random order.
+
+    Rank r of W has images r*G/W to (r+1)*G/W - 1 of a step; interleaved: images r, r + W, r + 2*W and so on.
+    The last images of the order, fewer than G, are left out of the epoch.
+    """
+    order = torch.randperm(training, generator=Generator().manual_seed(seed_of(seed, epoch)))
+    steps = order[: training // G * G].view(training // G, G)
+    W, share = world.size, G // world.size
+    return steps.view(-1, share, W)[:, :, world.rank] if interleaved else steps.view(-1, W, share)[:, world.rank]

@@ -1,21 +1,24 @@
-"""Labelled images for the evaluation of frozen features, every rank with its share.
+"""Labelled images for the evaluation of frozen features, at the crops of the published evaluations.
 
-Images are (n, C, S, S) in [0, 1]; B at once on one of W ranks; rank r has images r, r + W, r + 2*W ... of an order.
+B images per batch on one of W ranks; rank r has images r, r + W, r + 2*W, ... of an order.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Annotated, Literal
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
+from ..bounds import at_least
 from ..config import Config, Data, UserError, helpful, missing
 from ..distributed import World
+from .images import Batches, Transform, epoch_order
 from .random_keys import seed_of
-
-Batches = Iterator[tuple[Tensor, Tensor]]
+from .sources import Source, make_source
+from .views_of_digits import Resize
+from .workers import Key, Reader
 
 
 @helpful
@@ -26,67 +29,65 @@ class Labels:
     root: Path | None = None
     """Folder with `train/` beside `val/` or `test/`, each with a subfolder per class; or class folders alone, of which
     some images are held out. None: the data of the run."""
-    batch_size: int = 128
-    """Images at once on one rank."""
-    workers: int = 2
-    """Processes that decode. 0: the main process."""
+    batch_size: Annotated[int, at_least(1)] = 128
+    """Images in a batch of one rank."""
+    workers: Annotated[int, at_least(0)] = 2
+    """Worker processes that decode images. 0: the main process decodes them."""
 
     def load(self, options: Config, size: int, device: torch.device, world: World) -> "Labelled":
-        """Raises: UserError."""
-        if self.batch_size < 1 or self.workers < 0:
-            raise UserError("--data.batch-size must be at least 1, and --data.workers at least 0")
+        """Open the images: those under `root`, or the data set of the run whose options are given.
+
+        Raises: UserError where a package is missing or there are no labelled images.
+        """
         data = replace(options.data, size=size, batch_size=self.batch_size, virtual_batch=0, workers=self.workers)
         if self.root is not None:
             data = replace(data, source="folder", root=self.root)
-        if data.source == "digits":
-            return LabelledDigits(data, device, world)
-        if data.root is None:
+        if data.source != "digits" and data.root is None:
             raise UserError("--data.root is needed: a model of timm comes without data")
         try:
-            from .labelled_files import LabelledFiles
+            return Labelled(make_source(data), data, device, world)
         except ImportError as error:
             raise UserError(missing(f"--data.root {data.root}", "torchvision", error)) from error
-        return LabelledFiles(data, device, world)
 
 
-class Labelled(Protocol):
-    """Two parts of a data set, as batches of images and labels (n,) int64 on the device."""
+class Labelled:
+    """Training and test images of one source with their labels, as batches on the device."""
 
-    training: int
-    tested: int
-    classes: int
-    device: torch.device
+    def __init__(self, source: Source, data: Data, device: torch.device, world: World) -> None:
+        self.source, self.B, self.world = source, data.batch_size, world
+        self.training, self.tested = len(source.train), len(source.test)
+        if not self.tested:
+            where = data.root or "the digits"
+            raise UserError(f"{where}: no labelled images to test with; there must be at least two classes")
+        self.classes = int(source.labels.max()) + 1
+        self.reader = Reader(source, data, device)
+        self.plain_crop, self.random_crop = evaluation_crops(source, data.size)
 
     def plain(self, part: Literal["train", "test"]) -> Batches:
         """This rank's share of a part, in order, without augmentation."""
+        indices = self.source.train if part == "train" else self.source.test
+        return self._batches(indices, self.plain_crop, range(self.world.rank, len(indices), self.world.size))
 
     def augmented(self, seed: int, epoch: int) -> Batches:
-        """This rank's share of an epoch of training images, for the linear protocol."""
+        """This rank's share of an epoch of training images, cropped at random, for the linear evaluation.
+
+        The last images, fewer than a batch on every rank, are left out; a set smaller than that is one batch.
+        """
+        W = self.world.size
+        G = min(self.B * W, self.training // W * W)
+        places = epoch_order(self.training, G, seed, epoch, self.world, interleaved=True).flatten().tolist()
+        keys = [(seed_of(seed, epoch, place), place) for place in places]
+        return self._batches(self.source.train, self.random_crop, keys)
+
+    def _batches(self, indices: Tensor, transform: Transform, keys: Sequence[Key]) -> Batches:
+        yield from self.reader.batches(indices, transform, self.B, keys)
+        self.reader.tally.settle(self.world)
 
 
-class LabelledDigits:
-    """The embedded digits; they have no crops, so the augmented ones are shuffled only."""
+def evaluation_crops(source: Source, size: int) -> tuple[Transform, Transform]:
+    """The plain and the random crop of a source's images; the digits are only resized."""
+    if source.decoded:
+        return Resize(size), Resize(size)
+    from . import views  # torchvision is optional
 
-    def __init__(self, data: Data, device: torch.device, world: World) -> None:
-        from .on_device import digits
-
-        held = digits(data, device, 0, World())
-        self.parts = {"train": held.train, "test": held.test}
-        self.training, self.tested, self.classes = held.training, held.tested, held.classes
-        self.B, self.device, self.world = data.batch_size, device, world
-
-    def plain(self, part: Literal["train", "test"]) -> Batches:
-        images, labels = (x[self.world.rank :: self.world.size] for x in self.parts[part])
-        return zip(images.split(self.B), labels.split(self.B), strict=True)
-
-    def augmented(self, seed: int, epoch: int) -> Batches:
-        images, labels = self.parts["train"]
-        for batch in shuffled(self.training, self.B, seed, epoch, self.world).split(self.B):
-            yield images[batch], labels[batch]
-
-
-def shuffled(training: int, B: int, seed: int, epoch: int, world: World) -> Tensor:
-    """This rank's places of an epoch; the last images, fewer than a batch on every rank, are left out."""
-    G = min(B * world.size, training // world.size * world.size)
-    order = torch.randperm(training, generator=Generator().manual_seed(seed_of(seed, epoch)))
-    return order[: training // G * G][world.rank :: world.size]
+    return views.published_crop(size), views.published_random_crop(size)

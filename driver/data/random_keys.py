@@ -1,7 +1,6 @@
-"""Random numbers that belong to a key, not to a moment: the same on any rank, device, worker, and after any resume.
+"""Random numbers that follow from a key alone: equal on every rank, device and worker, and after a resume.
 
-A key is made of (seed, epoch, image, view); its numbers are those of SplitMix64 (Steele et al., OOPSLA 2014), which
-hashes key + counter.
+A key is made of (seed, epoch, place of the image, view). SplitMix64 (Steele et al., OOPSLA 2014) hashes key + counter.
 """
 
 import torch
@@ -11,21 +10,24 @@ GOLDEN = 0x9E3779B97F4A7C15
 
 
 def seed_of(*parts: int) -> int:
-    """One seed from several numbers: run, epoch, image, view."""
+    """One seed from several numbers, such as a run's seed, an epoch, an image's place and a view."""
     seed = 0
     for part in parts:
         seed = (seed * 1_000_003 + part + 1) % 2**63
     return seed
 
 
-def keys_of(seed: int, epoch: int, images: Tensor, views: range) -> Tensor:
-    """(V*n,) int64, row v*n + i of view views[v] of images[i] (n,): `seed_of(seed, epoch, image, view)`."""
-    base = (seed_of(seed, epoch) * 1_000_003 % 2**63 + images + 1) & _LOW_63
+def keys_of(seed: int, epoch: int, places: Tensor, views: range) -> Tensor:
+    """(V*n,) int64 keys of V views of the images at places (n,): row v*n + i is that of view views[v] of image i.
+
+    Each key is `seed_of(seed, epoch, place, view)`, computed on the device.
+    """
+    base = (seed_of(seed, epoch) * 1_000_003 % 2**63 + places + 1) & _LOW_63
     return torch.cat([(base * 1_000_003 + view + 1) & _LOW_63 for view in views])
 
 
 def uniform(keys: Tensor, count: int) -> Tensor:
-    """(n, count) float32, uniform in (0, 1), on the device of keys (n,) int64."""
+    """(n, count) float32 numbers, uniform in (0, 1), on the device of keys (n,) int64."""
     counters = torch.arange(1, count + 1, device=keys.device) * _signed(GOLDEN)
     x = keys[:, None] + counters
     x = (x ^ _shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
@@ -35,7 +37,7 @@ def uniform(keys: Tensor, count: int) -> Tensor:
 
 
 def normal(keys: Tensor, count: int) -> Tensor:
-    """(n, count) float32, standard normal; not independent of `uniform` of the same keys."""
+    """(n, count) float32 numbers, standard normal; they depend on those that `uniform` makes of equal keys."""
     return torch.erfinv(uniform(keys, count) * 2 - 1) * 2**0.5
 
 
@@ -47,5 +49,5 @@ def _signed(x: int) -> int:
 
 
 def _shifted(x: Tensor, bits: int) -> Tensor:
-    """Logical shift to the right: int64 has only the arithmetic one."""
+    """Logical shift to the right; int64 has only the arithmetic shift."""
     return (x >> bits) & (2 ** (64 - bits) - 1)

@@ -1,51 +1,87 @@
-"""Where photographs come from: files, CIFAR-10, tar shards. Each gives labels, a split, and an image by its number."""
+"""Where images come from: the embedded digits, image files, CIFAR-10, tar shards.
+
+An index numbers an image in its source; a source gives images by index, labels, and the indices of its two parts.
+torchvision is optional: only photographs need it.
+"""
 
 import fcntl
 import io
 import re
 import tarfile
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
-from torch import Tensor
-from torchvision.datasets import CIFAR10
-from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder
+from torch import Generator, Tensor
 
 from ..config import Data, UserError
-from .images import split
 
 TEST_NAMES = ("val", "test")
-"""Of held-out images, folders or shards, beside `train`: the first that is there."""
+"""Names of held-out folders or shards that stand beside `train`; the first name that is there counts."""
+SPLIT_SEED = 0
 
 
 class Source(Protocol):
-    """Images by number. `labels` (n,) int64; `train` and `test` are numbers of images."""
+    """Images by index, with their labels, divided into training and held-out images."""
 
+    channels: int = 3
+    decoded: bool = False
+    """Whether `read` gives pixels that are ready in memory, for which worker processes would have nothing to do."""
     labels: Tensor
+    """(n,) int64, of all images."""
     train: Tensor
+    """Indices of the training images."""
     test: Tensor
+    """Indices of the held-out images."""
 
-    def read(self, index: int) -> Image.Image:
-        """The image in RGB. Raises: OSError, ValueError or SyntaxError where it is not readable."""
+    def read(self, index: int) -> Image.Image | Tensor:
+        """A photograph in RGB, or pixels (C, H, W) in [0, 1] where the source is decoded.
+
+        Raises: OSError, ValueError or SyntaxError where the image is not readable.
+        """
 
     def name(self, index: int) -> str:
-        """Of its file."""
+        """File name of image `index`, for messages."""
 
 
 def make_source(data: Data) -> Source:
-    """The source that the options name. Raises: UserError where there are no images."""
+    """The source that the options name.
+
+    Raises: UserError where there are no images; ImportError where torchvision is missing.
+    """
+    if data.source == "digits":
+        return Digits(data.held_out)
     assert data.root is not None
     if data.source == "webdataset":
         return Shards(data.root, data.held_out)
-    has_folders = data.root.is_dir() and any(e.is_dir() and e.name != CIFAR10.base_folder for e in data.root.iterdir())
-    if data.source == "cifar10" and not has_folders:
+    if data.source == "cifar10" and not _has_class_folders(data.root):
         return Cifar(data.root)
     return Files(data.root, data.held_out)
 
 
-class Files:
+class Digits(Source):
+    """scikit-learn's handwritten digits: 1,797 real images of 8 x 8 pixels in one channel."""
+
+    channels = 1
+    decoded = True
+
+    def __init__(self, held_out: float) -> None:
+        from sklearn.datasets import load_digits  # slow to import, and photographs do without
+
+        digits = load_digits()
+        self.images = torch.from_numpy(digits.images).float().div_(16)[:, None]
+        self.labels = torch.from_numpy(digits.target).long()
+        self.train, self.test = split(self.labels, held_out)
+
+    def read(self, index: int) -> Tensor:
+        return self.images[index]
+
+    def name(self, index: int) -> str:
+        return f"scikit-learn's digit {index}"
+
+
+class Files(Source):
     """Image files in folders: `train/` beside `val/` or `test/`, or one folder that is split here."""
 
     def __init__(self, root: Path, held_out: float) -> None:
@@ -59,7 +95,7 @@ class Files:
             self.paths, self.labels = paths + test_paths, torch.cat([labels, test_labels])
         else:
             self.paths, self.labels = list_images(root)
-            self.train, self.test = split_labelled(self.labels, held_out)
+            self.train, self.test = split(self.labels, held_out)
 
     def read(self, index: int) -> Image.Image:
         with Image.open(self.paths[index]) as image:
@@ -69,7 +105,7 @@ class Files:
         return self.paths[index]
 
 
-class Cifar:
+class Cifar(Source):
     """CIFAR-10 (Krizhevsky, 2009) as torchvision downloads it; its 10,000 test images are held out."""
 
     def __init__(self, root: Path) -> None:
@@ -89,39 +125,48 @@ class Cifar:
         return f"CIFAR-10 image {index}"
 
 
-def _cifar(root: Path) -> list[CIFAR10]:
-    """Training and test part. Ranks and runs that lack them wait for one that downloads: the lock goes with its holder.
+def _has_class_folders(root: Path) -> bool:
+    """Whether `root` has folders besides the one that torchvision's CIFAR-10 is kept in."""
+    from torchvision.datasets import CIFAR10
 
-    Raises: OSError, RuntimeError.
+    return root.is_dir() and any(entry.is_dir() and entry.name != CIFAR10.base_folder for entry in root.iterdir())
+
+
+def _cifar(root: Path) -> list[Any]:
+    """CIFAR-10's training and test part, downloaded where they are missing.
+
+    A file lock lets one process download while other ranks and runs wait; it is released when its holder ends.
+    Raises: OSError or RuntimeError where the download fails.
     """
+    from torchvision.datasets import CIFAR10
+
     try:
         return [CIFAR10(str(root), train=train, download=False) for train in (True, False)]
-    except RuntimeError:  # not there, or not yet whole
+    except RuntimeError:  # missing, or not yet whole
         root.mkdir(parents=True, exist_ok=True)
         with open(root / "cifar10.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             return [CIFAR10(str(root), train=train, download=True) for train in (True, False)]
 
 
-class Shards:
+class Shards(Source):
     """WebDataset shards: every .tar in a folder; a sample is KEY.jpg (or another image) and, with labels, KEY.cls.
-    Shards named `train` beside `val` or `test` are used as such folders are; others are split here.
 
-    The members' places are read once, then any image is one read at its place: order, split and resume are those of
-    any other source, at the price of one seek per image.
+    Shards named `train` beside shards named `val` or `test` are the two parts; otherwise all shards are split here.
+    The shards are listed once; then any image is one seek and one read, in any order.
     """
 
     def __init__(self, root: Path, held_out: float) -> None:
         shards = sorted(root.glob("*.tar")) if root.is_dir() else []
-        self.places: list[tuple[Path, int, int, str]] = []
+        self.members: list[tuple[Path, int, int, str]] = []  # shard, offset, size in bytes and name of each image
         labels: list[int | None] = []
         sizes = [0, 0]
-        for part, of_part in enumerate(_parts(shards)):
-            for shard in of_part:
+        for part, shards_of_part in enumerate(_parts(shards)):
+            for shard in shards_of_part:
                 images, classes = _members(shard)
                 sizes[part] += len(images)
                 for key in sorted(images):
-                    self.places.append((shard, *images[key]))
+                    self.members.append((shard, *images[key]))
                     labels.append(classes.get(key))
         if not sizes[0]:
             raise UserError(f"--data.root {root}: no images in its {len(shards)} .tar shards, or none to train on")
@@ -131,22 +176,24 @@ class Shards:
         if sizes[1]:
             self.train, self.test = torch.arange(len(labels)).split(sizes)
         else:
-            self.train, self.test = split_labelled(self.labels, held_out)
+            self.train, self.test = split(self.labels, held_out)
 
     def read(self, index: int) -> Image.Image:
-        shard, offset, size, _ = self.places[index]
+        shard, offset, size, _ = self.members[index]
         with open(shard, "rb") as file:
             file.seek(offset)
             return Image.open(io.BytesIO(file.read(size))).convert("RGB")
 
     def name(self, index: int) -> str:
-        shard, _, _, member = self.places[index]
+        shard, _, _, member = self.members[index]
         return f"{shard}:{member}"
 
 
 def _parts(shards: list[Path]) -> tuple[list[Path], list[Path]]:
-    """Those to train on and the held-out ones, by the beginning of the name or what follows a prefix; without both, all
-    and none."""
+    """Shards of training images and shards of held-out images, by the beginning of the name or what follows a prefix.
+
+    Without both kinds, every shard is of the first part.
+    """
     named: dict[str, list[Path]] = {"train": [], **{name: [] for name in TEST_NAMES}}
     for shard in shards:
         if found := re.search(rf"(?:^|[-_.])({'|'.join(named)})", shard.name):
@@ -156,7 +203,12 @@ def _parts(shards: list[Path]) -> tuple[list[Path], list[Path]]:
 
 
 def _members(shard: Path) -> tuple[dict[str, tuple[int, int, str]], dict[str, int]]:
-    """By key, which ends at the first dot: (offset, bytes, name) of each image, and classes. Raises: UserError."""
+    """Images (offset, size in bytes, name) and classes of a shard, by key: a member's path up to its first dot.
+
+    Raises: UserError where the shard is not readable.
+    """
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
     images, classes = {}, {}
     try:
         with tarfile.open(shard, "r:") as tar:
@@ -173,16 +225,31 @@ def _members(shard: Path) -> tuple[dict[str, tuple[int, int, str]], dict[str, in
     return images, classes
 
 
-def split_labelled(labels: Tensor, held_out: float) -> tuple[Tensor, Tensor]:
-    """`split`; without at least two classes there is nothing to test with, and every image is trained on."""
-    return split(labels, held_out if len(labels.unique()) > 1 else 0.0)
+def split(labels: Tensor, held_out: float) -> tuple[Tensor, Tensor]:
+    """Indices of training and held-out images: an equal share of every class, chosen alike in every run.
+
+    With fewer than two classes there is nothing to test, and every image is a training image.
+    """
+    classes = labels.unique()
+    share = held_out if len(classes) > 1 else 0.0
+    generator = Generator().manual_seed(SPLIT_SEED)
+    train, test = [], []
+    for label in classes:
+        members = (labels == label).nonzero().flatten()
+        members = members[torch.randperm(len(members), generator=generator)]
+        cut = round(share * len(members))
+        test.append(members[:cut])
+        train.append(members[cut:])
+    return torch.cat(train).sort().values, torch.cat(test).sort().values
 
 
 def list_images(root: Path) -> tuple[list[str], Tensor]:
-    """Files and int64 labels: a class per subfolder; with no image in subfolders, the folder's own files, of class 0.
+    """Image files and their labels (n,) int64, a class per subfolder.
 
-    Raises: UserError if there are none.
+    Where no subfolder has an image, the folder's own files, all of class 0. Raises: UserError where there is no image.
     """
+    from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder
+
     files = sorted(str(path) for path in root.iterdir() if path.suffix.lower() in IMG_EXTENSIONS)
     samples = []
     if any(entry.is_dir() for entry in root.iterdir()):

@@ -1,9 +1,10 @@
-"""Images that cannot be read: counted, named once, replaced by others; too many of a set end the run."""
+"""Images that cannot be read: each is named once and replaced by another image; too many of them end the run."""
 
 import sys
 from collections.abc import Iterable
 
 from PIL import Image, UnidentifiedImageError
+from torch import Tensor
 from tqdm import tqdm
 
 from ..config import UserError
@@ -12,46 +13,47 @@ from .random_keys import seed_of
 from .sources import Source
 
 Report = tuple[int, str]
-"""Number and fault of an unreadable image."""
+"""Index of an unreadable image, and the fault found in it."""
 TRIES = 100
 FAULTS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
-def read(source: Source, numbers: list[int], place: int) -> tuple[int, Image.Image, list[Report]]:
-    """Image numbers[place], or the first readable one of a sequence that follows from its number; and its fault, if
-    it has one.
+def read(source: Source, indices: list[int], place: int) -> tuple[int, Image.Image | Tensor, list[Report]]:
+    """Index and pixels of image indices[place], and no report. An unreadable image gives a report of its fault, and
+    another of `indices` in its place, which follows from its index.
 
-    Raises: UserError where none of 100 is readable.
+    Raises: UserError where none of 100 images is readable.
     """
-    index, reports = numbers[place], []
+    index, reports = indices[place], []
     for attempt in range(TRIES):
         try:
             return index, source.read(index), reports
         except FAULTS as error:
-            unknown = isinstance(error, UnidentifiedImageError)  # whose text is of a file, or of an address in memory
+            unknown = isinstance(error, UnidentifiedImageError)  # its text names a file, or an address in memory
             fault = "no format that is known" if unknown else str(error) or type(error).__name__
             reports = reports or [(index, fault)]
-            index = numbers[seed_of(numbers[place], attempt) % len(numbers)]
+            index = indices[seed_of(indices[place], attempt) % len(indices)]
     raise UserError(
         f"{source.name(reports[0][0])}: not a readable image ({reports[0][1]}), nor are others in its place"
     )
 
 
 class Tally:
-    """Unreadable images, each once however often it is met; `share` of the set's `images` may be."""
+    """Counts a source's unreadable images, each once however often it is met, up to a share of all its images."""
 
-    def __init__(self, source: Source, share: float, images: int) -> None:
-        self.source, self.share, self.images = source, share, images
+    def __init__(self, source: Source, share: float) -> None:
+        self.source, self.share, self.images = source, share, len(source.train) + len(source.test)
         self.named: set[int] = set()
         self.met: dict[int, str] = {}
 
     def add(self, reports: Iterable[Report]) -> None:
-        """Of this rank, until the next `settle`."""
+        """Note what this rank has met, until the next `settle`."""
         self.met.update(reports)
 
     def settle(self, world: World) -> None:
-        """Count what all ranks have met; the first one names what is new. Raises: UserError on each, where there are
-        too many.
+        """Count what all ranks have met since the last call; rank 0 names the new images.
+
+        Raises: UserError on every rank where there are too many.
         """
         met = {index: fault for of_rank in world.gather(self.met) for index, fault in of_rank.items()}
         self.met = {}

@@ -1,4 +1,7 @@
-"""What a view of a photograph is: crop, flip, colour, grey, blur, solarise; and how torchvision makes it in workers."""
+"""Views of photographs made by torchvision in worker processes, and their plain crops for the evaluation.
+
+A view is cropped, flipped, and changed in colour; it may become grey, blurred or solarised. Pixels are (3, S, S).
+"""
 
 import math
 from collections.abc import Sequence
@@ -15,12 +18,19 @@ from ..config import Data
 from .crops import DRAWS, rectangles
 from .random_keys import seed_of, uniform
 
+CUBIC = {"interpolation": InterpolationMode.BICUBIC, "antialias": True}
+MARGIN = 8 / 7
+"""Shorter side over the side of the middle square in the published evaluations: 256 and 224 pixels."""
+UNCUT = 64
+"""Images of at most so many pixels a side are not cut in the evaluation, since they have no margin."""
+
 
 @dataclass(frozen=True)
 class Kind:
-    """Probabilities and half-widths of one kind of view."""
+    """Probabilities and half-widths of the random changes that make one kind of view."""
 
     scale: tuple[float, float]
+    """Least and largest share of the image's area that the crop takes."""
     jitter: tuple[float, float, float, float]
     """Half-widths of brightness, contrast, saturation (factors) and hue (turns)."""
     blur_p: float
@@ -28,11 +38,11 @@ class Kind:
     jitter_p: float = 0.8
     grey_p: float = 0.2
     sigma: tuple[float, float] = (0.1, 2.0)
-    """Of the blur, pixels."""
+    """Least and largest standard deviation of the blur, pixels."""
 
 
 def kinds(data: Data) -> list[Kind]:
-    """One for each view, the local ones last.
+    """The kind of each view of an image, local views last.
 
     Sources: SimCLR (Chen et al., ICML 2020) with weaker colours; DINO (Caron et al., ICCV 2021) with BAM's saturation,
     0.4 where DINO has 0.2.
@@ -58,7 +68,7 @@ def blur_kernel(sigma: float, size: int) -> int:
 
 
 class Blur(v2.Transform):
-    """Gaussian, as two passes of one dimension: many times as fast as torchvision's one pass of two."""
+    """Gaussian blur as two passes of one dimension: many times as fast as torchvision's one pass of two."""
 
     def __init__(self, sigma: tuple[float, float], size: int) -> None:
         super().__init__()
@@ -73,7 +83,7 @@ class Blur(v2.Transform):
 
 
 class View:
-    """One view (3, S, S) in [0, 1] of an image, by its key: the same in any process."""
+    """One view (3, S, S) in [0, 1] of an image; it follows from its key, in any process."""
 
     def __init__(self, kind: Kind, size: int, alpha: float) -> None:
         self.kind, self.size, self.alpha = kind, size, alpha
@@ -89,7 +99,7 @@ class View:
         )
 
     def __call__(self, image: Tensor, key: int, box: Tensor | None) -> Tensor:
-        """image (3, H, W) uint8, box (4,) or None."""
+        """Make the view of image (3, H, W) uint8, its crop's centre in the box (4,) where there is one."""
         height, width = image.shape[1:]
         u = uniform(torch.tensor([key]), DRAWS)
         boxes = None if box is None else box[None]
@@ -105,35 +115,43 @@ class View:
 
 
 class Views:
-    """All views of an image: (V, 3, S, S) and, with local ones, (V', 3, S', S')."""
+    """All views of an image: (V, 3, S, S) and, with local views, (V', 3, S', S')."""
 
     def __init__(self, data: Data, alpha: float) -> None:
         sizes = [data.size] * data.views + [data.local_size] * data.local_views
         self.views = [View(kind, size, alpha) for kind, size in zip(kinds(data), sizes, strict=True)]
-        self.as_they_are = data.augment == 0
-        self.parts = [part for part in (data.views, data.local_views) if part]
-        self.sizes = sizes
+        self.plain = [centred(size) for size in sizes] if data.augment == 0 else []
+        self.first = data.views
 
     def __call__(self, image: Image.Image, key: Sequence[int], box: Tensor | None) -> list[Tensor]:
-        """key: seed, epoch, image."""
-        if self.as_they_are:
-            made = [centred(image, size) for size in self.sizes]
+        """Make the views of an image by its key: seed, epoch and place."""
+        if self.plain:
+            made = [crop(image) for crop in self.plain]
         else:
             pixels = functional.pil_to_tensor(image)
             made = [view(pixels, seed_of(*key, v), box) for v, view in enumerate(self.views)]
-        first = self.parts[0]
-        return [torch.stack(part) for part in (made[:first], made[first:]) if part]
+        return [torch.stack(part) for part in (made[: self.first], made[self.first :]) if part]
 
 
-def centred(image: Image.Image, size: int) -> Tensor:
-    """(3, S, S) in [0, 1]: the middle square."""
-    return _plain([v2.Resize(size, antialias=True), v2.CenterCrop(size)])(image)
+def centred(size: int, dtype: torch.dtype = torch.float32) -> v2.Compose:
+    """Transform to the middle square of an image: (3, S, S), float in [0, 1] or uint8."""
+    return _compose(v2.Resize(size, antialias=True), v2.CenterCrop(size), dtype=dtype)
 
 
-def whole(image: Image.Image, size: int) -> Tensor:
-    """(3, S, S) in [0, 1]: the whole image, squeezed."""
-    return _plain([v2.Resize((size, size), antialias=True)])(image)
+def squeezed(size: int) -> v2.Compose:
+    """Transform to the whole image, squeezed to a square: (3, S, S) in [0, 1]."""
+    return _compose(v2.Resize((size, size), antialias=True))
 
 
-def _plain(resize: list[v2.Transform]) -> v2.Compose:
-    return v2.Compose([v2.ToImage(), *resize, v2.ToDtype(torch.float32, scale=True)])
+def published_crop(size: int) -> v2.Compose:
+    """Test crop of the published evaluations: the shorter side at 8/7 of S, then the middle square of S."""
+    return _compose(v2.Resize(size if size <= UNCUT else round(size * MARGIN), **CUBIC), v2.CenterCrop(size))
+
+
+def published_random_crop(size: int) -> v2.Compose:
+    """Training crop of the published linear evaluations: RandomResizedCrop and flip."""
+    return _compose(v2.RandomResizedCrop(size, **CUBIC), v2.RandomHorizontalFlip())
+
+
+def _compose(*steps: v2.Transform, dtype: torch.dtype = torch.float32) -> v2.Compose:
+    return v2.Compose([v2.ToImage(), *steps, v2.ToDtype(dtype, scale=True)])

@@ -1,6 +1,6 @@
-"""Augmentation of whole batches on their device, every image by its own random numbers.
+"""Views of the digits: batches moved, toned and resized on their device, each image by its own random numbers.
 
-Images are (n, C, S, S) in [0, 1], and stay so. Random numbers come as uniform u, or from keys (random_keys.py).
+Images are (n, C, S, S) in [0, 1], before and after. Random numbers come as uniform u, or from keys (random_keys.py).
 """
 
 import math
@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..config import Data
+from .images import Augment
 from .random_keys import normal, uniform
 
 
 @dataclass(frozen=True)
 class Affine:
-    """Half-widths of the uniform distributions. Shift is a share of the side; rotation is in degrees."""
+    """Half-widths of the uniform distributions of a random affine map. Rotation is in degrees, shift in sides."""
 
     rotation: float
     shift: float
@@ -27,13 +29,13 @@ class Affine:
 
 
 HELD_OUT_MOVE = Affine(rotation=20.0, shift=0.15)
-"""How held-out images are moved in the harder half of the evaluation."""
+"""How held-out images are moved in the harder half of the evaluation, photographs as well as digits."""
 DIGIT_MOVE = Affine(rotation=20.0, shift=0.125, scale=0.1, shear=0.1)
 """The geometric half of the digits' augmentation."""
 
 
 def affine(images: Tensor, limits: Affine, u: Tensor) -> Tensor:
-    """Rotate, scale, shear and shift each image by u (5, n), uniform in [0, 1]; what comes in from outside is 0."""
+    """Rotate, scale, shear and shift each image by u (5, n), uniform in [0, 1]; pixels from outside are 0."""
     n = len(images)
     u = u.mul(2).sub(1).to(images.device)
     angle = u[0] * math.radians(limits.rotation)
@@ -47,16 +49,37 @@ def affine(images: Tensor, limits: Affine, u: Tensor) -> Tensor:
 
 
 def tone(images: Tensor, strength: float, u: Tensor, noise: Tensor) -> Tensor:
-    """Gamma, contrast by u (2, n), and normal noise (n, C*S*S): the thickness and pressure of a pen."""
+    """Change gamma and contrast by u (2, n), and add normal noise (n, C*S*S): the thickness and pressure of a pen."""
     u = u.mul(2).sub(1)[:, :, None, None, None]
     toned = images.pow(torch.exp(0.5 * strength * u[0])) * (1 + 0.3 * strength * u[1])
     return (toned + 0.05 * strength * noise.view_as(images)).clamp_(0, 1)
 
 
 def augment_digits(images: Tensor, strength: float, keys: Tensor) -> Tensor:
-    """The views of the embedded digits, by their keys (n,). Strength 0 gives the images themselves."""
+    """One view of each digit, by its key (n,). Strength 0 gives the images themselves."""
     if strength == 0:
         return images
     u = uniform(keys, 7).T
     moved = affine(images, DIGIT_MOVE * strength, u[:5])
     return tone(moved, strength, u[5:], normal(keys ^ 1 << 62, images[0].numel()))
+
+
+def augmentation(data: Data) -> Augment:
+    """The augmentation of digits on their device: all views are alike, and there are no crops to keep to boxes."""
+
+    def augment(images: Tensor, view: int, keys: Tensor, boxes: Tensor | None) -> Tensor:
+        return augment_digits(images, data.augment, keys)
+
+    return augment
+
+
+class Resize:
+    """Transform of one digit (C, H, W) to size x size pixels."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __call__(self, image: Tensor) -> Tensor:
+        if self.size == image.shape[-1]:
+            return image
+        return F.interpolate(image[None], size=(self.size, self.size), mode="bilinear", antialias=True)[0]

@@ -1,1 +1,1 @@
-"""What frozen features are worth."""
+"""Evaluation of frozen features."""

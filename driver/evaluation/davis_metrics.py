@@ -1,8 +1,8 @@
-"""J and F: how well the masks found in a clip agree with the annotated ones, as DAVIS measures it.
+"""Scores J and F of DAVIS: how well the masks found in a clip agree with the annotated masks.
 
-Masks are (F, H, W) integers: F frames of H x W pixels, 0 the background, 1 to O the objects.
+Masks are integers (F, H, W): F frames of H x W pixels; 0 is the background, 1 to O are the objects.
 Source: Perazzi et al., "A Benchmark Dataset and Evaluation Methodology for Video Object Segmentation", CVPR 2016, and
-the DAVIS 2017 challenge: semi-supervised, so that the given first frame and the last one do not count.
+the DAVIS 2017 challenge, semi-supervised: the first frame, which is given, and the last frame do not count.
 """
 
 import math
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import distance_transform_edt
 
 TOLERANCE = 0.008
-"""Distance, as a share of the frame's diagonal, up to which two contours meet."""
+"""Largest distance between two contours that counts as a match, as a share of the frame's diagonal."""
 RECALLED = 0.5
 """Score above which an object counts as found in a frame."""
 
@@ -22,7 +22,7 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Scores:
-    """Means over objects, in [0, 1]. Recall is the share of frames with a score above 0.5."""
+    """Scores in [0, 1], as means over objects. Recall is the share of frames with a score above 0.5."""
 
     j_and_f: float
     j_mean: float
@@ -58,9 +58,9 @@ def boundary(mask: Mask) -> Mask:
 
 
 def clip_scores(found: NDArray[np.integer], truth: NDArray[np.integer]) -> NDArray[np.float64]:
-    """(2, O, F - 2): J and F of every object of the annotation in every frame but the first and the last.
+    """Scores (2, O, F - 2): J and F of every annotated object in every frame but the first and the last.
 
-    Raises: ValueError on masks that do not fit.
+    Raises: ValueError on masks of different or wrong shapes.
     """
     if found.shape != truth.shape or truth.ndim != 3 or len(truth) < 3:
         raise ValueError(f"masks must be (F, H, W) with F >= 3, got {found.shape} found and {truth.shape} annotated")
@@ -73,7 +73,7 @@ def clip_scores(found: NDArray[np.integer], truth: NDArray[np.integer]) -> NDArr
 
 
 def summary(clips: list[NDArray[np.float64]]) -> Scores:
-    """Over the objects of all clips, each counted once whatever its clip's length."""
+    """Mean scores over the objects of all clips; each object counts once, whatever the length of its clip."""
     objects = [[(frames.mean(), (frames > RECALLED).mean()) for clip in clips for frames in clip[i]] for i in (0, 1)]
     (j, j_recall), (f, f_recall) = (np.mean(rows, axis=0).tolist() for rows in objects)
     return Scores((j + f) / 2, j, j_recall, f, f_recall)

@@ -1,52 +1,47 @@
-"""A frozen backbone for the evaluation scripts: from a run, from a file of weights, or a model of timm as it is made.
+"""Frozen backbone for the evaluation scripts: from a run, from a file of weights, or a model of timm without training.
 
 n images (n, C, S, S) in [0, 1]; D features; ViTs have h x w patches and a class token.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
-import tyro
 from torch import Tensor, nn
 
 from .. import backbones, cli
-from ..config import FILE, Config, Data, Model, UserError
+from ..config import FILE, Config, Data, Model, UserError, helpful
 from ..distributed import World
-from ..exits import exit_code
 from ..model import Standardize
 from ..weights import load_backbone
 
-T = TypeVar("T")
-PLAIN = (tyro.conf.FlagConversionOff,)
-"""Of tyro: a truth value is given as True or False, as in the other options."""
 
-
+@helpful
 @dataclass(frozen=True)
 class Backbone:
-    """Whose features."""
+    """Backbone whose features are evaluated: of a run, or a model of timm."""
 
     run: Path | None = None
-    """Directory of a run, or one of its checkpoints. The model and the data are those of the run."""
+    """Directory of a run, or one of its checkpoints. Model and data are taken from the run."""
     name: str | None = None
-    """Instead of a run: a model of timm. Without `weights` they are random."""
+    """Name of a model of timm, instead of a run. Without `weights`, its weights are random."""
     weights: Path | None = None
-    """Weights for `name`: a file of driver/export.py, or a checkpoint of the driver or of the authors."""
+    """File of weights for the model `name`: an export of driver/export.py, a checkpoint of the driver, or a checkpoint
+    of the authors' code."""
     whose: Literal["student", "teacher"] | None = None
-    """Weights of a checkpoint. None: the teacher's where there is one."""
+    """Network of the checkpoint whose weights are used. None: the teacher where there is one, else the student."""
     heads: int = 0
-    """Attention heads of `name`, a ViT. 0: the model's own number."""
+    """Attention heads of the model `name`, if it is a ViT. 0: the model's own number."""
     size: int | None = None
-    """Side of the images, pixels. None: the run's, or 224."""
+    """Side of the images, pixels. None: as in the run; 224 for a model of timm."""
     device: str = "auto"
-    """Torch device. auto: the GPU where there is one; under torchrun, one for each rank."""
+    """Torch device. auto: the GPU where there is one; under torchrun, one GPU per rank."""
     seed: int = 0
-    """Of random weights."""
+    """Seed of the random weights."""
 
     def options(self) -> Config:
-        """The run's options; for a model of timm, options with that model. Raises: UserError."""
+        """Options of the run, or options with the model of timm. Raises: UserError if --backbone options conflict."""
         if (self.run is None) == (self.name is None):
             raise UserError("give one of --backbone.run and --backbone.name")
         if self.run is not None:
@@ -60,7 +55,7 @@ class Backbone:
         return Config(data=Data(source="folder", size=224), model=Model(name=self.name, heads=self.heads))
 
     def load(self, world: World | None = None) -> "Frozen":
-        """Raises: UserError."""
+        """Backbone with its weights, frozen, on its device. Raises: UserError where options or weights do not fit."""
         options, device = self.options(), (world or World()).choose_device(self.device)
         channels = 1 if options.data.source == "digits" else 3
         size = self.size or options.data.size
@@ -73,7 +68,7 @@ class Backbone:
 
 @dataclass(frozen=True)
 class Frozen:
-    """Features of a backbone in evaluation mode, without gradient."""
+    """Backbone in evaluation mode, which gives features without gradient."""
 
     standardize: nn.Module
     model: nn.Module
@@ -86,13 +81,17 @@ class Frozen:
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """(n, D), as the head of the pretraining gets them."""
+        """Features (n, D), as the projection head gets them in pretraining."""
         return self.model(self.standardize(images))
 
     @torch.no_grad()
     def for_linear(self, images: Tensor, blocks: int, average: bool) -> Tensor:
-        """Of ViTs the class tokens of the last blocks, and with `average` the last one's mean patch, side by side; of
-        other models `features`. Raises: UserError."""
+        """Features of the images for a linear layer.
+
+        ViTs: the class tokens of the last `blocks` blocks and, with `average`, the mean patch of the last block, side
+        by side. Other models: `features`.
+        Raises: UserError where the ViT has fewer blocks.
+        """
         if not self.is_vit:
             return self.features(images)
         of_blocks: Any = self.model.feature_info
@@ -106,7 +105,7 @@ class Frozen:
 
     @torch.no_grad()
     def patches(self, images: Tensor) -> Tensor:
-        """(n, D, h, w), the last feature map. Raises: UserError."""
+        """Last feature map (n, D, h, w). Raises: UserError where the model gives none."""
         return self._layers(images, 1)[0]
 
     def _layers(self, images: Tensor, count: int, **more: Any) -> list[Any]:
@@ -115,13 +114,3 @@ class Frozen:
         return self.model.forward_intermediates(
             self.standardize(images), indices=count, norm=True, intermediates_only=True, output_fmt="NCHW", **more
         )
-
-
-def run_script(options: type[T], main: Callable[[T, World], Any], args: list[str] | None = None) -> int:
-    """The exit code: 0, 1 for what the user can put right, 130 for Ctrl-C; 2 (from tyro) for a wrong option."""
-
-    def run(world: World) -> int:
-        main(world.from_first("options", lambda: tyro.cli(options, args=args, config=PLAIN)), world)
-        return 0
-
-    return exit_code(run)

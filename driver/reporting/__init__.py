@@ -1,1 +1,1 @@
-"""What a run shows of itself: text, curves, a page, trackers."""
+"""Reports of a run: summary in words, curves, pictures, HTML page, TensorBoard and Weights & Biases."""

@@ -1,7 +1,8 @@
-"""Pictures for a run's report: views as the network sees them, nearest neighbours of some images, a 2-D projection."""
+"""Gallery of a run: augmented views as the network sees them, nearest neighbours, projections of features to 2-D."""
 
 import base64
 import io
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,17 +16,19 @@ from ..data.images import Images
 from ..evaluation.online import Embed, pixels
 
 SHOWN = 8
-"""Images whose views, and queries whose neighbours, are shown."""
+"""Number of images shown with their views, and of images shown with their nearest neighbours."""
 NEIGHBOURS = 7
-GALLERY_LIMIT = 4096
-PROJECTED_LIMIT = 800
+BANK_LIMIT = 4096
+"""Largest number of training images among which neighbours are searched."""
+QUERY_LIMIT = 800
+"""Largest number of held-out images that are embedded, and of images that are projected."""
 THUMBNAIL = 96
-"""Largest side of a picture in the report, pixels."""
+"""Largest side of a picture, pixels."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A thumbnail as a data URI, and whether it is of its query's class (None: no classes, or no query)."""
+    """A thumbnail as a data URI. `right`: whether a neighbour has its query's class, None for all other pictures."""
 
     uri: str
     right: bool | None = None
@@ -33,7 +36,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Projection:
-    """(n, 2) points, the two first principal components of unit features, and labels (n,)."""
+    """Two principal components of n normalised feature vectors: points (n, 2), labels (n,)."""
 
     points: NDArray[np.float64]
     labels: NDArray[np.int64]
@@ -41,17 +44,26 @@ class Projection:
 
 @dataclass(frozen=True)
 class Gallery:
-    """`views` has a list of pictures per image; `neighbours` has a query and then its nearest, best first."""
+    """All pictures and projections of a report.
+
+    Each list in `views` has the views of one image; each list in `neighbours` a query, then its neighbours, nearest
+    first.
+    """
 
     views: list[list[Picture]]
     neighbours: list[list[Picture]]
     pixels: Projection
     features: Projection
 
+    @property
+    def with_classes(self) -> bool:
+        """Whether neighbours are marked as being of their query's class or not."""
+        return any(picture.right is not None for row in self.neighbours for picture in row)
+
 
 @dataclass(frozen=True)
-class Shelf:
-    """Images of one part of the data, embedded: features (n, D), raw pixels (n, P), thumbnails and labels."""
+class EmbeddedImages:
+    """n images with their features (n, D), pixels as features (n, P), thumbnails (C, s, s) and labels (n,)."""
 
     features: Tensor
     pixels: Tensor
@@ -61,22 +73,22 @@ class Shelf:
 
 @torch.no_grad()
 def gallery(embed: Embed, images: Images, epoch: int, batch_size: int) -> Gallery:
-    """Of this rank's share of the images, at most 4096 of them; no other rank takes part.
+    """Gallery of this rank's share of the images; other ranks take no part.
 
-    Without held-out images, the queries are training images, among the others.
+    Queries and projected images are held-out images, or training images where none are held out.
     """
-    bank = shelf(embed, images.bank(), GALLERY_LIMIT)
-    queries = shelf(embed, images.held_out(), PROJECTED_LIMIT) if images.tested else bank
+    bank = embed_images(embed, images.bank(), BANK_LIMIT)
+    queries = embed_images(embed, images.held_out(), QUERY_LIMIT) if images.tested else bank
     return Gallery(
         views=sample_views(images, epoch, batch_size),
         neighbours=neighbours(queries, bank, with_classes=images.tested > 0),
-        pixels=project(queries.pixels[:PROJECTED_LIMIT], queries.labels),
-        features=project(queries.features[:PROJECTED_LIMIT], queries.labels),
+        pixels=project(queries.pixels[:QUERY_LIMIT], queries.labels),
+        features=project(queries.features[:QUERY_LIMIT], queries.labels),
     )
 
 
-def shelf(embed: Embed, batches, limit: int) -> Shelf:
-    """The first `limit` images of (images, labels) batches."""
+def embed_images(embed: Embed, batches: Iterable[tuple[Tensor, Tensor]], limit: int) -> EmbeddedImages:
+    """Embed the first `limit` images of (images, labels) batches."""
     features, raw, thumbnails, labels, count = [], [], [], [], 0
     for batch, batch_labels in batches:
         batch, batch_labels = batch[: limit - count], batch_labels[: limit - count]
@@ -87,11 +99,14 @@ def shelf(embed: Embed, batches, limit: int) -> Shelf:
         count += len(batch)
         if count >= limit:
             break
-    return Shelf(torch.cat(features), torch.cat(raw), thumbnails, torch.cat(labels))
+    return EmbeddedImages(torch.cat(features), torch.cat(raw), thumbnails, torch.cat(labels))
 
 
-def neighbours(queries: Shelf, bank: Shelf, with_classes: bool) -> list[list[Picture]]:
-    """Queries are spread over the shelf, which may be sorted by class. An image is not its own neighbour."""
+def neighbours(queries: EmbeddedImages, bank: EmbeddedImages, with_classes: bool) -> list[list[Picture]]:
+    """A list of pictures for each of at most `SHOWN` queries: the query, then its nearest images in the bank by cosine.
+
+    The queries are evenly spaced indices, as images may be sorted by class. An image is not its own neighbour.
+    """
     chosen = torch.linspace(0, len(queries.labels) - 1, min(SHOWN, len(queries.labels))).round().long().unique()
     cosine = F.normalize(queries.features[chosen], dim=1) @ F.normalize(bank.features, dim=1).T
     if queries is bank:
@@ -109,7 +124,10 @@ def neighbours(queries: Shelf, bank: Shelf, with_classes: bool) -> list[list[Pic
 
 
 def project(features: Tensor, labels: Tensor) -> Projection:
-    """Principal components, each with its longer tail on the right: their signs are arbitrary otherwise."""
+    """Project normalised features onto two principal components, each with its longer tail on the positive side.
+
+    The sign of a component is arbitrary; the rule makes pictures repeatable.
+    """
     from sklearn.decomposition import PCA
 
     unit = F.normalize(features, dim=1).double().numpy()
@@ -120,25 +138,25 @@ def project(features: Tensor, labels: Tensor) -> Projection:
 
 
 def sample_views(images: Images, epoch: int, batch_size: int) -> list[list[Picture]]:
-    """The views of the first images of an epoch, as they go into the network."""
+    """The augmented views of the first images of an epoch, one list for each image."""
     crops = next(iter(images.views(epoch)))[0]
     rows: list[list[Picture]] = [[] for _ in range(SHOWN)]
-    for of_size in crops:
-        for view in of_size.cpu().unflatten(0, (-1, batch_size)):
+    for one_size in crops:
+        for view in one_size.cpu().unflatten(0, (-1, batch_size)):
             for row, image in zip(rows, thumbnail(view[:SHOWN]), strict=False):
                 row.append(Picture(data_uri(image)))
     return [row for row in rows if row]
 
 
 def thumbnail(images: Tensor) -> Tensor:
-    """(n, C, s, s) bytes, with s at most THUMBNAIL."""
+    """Images (n, C, S, S) in [0, 1] as bytes (n, C, s, s), s at most `THUMBNAIL`."""
     if images.shape[-1] > THUMBNAIL:
         images = F.interpolate(images.float(), size=(THUMBNAIL, THUMBNAIL), mode="area")
     return images.float().clamp(0, 1).mul(255).round().to(torch.uint8)
 
 
 def data_uri(image: Tensor) -> str:
-    """(C, s, s) bytes as a PNG, or a JPEG where it is larger than 48 pixels and in colour."""
+    """Data URI of an image (C, s, s) of bytes: a JPEG for colour above 48 pixels, else a PNG."""
     array = image.permute(1, 2, 0).numpy()
     picture = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
     kind = "JPEG" if picture.mode == "RGB" and picture.width > 48 else "PNG"

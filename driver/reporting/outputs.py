@@ -1,4 +1,4 @@
-"""The files that a run leaves for people: report.html and dashboard.png, and a few lines of text."""
+"""Results of a run for people to read: report.html, dashboard.png and a few printed lines."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ from .. import history
 from ..config import Config
 from ..data.images import Images
 from ..evaluation.online import Embed
+from ..files import replacing
 from . import plots, summary
 from .gallery import Gallery, gallery
 from .page import page
@@ -14,19 +15,19 @@ PAGE, DASHBOARD = "report.html", "dashboard.png"
 
 
 def finish(record: history.History, options: Config, directory: Path, images: Images, embed: Embed) -> None:
-    """Write both files and print the result and the command that goes on from here."""
+    """Write report.html and dashboard.png; print accuracies, a warning where training failed, and the next command."""
     write(record, options, directory, images, embed)
     print(f"\nwritten: {directory}/ {PAGE}, {DASHBOARD}, {history.FILE}, checkpoint.pt, config.yaml")
     if record.last("pixels"):
         print(summary.table(record, images.tested))
     if trouble := summary.trouble(record):
-        print(f"warning: {summary.ended(record)} To try: {'; '.join(summary.ADVICE[trouble])}")
+        print(f"warning: {summary.last_loss(record)} To try: {'; '.join(summary.ADVICE[trouble])}")
     why, command = summary.next_step(record, options, directory)
     print(f"next, {why}: {command}")
 
 
 def write(record: history.History, options: Config, directory: Path, images: Images, embed: Embed) -> None:
-    """report.html and dashboard.png."""
+    """Write report.html, with a gallery of `images` and their features by `embed`, and dashboard.png."""
     pictures = gallery(embed, images, int(record.epoch), options.data.batch_size)
     write_with(pictures, images.tested, record, options, directory)
 
@@ -34,6 +35,11 @@ def write(record: history.History, options: Config, directory: Path, images: Ima
 def write_with(
     pictures: Gallery | str, tested: int | None, record: history.History, options: Config, directory: Path
 ) -> None:
-    """The same, of pictures that are made or the reason why there are none."""
-    plots.dashboard(record, directory / DASHBOARD)
-    (directory / PAGE).write_text(page(directory.name, record, options, pictures, tested, directory))
+    """Write report.html and dashboard.png. `pictures` is a gallery, or the reason why there is none.
+
+    `tested` is the number of held-out images, None where it is unknown.
+    """
+    with replacing(directory / DASHBOARD) as temporary:
+        plots.dashboard(record, temporary)
+    with replacing(directory / PAGE) as temporary:
+        temporary.write_text(page(directory.name, record, options, pictures, tested, directory))

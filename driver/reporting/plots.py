@@ -1,4 +1,4 @@
-"""The curves of a run: one function a panel; the dashboard (PNG) has them all, the report has each as SVG."""
+"""Curves of a run, one function a panel: dashboard.png shows all panels, report.html each as an SVG image."""
 
 import io
 from collections.abc import Callable
@@ -40,7 +40,7 @@ Panel = Callable[[Axes, History], None]
 
 
 def dashboard(history: History, path: Path) -> None:
-    """Every panel that has something to show, three to a row."""
+    """Write a PNG of all panels whose numbers were recorded, three to a row."""
     panels = [panel for _, panel in panels_of(history)]
     rows = -(-len(panels) // 3)
     with rc_context(STYLE):
@@ -50,15 +50,16 @@ def dashboard(history: History, path: Path) -> None:
         for axis in figure.axes:
             axis.set_axis_on() if axis.has_data() else axis.set_axis_off()
         figure.suptitle(path.absolute().parent.name, x=0.01, ha="left", weight="bold", fontsize=14)
-        figure.savefig(path)
+        figure.savefig(path, format="png")
 
 
 def svg(panel: Panel, history: History) -> str:
-    """One panel alone, as the text of an SVG file."""
+    """SVG text of one panel."""
     return as_svg(lambda axis: draw(axis, panel, history))
 
 
 def as_svg(paint: Callable[[Axes], None]) -> str:
+    """SVG text of a figure whose only axes `paint` fills."""
     with rc_context(STYLE):
         figure = Figure(figsize=PANEL_INCHES, layout="constrained")
         paint(figure.subplots())
@@ -68,6 +69,7 @@ def as_svg(paint: Callable[[Axes], None]) -> str:
 
 
 def draw(axis: Axes, panel: Panel, history: History) -> None:
+    """Draw a panel over epochs, with a dotted line where the run warned of collapse or of a loss at its ceiling."""
     axis.set_xlabel("epoch")
     axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     panel(axis, history)
@@ -77,19 +79,16 @@ def draw(axis: Axes, panel: Panel, history: History) -> None:
 
 
 def panels_of(history: History) -> list[tuple[str, Panel]]:
-    """Name and panel, of those whose numbers were recorded."""
+    """Names and drawing functions of the panels whose numbers were recorded."""
     train, tests = history.last("train") or {}, history.last("evaluation") or {}
     known = {**train, **tests}
     return [(needed.replace("_", " "), panel) for needed, panel in PANELS if known.get(needed) is not None]
 
 
 def series(history: History, kind: str, name: str) -> tuple[list[float], list[float]]:
-    """Epochs and values; None, which stands for a number that is not finite, is left out of the line."""
+    """Epochs and values of one number. None, the history's mark of a number that is not finite, becomes a gap (NaN)."""
     rows = history.of(kind)
     return [row["epoch"] for row in rows], [np.nan if row.get(name) is None else row[name] for row in rows]
-
-
-# The panels
 
 
 def loss(axis: Axes, history: History) -> None:
@@ -185,11 +184,15 @@ PANELS: list[tuple[str, Panel]] = [
     ("data_wait", data_wait),
     ("lr", learning_rate),
 ]
-"""A number that the history must have, and the panel that shows it."""
+"""All panels in order, each with the number that must have been recorded for it to be shown."""
 
 
 def projection(points: np.ndarray, labels: np.ndarray, title: str) -> str:
-    """SVG of (n, 2) points, coloured by label where there are several; beyond ten classes, by the first ten."""
+    """SVG text of a scatter plot of (n, 2) points, coloured by label.
+
+    Points of the first ten classes are coloured, all others grey. With two to ten classes, each class has its label
+    at the median of its points.
+    """
     few = labels.max(initial=0) < 10
 
     def paint(axis: Axes) -> None:

@@ -1,4 +1,4 @@
-"""What a run says about itself in words: its result, collapse and what to try, the command to go on."""
+"""A run in words: its result, a warning and advice if the loss stays at its ceiling, and a command to go on."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -8,10 +8,13 @@ from .. import checkpoint
 from ..config import FILE, Config
 from ..history import History, Row
 
-CLOSE = 0.01
-"""Nats from the ceiling within which the loss is at it, and the attention uniform."""
+CLOSE_NATS = 0.01
+"""Below this distance, a loss counts as at its ceiling and an entropy as that of uniform attention."""
 LINES = 5
-"""Log lines that must be so: one alone may be noise."""
+"""Consecutive log lines at the ceiling that make a warning: a single line may be noise."""
+
+ACCURACIES = ("knn", "knn_moved", "linear", "linear_moved")
+"""Names in the history of the accuracies on held-out images."""
 
 ADVICE = {
     "collapse": (
@@ -26,34 +29,40 @@ ADVICE = {
         "a --loss.temperature of 0.1 or more (a lower one makes the attention sharper than its target)",
     ),
 }
-"""Against each trouble, the likeliest cure first."""
+"""Remedies for each kind of trouble, the likeliest first."""
 
 
 def trouble(history: History) -> str | None:
-    """Where the loss was at its ceiling or above in each of the last five log lines: "collapse", the attention is
-    uniform in the last, as alike features make it; "ceiling", it is not."""
+    """Trouble that the last log lines show: "collapse", "ceiling" or None.
+
+    In both kinds the loss is at its ceiling or above in each of the last `LINES` log lines. In a "collapse" the
+    attention of the last line is uniform, as when all features are alike; in a "ceiling" it is not.
+    """
     rows = history.of("train")[-LINES:]
-    if len(rows) < LINES or any(row["collapse_gap"] >= CLOSE for row in rows):
+    if len(rows) < LINES or any(row["collapse_gap"] >= CLOSE_NATS for row in rows):
         return None
     last = rows[-1]
-    uniform = last["uniform_loss"] - last["source_entropy"] < CLOSE and last["collapse_gap"] > -CLOSE
+    uniform = last["uniform_loss"] - last["source_entropy"] < CLOSE_NATS and last["collapse_gap"] > -CLOSE_NATS
     return "collapse" if uniform else "ceiling"
 
 
 def warning(row: Row) -> str:
-    """A trouble, from its row in the history."""
+    """Warning in words, without a full stop, for a history row of kind "collapse" or "ceiling"."""
     gap, when = row["collapse_gap"], f"by step {row['step']} (epoch {row['epoch']:.1f})"
-    if row["kind"] == "collapse" and gap > -CLOSE:
+    if row["kind"] == "collapse" and gap > -CLOSE_NATS:
         return (
-            f"training collapsed {when}: the loss is within {CLOSE} nats of its ceiling log(N - T) and the attention "
-            "uniform, as with features that are all alike"
+            f"training collapsed {when}: the loss is within {CLOSE_NATS} nats of its ceiling log(N - T) and the "
+            "attention uniform, as with features that are all alike"
         )
-    where = "at" if abs(gap) < CLOSE else f"{-gap:.2f} nats above"
+    where = "at" if abs(gap) < CLOSE_NATS else f"{-gap:.2f} nats above"
     return f"the loss is {where} its ceiling log(N - T) {when}: the target is flat, or the temperature too low"
 
 
 def verdict(history: History, options: Config, tested: int | None) -> list[str]:
-    """The result, in sentences. tested: held-out images, where their number is known."""
+    """Sentences on how far a run came, its accuracies and its loss.
+
+    `tested` is the number of held-out images, None where it is unknown.
+    """
     tests, raw = (history.last(kind) for kind in ("evaluation", "pixels"))
     done = f"{history.epoch:.0f} of {epochs(options.optim.epochs)}"
     lines = [f"Finished: {done}." if history.epoch >= options.optim.epochs else f"Stopped after {done}."]
@@ -64,11 +73,11 @@ def verdict(history: History, options: Config, tested: int | None) -> list[str]:
             f"{tests['knn']:.1%} correctly (raw pixels {raw['knn']:.1%}, untrained network {first['knn']:.1%}), and a "
             f"linear classifier on the frozen features {tests['linear']:.1%}."
         )
-    return [*lines, ended(history)] if history.last("train") else lines
+    return [*lines, last_loss(history)] if history.last("train") else lines
 
 
-def ended(history: History) -> str:
-    """Where the loss is at the last log line, in a sentence."""
+def last_loss(history: History) -> str:
+    """One sentence on the last loss: its distance to the ceiling, or that training has collapsed."""
     if trouble(history) == "collapse":
         return "Training has collapsed: the loss ended at its ceiling, with uniform attention."
     gap = history.of("train")[-1]["collapse_gap"]
@@ -81,29 +90,34 @@ def epochs(count: float) -> str:
     return "1 epoch" if round(count) == 1 else f"{count:.0f} epochs"
 
 
+def accuracies(history: History, trained: str) -> dict[str, list[float]]:
+    """Accuracies of raw pixels, of the untrained and of the newest network, by name; empty where none was measured.
+
+    Each has k-NN, k-NN on moved images, linear, linear on moved images. `trained` names the newest network; its {} is
+    replaced by the epochs of training.
+    """
+    measured, pixels = [row for row in history.of("evaluation") if "knn" in row], history.last("pixels")
+    if pixels is None or not measured:
+        return {}
+    newest = trained.format(epochs(measured[-1]["epoch"]))
+    rows = {"raw pixels": pixels, "network, untrained": measured[0], newest: measured[-1]}
+    return {name: [row[column] for column in ACCURACIES] for name, row in rows.items()}
+
+
 def table(history: History, tested: int) -> str:
-    """The accuracies as lines of text: as they are, and moved."""
-    tests = [row for row in history.of("evaluation") if "knn" in row]
-    if not tests:
-        return ""
-    rows = {
-        "raw pixels": history.of("pixels")[0],
-        "network, untrained": tests[0],
-        f"network, after {epochs(tests[-1]['epoch'])} of BAM": tests[-1],
-    }
-    columns = ("knn", "knn_moved", "linear", "linear_moved")
+    """The accuracies on `tested` held-out images as lines of text; empty where none was measured."""
     lines = [
         f"\n{f'accuracy, {tested} held-out images':<39}{'k-NN':^18}{'linear classifier':^21}",
         f"{'':<39}{'as are':>7}{'moved':>8}   {'as are':>9}{'moved':>8}",
     ]
-    for name, row in rows.items():
-        cells = [f"{row[column]:.3f}" for column in columns]
-        lines.append(f"  {name:<37}{cells[0]:>7}{cells[1]:>8}   {cells[2]:>9}{cells[3]:>8}")
-    return "\n".join([*lines, "moved: randomly shifted and rotated\n"])
+    rows = accuracies(history, "network, after {} of BAM")
+    for name, (knn, knn_moved, linear, linear_moved) in rows.items():
+        lines.append(f"  {name:<37}{knn:>7.3f}{knn_moved:>8.3f}   {linear:>9.3f}{linear_moved:>8.3f}")
+    return "\n".join([*lines, "moved: randomly shifted and rotated\n"]) if rows else ""
 
 
 def next_step(history: History, options: Config, directory: Path) -> tuple[str, str]:
-    """Why, and one command that goes on from here."""
+    """Purpose and text of one command that continues from this run."""
     command, remaining = "python driver/pretrain.py", options.optim.epochs - history.epoch
     same = f"{command} --config {quote(str(directory / FILE))}"
     if trouble(history):

@@ -1,17 +1,22 @@
-"""TensorBoard and Weights & Biases, as sinks of the history."""
+"""Sinks of a run's history that send its numbers to TensorBoard and to Weights & Biases."""
 
 import uuid
 from pathlib import Path
 from typing import Any
 
 from ..config import Config, UserError, as_plain, missing
+from ..files import replacing
 from ..history import Row
 
-NOT_SHOWN = ("kind", "step")
+NOT_SCALARS = ("kind", "step")
+"""Entries of a history row that name and date its numbers."""
 
 
 class TensorBoard:
-    """Scalars under runs/NAME/tensorboard; what was written after `step`, where a resumed run begins, is dropped."""
+    """Writer of TensorBoard scalars into runs/NAME/tensorboard.
+
+    `step` is where a resumed run begins: scalars of later steps, written before the run ended, are dropped.
+    """
 
     def __init__(self, directory: Path, step: int) -> None:
         try:
@@ -30,7 +35,10 @@ class TensorBoard:
 
 
 class Wandb:
-    """A run of the project, continued when ours is resumed. The key is W&B's own: `wandb login` or WANDB_API_KEY."""
+    """A W&B run in `project`; a resumed training run continues its W&B run, whose id is in wandb-id.txt.
+
+    W&B takes its key from `wandb login` or WANDB_API_KEY.
+    """
 
     def __init__(self, project: str, directory: Path, options: Config) -> None:
         try:
@@ -39,7 +47,8 @@ class Wandb:
             raise UserError(missing(f"--run.wandb {project}", "wandb", error, extra="wandb")) from error
         name = directory / "wandb-id.txt"
         if not name.exists():
-            name.write_text(uuid.uuid4().hex[:8])
+            with replacing(name) as temporary:
+                temporary.write_text(uuid.uuid4().hex[:8])
         try:
             self.run: Any = wandb.init(
                 project=project,
@@ -60,5 +69,5 @@ class Wandb:
 
 
 def scalars(row: Row) -> dict[str, float]:
-    """Names as kind/number."""
-    return {f"{row['kind']}/{name}": x for name, x in row.items() if name not in NOT_SHOWN and x is not None}
+    """Finite numbers of a history row, named kind/number."""
+    return {f"{row['kind']}/{name}": x for name, x in row.items() if name not in NOT_SCALARS and x is not None}

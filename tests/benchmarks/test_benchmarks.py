@@ -22,10 +22,10 @@ sys.path.append(str(BENCHMARKS))
 
 import plot  # noqa: E402
 import predictions  # noqa: E402
-from common import BenchmarkOptions, Report, checked, threshold_of  # noqa: E402
 from competitor import WHOLE, Competitor, Rotation  # noqa: E402
 from hardware import Machine  # noqa: E402
 from problem import Images, Problem, Truth, Work, layout_of, parse_shape, truth_of_sinkhorn  # noqa: E402
+from report import BenchmarkOptions, Report, compare_with_truth, threshold_of  # noqa: E402
 from rows import Row  # noqa: E402
 
 OURS = {"cpu", "cpu-int16"} if cpu.unavailable() is None else set()
@@ -206,7 +206,7 @@ def test_unknown_option_is_an_error() -> None:
 @pytest.fixture
 def problem() -> Problem:
     layout = layout_of(12, 12, 8, V=2, L=2, T=2)
-    return Problem.made(layout, Options(), torch.device("cpu"))
+    return Problem.generate(layout, Options(), torch.device("cpu"))
 
 
 def competitor(outputs, runs: list[int], kind: str = "eager") -> Competitor:
@@ -241,7 +241,9 @@ def test_broken_competitor_fails_and_is_not_timed(problem, capsys, tmp_path, way
 def test_a_gradient_off_by_more_than_the_threshold_fails(problem) -> None:
     truth = Truth(torch.ones(3, 4, dtype=torch.float64), torch.ones(3, 4, dtype=torch.float64))
     for scale, status in ((1 + 2e-5, "failing"), (1 + 5e-6, "ok")):
-        row = checked(competitor(lambda scale=scale: Truth(truth.P, truth.gradient * scale), []), truth, Options())
+        row = compare_with_truth(
+            competitor(lambda scale=scale: Truth(truth.P, truth.gradient * scale), []), truth, Options()
+        )
         assert row.status == status
 
 

@@ -19,20 +19,20 @@ SCRIPTS = REPOSITORY / "benchmarks" / "gpu"
 sys.path.append(str(SCRIPTS))
 
 import compare  # noqa: E402
+import comparisons  # noqa: E402
 import counters  # noqa: E402
-import earlier  # noqa: E402
+import earlier_run  # noqa: E402
 import measure  # noqa: E402
-import measured  # noqa: E402
-import measuring  # noqa: E402
-import places  # noqa: E402
+import measure_tables  # noqa: E402
+import measurement  # noqa: E402
 import rows  # noqa: E402
 import step_trace  # noqa: E402
-from common import Row  # noqa: E402
 from contact import CHECKED_TESTS  # noqa: E402
-from earlier import Before  # noqa: E402
+from earlier_run import EarlierRun  # noqa: E402
 from hardware import Machine  # noqa: E402
 from measure import Measure  # noqa: E402
 from problem import Truth  # noqa: E402
+from report import Row  # noqa: E402
 from steps import Outcome, Run  # noqa: E402
 
 FAILED = "tests/loss/test_layout.py::test_nothing_of_this_name"
@@ -136,9 +136,9 @@ def machine() -> Machine:
 
 def test_a_row_that_is_wrong_is_written_and_not_timed(tmp_path, capsys) -> None:
     """A gradient off by one part in a thousand, and a competitor that cannot be made."""
-    place = places.places(True)[1]
+    comparison = comparisons.comparisons(True)[1]
     options = SimpleNamespace(toy=True, authors=None)
-    made = measuring.Rows(place, machine(), options)
+    made = measurement.ProblemCompetitors(comparison, machine(), options)
     truth = made.truth()
     record = compare.Record(tmp_path)
     wrong = Truth(None, truth.gradient * 1.001)
@@ -146,38 +146,38 @@ def test_a_row_that_is_wrong_is_written_and_not_timed(tmp_path, capsys) -> None:
     def broken(kind: str) -> Truth:
         if kind == "triton":
             raise RuntimeError("no such kernel")
-        c = measuring.nothing(kind)
+        c = measurement.placeholder(kind)
         c.outputs, c.run = (lambda: wrong), (lambda: pytest.fail("timed"))
         return c
 
     made.competitor = broken
     for kind in ("cpu", "triton"):
-        measuring.one_row(made, kind, truth, 1.0, record)
+        measurement.measure_row(made, kind, truth, 1.0, record)
     found = json.loads((tmp_path / "rows.json").read_text())
     assert [row["status"] for row in found] == ["failing", "failing"]
     assert found[0]["reason"] == "error above 1e-05" and found[1]["reason"] == "RuntimeError: no such kernel"
     assert all(row["median_ms"] is None for row in found) and rows.read(tmp_path / "rows.jsonl") == []
     assert "16x16x16 triton: FAILING: RuntimeError: no such kernel" in capsys.readouterr().out
-    assert "FAILING" in measured.ratios(found)
+    assert "FAILING" in measure_tables.ratios(found)
 
 
 @pytest.fixture
 def one_problem(tmp_path, monkeypatch) -> SimpleNamespace:
     """A process that has one problem to measure."""
-    place = places.places(True)[1]
-    monkeypatch.setattr(measuring, "places", lambda toy: [place])
-    monkeypatch.setattr(measuring.Machine, "found", lambda *_: machine())
+    comparison = comparisons.comparisons(True)[1]
+    monkeypatch.setattr(measurement, "comparisons", lambda toy: [comparison])
+    monkeypatch.setattr(measurement.Machine, "detect", lambda *_: machine())
     options = SimpleNamespace(toy=True, authors=None, seconds=60.0)
-    return SimpleNamespace(place=place, options=options, record=compare.Record(tmp_path))
+    return SimpleNamespace(comparison=comparison, options=options, record=compare.Record(tmp_path))
 
 
 @needs_kernels
 def test_a_problem_without_truth_fails_in_all_its_rows(tmp_path, monkeypatch, one_problem) -> None:
-    def broken(rows: measuring.Rows) -> Truth:
+    def broken(rows: measurement.ProblemCompetitors) -> Truth:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(measuring.Rows, "truth", broken)
-    assert measuring.measured(one_problem.options, one_problem.record) == compare.WRONG
+    monkeypatch.setattr(measurement.ProblemCompetitors, "truth", broken)
+    assert measurement.measure_all(one_problem.options, one_problem.record) == compare.WRONG
     found = json.loads((tmp_path / "rows.json").read_text())
     assert {row["kind"] for row in found} >= {"cpu", "gemms-half"}
     assert {(row["status"], row["reason"]) for row in found} == {("failing", "no truth: RuntimeError: out of memory")}
@@ -185,21 +185,25 @@ def test_a_problem_without_truth_fails_in_all_its_rows(tmp_path, monkeypatch, on
 
 def test_what_has_no_row_is_listed_with_its_reason(tmp_path, one_problem) -> None:
     """A problem for which there was no time; then rows that a process did not come to, and one that it did."""
-    place, record = one_problem.place, one_problem.record
+    comparison, record = one_problem.comparison, one_problem.record
     one_problem.options.seconds = 0.0
-    measuring.measured(one_problem.options, record)
-    kinds = ", ".join(place.kinds)
-    assert f"not measured: {kinds} of {place.name}: no time was left for the problem" in measured.summary(tmp_path)
+    measurement.measure_all(one_problem.options, record)
+    kinds = ", ".join(comparison.kinds)
+    assert f"not measured: {kinds} of {comparison.name}: no time was left for the problem" in measure_tables.summary(
+        tmp_path
+    )
     (tmp_path / "not_measured.json").unlink()
-    record.expect([place, places.places(True)[2]])
-    record.leave_out(place.name, ["cpu"], "why")
+    record.expect([comparison, comparisons.comparisons(True)[2]])
+    record.leave_out(comparison.name, ["cpu"], "why")
     again = compare.Record(tmp_path)
-    again.expect([place, places.places(True)[2]])
-    measuring.write(measuring.Row(measuring.nothing("gemms-half"), "failing", ""), place, machine(), again)
-    others = ", ".join(kind for kind in place.kinds if kind not in ("cpu", "gemms-half"))
-    assert measured.summary(tmp_path).split("== Not measured\n")[1].splitlines() == [
-        f"not measured: cpu of {place.name}: why",
-        f"not measured: {others} of {place.name}: not reached",
+    again.expect([comparison, comparisons.comparisons(True)[2]])
+    measurement.write(
+        measurement.Row(measurement.placeholder("gemms-half"), "failing", ""), comparison, machine(), again
+    )
+    others = ", ".join(kind for kind in comparison.kinds if kind not in ("cpu", "gemms-half"))
+    assert measure_tables.summary(tmp_path).split("== Not measured\n")[1].splitlines() == [
+        f"not measured: cpu of {comparison.name}: why",
+        f"not measured: {others} of {comparison.name}: not reached",
         "not measured: cpu, eager of sinkhorn-16x32x16: not reached",
     ]
 
@@ -209,27 +213,27 @@ def test_rows_of_tuned_tiles_say_so(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("BAM_KERNELS_TUNED", str(file))
     record = compare.Record(tmp_path)
     for kind in ("triton-int16", "cuda-int16", "triton-flash-int16"):
-        c = measuring.nothing(kind)
+        c = measurement.placeholder(kind)
         c.note = "note"
         made = Row(c, times_ms=(1.0,), floor_ms=0.5)
-        measuring.write(made, places.places(True)[0], machine(), record, {"wall_ms": 1.0, "host_ms": 1.0})
+        measurement.write(made, comparisons.comparisons(True)[0], machine(), record, {"wall_ms": 1.0, "host_ms": 1.0})
         file.touch()
     assert [row["note"] for row in record.rows] == ["note", "note", "note, tuned tiles"]
     lines = {row.note for row in rows.read(tmp_path / "rows.jsonl")}
     assert lines == {"triton-int16", "cuda-int16", "triton-flash-int16, tuned tiles"}
 
 
-@pytest.mark.parametrize("kind, kinds", [("cpu", ["cpu"]), ("truth", list(places.places(True)[1].kinds))])
+@pytest.mark.parametrize("kind, kinds", [("cpu", ["cpu"]), ("truth", list(comparisons.comparisons(True)[1].kinds))])
 def test_a_row_that_ended_its_process_fails_in_the_next(tmp_path, kind, kinds) -> None:
     """The row alone, or all rows of a problem whose truth could not be made."""
-    place = places.places(True)[1]
-    compare.Record(tmp_path).begin(place, kind)
+    comparison = comparisons.comparisons(True)[1]
+    compare.Record(tmp_path).begin(comparison, kind)
     record = compare.Record(tmp_path)
-    assert record.unfinished() == (place.name, kind)
-    measuring.note_unfinished(places.places(True), machine(), record)
-    assert record.kinds(place.name) == kinds
+    assert record.unfinished() == (comparison.name, kind)
+    measurement.note_unfinished(comparisons.comparisons(True), machine(), record)
+    assert record.kinds(comparison.name) == kinds
     assert {row["reason"] for row in record.rows} == {f"its process crashed or hung in {kind}"}
-    assert compare.Record(tmp_path).kinds(place.name) == kinds
+    assert compare.Record(tmp_path).kinds(comparison.name) == kinds
     if kind == "cpu":
         assert compare.Record(tmp_path).unfinished() is None
 
@@ -238,10 +242,10 @@ def test_a_process_that_hangs_is_ended(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(compare, "STUCK_S", 0.5)
     begin = time.monotonic()
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    assert compare.watched(process, tmp_path / "now.json") != 0
+    assert compare.wait_or_kill(process, tmp_path / "now.json") != 0
     assert time.monotonic() - begin < 20
     quick = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
-    assert compare.watched(quick, tmp_path / "now.json") == compare.WRONG
+    assert compare.wait_or_kill(quick, tmp_path / "now.json") == compare.WRONG
 
 
 @pytest.mark.parametrize("codes, status", [([-9, 1, 0], 0), ([-9, 3], 1), ([1] * compare.MOST_PROCESSES, 1)])
@@ -249,8 +253,8 @@ def test_another_process_goes_on_after_one_that_crashed(tmp_path, monkeypatch, c
     """Until one comes to its end, 3: with rows that are wrong; not for ever."""
     left, started = list(codes), []
     monkeypatch.setattr(subprocess, "Popen", lambda command: started.append(command))
-    monkeypatch.setattr(compare, "watched", lambda process, now: left.pop(0))
-    assert compare.attended(SimpleNamespace(seconds=60.0, out=tmp_path)) == status
+    monkeypatch.setattr(compare, "wait_or_kill", lambda process, now: left.pop(0))
+    assert compare.measure_in_processes(SimpleNamespace(seconds=60.0, out=tmp_path)) == status
     assert not left and len(started) == len(codes) and all("--in-this-process" in command for command in started)
 
 
@@ -263,14 +267,14 @@ def test_failed_steps_run_again_in_their_own_form(tmp_path) -> None:
     for variant in ("sm_80", "sm_90a"):
         (tmp_path / variant).mkdir()
         (tmp_path / variant / "_C.so").touch()
-    found = {step.name: step for step in Measure(tmp_path, tmp_path, False, None).again(Before(tmp_path))}
+    found = {step.name: step for step in Measure(tmp_path, tmp_path, False, None).repeated_steps(EarlierRun(tmp_path))}
     assert set(found) == {"again-tests-sm80", *(f"again-{name}" for name in ended if ended[name] != "passed")}
     older = [name for name, step in found.items() if "sm_80" in step.environment["BAM_KERNELS_EXTENSION"]]
     assert set(older) == {"again-tests-sm80", "again-probe-cuda-pass-long-sm80"}
     assert (tmp_path / "again-tests-sm80.txt").read_text() == test["test"] + "\n"
     (tmp_path / "sm_80" / "_C.so").unlink()
     for name in older:
-        again = Measure(tmp_path, tmp_path, False, None).again(Before(tmp_path))
+        again = Measure(tmp_path, tmp_path, False, None).repeated_steps(EarlierRun(tmp_path))
         (step,) = [step for step in again if step.name == name]
         assert step.needs == f"build.py has not made sm_80 in {tmp_path}"  # nothing else runs under that name
     assert found["again-memcheck"].command[0] == "compute-sanitizer"
@@ -285,7 +289,7 @@ def test_checked_tests_run_again_under_the_checker(tmp_path, code, alone) -> Non
     (contact / "steps.json").write_text(json.dumps({"memcheck-rows": {"status": f"failed with {code}"}}))
     test = {"test": "tests/kernels/test_cuda_match.py::test_cluster", "outcome": "failed"}
     (contact / "memcheck-rows.tests.jsonl").write_text(json.dumps(test))
-    (step,) = Measure(out, None, False, None).again(Before(contact))
+    (step,) = Measure(out, None, False, None).repeated_steps(EarlierRun(contact))
     assert step.name == "again-memcheck-rows" and step.environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
     assert step.command[:3] == ["compute-sanitizer", "--tool", "memcheck"]
     assert str(out / "again-memcheck-rows.tests.jsonl") in step.command
@@ -298,9 +302,9 @@ def test_files_of_steps_that_do_not_run_stay(tmp_path) -> None:
     files = {"rows": ("rows.json", "rows.jsonl"), "ncu-cuda": ("ncu-cuda.csv",)}
     for name in ("rows.json", "ncu-cuda.csv"):
         (tmp_path / name).touch()
-    earlier.remove(Run(tmp_path, None, only=["ncu-*"]), files)
+    earlier_run.remove(Run(tmp_path, None, only=["ncu-*"]), files)
     assert [file.name for file in tmp_path.iterdir()] == ["rows.json"]
-    earlier.remove(Run(tmp_path, None), files)
+    earlier_run.remove(Run(tmp_path, None), files)
     assert not list(tmp_path.iterdir())
 
 
@@ -308,7 +312,7 @@ def test_the_archive_is_written_before_the_summary(tmp_path, monkeypatch) -> Non
     """The summary takes a while, and what ends the run may not wait for it."""
     archive = tmp_path / "measure.tar.gz"
 
-    def ended(self: Measure, run: Run, before: Before) -> None:
+    def ended(self: Measure, run: Run, before: EarlierRun) -> None:
         run.outcomes.append(Outcome("rows", "failed with 1"))
         run.write("rows.log", "so far")
         raise SystemExit(1)
@@ -352,12 +356,12 @@ def test_counters_are_read(tmp_path) -> None:
     text += [line("", "", *(unit for unit, _ in METRICS.values()))]
     text += [line("0", passes, *values), line("1", passes, "17,000", *values[1:]), line("2", "match_kernel", *values)]
     (tmp_path / "ncu.csv").write_text("\n".join(text))
-    first, second = counters.counted(tmp_path / "ncu.csv")
+    first, second = counters.read_counters(tmp_path / "ncu.csv")
     assert (first.kernel, first.launches, first.us) == ("sinkhorn_pass", 2, 16.0)
     assert (first.dram_percent, first.sm_percent, first.instructions) == (81.5, 40.0, 8.7e6)
     assert first.stalls == (("long_scoreboard", 9.25), ("barrier", 3.5), ("wait", 1.5))
     assert (second.kernel, second.us) == ("match", 15.0)
-    assert "long_scoreboard 9.2, barrier 3.5, wait 1.5" in counters.shown([first])
+    assert "long_scoreboard 9.2, barrier 3.5, wait 1.5" in counters.counter_table([first])
 
 
 def test_launches_of_a_trace() -> None:
@@ -385,19 +389,19 @@ def test_launches_of_a_trace() -> None:
 
 def test_ratios_are_to_the_fastest_of_a_kind() -> None:
     def row(kind: str, ms: float) -> dict:
-        c = measuring.nothing(kind)
+        c = measurement.placeholder(kind)
         made = Row(c, times_ms=(ms,), floor_ms=0.5 * ms).fields()
         return made | {"wall_ms": ms, "host_ms": ms}
 
     found = [row("cuda-int16", 0.5), row("compile-autocast", 2.0), row("compile-autocast-graph", 1.0)]
-    ours, slower, _ = measured.ratios(found).splitlines()[1:]
+    ours, slower, _ = measure_tables.ratios(found).splitlines()[1:]
     assert ours.split()[-1] == "2.00" and "500.0" in ours and "50%" in ours
     assert slower.split()[-1] == "50%"
 
 
 def test_the_plan_of_a_real_run_fits_its_time() -> None:
-    listed = places.places(toy=False)
-    assert sum(place.seconds for place in listed) < 310  # the largest, which come last, if there is time
-    assert sum(place.seconds for place in listed if "524288" not in place.shape) < 240
-    assert all(measuring.layout_of(place).M in (512, 2048) for place in listed)
-    assert len({place.name for place in listed}) == len(listed)
+    listed = comparisons.comparisons(toy=False)
+    assert sum(comparison.seconds for comparison in listed) < 310  # the largest, which come last, if there is time
+    assert sum(comparison.seconds for comparison in listed if "524288" not in comparison.shape) < 240
+    assert all(measurement.layout_of(comparison).M in (512, 2048) for comparison in listed)
+    assert len({comparison.name for comparison in listed}) == len(listed)

@@ -21,7 +21,7 @@ sys.path.append(str(SCRIPTS))
 
 import contact  # noqa: E402
 import rows  # noqa: E402
-from steps import PYTHON, Outcome, Run, Step, extension  # noqa: E402
+from steps import PYTHON, Outcome, Run, Step, extension_environment  # noqa: E402
 
 needs_extension = pytest.mark.skipif(_C is None, reason="needs the extension")
 needs_compiler = pytest.mark.skipif(_C is None or not shutil.which("g++"), reason="needs the extension and g++")
@@ -101,10 +101,12 @@ with steps.Run(Path("out"), Path("a.tar.gz")) as run:
 
 
 def test_the_extension_of_a_variant(tmp_path):
-    assert extension(None, "sm_80") == {} == extension(tmp_path, "sm_80")
+    assert extension_environment(None, "sm_80") == {} == extension_environment(tmp_path, "sm_80")
     (tmp_path / "sm_80").mkdir()
     (tmp_path / "sm_80" / "_C.cpython-312-x86_64-linux-gnu.so").touch()
-    assert extension(tmp_path, "sm_80")["BAM_KERNELS_EXTENSION"].endswith("sm_80/_C.cpython-312-x86_64-linux-gnu.so")
+    assert extension_environment(tmp_path, "sm_80")["BAM_KERNELS_EXTENSION"].endswith(
+        "sm_80/_C.cpython-312-x86_64-linux-gnu.so"
+    )
 
 
 def test_a_build_that_is_not_there_runs_under_no_name(tmp_path):
@@ -150,7 +152,7 @@ def test_a_hung_probe_is_repeated_with_waits_that_end(tmp_path):
     hung = "failed: longer than 25 s"
     names = ("probe-cuda-pass-block", "probe-cuda-pass-block-sm80", "probe-triton-pass")
     probed = [Outcome(name, hung) for name in names] + [Outcome("probe-cuda-stats", "failed with 1")]
-    again = contact.Contact(tmp_path, tmp_path, toy=False).named_waits(probed)
+    again = contact.Contact(tmp_path, tmp_path, toy=False).bounded_probes(probed)
     assert [step.name for step in again] == ["probe-cuda-pass-block-bounded"] and again[0].needs is None
     assert again[0].environment["BAM_KERNELS_EXTENSION"].endswith("bounded/_C.so")
 

@@ -123,7 +123,7 @@ def test_rows_of_an_earlier_run_stay_where_nothing_measures_them_again(tmp_path,
     step = Row("step", "loss and gradient", "cuda", "8x8x8", "graph", 5.0, note="deeper")
     for row in (kernel("sm_90a", "match", 50.0), kernel("deeper", "match", 49.0), step):
         Rows(file).add(row)
-    tune.Tuning(tmp_path, None, True, 1).forget(Run(tmp_path, None, only))
+    tune.Tuning(tmp_path, None, True, 1).drop_old_rows(Run(tmp_path, None, only))
     assert {(row.note, row.kind) for row in read(file)} == kept
 
 
@@ -139,10 +139,10 @@ def test_tiles_stay_where_whole_steps_are_not_slower(monkeypatch, capsys, withou
             return with_them if tuned.tile_of(*key) == (1, 2, 3, 4, 5) else without
 
     steps = tune_tiles.row_tiles(32, ("16x32x16", 2))
-    with tuned.trying({}):
-        assert tune_tiles.in_steps(chosen, steps, Fixed(), CPU) == ({key: chosen[key]} if kept else {})
+    with tuned.use_tiles({}):
+        assert tune_tiles.tiles_kept_by_steps(chosen, steps, Fixed(), CPU) == ({key: chosen[key]} if kept else {})
         assert f"{without} {with_them} {without} {with_them}" in capsys.readouterr().out
-        assert tune_tiles.in_steps({("row", 16, 64): (1,) * 5}, steps, None, CPU) == {}
+        assert tune_tiles.tiles_kept_by_steps({("row", 16, 64): (1,) * 5}, steps, None, CPU) == {}
     flash = tune_tiles.flash_tiles(32, ("16x32x16", 2))
     assert [key[0] for key in chosen if flash.takes(key)] == ["flash"]
 

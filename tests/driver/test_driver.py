@@ -10,13 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from driver_runs import ROOT, content, pretrain, rows
 from photographs import write_images
 
 from driver import checkpoint, cli, config, history, model, optim, recipes, train
 from driver.config import UserError
-from driver.data import on_device, views_of_digits
-from driver.data.images import split
+from driver.data import make_images, views_of_digits
+from driver.data.images import epoch_order
+from driver.data.labelled import Labels
+from driver.data.sources import Digits, split
 from driver.distributed import World
 from driver.pretrain import main
 from driver.verify_resume import same
@@ -291,13 +294,35 @@ def test_augmentation_keeps_shape_and_range_and_is_seeded():
 
 def test_digits_views_are_view_major_and_depend_on_seed_and_epoch():
     options = config.Data(batch_size=64, views=3, augment=0.0)
-    digits = on_device.digits(options, torch.device("cpu"), 0, World())
+    digits = make_images(options, config.Boxes(), torch.device("cpu"), 0, World())
     steps = [views for ((views,),) in digits.views(epoch=4)]
     assert len(steps) == digits.training // 64 and steps[0].shape == (192, 1, 8, 8)
     first, second, third = steps[0].unflatten(0, (3, 64))
     assert torch.equal(first, second) and torch.equal(first, third)
     assert torch.equal(steps[0], next(digits.views(epoch=4))[0][0])
     assert not torch.equal(steps[0], next(digits.views(epoch=5))[0][0])
+
+
+def test_digits_of_another_size_are_resized_alike_for_training_and_evaluation():
+    options = config.Data(size=12, augment=0.0, batch_size=64)
+    digits = make_images(options, config.Boxes(), torch.device("cpu"), 0, World())
+    source = Digits(options.held_out)
+    expected = F.interpolate(source.images, size=(12, 12), mode="bilinear", antialias=True)
+    ((images, labels),) = digits.held_out()
+    assert torch.equal(images, expected[source.test]) and torch.equal(labels, source.labels[source.test])
+    (of_labelled, _), *_ = Labels().load(config.Config(data=options), 12, torch.device("cpu"), World()).plain("test")
+    assert torch.equal(of_labelled, images[:128])
+    assert (next(digits.views(0))[0][0][:, None] == expected[source.train]).flatten(2).all(2).any(1).all()
+
+
+def test_an_order_of_an_epoch_is_shared_without_remainder():
+    """5 steps of 12 images; 2 of 62 are left out. Contiguous parts for ranks, or every third image."""
+    whole = epoch_order(62, 12, 7, 3, World())
+    assert whole.shape == (5, 12) and len(whole.unique()) == 60
+    assert not torch.equal(whole, epoch_order(62, 12, 7, 4, World()))
+    for rank in range(3):
+        assert torch.equal(epoch_order(62, 12, 7, 3, World(rank, 3)), whole[:, 4 * rank : 4 * rank + 4])
+        assert torch.equal(epoch_order(62, 12, 7, 3, World(rank, 3), interleaved=True), whole[:, rank::3])
 
 
 def test_split_keeps_the_share_of_every_class():

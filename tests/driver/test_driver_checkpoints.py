@@ -16,7 +16,7 @@ import pytest
 import torch
 from driver_runs import ROOT, content, pretrain
 
-from driver import checkpoint, cli, config, exits, train, verify_resume
+from driver import checkpoint, cli, config, exits, history, train, verify_resume
 from driver import pretrain as program
 from driver.config import UserError
 from driver.verify_resume import same
@@ -218,14 +218,14 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(monkeypatch):
     original = os.replace
 
     def replace(source, target):
-        if Path(target).name in (config.FILE, checkpoint.FILE):
-            done.append(Path(target).name)
+        done.append(Path(target).name)
         original(source, target)
 
     monkeypatch.setattr(os, "fsync", lambda handle: done.append("fsync"))
     monkeypatch.setattr(os, "replace", replace)
     pretrain("--optim.epochs=1")
-    assert done == [step for name in (config.FILE, checkpoint.FILE) for step in ("fsync", name, "fsync")]
+    names = (config.FILE, history.FILE, checkpoint.FILE)
+    assert done == [step for name in names for step in ("fsync", name, "fsync")]
 
 
 # What is kept, and what is refused
@@ -315,5 +315,6 @@ def test_damaged_options(damage, message):
 
 def test_steps_of_another_size_are_refused():
     directory = pretrain("--optim.epochs=1")
-    with pytest.raises(UserError, match="of a run of 512 images per step of 1347, not 256 of 1347"):
+    message = "1347 training images, 512 per step; the options give 1347 training images, 256 per step"
+    with pytest.raises(UserError, match=message):
         train.pretrain(cli.parse([f"--run.resume={directory}", "--data.batch-size=256", "--virtual-batch=256"]))

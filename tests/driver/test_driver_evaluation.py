@@ -13,19 +13,20 @@ from driver_runs import ROOT, pretrain
 from scipy.ndimage import binary_dilation
 from sklearn.linear_model import LogisticRegression
 
-from driver import config, history, knn, linear, model, segment_video
+from driver import cli, config, history, knn, linear, model, segment_video
 from driver.config import UserError
-from driver.data import labelled, on_device
+from driver.data import labelled, make_images
+from driver.data.images import Images
 from driver.distributed import World
-from driver.evaluation import davis_metrics, frozen, online, probe
+from driver.evaluation import davis_metrics, frozen, online
 from driver.evaluation.online import Bank, Vote
 from driver.verify_resume import same
 
 CPU = torch.device("cpu")
 
 
-def digits(world: World = World()) -> on_device.Held:  # noqa: B008
-    return on_device.digits(config.Data(batch_size=64), CPU, 0, world)
+def digits(world: World = World()) -> Images:  # noqa: B008
+    return make_images(config.Data(batch_size=64), config.Boxes(), CPU, 0, world)
 
 
 # k-NN
@@ -51,7 +52,7 @@ import sys, weakref
 sys.path.insert(0, sys.argv[1])
 import torch
 from driver.evaluation import online
-from driver.data import on_device
+from driver.data import make_images
 from driver import config
 from driver.evaluation.online import Bank, Vote
 from driver.distributed import World
@@ -68,9 +69,9 @@ for neighbours in (1, 7, 200):
     whole = online.knn(queries, Bank(keys, labels), Vote(neighbours, 0.2), World())
     assert torch.equal(found, whole[own]), neighbours
 
-data = config.Data(batch_size=64)
-one = online.evaluate(online.pixels, on_device.digits(data, torch.device("cpu"), 0, World()), Vote(10), World())
-all = online.evaluate(online.pixels, on_device.digits(data, torch.device("cpu"), 0, world), Vote(10), world)
+data, cpu = (config.Data(batch_size=64), config.Boxes()), torch.device("cpu")
+one = online.evaluate(online.pixels, make_images(*data, cpu, 0, World()), Vote(10), World())
+all = online.evaluate(online.pixels, make_images(*data, cpu, 0, world), Vote(10), world)
 assert one.keys() == all.keys() and len(one) == 6
 for name, value in one.items():
     assert abs(value - all[name]) <= (1e-6 if name.startswith(("e", "f")) else 3e-3), (name, value, all[name])
@@ -115,9 +116,9 @@ def test_linear_probe_is_logistic_regression():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(300, 6, generator=generator, dtype=torch.float64) * torch.tensor([1, 5, 0.1, 1, 2, 1]) + 3
     labels = (x[:, 0] + x[:, 1] / 5 + torch.randn(300, generator=generator) > 6).long() + 2 * (x[:, 5] > 4).long()
-    ours = probe.LinearProbe(x, labels, 4, World())
+    ours = online.LinearProbe(x, labels, 4, World())
     z = (x - x.mean(0)) / x.std(0, correction=0)
-    theirs = LogisticRegression(C=1 / (300 * probe.DECAY), tol=1e-8, max_iter=1000).fit(z.numpy(), labels.numpy())
+    theirs = LogisticRegression(C=1 / (300 * online.DECAY), tol=1e-8, max_iter=1000).fit(z.numpy(), labels.numpy())
     logits = torch.from_numpy(theirs.decision_function(z.numpy()))
     found = ours.logits(ours.standardize(x)).detach()
     assert ((found - found.mean(1, keepdim=True) - logits + logits.mean(1, keepdim=True)).abs() <= 0.02).all()
@@ -126,20 +127,20 @@ def test_linear_probe_is_logistic_regression():
 
 def test_linear_probe_of_constant_features():
     labels = torch.tensor([0, 1, 1] * 10)
-    assert (probe.LinearProbe(torch.ones(30, 4), labels, 2, World()).classify(torch.ones(5, 4)) == 1).all()
+    assert (online.LinearProbe(torch.ones(30, 4), labels, 2, World()).classify(torch.ones(5, 4)) == 1).all()
 
 
 def test_spread_in_closed_form():
     """Orthogonal directions, equally frequent: k - 1 equal singular values after centring. Equal features: nothing."""
     for k, D in ((4, 4), (4, 16), (9, 16)):
         features = 7 * torch.eye(D)[:k].repeat(5, 1)
-        found = probe.spread(features, World())
+        found = online.spread(features, World())
         assert found["effective_rank"] == pytest.approx(k - 1, rel=1e-5)
         deviation = (k * np.sqrt(1 / k * (1 - 1 / k))) / D * np.sqrt(D)
         assert found["feature_std"] == pytest.approx(deviation, rel=1e-5)
-    collapsed = probe.spread(torch.ones(50, 8), World())
+    collapsed = online.spread(torch.ones(50, 8), World())
     assert collapsed["feature_std"] < 1e-6 and collapsed["effective_rank"] == pytest.approx(1, abs=1e-6)
-    sphere = probe.spread(torch.randn(20000, 8, generator=torch.Generator().manual_seed(0)), World())
+    sphere = online.spread(torch.randn(20000, 8, generator=torch.Generator().manual_seed(0)), World())
     assert sphere["feature_std"] == pytest.approx(1, rel=0.01) and sphere["effective_rank"] == pytest.approx(
         8, rel=0.01
     )
@@ -384,10 +385,12 @@ def test_augmented_crops_differ_by_epoch_and_not_by_rank():
             linear.Options(frozen.Backbone(run=Path("no"), heads=3)),
             "--backbone.heads 3: --backbone.run has",
         ),
-        (knn.main, knn.Options(k=(0,)), "--k must be at least 1"),
-        (linear.main, linear.Options(lr=(0.0,)), "--lr must be one or more positive"),
+        (knn.main, knn.Options(k=(0,)), "--k must be one or more numbers, each at least 1, got 0"),
+        (linear.main, linear.Options(lr=(0.0,)), "--lr must be one or more numbers, each positive, got 0.0"),
         (linear.main, linear.Options(resume=True), "--resume needs --out"),
         (linear.main, linear.Options(epochs=0), "--epochs must be at least 1"),
+        (knn.main, knn.Options(data=labelled.Labels(batch_size=0)), "--data.batch_size must be at least 1, got 0"),
+        (linear.main, linear.Options(data=labelled.Labels(workers=-1)), "--data.workers must be at least 0, got -1"),
     ],
 )
 def test_bad_options(main, options, message):
@@ -405,7 +408,7 @@ def test_an_interrupted_script_says_so(capsys):
     def main(options: knn.Options, world: World) -> None:
         raise KeyboardInterrupt
 
-    assert frozen.run_script(knn.Options, main, []) == 130
+    assert cli.run_script(knn.Options, main, []) == 130
     assert capsys.readouterr().err == "\ninterrupted\n"
 
 
@@ -425,5 +428,5 @@ def test_an_error_is_written_in_one_piece(monkeypatch):
         raise UserError("no such thing")
 
     monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BufferedWriter(Terminal()), line_buffering=True))
-    assert frozen.run_script(knn.Options, main, []) == 1
+    assert cli.run_script(knn.Options, main, []) == 1
     assert pieces == [b"\nerror: no such thing\n"]

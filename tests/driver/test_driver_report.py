@@ -1,4 +1,4 @@
-"""What a run records and shows: history, trackers, collapse in words, dashboard and page."""
+"""Reports of a run: history, warnings of collapse, dashboard, page, gallery and trackers."""
 
 import json
 import re
@@ -22,7 +22,7 @@ REAL_WRITE = outputs.write
 
 
 def record(*gaps: float) -> history.History:
-    """A run of one log line an epoch, 10 steps each. At a gap of 0 the attention is uniform."""
+    """History of a run with one epoch of 10 steps and one log line for each gap; 0 stands for uniform attention."""
     rows = history.History()
     numbers = {"knn": 0.5, "knn_moved": 0.4, "linear": 0.6, "linear_moved": 0.5}
     rows.add("pixels", 0, 0, **numbers)
@@ -59,7 +59,7 @@ def test_history_is_on_the_disk_at_each_line_and_resumes_from_the_checkpoint():
     with path.open("a") as file:
         file.write('{"kind": "train", "st')  # killed while it wrote
     assert history.read(Path()).rows == rows.rows
-    # A resumed run has the rows of its checkpoint, and the file has what they are.
+    # A resumed run starts from the rows of its checkpoint, and the file keeps no others.
     resumed = history.History(rows.rows[:1])
     resumed.sinks.append(history.File(Path(), resumed.rows))
     resumed.add("train", 2, 1.0, loss=7.0)
@@ -69,7 +69,7 @@ def test_history_is_on_the_disk_at_each_line_and_resumes_from_the_checkpoint():
 
 
 def test_nothing_waits_for_the_device_between_log_lines(monkeypatch):
-    """`add` may neither read a value nor print."""
+    """Log.add may neither read a tensor's value nor print."""
     state = checkpoint.State(torch.nn.Linear(1, 1), None, None)
     lines = log.Log(state, Path(), 10, 1, 0, 4, World())
     stats = types.SimpleNamespace(**dict.fromkeys(log.CURVES[1:], torch.tensor(1.0)))
@@ -106,7 +106,7 @@ def test_collapse_is_said_once_and_when_it_happens(capsys):
 
 
 def test_collapse_is_five_lines_after_the_warm_up():
-    """10 steps of warm-up, a line every 5 steps; a single line above the threshold is no collapse yet."""
+    """10 steps of warm-up, a log line every 5 steps; a line away from the ceiling starts the count again."""
     state = checkpoint.State(torch.nn.Linear(1, 1), None, None)
     lines = log.Log(state, Path(), 10, 1, 10, 4, World())
     for gap in (0, 0, 0, 0, 0, 0.5, 0, 0, 0, 0):
@@ -127,7 +127,7 @@ def add_line(lines: log.Log, gap: float, source_entropy: float) -> None:
 
 @pytest.mark.parametrize("gap, where", [(-0.3, "0.30 nats above"), (0.0, "at")])
 def test_a_loss_at_its_ceiling_with_unlike_features_is_no_collapse(gap, where, capsys):
-    """The attention is not uniform; by the first rank alone, whose history it is."""
+    """The attention is not uniform. Every rank records the warning, and rank 0 alone prints it."""
     for rank in range(2):
         state = checkpoint.State(torch.nn.Linear(1, 1), None, None)
         lines = log.Log(state, Path(), 10, 1, 0, 4, World(rank, 2))
@@ -181,7 +181,7 @@ def test_verdicts():
 
 
 class Outside(HTMLParser):
-    """What a page would fetch."""
+    """Parser that lists what a page would fetch and counts its images."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -233,7 +233,7 @@ def test_page_escapes_and_says_collapse():
 
 
 def test_report_without_checkpoint_or_images(monkeypatch, capsys):
-    """Of a run killed before its first checkpoint, and of one whose images have gone: the rest, and what is missing."""
+    """A report without pictures says whether the images or the checkpoint are missing, and has all other parts."""
     pytest.importorskip("torchvision")
     monkeypatch.setattr(outputs, "write", REAL_WRITE)
     write_classes(Path("pets"), 8)
@@ -282,9 +282,9 @@ def test_panels_follow_what_was_recorded():
 
 
 def test_neighbours_are_the_nearest_and_never_the_image_itself():
-    features = torch.eye(12) + 0.5 * torch.eye(12).roll(1, 0)  # each is most like the one after and before it
+    features = torch.eye(12) + 0.5 * torch.eye(12).roll(1, 0)  # each row is most like the next and the last one
     thumbnails = list(torch.arange(12, dtype=torch.uint8)[:, None, None, None].expand(12, 1, 2, 2))
-    bank = gallery.Shelf(features, features, thumbnails, torch.arange(12) // 2)
+    bank = gallery.EmbeddedImages(features, features, thumbnails, torch.arange(12) // 2)
     rows = gallery.neighbours(bank, bank, with_classes=True)
     uris = [gallery.data_uri(thumbnail) for thumbnail in thumbnails]
     for row in rows:
@@ -328,7 +328,7 @@ def test_tensorboard_has_the_curves(monkeypatch):
 
 
 class FakeWandb(types.ModuleType):
-    """Notes what it is told."""
+    """Stand-in for the package wandb that records what it gets."""
 
     def __init__(self) -> None:
         super().__init__("wandb")

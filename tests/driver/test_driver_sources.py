@@ -16,6 +16,7 @@ pytest.importorskip("timm")
 
 from driver_runs import content
 from photographs import PHOTOGRAPHS, make, write_classes, write_images
+from torchvision import datasets
 
 from driver import cli, config, train
 from driver.config import UserError
@@ -113,7 +114,7 @@ def test_a_run_on_shards_is_that_of_the_files(capsys):
     """Shared between ranks, resumed, and with a member that is no picture in one of them."""
     write_shards(9)
     shard = bytearray(Path("shards/0.tar").read_bytes())
-    place = sources.Shards(Path("shards"), 0.0).places[3]
+    place = sources.Shards(Path("shards"), 0.0).members[3]
     shard[place[1] : place[1] + 40] = bytes(40)
     Path("shards/0.tar").write_bytes(shard)
     Path("pets/cats/03.png").write_bytes(b"not a picture")
@@ -144,12 +145,12 @@ def test_a_run_on_shards_is_that_of_the_files(capsys):
 
 
 def test_cifar10_keeps_its_test_set(monkeypatch):
-    class Downloaded(sources.CIFAR10):
+    class Downloaded(datasets.CIFAR10):
         def __init__(self, root, train, download):
             self.data = torch.randint(256, (6 if train else 4, 32, 32, 3), dtype=torch.uint8).numpy()
             self.targets = [i % 2 for i in range(len(self.data))]
 
-    monkeypatch.setattr(sources, "CIFAR10", Downloaded)
+    monkeypatch.setattr(datasets, "CIFAR10", Downloaded)
     source = sources.make_source(config.Data(source="cifar10", root=Path("cifar")))
     assert (source.train.tolist(), source.test.tolist()) == ([0, 1, 2, 3, 4, 5], [6, 7, 8, 9])
     assert source.read(7).size == (32, 32) and source.read(7).tobytes() == source.pixels[1][1].tobytes()
@@ -166,7 +167,7 @@ def test_cifar10_is_downloaded_once_by_ranks_that_begin_together(monkeypatch):
     """A lock is its open file's, of a thread as of a process. The stand-in is slow to write and reads what is there."""
     downloads = []
 
-    class Downloaded(sources.CIFAR10):
+    class Downloaded(datasets.CIFAR10):
         def __init__(self, root, train, download):
             file = Path(root, "batch")
             whole = file.exists() and file.read_text() == "whole"
@@ -179,7 +180,7 @@ def test_cifar10_is_downloaded_once_by_ranks_that_begin_together(monkeypatch):
                 raise RuntimeError("Dataset not found or corrupted.")
             self.data, self.targets = torch.zeros(2, 32, 32, 3, dtype=torch.uint8).numpy(), [0, 1]
 
-    monkeypatch.setattr(sources, "CIFAR10", Downloaded)
+    monkeypatch.setattr(datasets, "CIFAR10", Downloaded)
     with ThreadPoolExecutor(4) as ranks:
         found = list(ranks.map(sources.Cifar, [Path("new/cifar")] * 4))
     assert downloads == ["new/cifar"] and all(len(source.labels) == 4 for source in found)

@@ -7,16 +7,16 @@ from triton_device import DEVICE, pytestmark  # noqa: F401
 from bam_kernels import tune, tuned
 from bam_kernels.backends.triton import tiles
 from bam_kernels.engine.cost import H200, rates
-from bam_kernels.tuned import Tuned
+from bam_kernels.tuned import Tuning
 
 
 @pytest.fixture(autouse=True)
 def file(tmp_path, monkeypatch):
     """The file of this test alone, not there yet."""
     monkeypatch.setenv("BAM_KERNELS_TUNED", str(tmp_path / "cache" / "gpu.json"))
-    tuned.tuned.cache_clear()
+    tuned.tuning.cache_clear()
     yield tmp_path / "cache" / "gpu.json"
-    tuned.tuned.cache_clear()
+    tuned.tuning.cache_clear()
 
 
 def later_is_faster():
@@ -32,14 +32,14 @@ def later_is_faster():
 
 def test_every_tile_gives_the_default_tile_s_result_and_is_kept(file):
     chosen = {}
-    with tuned.trying({}):
+    with tuned.use_tiles({}):
         for job in tune.jobs(32, 64, 16, DEVICE):
             few = tune.Job(job.key, job.default, job.candidates[:2], job.run)
             tile, ms, default_ms = tune.best(few, later_is_faster())
             assert tile == tuple(few.candidates[-1]) and ms < default_ms
             chosen[job.key] = tile
     assert {key[0] for key in chosen} == {"row", "column", "image", "flash"} and len(chosen) == 6
-    tuned.save(Tuned({name: 2.0 for name in tuned.RATES}, chosen), file)
+    tuned.save(Tuning({name: 2.0 for name in tuned.RATES}, chosen), file)
     assert tiles.row_tile(32, 64) == chosen["row", 32, 64] and tiles.column_tile(32, 64) == chosen["column", 32, 64]
     assert tiles.image_tile(2, 64) == chosen["image", 2, 64]
     assert tiles.flash_tile(16, 64, 16, wide=True, sixteen_bit=True) == chosen["flash", 16, 64, 16, 1, 1]
@@ -48,7 +48,7 @@ def test_every_tile_gives_the_default_tile_s_result_and_is_kept(file):
 
 
 def test_what_is_slower_wrong_or_does_not_run_is_not_kept(file, capsys):
-    tuned.save(Tuned({name: 1.0 for name in tuned.RATES}), file)
+    tuned.save(Tuning({name: 1.0 for name in tuned.RATES}), file)
     job = next(job for job in tune.jobs(32, 64, 1024, DEVICE) if job.key[0] == "column")
     wrong = job.default._replace(rows=8, chunks=1)  # not all rows
     broken = job.default._replace(block_n=48)  # no power of two
@@ -80,10 +80,10 @@ def test_a_file_that_is_no_such_file_is_named(file, text):
     file.parent.mkdir()
     file.write_text(text)
     with pytest.raises(ValueError, match=r"gpu\.json: not a file that `python -m bam_kernels\.tune` wrote"):
-        tuned.tuned()
+        tuned.tuning()
     file.unlink()
     with pytest.raises(ValueError, match="No such file"):
-        tuned.tuned()
+        tuned.tuning()
 
 
 def test_shapes(capsys):

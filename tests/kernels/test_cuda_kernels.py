@@ -91,7 +91,7 @@ def test_one_launch_does_all_iterations(shape, dtype, cluster):
 def test_clusters_larger_than_a_device_has_are_skipped(monkeypatch):
     without = replace(emulated.HOPPER, clusters=(0, 0, 0, 0))
     monkeypatch.setattr(cuda_device, "DEVICE", torch.device("cuda"))
-    monkeypatch.setattr(cuda_device.cuda, "found_device", lambda index: without)
+    monkeypatch.setattr(cuda_device.cuda, "query_device", lambda index: without)
     with pytest.raises(pytest.skip.Exception, match="no clusters of 4"):
         kernels_on(cluster=4)
 

@@ -69,7 +69,7 @@ def test_off_by_default_and_on_by_the_environment():
             [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
         )
         assert found.stdout.strip() == expected
-    with ranges.named("nothing is open"):
+    with ranges.named_range("nothing is open"):
         pass
     ranges._domain().push_range(ranges._domain().get_event_attributes(message="a real domain"))
     ranges._domain().pop_range()
@@ -81,5 +81,5 @@ def test_without_nvtx_ranges_stay_off_and_enable_says_what_to_install(monkeypatc
     ranges._domain.cache_clear()
     with pytest.raises(ImportError, match="pip install nvtx"):
         ranges.enable()
-    with ranges.named("nothing is open"):
+    with ranges.named_range("nothing is open"):
         assert not ranges._enabled

@@ -411,9 +411,9 @@ def a_device_is_found(monkeypatch):
         cuda_device=torch.compiler.disable(lambda index: found),
     )
     monkeypatch.setattr(cuda, "_C", extension)
-    cuda.found_device.cache_clear()
+    cuda.query_device.cache_clear()
     yield
-    cuda.found_device.cache_clear()
+    cuda.query_device.cache_clear()
 
 
 @pytest.mark.parametrize(

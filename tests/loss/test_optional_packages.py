@@ -24,9 +24,9 @@ PROFILE = """
 from pathlib import Path
 from types import SimpleNamespace
 sys.path.insert(0, sys.argv[1])
-import common
+import report
 competitor = SimpleNamespace(name="the competitor", fresh=lambda: (), run=lambda: None)
-common.profile([SimpleNamespace(competitor=competitor)], Path(sys.argv[2]))
+report.profile([SimpleNamespace(competitor=competitor)], Path(sys.argv[2]))
 """
 
 
@@ -46,7 +46,7 @@ IMPORTED = {
     "interpreted tests": ("tests", [f"interpreted.{name}" for name in modules("tests/interpreted", "test_*.py")]),
     "benchmarks": (
         "benchmarks",
-        ["common", "problem", "competitor", "competitors", "ours", "hardware", "authors", "loss", "sinkhorn"],
+        ["report", "problem", "competitor", "competitors", "our_kernels", "hardware", "authors", "loss", "sinkhorn"],
     ),
     "benchmarks of a GPU": ("benchmarks/gpu", modules("benchmarks/gpu", "*.py")),
 }

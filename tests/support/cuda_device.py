@@ -31,12 +31,12 @@ def kernels_on(**limits: object) -> CudaKernels:
     has none so large; the emulator has."""
     if "cluster" in limits:
         largest = limits.pop("cluster")
-        if DEVICE.type == "cuda" and largest > cuda.found_device(0).cluster:
+        if DEVICE.type == "cuda" and largest > cuda.query_device(0).cluster:
             pytest.skip(f"this device has no clusters of {largest}")
         limits["clusters"] = tuple(int(size <= largest) for size in (2, 4, 8, 16))
     if DEVICE.type == "cpu":
         return emulated.kernels(replace(emulated.HOPPER, **limits))
-    return CudaKernels(_C.cuda_kernels(), lambda index: replace(cuda.found_device(index), **limits))
+    return CudaKernels(_C.cuda_kernels(), lambda index: replace(cuda.query_device(index), **limits))
 
 
 # A row in one block; over a cluster of blocks of one warp, which is 512 columns each; in one block of a device before
@@ -53,14 +53,14 @@ FORMS = {
 def kernels(request, monkeypatch) -> CudaKernels:
     made = kernels_on(**FORMS[request.param])
     if request.param == "cluster":
-        if made._found_device(0).cluster == 1:
+        if made._query_device(0).cluster == 1:
             pytest.skip("this device has no clusters")
         monkeypatch.setattr(shapes, "MOST_THREADS", 32)
     return made
 
 
 def device_of(made: CudaKernels) -> Device:
-    return made._found_device(0)
+    return made._query_device(0)
 
 
 def one(n: int) -> Potential:

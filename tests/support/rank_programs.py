@@ -330,14 +330,14 @@ def through_host() -> dict:
     results = {name: {"direct": step(dtype, **options)} for name, (dtype, options) in steps.items()}
     patch = mock.patch.object
     with (
-        patch(distributed.GroupRanks, "_through_host", lambda *_: True),
-        patch(distributed, "_FromHost", wraps=distributed._FromHost) as copied,
+        patch(distributed.GroupRanks, "_needs_host_copy", lambda *_: True),
+        patch(distributed, "_HostTransfer", wraps=distributed._HostTransfer) as copied,
     ):
         for name, (dtype, options) in steps.items():
             copied.reset_mock()
             results[name] |= {"through host": step(dtype, **options), "copies": copied.call_count}
     ranks = distributed.GroupRanks(dist.group.WORLD)
-    return results | {"needed": [ranks._through_host(torch.device(device)) for device in ("cpu", "cuda")]}
+    return results | {"needed": [ranks._needs_host_copy(torch.device(device)) for device in ("cpu", "cuda")]}
 
 
 def destruction() -> dict:

@@ -19,7 +19,7 @@ OLDEST = (8, 0)
 
 
 def unavailable(device: torch.device) -> str | None:
-    """Why these kernels cannot run on `device`, or None."""
+    """Reason why the CUDA kernels cannot run on `device`, or None."""
     if device.type != "cuda":
         return f"it takes CUDA tensors, got {device}"
     if _C is None:
@@ -34,7 +34,7 @@ def unavailable(device: torch.device) -> str | None:
     count, fault = _C.cuda_devices()
     if count == 0:
         return f"no CUDA device: {fault}"
-    return _fault(found_device(device.index if device.index is not None else torch.cuda.current_device()))
+    return _fault(query_device(device.index if device.index is not None else torch.cuda.current_device()))
 
 
 def _fault(device: Device) -> str | None:
@@ -47,24 +47,24 @@ def _fault(device: Device) -> str | None:
 
 
 def device_count() -> int:
-    """How many devices this process sees."""
+    """Number of CUDA devices that this process sees."""
     return _C.cuda_devices()[0] if _C is not None and _C.with_cuda else 0
 
 
 @cache
-def found_device(index: int) -> Device:
-    """A device of this process, as CUDA numbers them; makes a context there."""
+def query_device(index: int) -> Device:
+    """Attributes of the CUDA device `index` of this process; creates a CUDA context on it."""
     return Device(index, **_C.cuda_device(index))
 
 
 def architectures() -> str:
-    """What the CUDA kernels were compiled for; empty without them."""
+    """Architectures that the CUDA kernels were compiled for; "" if there are none."""
     return _C.cuda_architectures() if _C is not None and _C.with_cuda else ""
 
 
 @cache
 def kernels() -> "CudaKernels":
-    """The row kernels, of any device."""
+    """The row kernels for all CUDA devices."""
     from .row_kernels import CudaKernels
 
-    return CudaKernels(_C.cuda_kernels(), found_device)
+    return CudaKernels(_C.cuda_kernels(), query_device)

@@ -1,4 +1,4 @@
-"""What every launch needs: numbers, the device and the current stream."""
+"""Arguments common to all launches of CUDA kernels: rows, numbers, positives, device and stream."""
 
 import ctypes
 from collections.abc import Callable
@@ -17,20 +17,20 @@ NO_POSITIVES = (False, 0, 1, 1, 1, 0)
 
 
 def rows_of(x: Tensor, device: torch.device) -> tuple[int, int, tuple[int, int, int, int]]:
-    """Address, type, and rows of a view, strides of views, rows and features of (m, D) or (V, B, D)."""
+    """Rows (m, D) or (V, B, D) as kernels take them: address, type, (rows of a view, strides of view, row, feature)."""
     view_stride = x.stride(0) if x.dim() == 3 else 0
     at = address(x, device, FLOAT_TYPES)
     return at, FLOAT_TYPES[x.dtype], (max(x.shape[-2], 1), view_stride, x.stride(-2), x.stride(-1))
 
 
 def number(x: Number, device: torch.device, factor: float = 1.0) -> tuple[float, int]:
-    """factor * x as a factor and the address of a device scalar."""
+    """factor * x as kernels take it: a factor, and the address of a device scalar (0: none)."""
     of_x, scalar = interface.number(x)
     return factor * of_x, address(scalar, device)
 
 
-def rounded(scale: float) -> float:
-    """As float32 holds it, which is how the scale of scores is handed over."""
+def as_float32(scale: float) -> float:
+    """Round to float32, the type in which kernels take the scale of scores."""
     return ctypes.c_float(scale).value
 
 
@@ -42,19 +42,22 @@ def positives_of(positives: Positives | None) -> tuple[bool, int, int, int, int,
 
 
 class Launcher:
-    """A table of kernels for one type of device, and what the device of an index is.
+    """Base of the CUDA launchers: a table of kernels for one type of device, and the query of a device by its index.
 
-    On the CPU the table is an emulator's.
+    For CPU tensors the table is the emulator's.
     """
 
-    def __init__(self, table: Any, found_device: Callable[[int], Device], device_type: str = "cuda") -> None:
-        self._kernels, self._found_device, self._device_type = table, found_device, device_type
+    def __init__(self, table: Any, query_device: Callable[[int], Device], device_type: str = "cuda") -> None:
+        self._kernels, self._query_device, self._device_type = table, query_device, device_type
 
     def _device(self, x: Tensor) -> Device:
-        return self._found_device(x.device.index or 0)
+        return self._query_device(x.device.index or 0)
 
-    def _where(self, x: Tensor) -> tuple[int, int, bool, int]:
-        """Device, stream, whether launches there may overlap, and shared memory of a block. Raises: TypeError."""
+    def _launch_context(self, x: Tensor) -> tuple[int, int, bool, int]:
+        """Device index, stream, whether launches may overlap, and shared memory of a block, for a launch on x.
+
+        Raises: TypeError if x is on another type of device.
+        """
         if x.device.type != self._device_type:
             raise TypeError(f"these kernels run on {self._device_type} tensors, got one on {x.device}")
         device = self._device(x)

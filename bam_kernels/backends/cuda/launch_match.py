@@ -1,17 +1,17 @@
-"""Launching `match`, with rows on chip or long ones."""
+"""Launcher of the CUDA match kernels: with rows on chip, or with rows read again for every sum."""
 
 import torch
 from torch import Tensor
 
 from ...layout import Layout
 from ..addresses import address, pair, scores_of
-from ..interface import LOG2_E, Matched, Number, Potential
+from ..interface import LOG2_E, MatchSums, Number, Potential
 from .launch import FLOAT_TYPES, Launcher, number
 from .shapes import IMAGES_AT_ONCE, LONG, match_team
 
 
 class MatchKernels(Launcher):
-    """Targets, loss, entropies and the gradient of the scores."""
+    """Row kernels that compute targets, loss, entropies and the gradient of the scores."""
 
     def match(
         self,
@@ -29,18 +29,17 @@ class MatchKernels(Launcher):
         row_out: Potential | None = None,
         gradient: Tensor | None = None,
         gradient_factor: float = 1.0,
-    ) -> Matched:
-        """Targets of b images and, with `source`, the loss of their source rows; `gradient` may be `source` itself.
+    ) -> MatchSums:
+        """Compute targets P of b images and, with `source`, loss, entropies and score gradient of their source rows.
 
-        target (L, b, N), source (V, b, N), row_exponent (L, b): guesses; targets (L, b, N) float32 and gradient
-        (V, b, N) of any float type, times gradient_factor, are written where given; row_out (b,) is the potential of
-        target view 0. The gradient of int16 scores may be a 16-bit float view of the source.
+        Arguments as in backends/cpu.py, except gradient: (V, b, N) of any float type; for int16 scores it may be a
+        16-bit float view of `source`.
         """
         L, b, n = target.shape
         V = len(source) if source is not None else 0
         assert row_exponent.stride(1) == 1 and (targets is None or targets.stride()[1:] == (n, 1))
         assert gradient is None or (source is not None and gradient.stride(2) == 1)
-        # Without sources only the targets' entropies are written.
+        # Without a source, the kernel writes the entropies of targets only.
         device = target.device
         per_image = torch.empty(3, b, dtype=torch.float32, device=device)
         if not V:
@@ -74,13 +73,13 @@ class MatchKernels(Launcher):
                 gradient_of(g, device),
                 team,
                 address(means, device),
-                self._where(target),
+                self._launch_context(target),
             )
-        return Matched(per_image)
+        return MatchSums(per_image)
 
 
 def gradient_of(g: Tensor | None, device: torch.device) -> tuple[int, int, int, int]:
-    """Address, type, strides of views and images."""
+    """Gradient as kernels take it: address, type, strides of views and images; zeros for None."""
     if g is None:
         return 0, 0, 0, 0
     return address(g, device, FLOAT_TYPES), FLOAT_TYPES[g.dtype], g.stride(0), g.stride(1)

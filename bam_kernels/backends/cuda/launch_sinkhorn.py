@@ -1,4 +1,4 @@
-"""Launching the Sinkhorn kernels. m rows, n columns of scores."""
+"""Launchers of the CUDA Sinkhorn kernels, on scores of m rows and n columns."""
 
 import math
 
@@ -12,12 +12,12 @@ from .shapes import column_rows, on_chip, pass_rows, pass_shape
 
 
 class SinkhornKernels(Launcher):
-    """Column and row steps; sums over rows go through partials that are added in order."""
+    """Row kernels of Sinkhorn steps; sums over rows are partial sums, added in a fixed order."""
 
     def column_lse(
         self, s: Tensor, scale: Number, row: Potential, shift: Tensor, sums: Tensor, accumulate: bool
     ) -> None:
-        """Per column Σ_i 2^(scale*s_ij) row_i = sums_j * 2^shift_j, added to what is there if `accumulate`."""
+        """Write column sums Σ_i 2^(scale*s_ij) row_i as sums_j * 2^shift_j; with `accumulate`, add to the old sums."""
         self._column_lse(s, scale, row, shift, sums, accumulate, None, None, 1.0, None)
 
     def quantize(
@@ -28,8 +28,10 @@ class SinkhornKernels(Launcher):
         positives: Positives | None = None,
         bias: Tensor | None = None,
     ) -> Tensor:
-        """rint((scores + bias)/step) clamped to +-32767 into `out` (m, N) int16; bias (N,) or None: 0; masked scores,
-        and positives, as -32768."""
+        """Write rint((scores + bias)/step), clamped to +-32767, to `out` (m, N) int16.
+
+        bias (N,) or None: 0. Masked scores and positives become -32768.
+        """
         self._column_lse(s, 1.0, None, None, None, False, bias, out, step, positives)
         return out
 
@@ -47,7 +49,7 @@ class SinkhornKernels(Launcher):
         *,
         accumulate: bool,
     ) -> None:
-        """A product's epilogue in one read of s (m, N) float32: `quantize` to out (m, N) int16, and its column_lse."""
+        """Epilogue of a product, in one read of s (m, N) float32: `quantize` to `out`, then `column_lse` of `out`."""
         self._column_lse(s, scale, row, shift, sums, accumulate, bias, out, step, positives)
 
     def _column_lse(
@@ -63,7 +65,7 @@ class SinkhornKernels(Launcher):
         step: Number,
         positives: Positives | None,
     ) -> None:
-        """out None: the scores are finished; shift None: no sums."""
+        """Column sums, quantisation, or both in one launch. out None: no quantisation; shift None: no sums."""
         assert out is None or out.stride(1) == 1
         m, n = s.shape
         device = s.device
@@ -85,20 +87,20 @@ class SinkhornKernels(Launcher):
             out.stride(0) if out is not None else 0,
             number(step, device),
             positives_of(positives),
-            self._where(s),
+            self._launch_context(s),
         )
 
     def reciprocal_potential(self, shift: Tensor, sums: Tensor) -> Potential:
-        """1 / (sums * 2^shift)."""
+        """Column potential 1 / (sums_j * 2^shift_j)."""
         device, n = shift.device, len(shift)
         col = Potential(torch.empty_like(shift), torch.empty_like(shift))
         at = address(shift, device), address(sums, device), pair(col, device)
-        self._kernels.reciprocal_potential(*at, n, self._where(shift))
+        self._kernels.reciprocal_potential(*at, n, self._launch_context(shift))
         return col
 
     def divide_potential_(self, col: Potential, c: Tensor) -> None:
-        """col <- col / c."""
-        self._kernels.divide_potential(pair(col, c.device), address(c, c.device), len(c), self._where(c))
+        """Divide the column potential by c, in place."""
+        self._kernels.divide_potential(pair(col, c.device), address(c, c.device), len(c), self._launch_context(c))
 
     def sinkhorn_pass(
         self,
@@ -110,13 +112,13 @@ class SinkhornKernels(Launcher):
         accumulate: bool,
         divide: bool = False,
     ) -> None:
-        """row_i = 1 / Σ_j 2^(scale*s_ij) col_j, then c_j += Σ_i 2^(scale*s_ij) row_i col_j.
+        """One Sinkhorn iteration: row_i = 1 / Σ_j 2^(scale*s_ij) col_j, then c_j = Σ_i 2^(scale*s_ij) row_i col_j.
 
-        divide: these are the last rows, and col <- col / c by the kernel that adds up the sums of blocks. One read of
-        the scores where a row fits in a block or a cluster, else two.
+        accumulate: c_j is increased by the sum. divide: these are the last rows, so that the kernel that adds up the
+        sums of blocks also divides col by c. One read of the scores if a row fits in a block or a cluster, else two.
         """
         m, n = s.shape
-        found, device, where = self._device(s), s.device, self._where(s)
+        found, device, where = self._device(s), s.device, self._launch_context(s)
         given = scores_of(s, device), m, n, number(scale, device), pair(row, device), pair(col, device)
         shape = pass_shape(n, s.element_size(), found)
         if shape is None:
@@ -140,14 +142,14 @@ class SinkhornKernels(Launcher):
         )
 
     def fits_on_chip(self, m: int, n: int, dtype: torch.dtype, device: torch.device) -> bool:
-        """Whether `sinkhorn` takes (m, n) scores of a type: whether they fit the shared memory of all blocks."""
-        return on_chip(m, n, dtype.itemsize, self._found_device(device.index or 0)) is not None
+        """Whether scores (m, n) of a dtype fit the shared memory of all blocks, so that `sinkhorn` takes them."""
+        return on_chip(m, n, dtype.itemsize, self._query_device(device.index or 0)) is not None
 
     def sinkhorn(self, s: Tensor, scale: Number, row: Potential, iterations: int) -> tuple[Potential, Tensor]:
-        """All of `iterations` over scores that fit on chip, in one launch.
+        """Run all Sinkhorn iterations in one launch, on scores that fit on chip.
 
-        The first column step starts from `row`, which afterwards holds the last row step but one. Returns the column
-        potential, and the column sums before the last column step, NaN where that is the first.
+        row: in, the potential that the first column step starts from; out, the potential of the last row step but one.
+        Returns the column potential, and the column sums before the last column step (NaN if iterations = 1).
         """
         m, n = s.shape
         shape = on_chip(m, n, s.element_size(), self._device(s))
@@ -170,7 +172,7 @@ class SinkhornKernels(Launcher):
             shape.rows,
             shape.team,
             iterations,
-            self._where(s),
+            self._launch_context(s),
         )
         return col, c
 
@@ -209,5 +211,5 @@ class SinkhornKernels(Launcher):
             accumulate,
             address(partial, device),
             rows,
-            self._where(s),
+            self._launch_context(s),
         )

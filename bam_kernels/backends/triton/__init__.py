@@ -1,6 +1,6 @@
-"""The portable GPU row kernels. Triton is imported by `kernels()`, not by this package.
+"""The portable GPU row kernels, in Triton. `kernels()` imports Triton; importing this package does not.
 
-With TRITON_INTERPRET=1 set before Triton is imported they take CPU tensors, slowly: for tests.
+If TRITON_INTERPRET=1 is set before Triton is imported, the kernels take CPU tensors, slowly, for tests.
 """
 
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def unavailable(device: torch.device) -> str | None:
-    """Why these kernels cannot run on `device`, or None."""
+    """Reason why the Triton kernels cannot run on `device`, or None."""
     try:
         import triton
     except ImportError as error:
@@ -26,14 +26,14 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def kernels() -> "TritonKernels":
-    """The row kernels. Raises: ImportError where Triton is not installed."""
+    """The Triton row kernels. Raises: ImportError if Triton is not installed."""
     from .row_kernels import kernels
 
     return kernels()
 
 
 def flash() -> "type[FlashKernels]":
-    """The flash kernels, made for one set of keys. Raises: ImportError where Triton is not installed."""
+    """The class of flash kernels; an instance serves one tensor of keys. Raises: ImportError without Triton."""
     from .flash_kernels import FlashKernels
 
     return FlashKernels

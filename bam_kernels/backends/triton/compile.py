@@ -1,7 +1,8 @@
 """Compile the kernels ahead of time, with no GPU: `python -m bam_kernels.backends.triton.compile`.
 
-The class that launches is driven with tensors that have shapes and no memory, and what it would launch is compiled
-for each target. Prints registers, shared memory, stack and spills of every configuration: what the assembler says.
+The launchers are called with meta tensors, which have shapes and no memory, and every kernel they would launch is
+compiled for each target. Prints registers, shared memory, stack and spills of every configuration, as the assembler
+reports them.
 """
 
 import argparse
@@ -46,7 +47,7 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Configuration:
-    """One kernel with the types, constants and divisibilities of one call."""
+    """One kernel with the argument types, constants and divisibilities of one call."""
 
     name: str
     kernel: Any
@@ -58,11 +59,16 @@ class Configuration:
 
 
 @dataclass(frozen=True)
-class Compiled:
-    """Registers of a thread, bytes of shared memory of a program and of stack of a thread, and what was spilled:
-    instructions that load or store local memory, on AMD registers; None where the code was not disassembled.
-    products: instructions for the tensor cores, by name: the machine's, or where it was not disassembled those of the
-    assembler's input. wide_fills: 64-bit words given to 32-bit registers, wrong values outside the mask of a load."""
+class CompiledKernel:
+    """Resources of one compiled kernel.
+
+    registers    registers of a thread
+    shared       bytes of shared memory of a program
+    stack        bytes of stack of a thread
+    spills       instructions that load or store local memory (on AMD: spilled registers); None if not disassembled
+    products     number of tensor-core instructions by name, in machine code, or in PTX if not disassembled
+    wide_fills   64-bit words moved to 32-bit registers, which are wrong values outside the mask of a load
+    """
 
     registers: int
     shared: int
@@ -73,7 +79,7 @@ class Compiled:
 
 
 def _configuration(label: str, kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Configuration:
-    """The specialisation that a launch with these arguments would compile."""
+    """The configuration that a launch with these arguments would compile."""
     num_warps, num_stages = options.pop("num_warps"), options.pop("num_stages", 3)
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
@@ -97,7 +103,7 @@ def _configuration(label: str, kernel: Any, args: tuple[Any, ...], options: dict
 
 
 def configurations(*, small: bool = False) -> Iterator[Configuration]:
-    """Every kernel as it is launched at the published shape and at others; `small`: each form of each kernel once."""
+    """Yield every kernel as launched at the published shape and at others; small: each form of each kernel once."""
     found: dict[Any, Configuration] = {}
 
     def recorded(label: str) -> Launch:
@@ -115,7 +121,7 @@ def configurations(*, small: bool = False) -> Iterator[Configuration]:
 
 
 def form(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[str, ...]:
-    """The kernel, which of its arguments are None, and its switches: what decides which lines are compiled."""
+    """Form of a launch: the kernel, its arguments that are None, and its switches, which decide what is compiled."""
     names = list(inspect.signature(kernel.fn).parameters)
     left_out = [f"no {name}" for name, value in zip(names, args, strict=False) if value is None]
     switches = [f"{name}={value}" for name, value in options.items() if isinstance(value, (bool, str))]
@@ -123,7 +129,7 @@ def form(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[s
 
 
 def call_all(recorded: Callable[[str], Launch], *, small: bool) -> None:
-    """On meta tensors; recorded(label) is what launches. Together all forms that the engines launch."""
+    """Call the launchers on meta tensors, in all forms that engines use; recorded(label) replaces the launch."""
     types = (torch.int16, torch.float32)
     shapes = [(8192, 2, 8, dtype) for dtype in types]
     if not small:
@@ -219,8 +225,8 @@ def _call_flash_kernels(record: Launch, n: int, D: int, dtype: torch.dtype, prec
     kernels.targets(x, 1.0, row, col, _empty(layout.M, n))
 
 
-def compile_for(one: Configuration, target: GPUTarget, *, disassemble: bool = True) -> Compiled:
-    """Raises: whatever the compiler raises."""
+def compile_for(one: Configuration, target: GPUTarget, *, disassemble: bool = True) -> CompiledKernel:
+    """Compile a configuration for a target and return its resources. Raises: the errors of Triton's compiler."""
     names = [p.name for p in one.kernel.params]
     attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in one.divisible}
     source = ASTSource(one.kernel, one.signature, one.constants, attrs)
@@ -232,16 +238,16 @@ def compile_for(one: Configuration, target: GPUTarget, *, disassemble: bool = Tr
         spills = int(re.findall(r"vgpr_spill_count: *(\d+)", text)[0])
         registers = int(re.findall(r"\.vgpr_count: *(\d+)", text)[0])
         stack = int(re.findall(r"private_segment_fixed_size: *(\d+)", text)[0])
-        return Compiled(registers, shared, stack, spills, _counted(r"\bv_mfma\w*", text), 0)
-    return _assembled(kernel.asm["cubin"], kernel.asm["ptx"], shared, disassemble)
+        return CompiledKernel(registers, shared, stack, spills, _count_matches(r"\bv_mfma\w*", text), 0)
+    return _assembler_report(kernel.asm["cubin"], kernel.asm["ptx"], shared, disassemble)
 
 
-def _counted(pattern: str, text: str) -> dict[str, int]:
+def _count_matches(pattern: str, text: str) -> dict[str, int]:
     return dict(Counter(re.findall(pattern, text)))
 
 
-def _assembled(cubin: bytes, ptx: str, shared: int, disassemble: bool) -> Compiled:
-    """What the assembler and the machine code say, by the cuobjdump that Triton carries."""
+def _assembler_report(cubin: bytes, ptx: str, shared: int, disassemble: bool) -> CompiledKernel:
+    """Read resources from the assembler's report and the machine code, with the cuobjdump of Triton's package."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "kernel.cubin")
@@ -252,15 +258,17 @@ def _assembled(cubin: bytes, ptx: str, shared: int, disassemble: bool) -> Compil
     registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", listing)[-1]
     wide_fills = len(re.findall(r"mov\.[bu]32\s+%r\d+, 0xffffffff[0-9a-f]{8};", ptx))
     if not disassemble:
-        in_ptx = _counted(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b", ptx)
-        return Compiled(int(registers), shared, int(stack), None, in_ptx, wide_fills)
+        in_ptx = _count_matches(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b", ptx)
+        return CompiledKernel(int(registers), shared, int(stack), None, in_ptx, wide_fills)
     spills = len(re.findall(r"\b(?:STL|LDL)\b", listing))
-    products = _counted(r"\b(?:HGMMA|HMMA|UTCHMMA)\b", listing)
-    return Compiled(int(registers), shared, int(stack), spills, products, wide_fills)
+    products = _count_matches(r"\b(?:HGMMA|HMMA|UTCHMMA)\b", listing)
+    return CompiledKernel(int(registers), shared, int(stack), spills, products, wide_fills)
 
 
-def compile_all(target: str, *, small: bool = False, containing: str = "") -> Iterator[tuple[Configuration, Compiled]]:
-    """Every configuration whose name contains `containing`, compiled for one of TARGETS."""
+def compile_all(
+    target: str, *, small: bool = False, containing: str = ""
+) -> Iterator[tuple[Configuration, CompiledKernel]]:
+    """Compile every configuration whose name contains `containing` for one of TARGETS."""
     for one in configurations(small=small):
         if containing in one.name:
             yield one, compile_for(one, TARGETS[target])

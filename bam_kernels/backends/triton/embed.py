@@ -1,4 +1,4 @@
-"""Embedding rows: the L2 normalisation, its gradient, and what scores against centred keys lack.
+"""Kernels on embedding rows: L2 normalisation, its gradient, and the biases and potentials of centred keys.
 
 One program per row of D features, in blocks of BLOCK columns; the second read of a row comes from the cache. Rows x are
 (m, D) of any float type and strides, or (V, B, D), of which row v*B + i is x[v, i].
@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 NORM_FLOOR = tl.constexpr(1e-12)
-LEAST_SQUARE = tl.constexpr(1e-14)  # of a difference of unit rows, above float64's rounding of 1
+LEAST_SQUARE = tl.constexpr(1e-14)  # least squared length of a difference of unit rows, above float64's rounding of 1
 
 
 @triton.jit
@@ -18,7 +18,7 @@ def _row(x, i, B, stride_view, stride_row):
 
 @triton.jit
 def _store_power(exponent, mantissa, i, x):
-    """2^x of a float64 x as integer exponent and mantissa in [1, 2]."""
+    """Store 2^x of a float64 x as an integer exponent and a mantissa in [1, 2]."""
     whole = tl.floor(x)
     tl.store(exponent + i, whole.to(tl.float32))
     tl.store(mantissa + i, tl.exp2((x - whole).to(tl.float32)))
@@ -42,8 +42,10 @@ def unit_rows_kernel(
     UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """read_i = UNIT * (u_i - centre) of u_i = x_i / max(|x_i|, 1e-12), norm_i = |x_i|, sums in float64: rows of any
-    magnitude. With a centre, bias_i = UNIT^2 <u_i - centre, centre> and the potential 2^(scale * <u_i, centre>) too.
+    """read_i = UNIT * (u_i - centre) with u_i = x_i / max(|x_i|, 1e-12), and norm_i = |x_i|, for rows of any magnitude.
+
+    With a centre, also bias_i = UNIT^2 <u_i - centre, centre> and the potential 2^(scale * <u_i, centre>). Sums are in
+    float64.
 
     Shapes: x rows of D, centre (D,) float32 or None: 0 -> read (m, D) float32 or fp16 contiguous, norm (m,) float64,
     bias (m,) float32, exponent (m,), mantissa (m,) in [1, 2].
@@ -94,7 +96,7 @@ def _extremes(x, n, BLOCK: tl.constexpr):
 def product_step_kernel(
     centre, key_bias, row_bias, step, D, n, m, UNIT: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """The product of centred rows that is one step of fixed point: STEPS of them hold every product plus bias.
+    """Size of one fixed-point step as a product of centred rows, such that STEPS steps hold every product plus bias.
 
     With a = max_j |k'_j| and b = max_i |z'_i| both |s| <= a and |s| <= a b + max_j |bias_j| hold; unit rows have
     |u_i - centre|^2 = 1 - |centre|^2 - 2 bias_i / UNIT^2.
@@ -108,7 +110,7 @@ def product_step_kernel(
     left = 1.0 - tl.sum(squares, axis=0)
     least_of_keys, most_of_keys = _extremes(key_bias, n, BLOCK)
     least_of_rows, _most = _extremes(row_bias, m, BLOCK)
-    # Where all keys are the centre every product is 0, of whatever steps. A centre that is not a number gives no step.
+    # If all keys equal the centre, every product is 0 and any step will do. A NaN centre gives a NaN step.
     a = tl.maximum(left - 2.0 / (UNIT * UNIT) * least_of_keys, LEAST_SQUARE)
     a = tl.sqrt(tl.where(left == left, a, left))
     b = tl.sqrt(tl.maximum(left - 2.0 / (UNIT * UNIT) * least_of_rows, LEAST_SQUARE))

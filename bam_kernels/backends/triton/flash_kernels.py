@@ -1,7 +1,7 @@
-"""The flash kernels: scores of rows against the keys that are multiplied in registers wherever they are needed.
+"""Launchers of the flash kernels, which compute scores of rows against keys in registers wherever they are needed.
 
-Memory beside rows, keys, dz and dk: O(M + N), and partials of dz and dk for at most PROGRAMS programs. Sums are taken
-in an order that follows from the shapes: results do not differ from run to run.
+Memory besides rows, keys, dz and dk: O(M + N), and partial sums of dz and dk for at most PROGRAMS programs. The order
+of sums follows from the shapes, so results are equal from run to run.
 """
 
 from typing import Any
@@ -10,24 +10,28 @@ import torch
 from torch import Tensor
 
 from ...layout import Layout
-from ..interface import LOG2_E, Matched, Number, Potential
+from ..interface import LOG2_E, MatchSums, Number, Potential
 from . import flash_keys, flash_match, flash_sinkhorn, sinkhorn
 from .launch import Launch, launch
 from .launch_sinkhorn import SinkhornKernels
 from .tiles import FlashTile, block_of, flash_tile, split
 
 
-def _plain(scale: Number) -> float:
+def _as_float(scale: Number) -> float:
     assert isinstance(scale, float)
     return scale
 
 
 class FlashKernels(SinkhornKernels):
-    """Sinkhorn steps, targets, loss and gradients of rows x (m, D) in place of their scores (x kᵀ + bias) / unit^2.
+    """Row kernels that take rows x (m, D) instead of their scores s = (x kᵀ + bias) / unit^2.
 
-    keys (N, D) in gathered order, bias (N,) or None: 0; rows and keys are float32 or fp16, times `unit`. Below x_i·k_j
-    has its bias. masked: positives are left out.
-    precision: "ieee" or "tf32", of float32 products. Rows start at image 0, view-major.
+    keys        (N, D) in gathered order, float32 or fp16, times `unit`
+    bias        (N,), or None: 0
+    masked      leave out positives
+    unit        factor of rows and keys
+    precision   of float32 products: "ieee" or "tf32"
+
+    Rows are view-major from image 0 on, and times `unit`. In docstrings of methods, x_i·k_j includes the bias of key j.
     """
 
     def __init__(
@@ -49,7 +53,7 @@ class FlashKernels(SinkhornKernels):
     def column_lse(
         self, x: Tensor, scale: Number, row: Potential, shift: Tensor, sums: Tensor, accumulate: bool
     ) -> None:
-        """Per key Σ_i 2^(scale * x_i·k_j) row_i = sums_j * 2^shift_j; `scale` is of the plain products."""
+        """Write column sums Σ_i 2^(scale * x_i·k_j) row_i as sums_j * 2^shift_j."""
         assert not accumulate
         self._lse(self.keys, x, row, scale, shift, sums, keys_are_own=True)
 
@@ -63,9 +67,9 @@ class FlashKernels(SinkhornKernels):
         accumulate: bool,
         divide: bool = False,
     ) -> None:
-        """row_i = 1 / Σ_j 2^(scale * x_i·k_j) col_j, then c_j = Σ_i 2^(scale * x_i·k_j) row_i col_j: two products.
+        """One Sinkhorn iteration, with two products: row_i = 1 / Σ_j 2^(scale * x_i·k_j) col_j, then column sums.
 
-        divide: then col <- col / c.
+        c_j = Σ_i 2^(scale * x_i·k_j) row_i col_j. divide: afterwards col is divided by c.
         """
         assert not accumulate
         self.row_step(x, scale, col, row)
@@ -74,7 +78,7 @@ class FlashKernels(SinkhornKernels):
             self.divide_potential_(col, c)
 
     def row_step(self, x: Tensor, scale: Number, col: Potential | None, row: Potential) -> None:
-        """row_i = 1 / Σ_j 2^(scale * x_i·k_j) col_j; `col` None: 1."""
+        """Row step: row_i = 1 / Σ_j 2^(scale * x_i·k_j) col_j; col None: 1."""
         m = len(x)
         shift, sums = torch.empty(2, m, dtype=torch.float32, device=x.device)
         self._lse(x, self.keys, col, scale, shift, sums, keys_are_own=False)
@@ -104,7 +108,7 @@ class FlashKernels(SinkhornKernels):
             self.bias,
             *(potential if potential is not None else (None, None)),
             *partial,
-            _plain(scale),
+            _as_float(scale),
             m,
             n,
             rows,
@@ -130,7 +134,7 @@ class FlashKernels(SinkhornKernels):
         )
 
     def column_sums(self, x: Tensor, scale: Number, row: Potential, col: Potential, c: Tensor) -> None:
-        """c_j = Σ_i 2^(scale * x_i·k_j) row_i col_j."""
+        """Column sums c_j = Σ_i 2^(scale * x_i·k_j) row_i col_j."""
         m, n = len(self.keys), len(x)
         tile = self._tile(m, n)
         tiles = -(-m // tile.block_m)
@@ -145,7 +149,7 @@ class FlashKernels(SinkhornKernels):
             col.exponent,
             *row,
             partial,
-            _plain(scale),
+            _as_float(scale),
             m,
             n,
             rows,
@@ -157,7 +161,7 @@ class FlashKernels(SinkhornKernels):
         self._add_chunks(partial, col.mantissa, c, False)
 
     def targets(self, y: Tensor, scale: Number, row: Potential, col: Potential, out: Tensor) -> None:
-        """P (m, N) float32 of rows y (m, D)."""
+        """Write the targets P (m, N) float32 of rows y (m, D) to `out`."""
         m, n = out.shape
         assert len(y) == m and out.is_contiguous()
         tile = self._tile(m, n)
@@ -170,7 +174,7 @@ class FlashKernels(SinkhornKernels):
             *row,
             *col,
             out,
-            _plain(scale),
+            _as_float(scale),
             m,
             n,
             *self._index,
@@ -190,10 +194,10 @@ class FlashKernels(SinkhornKernels):
         epsilon: float,
         temperature: float,
         needs_grad: bool,
-    ) -> tuple[Matched, Tensor | None]:
-        """Loss and entropies, and dz = G k (M, D) float32, of source rows z (M, D) and target rows y (>= L*B, D).
+    ) -> tuple[MatchSums, Tensor | None]:
+        """Compute loss, entropies and dz = G k (M, D) float32 of source rows z (M, D) and target rows y (>= L*B, D).
 
-        row: the target rows' finished potentials; source: 1 / Σ_j 2^(s_ij log2(e)/tau) of the source rows.
+        row: potentials of the target rows after the last row step. source: 1 / Σ_j 2^(s_ij log2(e)/tau) per source row.
         """
         layout = self.layout
         B, V, L, n = layout.B, layout.V, layout.L, layout.N
@@ -226,18 +230,18 @@ class FlashKernels(SinkhornKernels):
             self.keys.stride(0),
             **self._constants(tile, wide=True),
         )
-        return self._matched(sums, source, temperature), self._added(dz) if dz is not None else None
+        return self._match_sums(sums, source, temperature), self._sum_chunks(dz) if dz is not None else None
 
-    def _matched(self, sums: Tensor, source: Potential, temperature: float) -> Matched:
+    def _match_sums(self, sums: Tensor, source: Potential, temperature: float) -> MatchSums:
         L, V, B = self.layout.L, self.layout.V, self.layout.B
         matched, attended, informed = sums.sum((0, 2), dtype=torch.float64)
         over_tau = 1 / (temperature * self.unit**2)
         lse = -source.natural_log()
         total = lse.sum()
-        # Σ_v a_v lse_v: a view that gives a target is matched to one target less.
+        # Σ_v a_v lse_v: a view that gives a target is matched to one target fewer.
         weighted = L * total - lse[: L * B].sum() if V > 1 else total
         loss = self.layout.pair_weight * weighted - matched * over_tau
-        return Matched(torch.stack([loss, -informed / LOG2_E, total - attended * over_tau])[:, None])
+        return MatchSums(torch.stack([loss, -informed / LOG2_E, total - attended * over_tau])[:, None])
 
     def key_gradient(
         self,
@@ -250,9 +254,9 @@ class FlashKernels(SinkhornKernels):
         epsilon: float,
         temperature: float,
     ) -> tuple[Tensor, Tensor]:
-        """Gᵀ w (N, D) and the column sums of G (N,) where the target rows are source rows; arguments as in `match`.
+        """Key gradients Gᵀ w (N, D) and column sums of G (N,), if target rows are source rows; arguments as in `match`.
 
-        w (M, D): z, or z less a common vector, in the type of z and times `unit`.
+        w (M, D): z, or z minus a vector common to all rows, in the type of z and times `unit`.
         """
         layout = self.layout
         assert w.shape == z.shape and w.stride(1) == 1
@@ -285,10 +289,10 @@ class FlashKernels(SinkhornKernels):
             self.keys.stride(0),
             **self._constants(tile, wide=True),
         )
-        return self._added(dk), self._added(partial).div_(layout.B * temperature)
+        return self._sum_chunks(dk), self._sum_chunks(partial).div_(layout.B * temperature)
 
-    def _added(self, partial: Tensor) -> Tensor:
-        """The sum over chunks; what is there if there is one."""
+    def _sum_chunks(self, partial: Tensor) -> Tensor:
+        """Sum of partial (chunks, ...) over chunks, without a launch if there is one chunk."""
         if len(partial) == 1:
             return partial[0]
         out = torch.empty_like(partial[0])
@@ -296,11 +300,11 @@ class FlashKernels(SinkhornKernels):
         return out
 
     def _scales(self, epsilon: float, temperature: float) -> tuple[float, float, float]:
-        """log2(e)/eps and log2(e)/tau of a plain product, and the factor that (a A - Pbar) k still needs to be dz."""
+        """log2(e)/eps and log2(e)/tau for products of rows times `unit`, and the factor from (a A - Pbar) k to dz."""
         return self.score_scale(epsilon), self.score_scale(temperature), 1 / (self.layout.B * temperature * self.unit)
 
     def score_scale(self, over: float) -> float:
-        """log2(e) / `over` of a plain product."""
+        """Scale log2(e) / `over` for products of rows and keys times `unit`."""
         return LOG2_E / over / self.unit**2
 
     @property

@@ -1,4 +1,4 @@
-"""dk = Gᵀ z where the keys are the rows' own: key tiles loop over the rows of G, made again from recomputed scores."""
+"""Kernel for dk = Gᵀ z if keys are source rows: key tiles loop over rows of G, computed from scores made again."""
 
 import triton
 import triton.language as tl
@@ -48,10 +48,10 @@ def flash_dk_kernel(
 ):
     """Per chunk of images Σ_i G_ij w_i and Σ_i G_ij, for BLOCK_M keys j and BLOCK_OUT features.
 
-    G is that of flash_match_kernel. Shapes: z (V*B, D), whose first L*B rows are the targets' too; w (V*B, D): the rows
-    to be summed, which are z, or z without a common part (Σ_i G_ij times that part is what is left to add); k (n, D),
-    bias and potentials as in flash_match_kernel -> dk (chunks, n, D) times gradient_scale * B tau, partial (chunks, n)
-    times B tau.
+    G as in flash_match_kernel. Shapes: z (V*B, D), whose first L*B rows are also the target rows; w (V*B, D): the rows
+    to be summed, z or z minus a common vector (the caller adds Σ_i G_ij times the vector); k (n, D), bias and
+    potentials as in flash_match_kernel -> dk (chunks, n, D) times gradient_scale * B tau, partial (chunks, n) times
+    B tau.
     Numerics: Pbar_v is Σ_t P_t less P_v for v < L, exact to float32's rounding of the sum.
     Cost: L + V score products of an image's views (again for every BLOCK_OUT features), V products with w.
     """
@@ -73,7 +73,7 @@ def flash_dk_kernel(
         mask_i = offs_i < B
         all_targets = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for step in range(L + V):
-            # First the sum of all targets, then G of every view.
+            # First the sum of all targets, then G for every view.
             v = tl.where(step < L, step, step - L)
             rows = v * B + offs_i
             z_first = features(z, rows, mask_i, 0, stride_z, D, BLOCK_D)

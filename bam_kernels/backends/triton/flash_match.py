@@ -1,8 +1,8 @@
-"""Targets, loss, entropies and dz = G k of source rows, G made tile by tile from recomputed scores.
+"""Kernels for targets, loss, entropies and dz = G k of source rows; G is computed tile by tile from scores made again.
 
-G_v = (a_v A_v - Pbar_v) / (B tau) with Pbar_v = Σ_{t != v} P_t / (L (V-1)), a_v its row sum; for V = 1 both are those
-of P_0. The difference is taken before anything is rounded to the product's type: near collapse A and Pbar differ by
-little. Potentials of target rows, source rows and keys are finished before: no shift is looked for here.
+G_v = (a_v A_v - Pbar_v) / (B tau) with Pbar_v = Σ_{t != v} P_t / (L (V-1)) and a_v the row sum of Pbar_v; for V = 1,
+Pbar_0 = P_0. The difference is taken before rounding to the product's type, because near collapse A and Pbar are close.
+Potentials of target rows, source rows and keys are inputs, so no maximum is searched for here.
 """
 
 import triton
@@ -13,7 +13,7 @@ from .match import terms_of
 from .row import fma
 from .scores import key_image
 
-# a A - Pbar is within [-1, 1]; times this its small entries are normal numbers of fp16.
+# Factor of a A - Pbar, which is within [-1, 1]: keeps small entries within the normal numbers of fp16.
 GRADIENT_FACTOR = tl.constexpr(16384.0)
 
 
@@ -21,7 +21,7 @@ GRADIENT_FACTOR = tl.constexpr(16384.0)
 def plan(s, scale, exponent_a, mantissa_a, exponent_b, mantissa_b):
     """(p, log2 p), p_ab = 2^(scale*s_ab) potential_a potential_b; p is 0 where s is masked.
 
-    The logarithm rounds at its own size, once more for the mantissas.
+    The logarithm is rounded to float32, and once more for the mantissas.
     """
     x = fma(s, scale, exponent_a[:, None] + exponent_b[None, :])
     x += tl.log2(mantissa_a)[:, None] + tl.log2(mantissa_b)[None, :]
@@ -67,10 +67,9 @@ def flash_match_kernel(
     """One program per BLOCK_M images of one source view, chunk of keys and BLOCK_OUT features of dz.
 
     Shapes: z (V*B, D), y (>= L*B, D): the targets' rows, which may be z; k (n, D), bias of its scores (n,) or None: 0;
-    target potential (>= L*B,) and source potential (V*B,), both of finished rows; col potential (n,) -> per chunk sums
+    target potential (>= L*B,) and source potential (V*B,), both after the last row step; col potential (n,) -> sums
     (chunks, 3, V*B) float32: <Pbar_i, s_i> and <A_i, s_i> of every source row, and Σ_j P_tj log2(P_tj) of the target
-    rows that this source view is the first to meet; dz (chunks, V*B, D) float32 or None, times gradient_scale * B tau.
-    The targets' scores are made beside the source's.
+    rows whose first match is this source view; dz (chunks, V*B, D) float32 or None, times gradient_scale * B tau.
     Cost: a score product for the row and each of its targets (again for every BLOCK_OUT features), one product with k;
     an exponential for each score.
     """

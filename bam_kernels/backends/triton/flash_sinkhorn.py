@@ -1,8 +1,8 @@
-"""Sinkhorn steps over scores x wᵀ that are multiplied, masked, exponentiated and summed in registers.
+"""Kernels for Sinkhorn steps that multiply, mask, exponentiate and sum scores x wᵀ in registers.
 
-x (m, D) are the rows that get a sum each, w (n, D) those that are summed over: rows and keys, or keys and rows. A
-program owns some rows of x and reads one chunk of w, so no two programs write to the same place; partials of the chunks
-are added in order by a second kernel.
+Each row of x (m, D) gets one sum over the rows of w (n, D): x are rows and w keys, or x keys and w rows. A program owns
+some rows of x and reads one chunk of w, so no two programs write to the same address; a second kernel adds the partial
+sums of chunks in order.
 """
 
 import triton
@@ -47,11 +47,11 @@ def flash_lse_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Per chunk Σ_j 2^(scale * s_ij) w_potential_j = sums_i * 2^shift_i, over the w_j of other images than x_i.
+    """Per chunk Σ_j 2^(scale * s_ij) w_potential_j = sums_i * 2^shift_i, over all w_j that show another image than x_i.
 
-    s_ij = x_i·w_j + the bias of whichever is the key.
+    s_ij = x_i·w_j + bias of the key, which is x_i or w_j.
     Shapes: x (m, D), w (n, D), bias (keys,) or None: 0, potential of w (n,) or None: 1 -> shift, sums (chunks, m).
-    With keys for x this is the column step, with rows for x the row step, and without potential the source's lse.
+    If x are keys this is the column step; if x are rows, the row step; without potential, the logsumexp of the source.
     Numerics: shift is an integer at or above the largest term's logarithm; a row without terms has sum 0.
     Cost: 2*m*n*D flop, m*n exponentials.
     """

@@ -1,10 +1,9 @@
-"""Tiles of scores that exist in registers alone: what all flash kernels share.
+"""Tiles of scores in registers, shared by all flash kernels.
 
-Rows x (m, D) and keys k (N, D) are float32, or 16-bit unit rows less a centre times a power of two, contiguous in D.
-The score in a tile is the plain product of what was loaded, plus a bias of the key; scales carry the factor that is
-left. Its positives are masked by index
-before anything is taken from it. D is known at compile time: the first BLOCK_D features of the rows that stay are
-loaded once; where those are not all, all are loaded again for every tile.
+Rows x (m, D) and keys k (N, D) are contiguous in D: float32, or 16-bit unit rows minus a centre, times a power of two.
+The score in a tile is the product of loaded rows plus the bias of the key; scales contain the remaining factor.
+Positives are masked by index before the tile is used. D is known at compile time. If D <= BLOCK_D, the rows that a
+program owns are loaded once; else all their features are loaded again for every tile.
 """
 
 import triton
@@ -24,7 +23,7 @@ def features(x, offs, mask, first, stride, D: tl.constexpr, BLOCK: tl.constexpr)
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b in float32."""
-    if INTERPRETED:  # it multiplies bfloat16 wrongly
+    if INTERPRETED:  # the interpreter multiplies bfloat16 wrongly
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
@@ -49,7 +48,7 @@ def scores(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """a bᵀ of two tiles of rows whose first features are a_first and b_first, MASKED where their images are equal."""
+    """Products a bᵀ of two tiles of rows, MASKED where images are equal; a_first, b_first: first BLOCK_D features."""
     s = tl.zeros([offs_a.shape[0], offs_b.shape[0]], tl.float32)
     if D <= BLOCK_D:
         s = dot(a_first, tl.trans(b_first), s, PRECISION)
@@ -65,7 +64,7 @@ def scores(
 
 @triton.jit
 def key_bias(bias, offs, mask):
-    """What scores of the keys `offs` get beside their product: bias (N,), or None: 0."""
+    """Bias to be added to products with the keys `offs`: from bias (N,), or None: 0."""
     if bias is None:
         return tl.zeros(offs.shape, tl.float32)
     else:
@@ -74,7 +73,7 @@ def key_bias(bias, offs, mask):
 
 @triton.jit
 def load_potential(exponent, mantissa, offs, mask):
-    """(exponent, mantissa), which make the exponential 0 outside `mask`; of one where there is no potential."""
+    """Load a potential as (exponent, mantissa), such that exponentials are 0 outside `mask`; None: potential 1."""
     if exponent is None:
         return tl.where(mask, 0.0, MASKED), tl.full(offs.shape, 1.0, tl.float32)
     else:

@@ -1,11 +1,13 @@
-"""Triton's interpreter (TRITON_INTERPRET=1) with every numpy that this package accepts."""
+"""Patch of Triton's interpreter (TRITON_INTERPRET=1) for new versions of numpy."""
 
 import triton
 
 
 def patch_interpreter_index() -> None:
-    """Triton 3.6's interpreter makes an int of an array of one element where a loop's bound is an argument; numpy 2.4
-    and later refuse. Triton 3.7 and later need nothing."""
+    """Let loop bounds be arguments in Triton 3.6's interpreter with numpy 2.4 and later.
+
+    The interpreter converts an array of one element to an int, which numpy 2.4 refuses. Triton 3.7 needs no patch.
+    """
     if not triton.knobs.runtime.interpret or not triton.__version__.startswith("3.6."):
         return
     from triton.runtime import interpreter

@@ -1,4 +1,4 @@
-"""Launching a kernel on the device of its tensors, and the arguments that are numbers or device scalars."""
+"""Launch a Triton kernel on the device of its tensors, and convert common arguments for kernels."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -16,7 +16,7 @@ patch_interpreter_index()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Launch on the current stream of the device of the first tensor; an empty grid is no launch."""
+    """Launch a kernel on the first tensor's device, on its current stream; nothing is launched for an empty grid."""
     if 0 in grid:
         return
     device = next(arg.device for arg in args if isinstance(arg, Tensor))
@@ -25,7 +25,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 
 
 def image_index(positives: Positives | None) -> tuple[int, int, int, int, int]:
-    """The first image, the rows of a view, B, T and the first of this rank's columns; of one image without a mask."""
+    """Arguments for masking: first image, rows of a view, B, T, first of this rank's columns; None: unused values."""
     if positives is None:
         return 0, 1, 1, 1, 0
     layout = positives.layout
@@ -33,7 +33,7 @@ def image_index(positives: Positives | None) -> tuple[int, int, int, int, int]:
 
 
 def number(x: Number) -> tuple[float, Tensor | None]:
-    """The two factors of x, as kernels read them; None: 1."""
+    """Split x into a float factor and a device scalar (None: 1), as kernels take them."""
     factor, scalar = interface.number(x)
     assert scalar is None or scalar.dtype == torch.float32
     return factor, scalar
@@ -44,7 +44,7 @@ def check_scores(s: Tensor) -> None:
 
 
 class Launcher:
-    """`run(kernel, grid, *args, num_warps, **constants)` launches one kernel."""
+    """Base of the Triton launchers; `run(kernel, grid, *args, num_warps, **constants)` launches one kernel."""
 
     def __init__(self, run: Launch = launch) -> None:
         self._run = run

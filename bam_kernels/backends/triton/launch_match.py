@@ -1,4 +1,4 @@
-"""The launcher of `match`, which chooses between rows on chip and long ones."""
+"""Launcher of the Triton match kernels: with rows on chip, or with rows read again for every sum."""
 
 from typing import Any
 
@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from ...layout import Layout
-from ..interface import LOG2_E, Matched, Number, Potential
+from ..interface import LOG2_E, MatchSums, Number, Potential
 from . import match, match_long
 from .launch import Launcher, check_scores, number
 from .tiles import IMAGES_AT_ONCE, image_tile, long_image_tile
 
 
 class MatchKernels(Launcher):
-    """Targets, loss, entropies and the gradient of the scores."""
+    """Row kernels that compute targets, loss, entropies and the gradient of the scores."""
 
     def match(
         self,
@@ -31,12 +31,11 @@ class MatchKernels(Launcher):
         row_out: Potential | None = None,
         gradient: Tensor | None = None,
         gradient_factor: float = 1.0,
-    ) -> Matched:
-        """Targets of b images and, with `source`, the loss of their source rows; `gradient` may be `source` itself.
+    ) -> MatchSums:
+        """Compute targets P of b images and, with `source`, loss, entropies and score gradient of their source rows.
 
-        target (L, b, N), source (V, b, N), row_exponent (L, b): guesses; targets (L, b, N) float32 and gradient
-        (V, b, N) of any float type, times gradient_factor, are written where given; row_out (b,) is the potential of
-        target view 0. The gradient of int16 scores may be a 16-bit float view of the source.
+        Arguments as in backends/cpu.py, except gradient: (V, b, N) of any float type; for int16 scores it may be a
+        16-bit float view of `source`.
         """
         L, b, n = target.shape
         V = len(source) if source is not None else 0
@@ -99,4 +98,4 @@ class MatchKernels(Launcher):
                 BLOCK_N=tile.block_n,
                 num_warps=tile.num_warps,
             )
-        return Matched(per_image)
+        return MatchSums(per_image)

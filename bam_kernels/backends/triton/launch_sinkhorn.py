@@ -1,4 +1,4 @@
-"""The Sinkhorn kernels' launchers."""
+"""Launchers of the Triton Sinkhorn kernels."""
 
 import torch
 from torch import Tensor
@@ -10,12 +10,12 @@ from .tiles import LONGEST_ROW, block_of, column_tile, row_tile
 
 
 class SinkhornKernels(Launcher):
-    """Column and row steps; sums over rows go through partials that are added in order."""
+    """Row kernels of Sinkhorn steps; sums over rows are partial sums, added in a fixed order."""
 
     def column_lse(
         self, s: Tensor, scale: Number, row: Potential, shift: Tensor, sums: Tensor, accumulate: bool
     ) -> None:
-        """Per column Σ_i 2^(scale*s_ij) row_i = sums_j * 2^shift_j, added to what is there if `accumulate`."""
+        """Write column sums Σ_i 2^(scale*s_ij) row_i as sums_j * 2^shift_j; with `accumulate`, add to the old sums."""
         self._column_lse(s, scale, row, shift, sums, accumulate, None, None, 1.0, None)
 
     def finish_scores(
@@ -32,7 +32,7 @@ class SinkhornKernels(Launcher):
         *,
         accumulate: bool,
     ) -> None:
-        """A product's epilogue in one read of s (m, N) float32: `quantize` to out (m, N) int16, and its column_lse."""
+        """Epilogue of a product, in one read of s (m, N) float32: `quantize` to `out`, then `column_lse` of `out`."""
         assert s.dtype == torch.float32 and out.dtype == torch.int16 and out.stride(1) == 1
         self._column_lse(s, scale, row, shift, sums, accumulate, bias, out, step, positives)
 
@@ -107,14 +107,14 @@ class SinkhornKernels(Launcher):
         )
 
     def reciprocal_potential(self, shift: Tensor, sums: Tensor) -> Potential:
-        """1 / (sums * 2^shift)."""
+        """Column potential 1 / (sums_j * 2^shift_j)."""
         n = len(shift)
         col = Potential(torch.empty_like(shift), torch.empty_like(shift))
         self._run(sinkhorn.reciprocal_potential_kernel, (-(-n // 256),), shift, sums, *col, n, BLOCK=256, num_warps=4)
         return col
 
     def divide_potential_(self, col: Potential, c: Tensor) -> None:
-        """col <- col / c."""
+        """Divide the column potential by c, in place."""
         n = len(c)
         self._run(sinkhorn.divide_potential_kernel, (-(-n // 256),), *col, c, n, BLOCK=256, num_warps=4)
 
@@ -128,10 +128,10 @@ class SinkhornKernels(Launcher):
         accumulate: bool,
         divide: bool = False,
     ) -> None:
-        """row_i = 1 / Σ_j 2^(scale*s_ij) col_j, then c_j += Σ_i 2^(scale*s_ij) row_i col_j.
+        """One Sinkhorn iteration: row_i = 1 / Σ_j 2^(scale*s_ij) col_j, then c_j = Σ_i 2^(scale*s_ij) row_i col_j.
 
-        divide: these are the last rows, and col <- col / c. One read of the scores where a row fits on chip (16384
-        columns), else two.
+        accumulate: c_j is increased by the sum. divide: these are the last rows, so that col is divided by c. One read
+        of the scores if a row fits on chip (LONGEST_ROW columns), else two.
         """
         self._pass(s, scale, row, col, c, accumulate)
         if divide:
@@ -197,6 +197,6 @@ class SinkhornKernels(Launcher):
             tile.rows,
             BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n,
-            num_warps=2 * tile.num_warps,  # rows' weights beside columns' sums: else sm_100 spills
+            num_warps=2 * tile.num_warps,  # row weights and column sums need registers: with fewer warps sm_100 spills
         )
         self._add_chunks(partial, col.mantissa, w, accumulate)

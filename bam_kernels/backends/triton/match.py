@@ -1,8 +1,8 @@
-"""Per image: the targets P of its L rows, and the loss, entropies and gradient of its V source rows against them.
+"""Kernel for the match of each image: targets P of its L rows; loss, entropies and gradient of its V source rows.
 
-G_v = (a_v A_v - Pbar_v) / (B tau) with Pbar_v = Σ_{t != v} P_t / (L (V-1)), a_v its row sum; for V = 1 both are those
-of P_0. Here an image's target rows and one source row are on chip, so that every score is read and exponentiated
-once; match_long.py is for longer rows. Masked scores are finite and exponentiate to 0: they add nothing anywhere.
+G_v = (a_v A_v - Pbar_v) / (B tau) with Pbar_v = Σ_{t != v} P_t / (L (V-1)) and a_v the row sum of Pbar_v; for V = 1,
+Pbar_0 = P_0. An image's target rows and one source row are on chip, so that every score is read and exponentiated once;
+match_long.py is for longer rows. Masked scores are finite and exponentiate to 0: they add nothing anywhere.
 """
 
 import triton
@@ -116,7 +116,7 @@ def match_kernel(
         p, total, dot = target_rows(rows, chosen, scale, col_e, col_m, exponent)
         p *= inverse_or_zero(total)[:, None]
     tl.store(sums + b + i, tl.sum(entropy(total, dot), axis=0))
-    # All target rows have been read: what follows may write over them.
+    # All target rows have been read, so outputs may overwrite them from here on.
     tl.debug_barrier()
     if targets is not None:
         at = targets + offs_l.to(tl.int64)[:, None] * targets_view_stride + i * n + offs_n[None, :]

@@ -1,4 +1,4 @@
-"""`match` of rows too long for the chip: a read for each sum, then one more that writes P and G block by block."""
+"""Kernel for the match of rows too long for the chip: one read per sum, then one read that writes P and G."""
 
 import triton
 import triton.language as tl
@@ -10,14 +10,14 @@ from .top_k import kept, public_column, threshold_in_memory
 
 @triton.jit
 def _columns(col_exponent, col_mantissa, offs, n):
-    """The column potential of some columns, 1 beyond the row, and which are within."""
+    """Load the column potential of the columns `offs` (1 beyond the row), and the mask of columns within the row."""
     mask = offs < n
     return tl.load(col_exponent + offs, mask=mask, other=0.0), tl.load(col_mantissa + offs, mask=mask, other=1.0), mask
 
 
 @triton.jit
 def _chosen(mean, offs, mask, low, cut, W, T, B, TOP_K: tl.constexpr):
-    """Which of the columns `offs` count: all, or the top k, from the means of the targets in memory."""
+    """Mask of the columns `offs` that are kept: all, or the top k by the means of targets in memory."""
     if TOP_K:
         bits = tl.load(mean + offs, mask=mask, other=-1.0).to(tl.int32, bitcast=True)
         return mask & kept(bits, public_column(offs, W, T, B), low, cut)
@@ -30,7 +30,7 @@ def _target_sums(
     rows, mask_l, col_exponent, col_mantissa, scale, exponent, mean, low, cut, n, W, T, B,
     TOP_K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Σ_j p_tj and Σ_j p_tj log2(p_tj) over the chosen columns; (BLOCK_L,)."""
+    """Σ_j p_tj and Σ_j p_tj log2(p_tj) over the kept columns; (BLOCK_L,)."""
     total, dot = tl.zeros([BLOCK_L], tl.float32), tl.zeros([BLOCK_L], tl.float32)
     for first in range(0, n, BLOCK_N):
         offs = first + tl.arange(0, BLOCK_N)
@@ -47,7 +47,7 @@ def _target_exponent(
     rows, mask_l, col_exponent, col_mantissa, scale, mean, low, cut, n, W, T, B,
     TOP_K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The exponents that bring the largest chosen term of each target row to about 1."""
+    """The exponents that bring the largest kept term of each target row to about 1."""
     most = tl.full([BLOCK_L], MASKED * 1.0, tl.float32)
     for first in range(0, n, BLOCK_N):
         offs = first + tl.arange(0, BLOCK_N)
@@ -59,7 +59,7 @@ def _target_exponent(
 
 @triton.jit
 def _source_sums(row, scale, exponent, n, BLOCK_N: tl.constexpr):
-    """Σ_j e_j and Σ_j e_j log2(e_j) of e_j = 2^(scale*s_j + exponent)."""
+    """Σ_j e_j and Σ_j e_j log2(e_j) with e_j = 2^(scale*s_j + exponent)."""
     totals, dots = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32)
     for first in range(0, n, BLOCK_N):
         offs = first + tl.arange(0, BLOCK_N)
@@ -72,7 +72,7 @@ def _source_sums(row, scale, exponent, n, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _source_exponent(row, scale, n, BLOCK_N: tl.constexpr):
-    """The exponent that brings the largest e_j to about 1."""
+    """The exponent that brings the largest e_j = 2^(scale*s_j + exponent) to about 1."""
     most = tl.full([BLOCK_N], MASKED * 1.0, tl.float32)
     for first in range(0, n, BLOCK_N):
         offs = first + tl.arange(0, BLOCK_N)
@@ -120,10 +120,10 @@ def match_long_kernel(
     BLOCK_L: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """The arguments are those of match_kernel, but for n, of any size, and two workspaces; one program per image.
+    """`match_kernel` for n of any size, with two workspaces; one program per image.
 
-    source_rows (b, V, 2) float32: exponent and a_v/total of the source rows. means (b, n) float32, with TOP_K alone:
-    the target rows' means, written once, so that every comparison is of the same rounding.
+    source_rows (b, V, 2) float32: exponent and a_v/total of the source rows. means (b, n) float32, with TOP_K only: the
+    means of the target rows, written once so that all comparisons read equally rounded values.
     """
     i = tl.program_id(0).to(tl.int64)
     offs_l = tl.arange(0, BLOCK_L)
@@ -226,7 +226,7 @@ def match_long_kernel(
         both = mask_l[:, None] & _chosen(mean, offs, mask, low, cut, W, T, B, TOP_K)[None, :]
         p, _, _ = target_rows(rows + offs[None, :], both, scale, col_e, col_m, exponent)
         p *= inverse
-        # The block's target scores have been read: what follows may write over them.
+        # The block's target scores have been read, so outputs may overwrite them.
         tl.debug_barrier()
         if targets is not None:
             at = targets + offs_l.to(tl.int64)[:, None] * targets_view_stride + i * n + offs[None, :]

@@ -1,4 +1,4 @@
-"""The plan E_ij = 2^(scale*s_ij) row_i col_j as an operator, and G + Gᵀ.
+"""Kernels for products with the plan E_ij = 2^(scale*s_ij) row_i col_j, and for G + Gᵀ.
 
 m rows, n columns of scores; row and col are potentials (m,), (n,).
 """

@@ -1,8 +1,8 @@
-"""What every kernel does with scores, exponentials and potentials.
+"""Functions for scores, exponentials and potentials, used by all Triton kernels.
 
 Scores are float32 or int16; a masked score is MASKED or MASKED_FIXED. Exponentials are of base 2. A potential is
-2^exponent * mantissa, the exponent an integer held in a float: fma(score, scale, exponent) then rounds once, at the
-size of its result. csrc/cpu/row.h is the same in C++.
+2^exponent * mantissa, the exponent an integer stored as float32: fma(score, scale, exponent) then rounds once, at the
+size of its result. csrc/cpu/row.h has these functions in C++.
 """
 
 import triton
@@ -13,11 +13,11 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 MASKED = tl.constexpr(-1e30)  # finite, so that 0 * score is 0; its exponential is exactly 0
 MASKED_FIXED = tl.constexpr(-32768)
-EMPTY = tl.constexpr(-1e20)  # a largest exponent below this comes from masked scores alone
+EMPTY = tl.constexpr(-1e20)  # if the largest exponent is below this, all scores are masked
 NO_SHIFT = tl.constexpr(-16777216.0)  # the shift of an empty column
 LEAST_NORMAL = tl.constexpr(2.0**-126)
 LN_2 = tl.constexpr(0.6931471805599453)
-# A row sum outside these bounds was taken with a poor exponent.
+# A row sum outside these bounds was computed with a poor exponent.
 LEAST_SUM = tl.constexpr(2.0**-20)
 MOST_SUM = tl.constexpr(2.0**20)
 
@@ -33,7 +33,7 @@ def fma(a, b, c):
 
 @triton.jit
 def scale_of(scale, scale_pointer):
-    """A scale of scores or the size of a step of theirs: an argument, times a device scalar where there is one."""
+    """A scale or step of scores: an argument, times a device scalar if there is one."""
     scale = tl.full([], scale, tl.float32)
     if scale_pointer is None:
         return scale
@@ -43,7 +43,7 @@ def scale_of(scale, scale_pointer):
 
 @triton.jit
 def load_scores(pointers, mask):
-    """Scores as float32; masked ones, and those outside `mask`, as MASKED."""
+    """Load scores as float32; masked scores, and scores outside `mask`, become MASKED."""
     if pointers.dtype.element_ty == tl.int16:
         # Not `other=MASKED_FIXED`: Triton (3.6 to 3.8) widens a negative constant of 16 bits to 32 with ones, so that
         # every other score outside `mask` would be -1 where rows are aligned.
@@ -55,7 +55,7 @@ def load_scores(pointers, mask):
 
 @triton.jit
 def is_poor(total):
-    """Where a row sum was taken with a poor exponent; NaN too."""
+    """Whether a row sum is NaN or was computed with a poor exponent."""
     return ~((total > LEAST_SUM) & (total < MOST_SUM))
 
 
@@ -67,7 +67,7 @@ def exponent_of(most):
 
 @triton.jit
 def split(x):
-    """(power, mantissa), x = 2^power * mantissa with mantissa in [1/2, 1), of a normal positive x."""
+    """Split a normal positive x into (power, mantissa): x = 2^power * mantissa, mantissa in [1/2, 1)."""
     bits = x.to(tl.int32, bitcast=True)
     mantissa = ((bits & 0x007FFFFF) | 0x3F000000).to(tl.float32, bitcast=True)
     return (((bits >> 23) & 255) - 126).to(tl.float32), mantissa
@@ -89,6 +89,6 @@ def inverse_or_zero(total):
 
 @triton.jit
 def entropy(total, dot):
-    """H(p) in nats of p_j = e_j / total from total = Σ e_j and dot = Σ e_j log2(e_j); 0 where total is 0."""
+    """Entropy in nats of p_j = e_j / total, from total = Σ e_j and dot = Σ e_j log2(e_j); 0 where total is 0."""
     safe = tl.where(total == 0.0, 1.0, total)
     return (tl.log2(safe) - dot / safe) * LN_2

@@ -1,9 +1,9 @@
-"""The Triton row kernels: shapes checked here, tensors handed over with their strides.
+"""Launchers of the Triton row kernels: this module checks shapes and passes tensors with their strides.
 
-The interface is that of backends/cpu.py: scores are (m, N) or (views, images, N), float32 or int16, with contiguous
-columns; potentials are pairs of (n,) float32 tensors. Everything runs on the device of its arguments, on the current
-stream, without a host synchronisation: a `scale` or `step` is a number or a device scalar. Results do not differ from
-run to run.
+backends/cpu.py documents the methods. Scores are (m, N) or (views, images, N), float32 or int16, with contiguous
+columns; potentials are pairs of (n,) float32 tensors. A `scale` or `step` is a number or a device scalar. Kernels run
+on the device of their arguments, on the current stream, without host synchronisation. Results are equal from run to
+run.
 """
 
 from functools import cache
@@ -30,7 +30,7 @@ from .tiles import block_of, warps
 
 
 class TritonKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
-    """The row kernels."""
+    """The Triton row kernels."""
 
     backend = "triton"
 
@@ -54,7 +54,10 @@ class TritonKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
         )
 
     def product_step(self, centre: Tensor, key_bias: Tensor, row_bias: Tensor) -> DeviceNumber:
-        """The product of half rows, bias added, that is one step of fixed point; biases of all keys and of rows."""
+        """Size of one fixed-point step, as a product of fp16 rows plus bias.
+
+        key_bias (N,), row_bias (m,): biases of all keys and of all rows whose scores share the step.
+        """
         step = torch.empty(1, dtype=torch.float32, device=centre.device)
         d, n, m = len(centre), len(key_bias), len(row_bias)
         block = block_of(max(d, n, m), 4096)
@@ -76,7 +79,7 @@ class TritonKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
         return DeviceNumber(1.0, step)
 
     def centre_potential(self, read: Tensor, centre: Tensor, epsilon: float) -> Potential:
-        """The row potential exp(<unit_i, centre>/eps) that scores against centred keys start from; float32 rows."""
+        """Row potential exp(<unit_i, centre>/eps) of float32 rows, from which Sinkhorn on centred keys starts."""
         m, d = read.shape
         assert read.stride(1) == 1 and centre.is_contiguous()
         row = Potential.empty(m, read.device)
@@ -96,7 +99,10 @@ class TritonKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
         return row
 
     def project_(self, d: Tensor, rows: UnitRows, factor: float = 1.0) -> Tensor:
-        """d (m, D) <- factor * (d - unit <unit, d>) / norm, 0 for a row with norm below 1e-12."""
+        """Gradient of the L2 normalisation, in place: d (m, D) <- factor * (d - unit <unit, d>) / norm.
+
+        A row with a norm below 1e-12 gets 0.
+        """
         assert d.is_contiguous()
         block = block_of(d.shape[1])
         self._run(
@@ -113,7 +119,7 @@ class TritonKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
         return d
 
     def symmetrize_(self, G: Tensor) -> Tensor:
-        """G (m, m) float32 or fp16 <- G + Gᵀ; returns its row sums (m,) float32."""
+        """Replace G (m, m), float32 or fp16, by G + Gᵀ; returns the row sums (m,) float32 of the result."""
         m, tile = len(G), 64
         assert G.shape == (m, m) and G.stride(1) == 1
         tiles = -(-m // tile)
@@ -147,8 +153,10 @@ class TritonKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
         positives: Positives | None = None,
         bias: Tensor | None = None,
     ) -> Tensor:
-        """rint((scores + bias)/step) clamped to +-32767 into `out` (m, N) int16; bias (N,) or None: 0; masked scores,
-        and positives, as -32768."""
+        """Write rint((scores + bias)/step), clamped to +-32767, to `out` (m, N) int16.
+
+        bias (N,) or None: 0. Masked scores and positives become -32768.
+        """
         assert s.stride(1) == 1 and out.stride(1) == 1
         m, n = s.shape
         block = block_of(n, 2048)
@@ -172,7 +180,7 @@ class TritonKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
     def plan_products(
         self, s: Tensor, scale: Number, row: Potential, col: Potential, v: Tensor | None, u: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """E v (m,) and Eᵀ u (N,), E_ij = 2^(scale*s_ij) row_i col_j; empty where v or u is None."""
+        """Products E v (m,) and Eᵀ u (N,) with E_ij = 2^(scale*s_ij) row_i col_j; empty if v or u is None."""
         check_scores(s)
         m, n = s.shape
         y = torch.empty(m if v is not None else 0, dtype=torch.float32, device=s.device)
@@ -207,7 +215,7 @@ class TritonKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
         u: Tensor | None,
         v: Tensor | None,
     ) -> None:
-        """x_ij <- x_ij - E_ij (u_i + v_j)."""
+        """Subtract E_ij (u_i + v_j) from x_ij (m, N), in place, with E as in `plan_products`; u or v None: 0."""
         check_scores(s)
         m, n = s.shape
         block = block_of(n, 2048)
@@ -230,12 +238,12 @@ class TritonKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
 
 
 def _rows_of(x: Tensor) -> tuple[int, ...]:
-    """Rows of a view, features, and the strides of views, rows and features."""
+    """Rows (m, D) or (V, B, D) as kernels take them: rows of a view, features, strides of view, row and feature."""
     strides = (0, *x.stride()) if x.dim() == 2 else x.stride()
     return x.shape[-2], x.shape[-1], *strides
 
 
 @cache
 def kernels() -> TritonKernels:
-    """The row kernels."""
+    """The Triton row kernels, made once."""
     return TritonKernels()

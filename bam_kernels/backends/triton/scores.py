@@ -1,4 +1,4 @@
-"""What makes scores of products: the positives' mask and the fixed-point form.
+"""Kernels that turn products into scores: the mask of positives and the fixed-point form.
 
 Row i of a slab shows image (first + i % period) % B of this rank: `period` rows of each of several views.
 """
@@ -11,16 +11,16 @@ from .row import MASKED, MASKED_FIXED, scale_of
 
 @triton.jit
 def key_image(offs, B, T, own_columns):
-    """The image of this rank that a key in gathered order shows, -1 for the keys of other ranks."""
+    """The image of this rank that each key shows, keys in gathered order; -1 for keys of other ranks."""
     own = (offs >= own_columns) & (offs < own_columns + T * B)
     return tl.where(own, (offs - own_columns) % B, -1)
 
 
 @triton.jit(do_not_specialize=["m", "first", "period", "B", "T", "own_columns"])
 def mask_positives_kernel(scores, m, stride, first, period, B, T, own_columns, BLOCK: tl.constexpr):
-    """scores_ij <- masked where row i and column j are of the same image: T columns of every row.
+    """Mask scores_ij where row i and column j show one image: T columns of every row.
 
-    Shapes: scores (m, N) float32, columns in gathered order; own_columns: the first of this rank's T*B.
+    Shapes: scores (m, N) float32, columns in gathered order; own_columns: the first of this rank's T*B columns.
     """
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     row = offs // T

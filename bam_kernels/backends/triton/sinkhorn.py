@@ -1,7 +1,7 @@
-"""Sinkhorn-Knopp in log space: the first column step, and one iteration in one read of the scores where rows fit.
+"""Kernels for Sinkhorn-Knopp in log space: the first column step, and one iteration in one read if rows fit on chip.
 
 m rows, n columns of scores with contiguous columns. Sums over rows are taken chunk by chunk into partials
-(chunks, n), which a second kernel adds up in order: results do not differ from run to run.
+(chunks, n), which a second kernel adds up in order: results are equal from run to run.
 """
 
 import triton
@@ -53,9 +53,9 @@ def column_lse_kernel(
 
     Shapes: s (m, n) float32 or int16, row potential (m,) -> shift, sums (chunks, n); a chunk is `rows` rows.
     Numerics: shift is an integer at or above the largest term's logarithm (base 2); an empty column has sum 0.
-    As the epilogue of a product s is float32, `bias` (n,) is added if there is one, positives are masked by index (see
-    scores.py), and with `fixed` (m, n) int16 it is written there as rint(s/step); those values are then summed, and
-    `scale` is theirs.
+    As epilogue of a product: s is float32, `bias` (n,) is added unless None, positives are masked by index (see
+    scores.py), and rint(s/step) is written to `fixed` (m, n) int16 unless None. The sum is then over the values of
+    `fixed`, and `scale` applies to these values.
     """
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     chunk = tl.program_id(1)
@@ -102,7 +102,7 @@ def merge_lse_kernel(
     CHUNKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """(shift, sums) of all chunks, and of `shift`, `sums` (n,) themselves if ACCUMULATE, into those.
+    """Add up (shift, sums) of all chunks into `shift`, `sums` (n,); with ACCUMULATE, add the old values too.
 
     Shapes: partials (chunks, n), chunks <= CHUNKS.
     """
@@ -127,7 +127,7 @@ def merge_lse_kernel(
 def add_chunks_kernel(
     partial, factor, out, chunks, n, ACCUMULATE: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """out_j = factor_j * Σ_chunk partial[chunk, j], added to what is there if ACCUMULATE; in a fixed order.
+    """out_j = factor_j * Σ_chunk partial[chunk, j], in a fixed order; with ACCUMULATE, added to the old out_j.
 
     Shapes: partial (chunks, n), factor (n,) or None: 1, out (n,); CHUNKS chunks are read at once.
     """
@@ -148,7 +148,7 @@ def add_chunks_kernel(
 
 @triton.jit
 def reciprocal_potential_kernel(shift, sums, exponent, mantissa, n, BLOCK: tl.constexpr):
-    """exponent_j, mantissa_j of 1 / (sums_j * 2^shift_j), all (n,); 1 for an empty column: it has no entry to scale."""
+    """exponent_j, mantissa_j of 1 / (sums_j * 2^shift_j), all (n,); 1 for a column with no unmasked entry."""
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < n
     total = tl.load(sums + offs, mask=mask, other=1.0)
@@ -159,7 +159,7 @@ def reciprocal_potential_kernel(shift, sums, exponent, mantissa, n, BLOCK: tl.co
 
 @triton.jit
 def divide_potential_kernel(exponent, mantissa, c, n, BLOCK: tl.constexpr):
-    """potential_j <- potential_j / c_j, all (n,); a column with c = 0 keeps its own, one with NaN gets NaN."""
+    """potential_j <- potential_j / c_j, all (n,); a potential is kept if c_j = 0 and becomes NaN if c_j is NaN."""
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < n
     divisor = tl.load(c + offs, mask=mask, other=1.0)
@@ -188,8 +188,8 @@ def sinkhorn_pass_kernel(
 ):
     """row_i = 1 / Σ_j 2^(scale*s_ij) col_j, and per chunk Σ_i 2^(scale*s_ij) row_i * col.exponent_j, in one read.
 
-    Shapes: s (m, n) float32 or int16, n <= BLOCK_N; row potential (m,) in and out, its exponent in a guess of the
-    result: a bad one costs time, never accuracy; col potential (n,) -> partial (chunks, n), a chunk of `rows` rows,
+    Shapes: s (m, n) float32 or int16, n <= BLOCK_N; row potential (m,) in and out, its exponent on entry a guess of the
+    result: a bad guess costs time, never accuracy; col potential (n,) -> partial (chunks, n), a chunk of `rows` rows,
     a multiple of BLOCK_M. The column sums lack the factor col.mantissa_j, which the sum over chunks puts in.
     Numerics: every term is at most 1, so column sums need no shift at any eps; a row with no key left gets an
     infinite potential and adds nothing.
@@ -236,7 +236,7 @@ def row_step_kernel(
 ):
     """row_i = 1 / Σ_j 2^(scale*s_ij) col_j of rows too long for the chip: one program per row.
 
-    Shapes: s (m, n) float32 or int16, row potential (m,) in and out, its exponent in a guess; col potential (n,).
+    Shapes: s (m, n) float32 or int16, row potential (m,) in and out, its exponent on entry a guess; col potential (n,).
     Special cases as in sinkhorn_pass_kernel.
     """
     i = tl.program_id(0).to(tl.int64)

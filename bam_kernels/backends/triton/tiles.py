@@ -1,18 +1,18 @@
-"""Block sizes and grids from shapes alone, or as a tuning run on this kind of GPU has found them.
+"""Block sizes and grids of the Triton kernels, from shapes alone or from a tuning run on this kind of GPU.
 
-Either way they do not change from run to run, and so neither does the order in which sums are taken.
+They are equal from run to run, and so is the order of sums.
 """
 
 from typing import NamedTuple
 
 from ...tuned import tile_of
 
-LONGEST_ROW = 8192  # columns of a row on chip
-LARGEST_TILE = 16384  # rows * columns on chip: potentials, sums and exponentials in the registers of 512 threads
-LARGEST_IMAGE = 24576  # (target rows + 1) * columns of an image on chip: what 512 threads hold in registers
-IMAGES_AT_ONCE = 128  # of a long match with top-k, whose workspace is a row of means per image
+LONGEST_ROW = 8192  # most columns of a row on chip
+LARGEST_TILE = 16384  # most rows * columns on chip: potentials, sums and exponentials in registers of 512 threads
+LARGEST_IMAGE = 24576  # most (target rows + 1) * columns of an image on chip: what 512 threads hold in registers
+IMAGES_AT_ONCE = 128  # images per launch of a long match with top-k, whose workspace is a row of means per image
 
-# Programs of one launch at most made by splitting a sum: bounds the partials of dz and dk whatever the shape.
+# Sums are split into chunks up to this many programs per launch, which bounds the partial sums of dz and dk.
 PROGRAMS = 256
 
 
@@ -21,7 +21,7 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def up(n: int, multiple: int) -> int:
+def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
@@ -34,7 +34,7 @@ def warps(elements: int, per_thread: int = 32) -> int:
 
 
 class Tile(NamedTuple):
-    """Rows and columns of a tile, rows of a chunk, number of chunks, warps of a program."""
+    """Rows and columns of a tile (block_m, block_n), rows of a chunk, number of chunks, warps of a program."""
 
     block_m: int
     block_n: int
@@ -44,9 +44,9 @@ class Tile(NamedTuple):
 
 
 def row_tile(m: int, n: int) -> Tile:
-    """Whole rows on chip, one program per chunk: about one program per multiprocessor of a large GPU.
+    """Tile of whole rows on chip, one program per chunk: about one program per multiprocessor of a large GPU.
 
-    Several rows share the barriers of one reduction; 32 exponentials a thread.
+    Several rows share the barriers of one reduction; a thread computes 32 exponentials of a tile.
     """
     found = tile_of("row", m, n)
     if found:
@@ -54,22 +54,22 @@ def row_tile(m: int, n: int) -> Tile:
     block_n = max(power_of_two(n), 32)
     rows = max(-(-m // 128), clamp(2048 // block_n, 1, 8))
     block_m = clamp(LARGEST_TILE // block_n, 1, min(power_of_two(rows), 32))
-    rows = up(rows, block_m)
+    rows = round_up(rows, block_m)
     return Tile(block_m, block_n, rows, -(-m // rows), warps(block_m * block_n))
 
 
 def column_tile(m: int, n: int) -> Tile:
-    """Column sums: a thread owns its columns, so that rows need no barrier; at most 64 chunks of rows."""
+    """Tile of column sums: a thread owns its columns, so that rows need no barrier; at most 64 chunks of rows."""
     found = tile_of("column", m, n)
     if found:
         return Tile(*found)
     block_n = clamp(power_of_two(n), 32, 1024)
-    rows = up(max(-(-m // 64), 8), 8)
+    rows = round_up(max(-(-m // 64), 8), 8)
     return Tile(8, block_n, rows, -(-m // rows), warps(block_n, per_thread=8))
 
 
 def image_tile(L: int, n: int) -> Tile | None:
-    """The target rows of one image and a source row on chip; None where they do not fit."""
+    """Tile of the target rows of one image and one source row on chip; None if they do not fit."""
     found = tile_of("image", L, n)
     if found:
         return Tile(*found)
@@ -80,19 +80,23 @@ def image_tile(L: int, n: int) -> Tile | None:
 
 
 def long_image_tile(L: int, n: int) -> Tile:
-    """Blocks of columns of an image's target rows."""
+    """Tile of a block of columns of an image's target rows, for rows too long for the chip."""
     block_l = power_of_two(L)
     block_n = clamp(8192 // block_l, 32, min(power_of_two(n), 4096))
     return Tile(block_l, block_n, 1, 1, 8)
 
 
 def block_of(n: int, most: int = 4096) -> int:
-    """Columns read at once by a kernel that loops over a row."""
+    """Number of columns that a kernel reads at once in its loop over a row."""
     return clamp(power_of_two(n), 32, most)
 
 
 class FlashTile(NamedTuple):
-    """Rows that a program owns, rows of one step of its loop, features at once, those of a gradient; warps, stages."""
+    """Tile of a flash kernel.
+
+    block_m: rows that a program owns. block_n: rows of one step of its loop. block_d, block_out: features multiplied at
+    once, features of a gradient.
+    """
 
     block_m: int
     block_n: int
@@ -103,10 +107,10 @@ class FlashTile(NamedTuple):
 
 
 def flash_tile(m: int, n: int, D: int, *, wide: bool = False, sixteen_bit: bool = True) -> FlashTile:
-    """A program owns up to 64 of m rows and reads n others, 64 at a time; 16 is the least that a product takes.
+    """Tile for m rows that programs own, up to 64 each, and n rows that they read, up to 64 at a time, of D features.
 
-    wide: it also holds sums of up to 256 features for its rows, and fewer scores for that: what the registers of 128
-    threads take on sm_90.
+    16 rows are the least that a product takes. wide: a program also holds sums of up to 256 features for its rows, and
+    reads 32 rows at a time, so that all fit the registers of 128 threads on sm_90.
     """
     found = tile_of("flash", m, n, D, wide, sixteen_bit)
     if found:
@@ -118,8 +122,8 @@ def flash_tile(m: int, n: int, D: int, *, wide: bool = False, sixteen_bit: bool 
 
 
 def split(tiles: int, n: int, block_n: int, most: int = 64) -> tuple[int, int]:
-    """(chunks, rows of a chunk): n rows in chunks of whole blocks, so that there are about PROGRAMS programs."""
+    """Split n rows into chunks of whole blocks, for about PROGRAMS programs; returns (chunks, rows of a chunk)."""
     blocks = -(-n // block_n)
     chunks = clamp(PROGRAMS // max(tiles, 1), 1, min(most, blocks))
-    rows = up(-(-n // chunks), block_n)
+    rows = round_up(-(-n // chunks), block_n)
     return -(-n // rows), rows

@@ -1,4 +1,4 @@
-"""The k largest entries of a row of non-negative numbers, ties to the lower public column.
+"""Functions that find the k largest entries of a row of non-negative numbers; of ties, the lower public columns.
 
 Non-negative floats are ordered as their bits are, so the k-th largest is found by bisection on the bits; where it
 ties, a second bisection over the public columns says which of the ties are kept.
@@ -12,13 +12,13 @@ INFINITY_BITS = tl.constexpr(0x7F800000)
 
 @triton.jit
 def public_column(column, W, T, B):
-    """Public order (view, rank, image) of a column in gathered order (rank, view, image)."""
+    """Convert columns from gathered order (rank, view, image) to public order (view, rank, image)."""
     return ((column // B % T) * W + column // (T * B)) * B + column % B
 
 
 @triton.jit
 def kept(bits, public, low, cut):
-    """Which entries are kept: above the threshold, or at it and before the cut."""
+    """Mask of kept entries: bits above `low`, or equal to `low` with a public column below `cut`."""
     return (bits > low) | ((bits == low) & (public < cut))
 
 
@@ -48,7 +48,7 @@ def threshold(bits, public, k, n):
 
 @triton.jit
 def _count(row, n, least, most, before, W, T, B, BLOCK: tl.constexpr):
-    """How many entries of a row in memory have bits in [least, most] and a public column below `before`."""
+    """Number of entries of a row in memory with bits in [least, most] and a public column below `before`."""
     offs = tl.arange(0, BLOCK)
     counts = tl.zeros([BLOCK], tl.int32)
     for first in range(0, n, BLOCK):
@@ -61,7 +61,7 @@ def _count(row, n, least, most, before, W, T, B, BLOCK: tl.constexpr):
 
 @triton.jit
 def threshold_in_memory(row, k, n, W, T, B, BLOCK: tl.constexpr):
-    """`threshold` of a row (n,) float32 in memory."""
+    """`threshold` for a row (n,) float32 in memory."""
     low, high = tl.zeros([], tl.int32), tl.full([], INFINITY_BITS, tl.int32)
     largest = high
     count = tl.full([], 0, tl.int32) + n

@@ -1,4 +1,4 @@
-"""What an earlier run has left: failures that are to be seen again, and files that would pass for a new run's."""
+"""Files of an earlier run: the failures to repeat, and results that a new run must not mistake for its own."""
 
 import json
 import tarfile
@@ -7,8 +7,8 @@ from pathlib import Path
 from steps import Run
 
 
-class Before:
-    """What failed in an earlier run: its archive, or the folder that it wrote."""
+class EarlierRun:
+    """Failures of an earlier run, read from its archive or its folder."""
 
     def __init__(self, source: Path | None) -> None:
         self.files: dict[str, str] = {}
@@ -24,12 +24,12 @@ class Before:
                     self.files[member.name] = file.read().decode()
 
     def steps(self) -> dict[str, str]:
-        """How each step ended that failed, by its name."""
+        """Status of each failed step, by name."""
         ended = json.loads(self.files.get("steps.json", "{}"))
         return {name: step["status"] for name, step in ended.items() if step["status"].startswith("failed")}
 
     def tests(self) -> dict[str, list[str]]:
-        """Ids of the tests that failed, by the step that ran them."""
+        """Ids of the failed tests, by the step that ran them."""
         found: dict[str, list[str]] = {}
         for name, text in self.files.items():
             if name.endswith(".tests.jsonl"):
@@ -40,7 +40,10 @@ class Before:
 
 
 def remove(run: Run, files: dict[str, tuple[str, ...]]) -> None:
-    """Remove an earlier run's files from the run's folder: `files` by the step that writes them, if it will run."""
+    """Remove an earlier run's files from the folder of `run`.
+
+    `files` lists them by the step that writes them; those of steps that will not run stay.
+    """
     for step, names in files.items():
         for name in names if run.chosen(step) else ():
             (run.out / name).unlink(missing_ok=True)

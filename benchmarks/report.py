@@ -1,4 +1,4 @@
-"""Options, rows, the measuring loop and the table that all benchmarks share."""
+"""Command-line options, result rows, the timing loop and the tables that the benchmarks share."""
 
 import contextlib
 import csv
@@ -31,30 +31,30 @@ SMALL_EPSILON = 0.005
 @dataclass
 class BenchmarkOptions:
     shapes: tuple[str, ...] = ("512x1024x256", "2048x2048x256", "2048x8192x256")
-    """MxNxD: M = views*B rows, N keys; N > key_views*B makes it one rank's share of W ranks."""
+    """Problem sizes MxNxD: M = views*B rows, N keys, D features. N > key_views*B is one rank's share of several."""
     views: int = 2
-    """V, views per image."""
+    """V, the number of views per image."""
     key_views: int = 2
-    """T, the first T views of every image are keys."""
+    """T: the first T views of every image are the keys."""
     epsilon: float = 0.05
     iterations: int = 3
     rows: tuple[RowName, ...] = (*OURS, "eager", "compile", "gemms", "authors", "flash-sinkhorn", "flash-sinkhorn-tf32")
-    """Competitors; those that cannot run on the device are left out. "-autocast": the whole loss in 16 bit."""
+    """Competitors to measure. Rows that cannot run here are left out; "-autocast" is the whole loss in 16 bit."""
     isa: tuple[Isa, ...] = ("auto",)
-    """Instruction sets of our CPU kernels."""
+    """Instruction sets of the CPU kernels to measure."""
     authors: Path | None = None
-    """A checkout of the authors' published code."""
+    """Path of a checkout of the authors' published code; without it their rows are left out."""
     device: str = "auto"
     threads: int | None = None
     repetitions: int = 20
     warmup_s: float = 0.3
-    """Seconds of untimed runs of each competitor."""
+    """Seconds for which each competitor runs untimed before it is measured."""
     budget_s: float = 60.0
-    """A table stops after the round in which this time is over, but not before 5 rounds."""
+    """Seconds per table: no further round starts after them, except that at least 5 rounds are run."""
     json: Path | None = None
     csv: Path | None = None
     profile: Path | None = None
-    """A directory for one torch profiler trace per table; with nvtx installed the runs are NVTX ranges too."""
+    """Directory for one torch profiler trace per table. With nvtx installed, each run is also an NVTX range."""
 
     def choice(self, machine: Machine) -> Choice:
         return Choice(self.rows, self.isa, self.authors, 3 * machine.l2_bytes)
@@ -64,12 +64,12 @@ class BenchmarkOptions:
             layout = layout_of(*parse_shape(text), V=self.views, L=L, T=self.key_views, R=R)
             named = Options(epsilon=self.epsilon, iterations=self.iterations, **options).checked("benchmark")
             torch.compiler.reset()
-            yield Problem.made(layout, named, machine.device)
+            yield Problem.generate(layout, named, machine.device)
 
 
 @dataclass
 class Row:
-    """One competitor on one problem; times in milliseconds, None where it was not timed."""
+    """The result of one competitor on one problem. Times are in milliseconds, None if it was not timed."""
 
     competitor: Competitor
     status: str = "ok"
@@ -118,7 +118,7 @@ class Row:
 
 
 class Report:
-    """Measures tables, prints them and collects their rows."""
+    """Measures the tables of a benchmark, prints them and collects their rows."""
 
     def __init__(
         self, benchmark: str, machine: Machine, options: BenchmarkOptions, *, unused: tuple[str, ...] = ()
@@ -128,7 +128,7 @@ class Report:
         print(machine.line(), flush=True)
 
     def table(self, part: str, problem: Problem, competitors: list[Competitor], truth: Truth) -> None:
-        rows = [checked(c, truth, problem.options) for c in competitors]
+        rows = [compare_with_truth(c, truth, problem.options) for c in competitors]
         passed = [row for row in rows if row.status == "ok"]
         copy_gbs = self._copy_gbs(problem)
         for row in passed:
@@ -146,11 +146,11 @@ class Report:
             f"best copy of the scores' size {copy_gbs['float32']:.1f} GB/s (int16 {copy_gbs['int16']:.1f}), "
             f"best product {self.machine.gemm_gflops:.0f} GFLOP/s, in 16 bit {self.machine.half_gemm_gflops:.0f}"
         )
-        print(formatted(measured), flush=True)
+        print(result_table(measured), flush=True)
         write(self.rows, self.options.json, self.options.csv)
 
     def _copy_gbs(self, problem: Problem) -> dict[str, float]:
-        """The ceilings again, and the rate of a copy as large as the scores, by the type of the scores."""
+        """Measure the machine again; return the rate of a copy as large as the scores, by the type of the scores."""
         self.machine.measure()
         elements = problem.layout.M * problem.layout.N
         return {name: self.machine.copy_gbs_at(elements * size) for name, size in (("float32", 4), ("int16", 2))}
@@ -160,17 +160,17 @@ class Report:
         row.copy_gbs = copy_gbs
         gemm_gflops = machine.gemm_gflops if c.precision == "float32" else machine.half_gemm_gflops
         row.floor_ms = c.work.floor_ms(row.copy_gbs, machine.exp_per_s, gemm_gflops)
-        c.run(*c.fresh())  # pages of outputs that are given, and what libraries keep, are not this run's
+        c.run(*c.fresh())  # first touch of preallocated outputs and workspaces, which are no part of the peak
         peak = machine.peak_bytes(c.run, *c.fresh())
         row.peak_bytes = None if peak is None else peak + c.held_bytes
 
     def finish(self) -> int:
-        """The exit status: 1 where one of our own rows did not pass."""
+        """Exit status of the benchmark: 1 if a row of this library did not pass, else 0."""
         return int(any(row["ours"] and row["status"] != "ok" for row in self.rows))
 
 
 def write(rows: list[dict[str, Any]], json_path: Path | None, csv_path: Path | None) -> None:
-    """The files that were asked for."""
+    """Write the rows to each file whose path is given."""
     if json_path is not None:
         write_json(json_path, rows)
     if csv_path is not None:
@@ -178,7 +178,7 @@ def write(rows: list[dict[str, Any]], json_path: Path | None, csv_path: Path | N
 
 
 def write_json(path: Path, rows: list[dict[str, Any]]) -> None:
-    """An error that is NaN is written as null; the row says so in its reason."""
+    """Write the rows as JSON. NaN and infinity become null; the reason of such a row says what was not finite."""
     finite = [{k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in r.items()} for r in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(finite, indent=1, allow_nan=False) + "\n")
@@ -217,15 +217,15 @@ def describe(fields: dict[str, Any]) -> str:
 
 
 def threshold_of(precision: str, epsilon: float, top_k: int) -> float:
-    """The largest relative error of P and of the gradient that passes."""
+    """Largest relative error of P and of the gradient with which a competitor of this precision passes."""
     bound = {"float32": 1e-5, "tf32": 2e-3, "int16": 1e-3, "fp16": 2e-3, "autocast": 5e-2}[precision]
     if top_k and precision != "float32":  # rounded scores choose other columns at the k-th place
         bound = 5e-2
     return 10 * bound if epsilon <= SMALL_EPSILON else bound
 
 
-def checked(competitor: Competitor, truth: Truth, options: Options) -> Row:
-    """The row with its errors; a competitor that raises or is too far from the truth fails and is not timed."""
+def compare_with_truth(competitor: Competitor, truth: Truth, options: Options) -> Row:
+    """Row with the errors of a competitor, failing if it raises or is too far off."""
     row = Row(competitor)
     if competitor.outputs is None:
         return row
@@ -247,7 +247,10 @@ def checked(competitor: Competitor, truth: Truth, options: Options) -> Row:
 
 
 def measure(rows: list[Row], machine: Machine, options: BenchmarkOptions) -> None:
-    """Warm-up by time, then rounds of one run of each row in an order drawn anew, so that noise hits all alike."""
+    """Warm up each row for a fixed time, then time rounds in which each row runs once.
+
+    Each round has a new random order, so that noise of the machine hits all rows alike.
+    """
     for row in rows:
         end = time.perf_counter() + options.warmup_s
         machine.time_ms(row.competitor.run, *row.competitor.fresh())
@@ -259,15 +262,15 @@ def measure(rows: list[Row], machine: Machine, options: BenchmarkOptions) -> Non
         if done >= LEAST_ROUNDS and time.perf_counter() > end:
             break
         for row in order.sample(rows, len(rows)):
-            with ranges.named(row.competitor.name):
+            with ranges.named_range(row.competitor.name):
                 times[id(row)].append(machine.time_ms(row.competitor.run, *row.competitor.fresh()))
     for row in rows:
         row.times_ms = times[id(row)]
 
 
 def profile(rows: list[Row], path: Path) -> None:
-    """One run of each row under the torch profiler, as a Chrome trace; for Nsight, runs and their parts are ranges."""
-    with contextlib.suppress(ImportError):  # without nvtx the trace has the same runs
+    """Write a Chrome trace of one run of each row by the torch profiler; for Nsight, each run is an NVTX range."""
+    with contextlib.suppress(ImportError):  # nvtx is optional: without it the trace lacks the ranges only
         ranges.enable()
     path.parent.mkdir(parents=True, exist_ok=True)
     cuda = [torch.profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() else []
@@ -275,14 +278,14 @@ def profile(rows: list[Row], path: Path) -> None:
         for row in rows:
             arguments = row.competitor.fresh()
             with contextlib.ExitStack() as marks:
-                marks.enter_context(ranges.named(row.competitor.name))
+                marks.enter_context(ranges.named_range(row.competitor.name))
                 marks.enter_context(torch.profiler.record_function(row.competitor.name))
                 row.competitor.run(*arguments)
     trace.export_chrome_trace(str(path))
 
 
 def add_ratios(rows: list[dict[str, Any]]) -> None:
-    """x_<kind>: how many times faster than that competitor, None where it was not timed."""
+    """Add a field x_<kind> to each row: how many times faster it is than that competitor, or None."""
     median = {row["kind"]: row["median_ms"] for row in rows}
     for row in rows:
         for kind in RATIOS:
@@ -291,7 +294,7 @@ def add_ratios(rows: list[dict[str, Any]]) -> None:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """About `digits` significant digits without exponent; "-" for nothing."""
+    """The value with about `digits` significant digits and no exponent; "-" for None."""
     if value is None:
         return "-"
     return f"{value:.{max(digits - 1 - math.floor(math.log10(abs(value))), 0)}f}" if value else "0"
@@ -302,15 +305,15 @@ def error_text(value: float | None) -> str:
 
 
 def plain_table(rows: list[dict[str, Any]]) -> str:
-    """The rows' own fields, aligned."""
+    """A table of the rows with one column per field."""
     cells = [[*rows[0], ""]]
     for row in rows:
         cells.append([*(number(value) if isinstance(value, float) else str(value) for value in row.values()), ""])
-    return aligned(cells)
+    return align_columns(cells)
 
 
-def formatted(rows: list[dict[str, Any]]) -> str:
-    """The table that is printed: times in ms, memory in MB beyond the inputs, x: times faster than."""
+def result_table(rows: list[dict[str, Any]]) -> str:
+    """The printed table of results: times in ms, memory in MB beyond the inputs; "x eager": times faster than eager."""
     head = "row|median ms|p20|p80|reps|peak MB|GB|Gexp|GFLOP|floor ms|share|err P|err grad"
     bases = [kind for kind in RATIOS if any(row[f"x_{kind}"] is not None for row in rows)]
     cells = [[*head.split("|"), *(f"x {kind}" for kind in bases), ""]]
@@ -335,11 +338,11 @@ def formatted(rows: list[dict[str, Any]]) -> str:
                 row["note"],
             ]
         )
-    return aligned(cells)
+    return align_columns(cells)
 
 
-def aligned(cells: list[list[str]]) -> str:
-    """Columns of equal width, the first and the last to the left, the others to the right."""
+def align_columns(cells: list[list[str]]) -> str:
+    """Text with one line per row of cells: the first and last columns flush left, the others flush right."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
     for first, *middle, last in cells:

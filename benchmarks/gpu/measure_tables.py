@@ -1,4 +1,4 @@
-"""Tables of a folder of `measure.py`: rows beside each competitor, what is missing, what was counted and foretold."""
+"""Prints the results of `measure.py` in a folder: rows against competitors, missing rows, counters, predictions."""
 
 import json
 import sys
@@ -6,7 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from counters import counted, shown
+from counters import counter_table, read_counters
 from rows import read
 from steps import table
 
@@ -20,8 +20,10 @@ Rows = list[dict[str, Any]]
 
 
 def ratios(rows: Rows) -> str:
-    """One line per row: median by events, share of the floor, and how many times faster than the best of each kind of
-    competitor; what is wrong or hung has its reason."""
+    """Table of one problem's rows: times, share of the floor, and speed relative to the best competitor of each kind.
+
+    A row that was wrong or hung shows its reason.
+    """
     head = ["row", "us", "p20", "p80", "wall", "host", "peak MB", "error", "floor us", "share"]
     head += [f"x {name}" for name, _ in AGAINST] + [""]
     cells = []
@@ -50,7 +52,7 @@ def us(ms: float | None) -> str:
 
 
 def times_faster(row: dict[str, Any], rows: Rows, kinds: tuple[str, ...]) -> str:
-    """Than the fastest competitor of these kinds, by events."""
+    """How many times faster a row is than the fastest competitor of these kinds, by CUDA events."""
     found = [other["median_ms"] for other in rows if other["kind"] in kinds and other["median_ms"]]
     return f"{min(found) / row['median_ms']:.2f}" if found and row["kind"] not in kinds else ""
 
@@ -65,12 +67,15 @@ def summary(out: Path) -> str:
     if file.exists():
         parts += ["== Not measured", not_measured(json.loads(file.read_text()))]
     for file in sorted(out.glob("ncu-*.csv")):
-        parts += ["", f"== {file.name}", shown(counted(file))]
+        parts += ["", f"== {file.name}", counter_table(read_counters(file))]
     return "\n".join(parts)
 
 
 def not_measured(reasons: dict[str, dict[str, str]]) -> str:
-    """Rows that there are not: `reasons` by problem and kind. Problems of the same kinds and reason share a line."""
+    """List the rows that were not measured; `reasons` says why, by problem and kind.
+
+    Problems with equal kinds and reason share a line.
+    """
     problems: dict[tuple[str, str], list[str]] = defaultdict(list)
     for problem, of_problem in reasons.items():
         for why in dict.fromkeys(of_problem.values()):
@@ -80,17 +85,17 @@ def not_measured(reasons: dict[str, dict[str, str]]) -> str:
     return "\n".join(lines) or "nothing is missing"
 
 
-def foretold(out: Path) -> str:
-    """What was foretold of these rows beside what they are."""
+def prediction_table(out: Path) -> str:
+    """Table of the predictions for which the folder has measured rows."""
     sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
-    from predictions import outcomes, printed
+    from predictions import outcome_table, outcomes
 
     found = [one for one in outcomes(read(out / "rows.jsonl")) if one["measured"] is not None]
     held = sum(one["held"] for one in found)
-    return f"{printed(found)}\n{held} of {len(found)} held"
+    return f"{outcome_table(found)}\n{held} of {len(found)} held"
 
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     print(summary(folder), flush=True)
-    print(f"\n== Predictions\n{foretold(folder)}")
+    print(f"\n== Predictions\n{prediction_table(folder)}")

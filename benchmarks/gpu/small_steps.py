@@ -1,6 +1,7 @@
-"""Every kernel of a step once, small enough for a sanitizer: `python benchmarks/gpu/tiny.py cuda`.
+"""Runs every kernel of a step on problems small enough for a sanitizer: `python benchmarks/gpu/small_steps.py cuda`.
 
-The backends named run six problems: with and without a teacher and top-k, in 16 bit and exact, with scores made again.
+Each named backend runs six problems: with and without a teacher and top-k, in 16 bit and exact, and with a memory
+budget too small to keep the scores.
 """
 
 import sys
@@ -9,7 +10,7 @@ import torch
 
 from bam_kernels import bam_loss
 
-PROBLEMS = (  # views, a teacher's views, embeddings, options
+PROBLEMS = (  # views, teacher's views (0: none), type of the embeddings, options
     (2, 0, torch.float16, {}),
     (4, 2, torch.float16, {"top_k": 3}),
     (2, 0, torch.float32, {"precision": "exact"}),

@@ -1,61 +1,66 @@
-"""driver/README.md: its commands parse, its options exist, its Python runs where its packages are installed."""
+"""The pages of docs/driver/: commands parse, options exist, Python runs where its packages are installed."""
 
 import dataclasses
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import tyro
-from driver_runs import ROOT, elsewhere, pretrain  # noqa: F401
+from pages import ROOT, block, blocks, commands, prose, text
 
-from driver import cli, config, exits, knn, linear, recipes, report, segment_video
-from driver.evaluation import frozen
+from driver import config, export, knn, linear, pretrain, recipes, report, segment_video, verify_resume
 
-TEXT = (ROOT / "driver" / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.M | re.S)
-PYTHON = [text for language, text in BLOCKS if language == "python"]
-SHELL = "\n".join(text for language, text in BLOCKS if language == "")
-COMMANDS = [line.split("#")[0].strip() for line in SHELL.splitlines() if "driver/" in line]
-SCRIPTS = {"knn.py": knn.Options, "linear.py": linear.Options, "segment_video.py": segment_video.Options}
+PAGES = {page.name: page.read_text() for page in sorted((ROOT / "docs" / "driver").glob("*.md"))}
+TEXT = "\n".join(PAGES.values())
+COMMANDS = [line for line in commands(TEXT) if "driver/" in line]
+SCRIPTS = {
+    "knn.py": knn.Options,
+    "linear.py": linear.Options,
+    "segment_video.py": segment_video.Options,
+    "export.py": export.Export,
+    "verify_resume.py": verify_resume.Verify,
+}
+# Two steps an epoch of 1,348 digits, and a network that costs nothing.
+TINY = ["--data.batch-size=512", "--model.width=4", "--model.head-width=16", "--model.head-dim=8", "--optim.epochs=1"]
 
 
-def block(word: str) -> str:
-    """The one example with this word."""
-    (found,) = [code for code in PYTHON if word in code]
-    return found
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch, threads):
+    """Runs are written under the current directory; one thread, since the networks are too small to share."""
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
 
 
 def test_the_examples_are_there():
-    assert len(PYTHON) == 5 and len(COMMANDS) >= 12
+    assert len(blocks(TEXT, "python")) == 5 and len(COMMANDS) >= 22
 
 
 @pytest.mark.parametrize("line", COMMANDS)
 def test_commands_parse(line):
-    """Those of torchrun by what follows the script's name. PATH, RUN_DIR and FILE need not be there to parse."""
+    """Options behind a script's name parse, also in commands of torchrun. PATH, RUN_DIR and FILE need not exist."""
     script, *args = shlex.split(line[line.index("driver/") :])
     name = script.removeprefix("driver/")
-    if "--run.resume" in args:
-        resumed = Path(args[args.index("--run.resume") + 1])
-        resumed.mkdir(parents=True)
-        config.save(config.Config(), resumed)
+    for option in ("--run.resume", "--config"):
+        if option in args:
+            path = Path(args[args.index(option) + 1])
+            folder = path.parent if path.suffix else path
+            folder.mkdir(parents=True)
+            config.save(config.Config(), folder)
     if name == "pretrain.py":
-        assert isinstance(cli.parse(args), config.Config)
-    elif name in SCRIPTS:
-        assert tyro.cli(SCRIPTS[name], args=args, config=frozen.PLAIN)
+        assert isinstance(pretrain.parse(args), config.Config)
     else:
-        assert name == "export.py" and args == ["RUN_DIR"]
+        assert tyro.cli(SCRIPTS[name], args=args, config=(tyro.conf.FlagConversionOff,))
 
 
 def test_the_slurm_script_parses():
-    (text,) = [text for language, text in BLOCKS if language == "bash"]
-    assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
-    assert f"-eq {exits.STOPPED} " in text
-    (given,) = re.findall(r"what=\((--recipe .*?)\)", text)
-    assert cli.parse([*given.split(), "--run.save-steps", "200"]).recipe == "imagenet-vit-s"
+    (script,) = blocks(TEXT, "bash")
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+    assert f"-eq {pretrain.STOPPED} " in script
+    (given,) = re.findall(r"what=\((--recipe .*?)\)", script)
+    assert pretrain.parse([*given.split(), "--run.save-steps", "200"]).recipe == "imagenet-vit-s"
 
 
 def test_options_exist():
@@ -65,8 +70,7 @@ def test_options_exist():
         "--epochs --norm --blocks --average --lr --davis --out --last-frames --radius --top-k --temperature".split()
     )
     known |= {option.replace("-", "_").replace("__", "--") for option in scripts}
-    prose = re.sub(r"^```\w*\n.*?^```$", "", TEXT, flags=re.M | re.S)
-    named = {option.replace("-", "_").replace("__", "--") for option in re.findall(r"`(--[a-z.-]+)", prose)}
+    named = {option.replace("-", "_").replace("__", "--") for option in re.findall(r"`(--[a-z.-]+)", prose(TEXT))}
     known = {option.replace("-", "_").replace("__", "--") for option in known}
     backbones = {"--backbone.run", "--backbone.name", "--backbone.weights", "--backbone.whose"}
     assert named - known - backbones == set()
@@ -74,7 +78,7 @@ def test_options_exist():
 
 
 def test_the_table_of_recipes():
-    """Its head has every recipe, and a few of its rows are what the recipes say."""
+    """The first line names every recipe; images per step are those of the recipes."""
     head, row = (
         next(line for line in TEXT.splitlines() if line.startswith(start)) for start in ("| | `", "| images per")
     )
@@ -87,10 +91,14 @@ def test_the_table_of_recipes():
         assert step == (data.virtual_batch or data.batch_size), name
 
 
-def test_history_of_a_run():
-    pretrain("--optim.epochs=1")
+def test_what_a_run_leaves():
+    """The table names the files that a run leaves, and the example reads the history."""
+    assert pretrain.main(TINY) == 0
+    table = re.search(r"^\| file in .*?\n\n", PAGES["evaluation.md"], re.M | re.S)[0]
+    named = {name for line in table.strip().splitlines()[2:] for name in re.findall(r"`([\w.]+)`", line.split("|")[1])}
+    assert named == {path.name for path in Path("runs/digits-001").iterdir()}
     names: dict = {}
-    exec(block("history.jsonl"), names)
+    exec(block(TEXT, "history.jsonl"), names)
     assert names["losses"][0][0] == 2 and [epoch for epoch, _ in names["accuracy"]] == [0, 1]
 
 
@@ -100,7 +108,7 @@ def test_fine_tuning():
 
     save_file(timm.create_model("resnet18", num_classes=0).state_dict(), "backbone.safetensors")
     names: dict = {}
-    exec(block("reset_classifier"), names)
+    exec(block(TEXT, "reset_classifier"), names)
     assert names["model"].eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
 
 
@@ -115,7 +123,7 @@ def test_lightly():
     write_classes(Path("images"), 8, side=40)
     names = {"backbone": backbone()}
     before = names["backbone"][2].weight.clone()
-    exec(block("lightly"), names)
+    exec(block(TEXT, "lightly"), names)
     assert names["loss"].isfinite() and not torch.equal(before, names["backbone"][2].weight)
 
 
@@ -124,7 +132,8 @@ def test_lightning():
     network = backbone()
     before = network[2].weight.clone()
     pairs = [(torch.rand(3, 32, 32), torch.rand(3, 32, 32)) for _ in range(16)]
-    exec(block("LightningModule"), {"network": network, "views": torch.utils.data.DataLoader(pairs, batch_size=8)})
+    names = {"network": network, "views": torch.utils.data.DataLoader(pairs, batch_size=8)}
+    exec(block(TEXT, "LightningModule"), names)
     assert network[2].weight.isfinite().all() and not torch.equal(before, network[2].weight)
 
 
@@ -144,7 +153,7 @@ def test_solo_learn():
         }
     )
     names: dict = {}
-    exec(block("BaseMethod"), names)
+    exec(block(TEXT, "BaseMethod"), names)
     model = names["BAM"](options)
     before = model.projector[0].weight.clone()
     items = [(i, [torch.rand(3, 32, 32), torch.rand(3, 32, 32)], i % 2) for i in range(8)]
@@ -154,6 +163,5 @@ def test_solo_learn():
 
 
 def test_report_is_a_script_of_the_page():
-    assert "python driver/report.py RUN_DIR" in TEXT
+    assert "python driver/report.py RUN_DIR" in text("docs/driver/evaluation.md")
     assert tyro.cli(report.Report, args=["RUN_DIR"]).run == Path("RUN_DIR")
-    assert sys.modules["driver.reporting.outputs"].PAGE in TEXT

@@ -1,4 +1,7 @@
-"""Our kernels as competitors: from given scores, and the whole loss. Letters are those of bam_kernels/layout.py."""
+"""Our kernels as competitors: from given scores, and the whole loss.
+
+Letters of dimensions are defined in bam_kernels/layout.py.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,14 +20,14 @@ from bam_kernels.ranks import ONE_RANK
 
 
 def fixed_point(scores: Tensor, problem: Problem, kernels: Any) -> tuple[Tensor, float]:
-    """Masked int16 scores and the value of one step; not timed, as the product's epilogue would write them."""
+    """Masked int16 scores and the value of one step. Not timed: in the engine the product's epilogue writes them."""
     step = scores.abs().max().item() / FIXED_STEPS
     masked = kernels.mask_positives_(scores.clone(), Positives(problem.layout, 0, len(scores)))
     return kernels.quantize(masked, step, torch.empty_like(scores, dtype=torch.int16)), step
 
 
 class GivenScores:
-    """Our kernels from given scores, columns in gathered order."""
+    """Our kernels on given scores, with columns in the order in which keys are gathered from ranks."""
 
     def __init__(
         self, problem: Problem, source: Tensor, target: Tensor | None, kernels: RowKernels, fixed: bool
@@ -32,12 +35,12 @@ class GivenScores:
         self.problem, self.kernels, self.step = problem, kernels, 1.0
         given = [x if x is None else problem.layout.to_gathered(x) for x in (source, target)]
         if fixed:
-            # One step serves both, as one set of keys does in the engine.
+            # Source and target scores share one step, as they share their keys in the engine.
             both = torch.cat([x for x in given if x is not None])
             made, self.step = fixed_point(both, problem, kernels)
             given = [made[: len(source)], made[len(source) :] if target is not None else None]
         self.given = tuple(given)
-        self.fixed = fixed
+        self.fixed, self.score_bytes = fixed, 2 if fixed else 4
         self.c = source.new_empty(problem.layout.N)
 
     def balance(self, rows: Tensor) -> tuple[Potential, Potential]:
@@ -51,14 +54,17 @@ class GivenScores:
         return row, col
 
     def sinkhorn(self, rows: Tensor) -> tuple[Potential, Potential]:
-        """Potentials of all rows and columns: `slab.balance` leaves the last row step to the next kernel."""
+        """Potentials of all rows and columns.
+
+        `slab.balance` leaves the last row step to the next kernel, so it is taken here.
+        """
         row, col = self.balance(rows)
         scale = LOG2_E / self.problem.options.epsilon * self.step
         self.kernels.sinkhorn_pass(rows, scale, row, col, self.c, accumulate=False)
         return row, col
 
     def plan(self) -> Truth:
-        """P (M, N) from the potentials, put together in float64."""
+        """P (M, N), computed in float64 from the kernels' potentials."""
         rows = self.given[0].clone()
         row, col = self.sinkhorn(rows)
         log_K = rows.double() * (self.step / self.problem.options.epsilon)
@@ -67,7 +73,7 @@ class GivenScores:
         return Truth(self.problem.layout.to_public(P.masked_fill_(mask, 0.0)), None)
 
     def targets(self) -> Tensor:
-        """P (L*B, N) as the match kernel makes it, gathered order."""
+        """P (L*B, N) as the match kernel writes it, columns in gathered order."""
         layout, options = self.problem.layout, self.problem.options
         rows = (self.given[0] if self.given[1] is None else self.given[1]).clone()
         row, col = self.balance(rows)
@@ -112,10 +118,11 @@ def our_competitor(
     return Competitor(kind, name, fresh, run, outputs, work, precision="int16" if fixed else "float32")
 
 
-def whole_ours(problem: Problem, kind: RowName, kernels: RowKernels, fresh: Rotation) -> Competitor:
-    """`bam_loss` forward and backward; in 16 bit, or with an instruction set that is not the best, the engine inside.
+def our_whole_competitor(problem: Problem, kind: RowName, kernels: RowKernels, fresh: Rotation) -> Competitor:
+    """Our whole loss, forward and backward, as a competitor: `bam_loss`, or the engine below it.
 
-    16 bit is a switch inside the engine: float32 input keeps to float32 unless torch's flag lets products be rounded.
+    The engine is called directly in 16 bit and for a CPU instruction set that is not the best one: `bam_loss` offers
+    no option for the latter, and on float32 input it takes 16 bit only if torch's flag lets products be rounded.
     """
     layout, options, sixteen_bit = problem.layout, problem.options, "int16" in kind
     engine: Any = flash if "flash" in kind else slab
@@ -136,7 +143,7 @@ def whole_ours(problem: Problem, kind: RowName, kernels: RowKernels, fresh: Rota
     is_public = not sixteen_bit and (not isinstance(kernels, cpu.CpuKernels) or kernels.isa == cpu.kernels().isa)
     run: Callable[..., Tensor] = public if is_public else inside
     if kind in GRAPHS:
-        run = Replayed(inside, fresh)
+        run = GraphReplay(inside, fresh)
 
     def outputs() -> Truth:
         z, y = fresh()
@@ -154,8 +161,8 @@ def whole_ours(problem: Problem, kind: RowName, kernels: RowKernels, fresh: Rota
     return competitor
 
 
-class Replayed:
-    """A step on inputs of its own, captured as a CUDA graph at the first call, then replayed; results stay in place."""
+class GraphReplay:
+    """A step captured as a CUDA graph at the first call, then replayed on its own inputs; results stay in place."""
 
     def __init__(self, step: Callable[..., Tensor], fresh: Callable[[], tuple[Tensor | None, ...]]) -> None:
         self.step, self.fresh = step, fresh
@@ -172,7 +179,7 @@ class Replayed:
         given = [None if x is None else x.detach().clone().requires_grad_(x.requires_grad) for x in self.fresh()]
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # compiles kernels, makes plans and libraries' workspaces
+        with torch.cuda.stream(aside):  # compiles kernels, makes plans and allocates libraries' workspaces
             for _ in range(3):
                 self.step(*given)
         torch.cuda.current_stream().wait_stream(aside)

@@ -1,0 +1,94 @@
+"""The comparisons that `compare.py` measures: problems, most informative first, and the kinds of their rows.
+
+A problem of N > 2 * B keys is one rank's share of several. The seconds of each problem are estimates, which decide what
+is left out when time is short. Kinds of rows are defined in benchmarks/competitor.py.
+"""
+
+from dataclasses import dataclass
+
+from steps import table
+
+ROW_S = 1.5  # of a row: check, warm-up, repetitions, calls timed by the wall clock
+COMPILED_S = 5.0  # more for a problem's compiled rows, which are traced again; kernels come from caches on disk
+LARGEST_TRUTH = 65536  # most keys with a float64 truth; above it the truth is precision="exact"
+SLAB = ("cuda-int16-graph", "triton-int16-graph", "cuda-int16", "triton-int16")
+FLASH = ("triton-flash-int16-graph", "triton-flash-int16")
+OTHERS = ("gemms-half", "compile-autocast-graph", "compile-autocast", "authors-autocast")
+WIDE = (*SLAB, *OTHERS)
+NARROW = (*SLAB, *FLASH, *OTHERS)  # 256 features, few enough for the flash engine
+FROM_SCORES = ("cuda-int16", "triton-int16", "cuda", "triton", "compile", "authors")
+FROM_EMBEDDINGS = ("cuda", "triton", "compile", "flash-sinkhorn", "flash-sinkhorn-tf32")
+# The Triton row runs only under its interpreter.
+ON_CPU = ("cpu", "triton-int16", "gemms-half", "compile-autocast", "authors-autocast")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One problem of shape MxNxD and the kinds of rows that are measured on it.
+
+    part is "whole" for the loss and its gradient, "sinkhorn" for Sinkhorn from given scores, "potentials" for Sinkhorn
+    from embeddings.
+    """
+
+    shape: str
+    views: int
+    teacher: bool
+    kinds: tuple[str, ...]
+    part: str = "whole"
+
+    @property
+    def name(self) -> str:
+        end = "-teacher" if self.teacher else ""
+        return f"{self.shape}{end}" if self.part == "whole" else f"{self.part}-{self.shape}"
+
+    @property
+    def compiled(self) -> bool:
+        """Whether a row needs torch.compile or another slow compiler."""
+        return any(kind.startswith(("compile", "flash-sinkhorn")) for kind in self.kinds)
+
+    @property
+    def seconds(self) -> float:
+        """Estimated seconds for the problem, its truth and its rows."""
+        _, N, D = map(int, self.shape.split("x"))
+        made = 1.5 + 10 * N * D / (524288 * 4096) + 3 * N / LARGEST_TRUTH
+        row = ROW_S * (1 + 0.1 * N / LARGEST_TRUTH)
+        return made + len(self.kinds) * row + COMPILED_S * self.compiled
+
+
+def comparisons(toy: bool) -> list[Comparison]:
+    """All comparisons, the most informative first."""
+    if toy:
+        return toy_comparisons()
+    return [
+        Comparison("2048x8192x4096", 8, True, WIDE),
+        Comparison("2048x8192x256", 8, True, NARROW),
+        Comparison("512x512x256", 2, True, NARROW),
+        Comparison("2048x65536x1024", 8, True, WIDE),
+        Comparison("2048x8192x4096", 8, False, WIDE),
+        Comparison("2048x8192x256", 8, False, NARROW),
+        Comparison("512x512x256", 2, False, NARROW),
+        Comparison("2048x8192x256", 8, False, FROM_SCORES, "sinkhorn"),
+        Comparison("2048x8192x256", 8, False, FROM_EMBEDDINGS, "potentials"),
+        Comparison("2048x8192x1024", 8, True, WIDE),
+        Comparison("2048x65536x1024", 8, False, WIDE),
+        Comparison("2048x524288x1024", 8, True, ("cuda-int16", "triton-int16", "gemms-half")),
+        Comparison("2048x524288x4096", 8, True, ("cuda-int16", "triton-int16", "gemms-half")),
+    ]
+
+
+def toy_comparisons() -> list[Comparison]:
+    return [
+        Comparison("32x64x16", 4, True, ON_CPU),
+        Comparison("16x16x16", 2, False, tuple(kind for kind in ON_CPU if kind != "compile-autocast")),
+        Comparison("16x32x16", 2, False, ("cpu", "eager"), "sinkhorn"),
+        Comparison("16x32x16", 2, False, ("cpu", "eager"), "potentials"),
+    ]
+
+
+def seconds_table(listed: list[Comparison]) -> str:
+    """Table of the estimated seconds of each problem and their running sum."""
+    rows, total = [], 0.0
+    for comparison in listed:
+        total += comparison.seconds
+        rows.append([comparison.name, str(len(comparison.kinds)), f"{comparison.seconds:.0f}", f"{total:.0f}", ""])
+    return table(["problem", "rows", "seconds", "in all", ""], rows)

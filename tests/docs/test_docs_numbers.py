@@ -1,0 +1,156 @@
+"""Every number in the tables of measurements in docs/ is the number of a result file, rounded."""
+
+import json
+import re
+from collections.abc import Sequence
+
+import pytest
+from pages import ROOT, text
+
+OTHERS = ["compile", "authors", "eager"]
+MB, GB = 1e6, 1e9
+
+
+def table(page: str, head: str) -> list[list[str]]:
+    """Cells of the rows of the one table with this first line."""
+    (lines,) = re.findall(rf"^{re.escape(head)}\n\|[-|]+\|\n((?:\|.*\n)+)", text(page), re.M)
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines.splitlines()]
+
+
+def numbers(cell: str) -> list[str]:
+    """Numbers as they are written, without the commas between thousands."""
+    return re.findall(r"\d+(?:\.\d+)?(?:e-?\d+)?", re.sub(r"(?<=\d),(?=\d{3})", "", cell))
+
+
+def is_rounded(written: str, value: float) -> bool:
+    """Whether `written` is `value` rounded to the digits that are written."""
+    if "e" in written:
+        return float(written) == float(f"{value:.0e}")
+    return abs(float(written) - value) <= 0.5001 * 10.0 ** -len(written.partition(".")[2])
+
+
+def assert_rounded(cells: Sequence[str], values: Sequence[float]) -> None:
+    written = numbers(" ".join(cells))
+    assert len(written) == len(values), cells
+    assert [pair for pair in zip(written, values, strict=True) if not is_rounded(*pair)] == []
+
+
+def results(file: str, **problem: object) -> list[dict]:
+    """Rows of a result file for one problem."""
+    rows = json.loads((ROOT / "benchmarks" / "results" / file).read_text())
+    return [row for row in rows if all(row[key] == value for key, value in problem.items())]
+
+
+@pytest.mark.parametrize(
+    "head, file, part, kinds, peaks",
+    [
+        (
+            "| M x N | cpu | cpu, int16 scores | compile | authors | eager | share of floor | "
+            "peak MB: cpu, compile, authors, eager |",
+            "cpu_loss.json",
+            "from-scores",
+            ["cpu-int16", *OTHERS],
+            ["cpu", *OTHERS],
+        ),
+        (
+            "| M x N | cpu | products | compile | authors | eager | peak MB: cpu, compile, authors, eager |",
+            "cpu_loss.json",
+            "whole",
+            ["gemms", *OTHERS],
+            ["cpu", *OTHERS],
+        ),
+        (
+            "| M x N | cpu | cpu, int16 scores | compile | authors | eager | share of floor |",
+            "cpu_sinkhorn.json",
+            "sinkhorn",
+            ["cpu-int16", *OTHERS],
+            [],
+        ),
+        (
+            "| M x N | cpu | compile | eager | share of floor | peak MB: cpu, compile, eager |",
+            "cpu_sinkhorn.json",
+            "potentials",
+            ["compile", "eager"],
+            ["cpu", "compile", "eager"],
+        ),
+    ],
+    ids=["loss-from-scores", "loss", "sinkhorn", "potentials"],
+)
+def test_times_on_a_cpu(head, file, part, kinds, peaks):
+    """Times are followed by their ratio to ours, but for our own int16 scores."""
+    rows = table("docs/benchmarks.md", head)
+    assert len(rows) == 3
+    for first, *cells in rows:
+        M, N = map(int, numbers(first))
+        found = {row["kind"]: row for row in results(file, part=part, M=M, N=N)}
+        ours = found["cpu"]["median_ms"]
+        values = [ours]
+        for kind in kinds:
+            ms = found[kind]["median_ms"]
+            values += [ms] if kind == "cpu-int16" else [ms, ms / ours]
+        values += [100 * found["cpu"]["share_of_floor"]] if "share of floor" in head else []
+        assert_rounded(cells, values + [found[kind]["peak_bytes"] / MB for kind in peaks])
+
+
+@pytest.mark.parametrize(
+    "head, file, kinds",
+    [
+        (
+            "| mean cosine | epsilon | cpu | reference in float32 | authors |",
+            "cpu_accuracy.json",
+            ["cpu", "eager", "authors"],
+        ),
+        (
+            "| mean cosine | epsilon | slab engine, 16 bit | flash engine, 16 bit | reference in float32 |",
+            "interpreted_accuracy.json",
+            ["triton-int16", "triton-flash-int16", "eager"],
+        ),
+    ],
+    ids=["float32", "16-bit"],
+)
+def test_accuracy(head, file, kinds):
+    rows = table("docs/benchmarks.md", head)
+    assert len(rows) >= 8
+    for cosine, epsilon, *cells in rows:
+        found = {row["kind"]: row for row in results(file, cosine=float(cosine), epsilon=float(epsilon))}
+        for kind, cell in zip(kinds, cells, strict=True):
+            errors = [found[kind]["error_P"], found[kind]["error_gradient"]]
+            if cell == "NaN, NaN":
+                assert errors == [None, None]
+            else:
+                assert_rounded([cell], errors)
+
+
+def test_speed_of_a_gpu():
+    """Before a slash medians of CUDA graphs, behind it wall times of eager calls."""
+    rows = table("docs/gpu.md", "| M x N x D | cuda | triton | compile | authors | three products alone |")
+    assert len(rows) == len({(r["part"], r["M"], r["N"], r["D"]) for r in results("h200-2026-11-26/loss.json")})
+    for first, *cells in rows:
+        part = "whole, teacher" if first.endswith("teacher") else "whole"
+        M, N, D = map(int, numbers(first))
+        found = {row["kind"]: row for row in results("h200-2026-11-26/loss.json", part=part, M=M, N=N, D=D)}
+        values = []
+        for kind in ("cuda-int16", "triton-int16", "compile-autocast"):
+            values += [found[f"{kind}-graph"]["median_ms"], found[kind]["wall_ms"]]
+        assert_rounded(cells, [*values, found["authors-autocast"]["wall_ms"], found["gemms-half"]["median_ms"]])
+
+
+def test_memory_of_the_gradient_cache():
+    head = "| images | micro-batches | peak MB | of which the loss alone | embeddings | the rest |"
+    rows = table("docs/ranks.md", head)
+    assert len(rows) == 3
+    for images, *cells in rows:
+        (row,) = results("cpu_virtual_batch.json", images=int(images))
+        parts = ("peak_bytes", "peak_of_loss_bytes", "embeddings_bytes", "beyond_bytes")
+        assert_rounded(cells, [row["micro_batches"], *(row[part] / MB for part in parts)])
+
+
+def test_forecast():
+    head = "| ranks | keys N | products ms | passes ms | keys sent ms | column sums ms | step ms | memory GB |"
+    rows = table("docs/ranks.md", head)
+    assert len(rows) == 7
+    for W, *cells in rows:
+        (row,) = results("cpu_scale.json", W=int(W), D=4096)
+        products = sum(row[f"{name}_products_ms"] for name in ("target", "source", "gradient"))
+        times = [row[name] for name in ("passes_ms", "gather_ms", "column_sums_ms", "forecast_ms")]
+        assert_rounded(cells, [row["N"], products, *times, row["forecast_bytes"] / GB])

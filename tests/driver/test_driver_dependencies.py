@@ -1,0 +1,53 @@
+"""Packages that pyproject.toml names are those that the library and the driver import."""
+
+import ast
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+IMPORT_NAMES = {"scikit-learn": "sklearn", "pyyaml": "yaml", "pillow": "PIL", "docstring-parser": "docstring_parser"}
+OURS = {"bam_kernels", "driver"}
+
+
+def imported(folder: str) -> set[str]:
+    """Names of third-party packages that some file of a folder imports, in a function or at module level."""
+    names = set()
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names.add(node.module)
+    return {name.partition(".")[0] for name in names} - sys.stdlib_module_names - OURS
+
+
+def named(requirements: list[str]) -> set[str]:
+    """Import names of requirements such as `torch>=2.11`; an extra that names other extras of ours adds nothing."""
+    packages = {re.match(r"[\w.-]+", requirement).group().lower() for requirement in requirements}
+    return {IMPORT_NAMES.get(package, package) for package in packages} - OURS
+
+
+BASE = named(PROJECT["dependencies"])
+EXTRAS = {extra: named(requirements) for extra, requirements in PROJECT["optional-dependencies"].items()}
+
+
+def test_library_needs_few_packages():
+    assert imported("bam_kernels") == {"torch", "numpy", "triton", "nvtx"}
+
+
+def test_every_import_is_a_named_requirement():
+    found = imported("bam_kernels") | imported("driver")
+    assert {"torch", "yaml", "kornia", "wandb", "onnxscript"} <= found
+    missing = found - BASE - EXTRAS["driver"] - EXTRAS["wandb"] - EXTRAS["onnx"]
+    assert not missing, f"pyproject.toml does not name {sorted(missing)}"
+
+
+def test_every_requirement_is_imported():
+    """Named requirements are imported; tensorboard is imported by torch.utils.tensorboard."""
+    found = imported("bam_kernels") | imported("driver")
+    assert BASE - found == set()
+    assert EXTRAS["driver"] - found == {"tensorboard"}
+    assert not BASE & EXTRAS["driver"]

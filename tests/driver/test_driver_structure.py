@@ -1,0 +1,80 @@
+"""Structure of the driver and the library: imports without circles, layers, one atomic writer, few files at the top."""
+
+import ast
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from importlib.util import resolve_name
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+DOORS = {f"driver.{name}" for name in "pretrain knn linear segment_video export report verify_resume".split()}
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+PATHS = {module_name(path): path for top in ("driver", "bam_kernels") for path in (ROOT / top).rglob("*.py")}
+
+
+def imported_names(module: str) -> Iterator[str]:
+    """Absolute names in the import statements of a module, also of those inside functions."""
+    path = PATHS[module]
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = resolve_name("." * node.level + (node.module or ""), package)
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def imports(module: str) -> set[str]:
+    """Modules of the driver and the library that a module imports; `from package import name` may be either."""
+    names = set(imported_names(module))
+    return {name if name in PATHS else name.rpartition(".")[0] for name in names} & PATHS.keys()
+
+
+GRAPH = {module: imports(module) for module in PATHS}
+
+
+def importers_of(*prefixes: str) -> set[str]:
+    """Modules that import a module whose name is a prefix, or is within it."""
+    return {m for m, found in GRAPH.items() if any(f"{name}.".startswith(f"{p}.") for name in found for p in prefixes)}
+
+
+def test_the_graph_is_seen():
+    """An empty graph would pass every test below."""
+    assert {"driver.cli", "driver.train"} <= GRAPH["driver.pretrain"]
+    assert {"driver.checkpoint", "driver.data", "driver.data.images", "bam_kernels"} <= GRAPH["driver.train"]
+
+
+def test_imports_have_no_circle():
+    tuple(TopologicalSorter(GRAPH).static_order())
+
+
+def test_only_doors_import_doors_and_the_loop():
+    assert importers_of(*DOORS, "driver.train") <= DOORS
+
+
+@pytest.mark.parametrize(
+    "package, forbidden",
+    [
+        ("bam_kernels", ["driver"]),
+        ("driver.data", ["driver.evaluation", "driver.reporting"]),
+        ("driver.evaluation", ["driver.reporting"]),
+    ],
+)
+def test_layers(package, forbidden):
+    assert not {m for m in importers_of(*forbidden) if f"{m}.".startswith(f"{package}.")}
+
+
+def test_the_driver_replaces_files_in_one_place():
+    writers = [path.name for path in (ROOT / "driver").rglob("*.py") if "os.replace" in path.read_text()]
+    assert writers == ["files.py"]
+
+
+def test_few_files_at_the_top_of_the_driver():
+    assert len(list((ROOT / "driver").glob("*.py"))) <= 24
