@@ -1,7 +1,16 @@
-"""Fixtures that put process-wide settings of torch back, and the random numbers of every test."""
+"""How tests share a machine, the random numbers of every test, and fixtures that restore torch's settings."""
 
+import os
+import tempfile
 import zlib
 from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+# Read when torch is imported. Two threads share work, so that this is tested too; those that wait leave the cores,
+# which several processes share, to others.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
@@ -20,6 +29,34 @@ def pytest_addoption(parser) -> None:
 def pytest_configure(config) -> None:
     if config.getoption("torch_default"):
         torch_defaults.install(config.getoption("torch_default"))
+    if "BAM_EMULATED_FOLDER" not in os.environ:  # workers of pytest-xdist, and what tests start, have it from here
+        folder = tempfile.TemporaryDirectory(prefix="bam-emulated-")
+        config.add_cleanup(folder.cleanup)
+        os.environ["BAM_EMULATED_FOLDER"] = folder.name
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One process on a machine with a GPU, whose memory tests measure; else one a core, up to eight."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 0 if torch.cuda.is_available() else min(cores, 8)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Workers take tests one by one, but all tests of a file whose fixtures belong to the module."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    @cache
+    def shares_fixtures(file: str) -> bool:
+        return 'scope="module"' in Path(config.rootpath, file).read_text()
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return file if shares_fixtures(file) else nodeid
+
+    return Scheduler(config, log) if config.getvalue("dist") == "load" else None
 
 
 @pytest.fixture(autouse=True)

@@ -101,7 +101,7 @@ class Contact:
     ) -> Step:
         outcomes = self.out / f"{name}.tests.jsonl"
         command = [PYTHON, "-m", "pytest", "-q", "-rf", "--tb=short", "-p", "no:cacheprovider", "-p", "pytest_gpu"]
-        command += ["--continue-on-collection-errors"]
+        command += ["--continue-on-collection-errors", "-o", "addopts="]  # workers and tests as named here
         command += ["-c", str(REPOSITORY / "pyproject.toml"), "--rootdir", str(REPOSITORY), "--outcomes", str(outcomes)]
         if importlib.util.find_spec("xdist") and workers:
             command += ["-n", str(workers)]

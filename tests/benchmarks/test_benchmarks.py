@@ -111,6 +111,7 @@ def test_accuracy_covers_the_grid_and_is_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "drawn" / "accuracy.png").exists()
 
 
+@pytest.mark.slow
 def test_accuracy_of_interpreted_kernels(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     file = tmp_path / "accuracy.json"

@@ -83,6 +83,7 @@ def run(tmp_path_factory) -> SimpleNamespace:
 needs_kernels = pytest.mark.skipif(cpu.unavailable() is not None, reason="needs the extension")
 
 
+@pytest.mark.slow
 @needs_kernels
 def test_every_row_is_right_and_timed(run) -> None:
     assert run.finished.returncode == 0, run.finished.stdout + run.finished.stderr
@@ -107,6 +108,7 @@ def test_every_row_is_right_and_timed(run) -> None:
     assert [(row.how, row.teacher) for row in ours] == [("events", True), ("wall", True), ("host", True)]
 
 
+@pytest.mark.slow
 @needs_kernels
 def test_what_failed_before_runs_again_and_all_is_archived(run) -> None:
     (again,) = [json.loads(line) for line in (run.out / "again-tests-cuda.tests.jsonl").read_text().splitlines()]

@@ -248,6 +248,7 @@ CONSEQUENCES = {
 }
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("fault", CONSEQUENCES)
 def test_contact_names_a_planted_fault_and_goes_on(tmp_path, fault):

@@ -42,6 +42,7 @@ def kernel(build: str, name: str, us: float, how: str = "graph, cold") -> Row:
     return Row("kernel", name, "cuda", "2048x8192", how, us, note=build)
 
 
+@pytest.mark.slow
 @needs_extension
 def test_a_toy_run_leaves_its_tiles_its_times_and_an_archive(tmp_path):
     """Tiles and two builds: the usual one, and one that a toy run takes the CPU's kernels for too."""

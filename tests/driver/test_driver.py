@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from driver_runs import ROOT, content, pretrain, rows
 from photographs import write_images
 
 from driver import checkpoint, cli, config, history, model, optim, recipes, train
@@ -23,35 +24,7 @@ from driver.distributed import World
 from driver.pretrain import main
 from driver.verify_resume import same
 
-ROOT = Path(__file__).resolve().parents[2]
 EXTRA = ("torchvision", "timm", "kornia", "tensorboard", "safetensors")
-# Two steps an epoch of 1,348 digits, and a network that costs nothing.
-TINY = ["--data.batch-size=512", "--model.width=4", "--model.head-width=16", "--model.head-dim=8", "--run.seed=3"]
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    """Runs are written under the current directory. One thread: these networks are too small to share. No report,
-    which takes longer than such a run: test_driver_report.py has it."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train.outputs, "write", lambda *_: None)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def pretrain(*options: str) -> Path:
-    return train.pretrain(cli.parse([*TINY, *options]))
-
-
-def content(directory: Path) -> dict:
-    return torch.load(directory / checkpoint.FILE, weights_only=True)
-
-
-def rows(checkpoint: dict, kind: str) -> list[dict]:
-    """Of its history."""
-    return history.History(checkpoint["history"]).of(kind)
 
 
 def script(*options: str, without: tuple[str, ...] = ()) -> subprocess.CompletedProcess:

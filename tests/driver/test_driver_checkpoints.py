@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_driver import ROOT, content, elsewhere, pretrain, same  # noqa: F401
+from driver_runs import ROOT, content, pretrain
 
 from driver import checkpoint, cli, config, exits, history, train, verify_resume
 from driver import pretrain as program
 from driver.config import UserError
+from driver.verify_resume import same
 
 PARTS = ("network", "teacher", "optimizer", "scaler", "boxes", "images", "epoch", "step")
 
@@ -26,6 +27,7 @@ PARTS = ("network", "teacher", "optimizer", "scaler", "boxes", "images", "epoch"
 # Broken runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["KILL", "USR1"])
 def test_a_broken_run_goes_on_bit_for_bit(name, monkeypatch, capsys):
     """Real processes; other steps in every test run. With a teacher and momentum schedule. Half the run is left when
@@ -93,6 +95,7 @@ def reached(step: int, within_s: float) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_a_signal_to_two_ranks_and_their_workers():
     """Every process of the job gets it, as from Slurm; the ranks agree at a log line, and the first one saves."""
     pytest.importorskip("torchvision")

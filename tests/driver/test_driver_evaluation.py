@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from driver_runs import ROOT, pretrain
 from scipy.ndimage import binary_dilation
 from sklearn.linear_model import LogisticRegression
-from test_driver import ROOT, elsewhere, pretrain, same  # noqa: F401
 
 from driver import cli, config, history, knn, linear, model, segment_video
 from driver.config import UserError
@@ -20,6 +20,7 @@ from driver.data.images import Images
 from driver.distributed import World
 from driver.evaluation import davis_metrics, frozen, online
 from driver.evaluation.online import Bank, Vote
+from driver.verify_resume import same
 
 CPU = torch.device("cpu")
 
@@ -89,6 +90,7 @@ def on_ranks(W: int, *command: str) -> None:
     assert run.returncode == 0, run.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
 def test_ranks_share_the_features_and_find_the_same():
     """Three ranks, whose shares differ in size; 30 features a rank are fewer than the 200 neighbours."""
@@ -290,6 +292,7 @@ def test_scripts_on_a_run_of_digits(capsys):
     assert len(Path("out/linear.jsonl").read_text().splitlines()) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
 def test_linear_on_ranks_is_that_of_one():
     """The batch norm's statistics are those of the whole batch, and so are the gradients."""

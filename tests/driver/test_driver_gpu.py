@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_driver import TINY, elsewhere  # noqa: F401
+from driver_runs import TINY
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -14,8 +14,8 @@ pytest.importorskip("torchvision")
 pytest.importorskip("timm")
 
 import timm
+from driver_runs import TINY, content, pretrain, rows
 from photographs import write_classes
-from test_driver import TINY, content, elsewhere, pretrain, rows  # noqa: F401
 
 from driver import backbones, checkpoint, cli, config, contrastive_crop, export, model, optim, recipes, train, weights
 from driver.config import UserError
@@ -26,7 +26,12 @@ VIT = config.Model(name="test_vit", heads=4, positions="sincos", frozen_patches=
 # Recipes
 
 
-@pytest.mark.parametrize("name", sorted(recipes.RECIPES))
+LARGE = ("imagenet-vit-b", "imagenet-caformer-m36")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in LARGE else ()) for name in sorted(recipes.RECIPES)]
+)
 def test_every_recipe_takes_two_steps(name, monkeypatch):
     """On 8 training images of 32 pixels and with a small head; else as it is. Large states are not written."""
     options = [f"--recipe={name}", "--optim.epochs=1", "--model.head-width=16", "--model.head-dim=8"]
@@ -306,6 +311,7 @@ def test_teacher_views_and_momentum():
     assert not all(torch.equal(teacher[name], student[name]) for name in teacher)
 
 
+@pytest.mark.slow
 def test_compiled_run():
     """Student and teacher: the losses of the eager run, under the same names of weights."""
     options = ["--optim.epochs=1", "--run.log-every=1", "--model.teacher-momentum=0.9"]

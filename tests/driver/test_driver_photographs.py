@@ -11,32 +11,17 @@ pytest.importorskip("torchvision")
 pytest.importorskip("kornia")
 pytest.importorskip("timm")
 
-from photographs import write_classes, write_images
-from test_driver import content, elsewhere, rows  # noqa: F401
-from test_driver_ranks import torchrun
+from driver_runs import content, rows, torchrun
+from photographs import PHOTOGRAPHS, make, write_classes, write_images
 from torchvision.transforms.v2 import functional
 
-from driver import cli, config, contrastive_crop, data, model, train
+from driver import cli, config, contrastive_crop, model, train
 from driver.config import UserError
 from driver.data import crops, random_keys, views, views_on_device
 from driver.data.images import Images
 from driver.distributed import World
 
 CPU = torch.device("cpu")
-PHOTOGRAPHS = config.Data(
-    source="folder",
-    root=Path("pets"),
-    size=16,
-    batch_size=4,
-    augmentation="dino",
-    local_views=3,
-    local_size=8,
-    workers=0,
-)
-
-
-def make(options: config.Data, seed: int = 3, world: World | None = None) -> Images:
-    return data.make_images(options, config.Boxes(), CPU, seed, world or World())
 
 
 # Random numbers
@@ -276,6 +261,7 @@ RANKS = ["--data.root=pets", "--data.size=16", "--data.batch-size=10", "--data.w
 RANKS += ["--model.width=4", "--optim.epochs=4", "--run.eval-every=1", "--run.log-every=3", "--run.device=cpu"]
 
 
+@pytest.mark.slow
 def test_an_unreadable_image_is_named_once_over_ranks():
     """1 of 100, of 0.01 that may be: in four epochs and five evaluations both ranks meet it."""
     write_images(Path("pets"), 100)
@@ -285,6 +271,7 @@ def test_an_unreadable_image_is_named_once_over_ranks():
     assert run.stderr.count("pets/03.png: not a readable image") == 1 and "(1 so far)" in run.stderr
 
 
+@pytest.mark.slow
 def test_too_many_unreadable_images_over_ranks_end_them_all():
     """2 of 100, one of each rank in the first evaluation, after which the run ends: neither alone has too many."""
     write_images(Path("pets"), 100)

@@ -1,21 +1,20 @@
 """The driver on several ranks (real processes over gloo, started by torchrun) and with virtual batches."""
 
 import dataclasses
-import os
-import subprocess
-import sys
+from collections.abc import Iterator
+from contextlib import chdir, contextmanager
 from pathlib import Path
 
+import driver_ranks
 import pytest
 import torch
+from driver_runs import ROOT, torchrun
 from photographs import write_images
 
 from driver import checkpoint, cli, config, data, history, train, verify_resume
 from driver.config import UserError
 from driver.distributed import World
 from driver.evaluation import online
-
-ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
 
@@ -38,23 +37,6 @@ def alone(*options: str) -> Path:
     return train.pretrain(cli.parse(list(options)))
 
 
-def torchrun(W: int, *options: str, script: Path = ROOT / "driver" / "pretrain.py") -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(W)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command += [str(script), *options]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
-
-
-def on_ranks(W: int, *options: str) -> Path:
-    """The directory of a run that torchrun made, the only new one."""
-    before = set(Path("runs").glob("*"))
-    run = torchrun(W, *options)
-    assert run.returncode == 0, run.stderr
-    (made,) = set(Path("runs").glob("*")) - before
-    assert run.stdout.count("written: ") == 1
-    return made
-
-
 def difference(a: Path, b: Path) -> float:
     """The largest of the curves', over all steps. Both have every step once."""
     logs = [history.read(directory).of("train") for directory in (a, b)]
@@ -65,18 +47,66 @@ def difference(a: Path, b: Path) -> float:
 # The objective does not depend on the split
 
 
+CROPS = [*FLOAT64_SGD, "--data.size=16", "--data.local-views=2", "--data.local-size=8"]
+CROPS += ["--data.augmentation=dino", "--data.workers=1", "--model.name=convnet", "--optim.epochs=4"]
+CROPS += ["--boxes.every=2", "--model.teacher-momentum=0.9", "--model.teacher-views=all"]
+BOXES = ["--data.size=32", "--data.batch-size=2", "--data.workers=0", "--run.eval-every=0"]
+BOXES += ["--model.name=convnet", "--model.width=4", "--boxes.every=1", "--boxes.after=3", "--optim.epochs=4"]
+BOXES += ["--run.deterministic=True", "--boxes.threshold=0.5"]
+
+
+@contextmanager
+def in_folder(folder: Path) -> Iterator[None]:
+    """In this current directory and with one thread, for fixtures of the whole module."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with chdir(folder):
+        yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory) -> Path:
     """126 steps on one rank, in one batch each."""
-    before, threads = Path.cwd(), torch.get_num_threads()
-    os.chdir(tmp_path_factory.mktemp("one"))
-    torch.set_num_threads(1)
-    directory = alone(*FLOAT64_SGD, f"--data.batch-size={STEP}").absolute()
-    os.chdir(before)
-    torch.set_num_threads(threads)
+    with in_folder(tmp_path_factory.mktemp("one")):
+        directory = alone(*FLOAT64_SGD, f"--data.batch-size={STEP}").absolute()
     log = history.read(directory).of("train")
     assert len(log) == 126 > 100 and log[-1]["collapse_gap"] > log[0]["collapse_gap"] + 0.3  # it learns
     return directory
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory) -> dict[str, Path]:
+    """Directories of runs of two ranks on the digits, made by the same processes; "resumed" was begun on one rank."""
+    with in_folder(tmp_path_factory.mktemp("two")):
+        resumed = alone(*FLOAT64_SGD, f"--data.batch-size={STEP}", "--run.stop-after=1")
+        runs = {
+            "resumed": [f"--run.resume={resumed}", "--data.batch-size=8", "--run.stop-after=2"],
+            "plain": [*FLOAT64_SGD, "--data.batch-size=16"],
+            "batch norms": [*RUN, "--model.norm=batch", "--optim.epochs=1", "--optim.warmup-epochs=0"],
+        }
+        printed = driver_ranks.in_turn(2, *runs.values())
+        assert printed.count("written: ") == len(runs)
+        return {name: Path(f"runs/digits-{number:03d}").absolute() for number, name in enumerate(runs, start=1)}
+
+
+@pytest.fixture(scope="module")
+def two_ranks_on_images(tmp_path_factory) -> dict[str, Path]:
+    """Directories of runs of two ranks on a folder, made by the same processes; "broken" is resumed for its end."""
+    pytest.importorskip("torchvision")
+    with in_folder(tmp_path_factory.mktemp("images")):
+        write_images(Path("few/flat"), 19)
+        write_images(Path("more/flat"), 24)
+        boxes = [*BOXES, "--data.root=more/flat"]
+        runs = [
+            [*CROPS, "--data.root=few/flat", "--data.batch-size=4", "--run.name=crops"],
+            [*boxes, "--run.name=unbroken"],
+            [*boxes, "--run.name=broken", "--run.stop-after=3"],
+            ["--run.resume=runs/broken-001", "--run.stop-after=4"],
+        ]
+        printed = driver_ranks.in_turn(2, *runs)
+        assert printed.count("written: ") == len(runs)
+        return {name: Path(f"runs/{name}-001").absolute() for name in ("crops", "unbroken", "broken")}
 
 
 def equal_runs(a: Path, b: Path) -> None:
@@ -98,17 +128,14 @@ def test_micro_batches_give_the_same_curve(one_rank):
     equal_runs(alone(*FLOAT64_SGD, "--data.batch-size=16", "--virtual-batch=32"), one_rank)
 
 
-def test_two_ranks_give_the_same_curve(one_rank):
-    equal_runs(on_ranks(2, *FLOAT64_SGD, "--data.batch-size=16"), one_rank)
+def test_two_ranks_give_the_same_curve(one_rank, two_ranks):
+    equal_runs(two_ranks["plain"], one_rank)
 
 
-def test_resumed_on_two_ranks_in_micro_batches(one_rank):
+def test_resumed_on_two_ranks_in_micro_batches(one_rank, two_ranks):
     """One epoch on one rank, the others on two ranks with two micro-batches each; then it is one rank's again."""
-    first = alone(*FLOAT64_SGD, f"--data.batch-size={STEP}", "--run.stop-after=1")
-    run = torchrun(2, f"--run.resume={first}", "--data.batch-size=8", "--run.stop-after=2")
-    assert run.returncode == 0, run.stderr
-    alone(f"--run.resume={first}", f"--data.batch-size={STEP}")
-    equal_runs(first, one_rank)
+    alone(f"--run.resume={two_ranks['resumed']}", f"--data.batch-size={STEP}")
+    equal_runs(two_ranks["resumed"], one_rank)
 
 
 ENDING = f"""
@@ -148,6 +175,7 @@ sys.exit(main())
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_both_ranks():
     """The first rank alone writes; the other is in the midst of training then."""
     Path("full.py").write_text(FULL)
@@ -163,43 +191,35 @@ def test_with_a_teacher_and_three_views():
     )
 
 
-def test_crops_of_two_sizes_around_boxes_on_two_ranks():
+@pytest.mark.slow
+def test_crops_of_two_sizes_around_boxes_on_two_ranks(two_ranks_on_images):
     """Boxes come from both ranks' shares of the images; the run is one rank's."""
-    pytest.importorskip("torchvision")
     write_images(Path("flat"), 19)
-    options = [*FLOAT64_SGD, "--data.root=flat", "--data.size=16", "--data.local-views=2", "--data.local-size=8"]
-    options += ["--data.augmentation=dino", "--data.workers=1", "--model.name=convnet", "--optim.epochs=4"]
-    options += ["--boxes.every=2", "--model.teacher-momentum=0.9", "--model.teacher-views=all"]
-    one = alone(*options, "--data.batch-size=8")
-    two = on_ranks(2, *options, "--data.batch-size=4")
+    one, two = alone(*CROPS, "--data.root=flat", "--data.batch-size=8"), two_ranks_on_images["crops"]
     equal = [torch.load(directory / checkpoint.FILE, weights_only=True) for directory in (one, two)]
     assert difference(one, two) <= 1e-9 and equal[0]["boxes"].unique(dim=0).shape[0] > 1
     assert torch.equal(equal[0]["boxes"], equal[1]["boxes"])
 
 
+@pytest.mark.slow
 def test_a_broken_run_of_two_ranks_goes_on_bit_for_bit(capsys):
     options = "--model.width=4 --optim.epochs=4 --run.eval-every=0"
     assert verify_resume.verify(verify_resume.Verify(options, breaks=1, save_steps=1, ranks=2)) == 0
     assert "equal bit for bit after SIGKILL at steps" in capsys.readouterr().out
 
 
-def test_resumed_between_epochs_on_two_ranks_bit_for_bit():
+@pytest.mark.slow
+def test_resumed_between_epochs_on_two_ranks_bit_for_bit(two_ranks_on_images):
     """With batch norms, whose statistics are each rank's own, and boxes around what the network sees with them."""
-    pytest.importorskip("torchvision")
-    write_images(Path("flat"), 24)
-    options = ["--data.root=flat", "--data.size=32", "--data.batch-size=2", "--data.workers=0", "--run.eval-every=0"]
-    options += ["--model.name=convnet", "--model.width=4", "--boxes.every=1", "--boxes.after=3", "--optim.epochs=4"]
-    options += ["--run.deterministic=True", "--boxes.threshold=0.5"]
-    unbroken, broken = on_ranks(2, *options), on_ranks(2, *options, "--run.stop-after=3")
-    assert torchrun(2, f"--run.resume={broken}", "--run.stop-after=4").returncode == 0
-    first, second = (torch.load(directory / checkpoint.FILE, weights_only=True) for directory in (unbroken, broken))
+    directories = (two_ranks_on_images[name] for name in ("unbroken", "broken"))
+    first, second = (torch.load(directory / checkpoint.FILE, weights_only=True) for directory in directories)
     for part in verify_resume.PARTS:
         assert verify_resume.same(first[part], second[part]), part
 
 
-def test_evaluation_on_two_ranks_is_that_of_the_checkpoint():
+def test_evaluation_on_two_ranks_is_that_of_the_checkpoint(two_ranks):
     """Batch norms have the first rank's statistics then, on every rank."""
-    directory = on_ranks(2, *RUN, "--model.norm=batch", "--optim.epochs=1", "--optim.warmup-epochs=0")
+    directory = two_ranks["batch norms"]
     saved = history.read(directory).last("evaluation")
     run = train.Training(cli.parse([f"--run.resume={directory}"]), torch.device("cpu"), World(0, 1))
     found = online.evaluate(
@@ -259,6 +279,7 @@ def test_virtual_batch_that_does_not_divide():
         alone("--virtual-batch=2048")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options, code, message",
     [
@@ -279,6 +300,7 @@ def test_errors_and_help_are_said_once(options, code, message):
     assert 'pretrain.py", line' not in said  # no rank's traceback
 
 
+@pytest.mark.slow
 def test_error_of_one_rank_ends_both():
     """The file is in one rank's half of the batch; the other rank, which loses its partner, says nothing."""
     pytest.importorskip("torchvision")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from driver_runs import pretrain
 from photographs import write_classes, write_images
-from test_driver import TINY, content, elsewhere, pretrain  # noqa: F401
 
 from driver import checkpoint, cli, config, history, log, report, train
 from driver.config import UserError

@@ -14,9 +14,8 @@ pytest.importorskip("torchvision")
 pytest.importorskip("kornia")
 pytest.importorskip("timm")
 
-from photographs import write_classes, write_images
-from test_driver import content, elsewhere  # noqa: F401
-from test_driver_photographs import PHOTOGRAPHS, make
+from driver_runs import content
+from photographs import PHOTOGRAPHS, make, write_classes, write_images
 from torchvision import datasets
 
 from driver import cli, config, train

@@ -188,10 +188,11 @@ def test_threads_resume_where_the_compiler_checks_jumps(tmp_path):
             f'#undef _FORTIFY_SOURCE\n#define _FORTIFY_SOURCE 2\n#include "{emulated.EMULATOR / name}.cpp"\n'
         )
         emulated.compile_source(source, made[name])
-    library = emulated.link(made, "checked.so")
+    library = tmp_path / "checked.so"
+    emulated.link(made, library)
     program = (
-        f"import ctypes; report = ctypes.CDLL({library!r}).fault_of_broken_kernel; report.restype = ctypes.c_char_p; "
-        "print(report(3).decode())"
+        f"import ctypes; report = ctypes.CDLL({str(library)!r}).fault_of_broken_kernel; "
+        "report.restype = ctypes.c_char_p; print(report(3).decode())"
     )
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert ran.stdout == "emulator: a write past the end of shared memory\n", ran.stderr

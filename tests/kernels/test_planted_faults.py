@@ -68,6 +68,7 @@ def run(library: str, never_ends: str | None) -> tuple[dict[str, str], int]:
     return {kernel: found for kernel, _, found in lines}, result.returncode
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_shows_in_its_kernel_alone(name):
     fault = FAULTS[name]

@@ -1,8 +1,6 @@
 """Every Triton kernel once, compiled ahead of time for three generations of GPUs; no GPU is needed."""
 
-import multiprocessing
 import re
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,32 +14,14 @@ from bam_kernels.backends.triton import compile as ahead  # noqa: E402
 # The instructions that multiply on the tensor cores of each: by warp, by warp group, by the whole multiprocessor.
 TARGETS = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
 
-Found = dict[str, ahead.CompiledKernel]
 
-
-def compiled_for(task: tuple[str, int]) -> Found:
-    """Every other kernel, the even or the odd ones."""
-    target, odd = task
-    some = list(ahead.configurations(small=True))[odd::2]
-    return {
-        f"{one.name}, form {i}": ahead.compile_for(one, ahead.TARGETS[target], disassemble=one.name.startswith("flash"))
-        for i, one in enumerate(some)
-    }
-
-
-@pytest.fixture(scope="module")
-def compiled() -> dict[str, Found]:
-    tasks = [(target, odd) for target in TARGETS for odd in (0, 1)]
-    found: dict[str, Found] = {target: {} for target in TARGETS}
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        for (target, _), part in zip(tasks, pool.map(compiled_for, tasks), strict=True):
-            found[target] |= part
-    return found
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
-def test_every_kernel_compiles_and_the_hot_ones_stay_in_registers(compiled, target):
-    found = compiled[target]
+def test_every_kernel_compiles_and_the_hot_ones_stay_in_registers(target):
+    found = {
+        f"{one.name}, form {i}": ahead.compile_for(one, ahead.TARGETS[target], disassemble=one.name.startswith("flash"))
+        for i, one in enumerate(ahead.configurations(small=True))
+    }
     written = "".join(path.read_text() for path in Path(ahead.__file__).parent.glob("*.py"))
     assert {re.match(r"\w+", name).group() for name in found} == set(re.findall(r"def (\w+)_kernel\(", written))
     hot = re.compile(r"(sinkhorn_pass|match|column_lse|column_products|row_step)(\+epilogue)? ")

@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,31 +14,20 @@ from bam_kernels.backends import triton as backend
 MODULES = sorted((Path(__file__).resolve().parents[1] / "interpreted").glob("test_*.py"))
 
 
-@pytest.fixture(scope="module")
-def running(request) -> Iterator[dict[Path, subprocess.Popen]]:
-    """All modules at once: each is one thread of numpy."""
+SLOW = ("test_triton_defaults", "test_triton_forms", "test_triton_sinkhorn", "test_triton_sixteen_bit")
+MARKED = [pytest.param(path, marks=[pytest.mark.slow] * (path.stem in SLOW), id=path.stem) for path in MODULES]
+
+
+@pytest.mark.parametrize("module", MARKED)
+def test_interpreted(request, module):
     pytest.importorskip("triton")
     env = dict(os.environ, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=", module]
     if default := request.config.getoption("torch_default"):
         command.append(f"--torch-default={default}")
-    processes = {
-        module: subprocess.Popen(
-            [*command, module], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        for module in MODULES
-    }
-    yield processes
-    for process in processes.values():
-        process.kill()
-        process.wait()
-
-
-@pytest.mark.parametrize("module", MODULES, ids=lambda path: path.stem)
-def test_interpreted(running, module):
-    output, _ = running[module].communicate()
-    assert running[module].returncode == 0, output[-8000:]
-    assert re.search(r"\d+ passed", output) and "skipped" not in output, output[-2000:]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-8000:]
+    assert re.search(r"\d+ passed", done.stdout) and "skipped" not in done.stdout, done.stdout[-2000:]
 
 
 def test_the_library_needs_no_triton():

@@ -324,7 +324,7 @@ def test_exact_products_whatever_the_flag_is_later(later, matmul_precision):
 
 
 @pytest.mark.parametrize("kernels", ["cpu", "reference"])
-@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("compiler", [pytest.param("eager", marks=pytest.mark.slow), "aot_eager"])
 @pytest.mark.parametrize("operation", ["loss", "attention"])
 def test_no_derivative_is_lost(operation, compiler, kernels):
     """What a compiled operator cannot carry is an error, or runs in eager mode where it may."""

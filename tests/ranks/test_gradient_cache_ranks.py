@@ -91,6 +91,7 @@ def test_numbers_are_compared_only_where_passes_exchange(pair):
         assert [results[name][0] for name in ("DDP", "SyncBatchNorm in evaluation")] == ["no error"] * 2
 
 
+@pytest.mark.slow
 def test_every_rank_is_told_through_groups_of_two(tmp_path):
     (four,) = ranks.run((ranks.told_by_others,), 4, tmp_path).values()
     for rank, results in enumerate(four):

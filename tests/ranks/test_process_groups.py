@@ -23,20 +23,34 @@ PROGRAM = Path(__file__).resolve().parents[1] / "support" / "rank_programs.py"
 V, B, D, TIMEOUT_S = 3, 4, 8, 8  # those of the programs
 
 
-def run(program: str, W: int, folder: Path, survivors: tuple[int, ...] | None = None) -> dict[int, dict]:
-    """The results of a program's ranks; those that are not expected to end well are left out."""
+Results = dict[str, dict[int, dict]]  # by program, then by rank
+
+
+def run(programs: tuple[str, ...], W: int, folder: Path, survivors: tuple[int, ...] | None = None) -> Results:
+    """Results of programs that W processes run one after another; only of the ranks that are expected to end well."""
     environment = os.environ | {"WORLD_SIZE": str(W), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen([sys.executable, str(PROGRAM), program, str(folder)], env=environment | {"RANK": str(rank)})
-        for rank in range(W)
-    ]
+    command = [sys.executable, str(PROGRAM), str(folder), *programs]
+    processes = [subprocess.Popen(command, env=environment | {"RANK": str(rank)}) for rank in range(W)]
     codes = [process.wait(timeout=180) for process in processes]
     expected = tuple(range(W)) if survivors is None else survivors
     assert all(codes[rank] == 0 for rank in expected), codes
-    return {rank: json.loads((folder / f"{rank}.json").read_text()) for rank in expected}
+    ranks = {rank: json.loads((folder / f"{rank}.json").read_text()) for rank in expected}
+    return {program: {rank: results[program] for rank, results in ranks.items()} for program in programs}
 
 
-@pytest.mark.parametrize("W", [1, 2, 4, 8])
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> Results:
+    programs = ("traffic", "compiled", "compiled_operations", "compiled_with_a_group", "forward_mode", "saved")
+    return run(programs, 2, tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory) -> Results:
+    programs = ("disagreements", "through_host", "saved", "subgroup")
+    return run(programs, 3, tmp_path_factory.mktemp("three"))
+
+
+@pytest.mark.parametrize("W", [1, 2, *(pytest.param(W, marks=pytest.mark.slow) for W in (4, 8))])
 def test_ranks_equal_one_process(W, tmp_path):
     """The command itself: every case, float64 to 1e-12, float32 to 1e-5 and float16 to 2e-3."""
     command = [sys.executable, "-m", "bam_kernels.verify_ranks", "--world", str(W), "--images", "5", "--features", "12"]
@@ -46,6 +60,7 @@ def test_ranks_equal_one_process(W, tmp_path):
     assert all(f"\n{name} " in done.stdout for name in verify_ranks.CASES)
 
 
+@pytest.mark.slow
 def test_triton_ranks_equal_one_process(tmp_path):
     """Processes of Triton's interpreter: float32, and fp16 keys that are centred before they are sent."""
     pytest.importorskip("triton")
@@ -146,8 +161,15 @@ def test_nothing_starts_where_it_cannot_run(monkeypatch, capsys):
     assert "nccl needs --device cuda" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("W", [2, 4])
-def test_messages_of_a_step(W, tmp_path):
+def test_messages_of_a_step_between_two(pair):
+    check_messages(pair["traffic"], 2)
+
+
+def test_messages_of_a_step_between_four(tmp_path):
+    check_messages(run(("traffic",), 4, tmp_path)["traffic"], 4)
+
+
+def check_messages(results: dict[int, dict], W: int) -> None:
     """A header, W - 1 blocks of keys, a sum of N numbers per iteration, W - 1 blocks of key gradients; nothing else."""
     shapes = {
         "no teacher": {},
@@ -158,7 +180,7 @@ def test_messages_of_a_step(W, tmp_path):
         "slabs": {"teacher_views": 2, "memory_budget": 6000},
         "no gradient": {"needs_grad": False},
     }
-    for steps in run("traffic", W, tmp_path).values():
+    for steps in results.values():
         assert steps.keys() == shapes.keys()
         N, block = 2 * B * W, 2 * B * D * 4
         for name, shape in shapes.items():
@@ -188,8 +210,8 @@ def test_messages_of_a_step(W, tmp_path):
             }, name
 
 
-def test_ranks_that_differ_are_told_within_seconds(tmp_path):
-    ranks = run("disagreements", 3, tmp_path)
+def test_ranks_that_differ_are_told_within_seconds(three):
+    ranks = three["disagreements"]
     words = {
         "B": "ranks disagree on B: 4 on ranks 0, 2; 3 on rank 1",
         "D": "ranks disagree on D: 8 on ranks 0, 2; 7 on rank 1",
@@ -213,34 +235,34 @@ def test_ranks_that_differ_are_told_within_seconds(tmp_path):
 @pytest.mark.parametrize("program", ["death", "absence"])
 def test_no_rank_waits_for_ever(program, tmp_path):
     """The others end within the group's time-out with an error that says what was under way."""
-    for result in run(program, 3, tmp_path, survivors=(0, 2)).values():
+    for result in run((program,), 3, tmp_path, survivors=(0, 2))[program].values():
         assert "of 3 failed while" in result["message"] and "as when another rank ends" in result["message"]
         assert result["seconds"] < TIMEOUT_S + 10
 
 
 def test_a_group_that_is_destroyed_has_gone(tmp_path):
     """Nothing here holds it: it ends its threads, before Python does."""
-    for result in run("destruction", 2, tmp_path).values():
+    for result in run(("destruction",), 2, tmp_path)["destruction"].values():
         assert not result["held"]
         assert "rank 0 of 1: the process group has been made or destroyed since" in result["message"]
 
 
-def test_tensors_of_a_gpu_go_through_the_host_over_gloo(tmp_path):
-    for result in run("through_host", 3, tmp_path).values():
+def test_tensors_of_a_gpu_go_through_the_host_over_gloo(three):
+    for result in three["through_host"].values():
         assert result.pop("needed") == [False, True]
         for name, steps in result.items():
             assert steps["direct"] == steps["through host"]
             assert steps["copies"] == (6 if name == "regather" else 4)  # two steps of the ring for each time round it
 
 
-def test_compiled_step(tmp_path):
-    for result in run("compiled", 2, tmp_path).values():
+def test_compiled_step(pair):
+    for result in pair["compiled"].values():
         assert result["compiled"] == result["eager"]
 
 
-def test_compiled_operations(tmp_path):
+def test_compiled_operations(pair):
     """Also what the reference exchanges; ranks that differ are told so when a compiled function runs."""
-    for result in run("compiled_operations", 2, tmp_path).values():
+    for result in pair["compiled_operations"].values():
         iterations, epsilon = result.pop("different iterations"), result.pop("different epsilon")
         assert "bam_loss: ranks disagree on iterations: '3' on rank 0; '4' on rank 1" in iterations
         assert "bam_loss: ranks disagree on epsilon: 0.05 on rank 0; 0.06" in epsilon
@@ -248,35 +270,36 @@ def test_compiled_operations(tmp_path):
         assert all(result.values()), result
 
 
-def test_a_compiled_function_with_a_group(tmp_path):
-    for result in run("compiled_with_a_group", 2, tmp_path).values():
+def test_a_compiled_function_with_a_group(pair):
+    for result in pair["compiled_with_a_group"].values():
         assert all(result.values()), result
 
 
-def test_forward_mode(tmp_path):
-    for result in run("forward_mode", 2, tmp_path).values():
+def test_forward_mode(pair):
+    for result in pair["forward_mode"].values():
         assert result["mean"] == pytest.approx(result["whole"], rel=1e-10)
 
 
+@pytest.mark.slow
 def test_what_was_compiled_before_the_group(tmp_path):
     """The loss has the ranks that there are; what has a size that follows from them says that it was made for one."""
-    for rank, result in run("compiled_before", 2, tmp_path).items():
+    for rank, result in run(("compiled_before",), 2, tmp_path)["compiled_before"].items():
         assert result.pop("cpu loss") == "right" and result.pop("alone again") is True
         said = f"compiled or recorded as rank 0 of 1, but this process is now rank {rank} of 2"
         assert all(said in message for message in result.values()), result
 
 
-@pytest.mark.parametrize("W", [2, 3])
-def test_a_module_with_a_group_is_copied_and_saved(W, tmp_path):
-    results = run("saved", W, tmp_path)
+@pytest.mark.parametrize("ranks", ["pair", "three"])
+def test_a_module_with_a_group_is_copied_and_saved(ranks, request):
+    results = request.getfixturevalue(ranks)["saved"]
     for rank in (0, 1):
         assert results[rank]["pair"] == results[rank]["all"] == [True] * 4
         assert "this process has none of that name" in results[rank]["lost"]
         assert "with ranks [0, 1, 2]; here the group of that name has ranks [0, 1]" in results[rank]["other members"]
 
 
-def test_subgroups(tmp_path):
-    ranks = run("subgroup", 3, tmp_path)
+def test_subgroups(three):
+    ranks = three["subgroup"]
     whole = bam_loss(features(V, 2 * B, D)).item()
     assert (ranks[0]["loss"] + ranks[2]["loss"]) / 2 == pytest.approx(whole, rel=1e-6)
     assert ranks[1]["loss"] == pytest.approx(whole, rel=1e-6)

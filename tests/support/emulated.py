@@ -2,12 +2,14 @@
 
 import atexit
 import ctypes
+import fcntl
 import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from bam_kernels.backends.cuda.device import Device
@@ -18,6 +20,9 @@ SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 EMULATOR = Path(__file__).resolve().parents[1] / "emulator"
 FAMILIES = [path.stem for path in sorted(SOURCES.glob("*.cu")) if path.stem != "device"]
 FLAGS = "-std=c++17 -O1 -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Wno-unknown-pragmas"
+SHIM = f"""#include "{SOURCES / "cuda.h"}"
+extern "C" __attribute__((visibility("default"))) const void* cuda_table() {{ return &bam::cuda::kernels; }}
+"""
 # Four multiprocessors with what one of a Hopper holds.
 HOPPER = Device(0, "emulator", (9, 0), 4, 1 << 30, 1 << 20, 227 << 10, 1 << 10, (2, 1, 1, 1), True, True)
 
@@ -26,7 +31,7 @@ HOPPER = Device(0, "emulator", (9, 0), 4, 1 << 30, 1 << 20, 227 << 10, 1 << 10, 
 def library() -> ctypes.CDLL:
     """Loaded from the file that BAM_EMULATED names, or compiled: once in a process, and for those that it starts."""
     if "BAM_EMULATED" not in os.environ:
-        os.environ["BAM_EMULATED"] = link(objects(), "emulated.so")
+        os.environ["BAM_EMULATED"] = built("emulated.so", partial(link, objects()))
     loaded = ctypes.CDLL(os.environ["BAM_EMULATED"])
     loaded.cuda_table.restype = ctypes.c_void_p
     return loaded
@@ -34,26 +39,36 @@ def library() -> ctypes.CDLL:
 
 @cache
 def build_folder() -> Path:
-    """Where this process compiles; it is removed when the process ends."""
+    """Folder of compiled files: BAM_EMULATED_FOLDER, else one that is removed when this process ends."""
+    if shared := os.environ.get("BAM_EMULATED_FOLDER"):
+        return Path(shared)
     folder = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)
 
 
+def built(name: str, build: Callable[[Path], object]) -> str:
+    """Path of a file in the build folder, which the first of all processes that ask for it builds."""
+    path = build_folder() / name
+    with path.with_name(f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            build(path)
+    return str(path)
+
+
 @cache
 def objects() -> dict[str, Path]:
-    """The object file of every source, by the source's name without suffix; compiled once in a process."""
-    shim = build_folder() / "shim.cpp"
-    shim.write_text(
-        f'#include "{SOURCES / "cuda.h"}"\n'
-        'extern "C" __attribute__((visibility("default"))) const void* cuda_table() { return &bam::cuda::kernels; }\n'
-    )
+    """Object files by the name of their source without suffix; compiled once."""
+    shim = Path(built("shim.cpp", lambda path: path.write_text(SHIM)))
     sources = [SOURCES / f"{name}.cu" for name in FAMILIES]
     sources += [EMULATOR / "emulator.cpp", EMULATOR / "device_functions.cpp", shim]
-    outs = [build_folder() / f"{source.stem}.o" for source in sources]
+
+    def compiled(source: Path) -> Path:
+        return Path(built(f"{source.stem}.o", partial(compile_source, source)))
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(compile_source, sources, outs))
-    return {out.stem: out for out in outs}
+        return {out.stem: out for out in pool.map(compiled, sources)}
 
 
 def compile_source(source: Path, out: Path) -> None:
@@ -62,11 +77,9 @@ def compile_source(source: Path, out: Path) -> None:
     subprocess.run(command, check=True)
 
 
-def link(objects_by_name: dict[str, Path], name: str) -> str:
-    """The file of a library that BAM_EMULATED may name."""
-    shared = str(build_folder() / name)
-    subprocess.run(["g++", "-shared", "-o", shared, *map(str, objects_by_name.values())], check=True)
-    return shared
+def link(objects_by_name: dict[str, Path], out: Path) -> None:
+    """Link a library that BAM_EMULATED may name."""
+    subprocess.run(["g++", "-shared", "-o", str(out), *map(str, objects_by_name.values())], check=True)
 
 
 def kernels(device: Device = HOPPER) -> CudaKernels:

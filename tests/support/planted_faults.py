@@ -6,6 +6,7 @@ A process started with that environment runs csrc/cuda with one line changed, an
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import emulated
 
@@ -53,9 +54,13 @@ def faulty_source(fault: Fault) -> str:
 
 
 def build(fault: Fault) -> str:
-    """A library of the emulator with that fault, for BAM_EMULATED; the file is removed when this process ends."""
+    """Path of an emulator library with this fault, for BAM_EMULATED; built once, in the emulator's build folder."""
     name = f"{fault.file}-{fault.kernel}-faulty"
-    source, out = emulated.build_folder() / f"{name}.cu", emulated.build_folder() / f"{name}.o"
-    source.write_text(faulty_source(fault))
-    emulated.compile_source(source, out)
-    return emulated.link(emulated.objects() | {fault.file: out}, f"{name}.so")
+
+    def compile_and_link(library: Path) -> None:
+        source, out = library.with_suffix(".cu"), library.with_suffix(".o")
+        source.write_text(faulty_source(fault))
+        emulated.compile_source(source, out)
+        emulated.link(emulated.objects() | {fault.file: out}, library)
+
+    return emulated.built(f"{name}.so", compile_and_link)

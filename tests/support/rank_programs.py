@@ -1,6 +1,6 @@
-"""What each process of a gloo group does in test_process_groups.py: `python rank_programs.py PROGRAM FOLDER`.
+"""What each process of a gloo group does in test_process_groups.py: `python rank_programs.py FOLDER PROGRAM...`.
 
-RANK and WORLD_SIZE come from the environment; a program's result goes to FOLDER/RANK.json.
+RANK and WORLD_SIZE come from the environment; the results go to FOLDER/RANK.json, by the programs' names.
 """
 
 import copy
@@ -356,15 +356,16 @@ def destruction() -> dict:
 
 
 if __name__ == "__main__":
-    program, folder = sys.argv[1], Path(sys.argv[2])
+    folder, programs = Path(sys.argv[1]), sys.argv[2:]
     torch.set_num_threads(1)
     prepared = []
-    if program == "compiled_before":
+    if programs == ["compiled_before"]:
         prepared.append(operations())
         for _, compiled_function in prepared[0].values():
             compiled_function(embeddings(V))
     gloo.meet(folder, RANK, WORLD, TIMEOUT_S)
-    (folder / f"{RANK}.json").write_text(json.dumps(globals()[program](*prepared)))
-    if program not in ("death", "absence", "destruction", "compiled_before"):
+    results = {program: globals()[program](*prepared) for program in programs}
+    (folder / f"{RANK}.json").write_text(json.dumps(results))
+    if programs[-1] not in ("death", "absence", "destruction", "compiled_before"):
         dist.barrier()
     gloo.leave()
