@@ -9,7 +9,7 @@ from .config import Model, UserError, missing
 
 
 def make(model: Model, channels: int, size: int, several_sizes: bool = False) -> nn.Module:
-    """Backbone from images (n, C, S, S) to features (n, D). `several_sizes`: it also takes other sizes than `size`.
+    """Backbone from images (n, C, S, S) to features (n, D). `several_sizes`: for images of other sizes, too.
 
     Raises: UserError where the model is unknown, or an option does not apply to it.
     """
@@ -20,7 +20,7 @@ def make(model: Model, channels: int, size: int, several_sizes: bool = False) ->
         if (model.stem, model.positions) != ("own", "own"):
             raise UserError(f"--model.stem {model.stem} --model.positions {model.positions}: convnet has its own")
         return convnet(channels, size, model.width, model.norm)
-    backbone = _of_timm(model, channels, size, several_sizes)
+    backbone = _timm_backbone(model, channels, size, several_sizes)
     if model.stem == "small":
         _small_stem(backbone, channels, model.name)
     if model.positions == "sincos":
@@ -45,7 +45,7 @@ def timm_arguments(model: Model, channels: int) -> dict[str, Any]:
     return arguments
 
 
-def _of_timm(model: Model, channels: int, size: int, several_sizes: bool) -> nn.Module:
+def _timm_backbone(model: Model, channels: int, size: int, several_sizes: bool) -> nn.Module:
     try:
         import timm
     except ImportError as error:
@@ -57,10 +57,10 @@ def _of_timm(model: Model, channels: int, size: int, several_sizes: bool) -> nn.
     sizes: list[dict[str, Any]] = [{"img_size": size}, {}]
     if several_sizes:
         sizes.insert(0, {"img_size": size, "dynamic_img_size": True})
-    for of_size in sizes:
+    for size_arguments in sizes:
         try:
-            return timm.create_model(model.name, **timm_arguments(model, channels), **of_size)
-        except TypeError as error:
+            return timm.create_model(model.name, **timm_arguments(model, channels), **size_arguments)
+        except (TypeError, AssertionError) as error:  # timm asserts, e.g., that heads divide the width
             reason = error
     raise UserError(f"--model.name {model.name}: {reason}")
 

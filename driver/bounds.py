@@ -30,7 +30,7 @@ def some(bound: Bound) -> Bound:
 POSITIVE = Bound("positive", lambda value: value > 0)
 SHARE = Bound("from 0 to 1", lambda value: 0 <= value <= 1)
 SHARE_BELOW_1 = Bound("at least 0 and below 1", lambda value: 0 <= value < 1)
-RISING_SHARES = Bound("two numbers that rise within 0 and 1", lambda pair: 0 < pair[0] <= pair[1] <= 1)
+RISING_SHARES = Bound("two numbers above 0 and at most 1, the smaller first", lambda pair: 0 < pair[0] <= pair[1] <= 1)
 
 
 def bounds_of(annotation: Any) -> list[Bound]:

@@ -41,7 +41,10 @@ class Export:
 
 
 def export(options: Export) -> Path:
-    """Write the backbone, print how the file is used, return its path. Raises: UserError without a checkpoint."""
+    """Write the backbone, print how the file is used, return its path.
+
+    Raises: UserError where the checkpoint, the folder of --out or a package is missing.
+    """
     path = options.run if options.run.suffix == ".pt" else options.run / checkpoint.FILE
     if not path.is_file():
         raise UserError(f"{options.run}: no {path.name} there")
@@ -50,6 +53,8 @@ def export(options: Export) -> Path:
     backbone = backbones.make(config.model, channels, config.data.size, several_sizes=config.data.local_views > 0)
     load_backbone(backbone, path, options.whose)
     out = options.out or path.with_name(f"backbone.{options.format}")
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.parent}")
     if options.format == "onnx":
         _write_onnx(nn.Sequential(Standardize(channels), backbone).eval(), channels, config.data.size, out)
         print(f"{out}: input `images` (n, {channels}, {config.data.size}, {config.data.size}) in [0, 1]")

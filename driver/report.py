@@ -15,13 +15,14 @@ import tyro
 
 from driver import checkpoint, history
 from driver.cli import run_script
-from driver.config import UserError
+from driver.config import FILE, UserError, helpful
 from driver.data import make_images
 from driver.distributed import World
 from driver.evaluation.frozen import Backbone
 from driver.reporting import outputs, plots
 
 
+@helpful
 @dataclass(frozen=True)
 class Report:
     """Make report.html and dashboard.png of a run again, from its history and its newest checkpoint."""
@@ -29,14 +30,16 @@ class Report:
     run: Annotated[Path, tyro.conf.Positional]
     """Directory of the run."""
     device: str = "auto"
-    """Torch device, e.g. cpu."""
+    """Torch device, e.g. cpu. auto: the GPU where there is one."""
 
 
 def main(options: Report, world: World) -> None:
     """Write both files. Without a checkpoint or images they have no pictures, and a note says why.
 
-    Raises: UserError where the run has neither a log line nor an evaluation yet.
+    Raises: UserError where the folder is not a run's, or the run has neither a log line nor an evaluation yet.
     """
+    if not (options.run / FILE).is_file():
+        raise UserError(f"{options.run}: not the directory of a run, no {FILE} there")
     backbone = Backbone(run=options.run, whose="student", device=options.device)
     config, record, missing = backbone.options(), history.read(options.run), None
     if not plots.panels_of(record):

@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from driver.bounds import at_least
+from driver.bounds import POSITIVE, at_least
 from driver.cli import check_bounds, run_script
 from driver.config import UserError, helpful
 from driver.distributed import World
@@ -51,12 +51,12 @@ class Options:
     """Shorter side of the frames that the network sees, pixels."""
     last_frames: Annotated[int, at_least(1)] = 7
     """Frames just before the current one that give labels, in addition to the first frame."""
-    radius: int = 12
+    radius: Annotated[int, at_least(0)] = 12
     """Distance, in patches up, down, left and right, within which a patch looks for similar patches. 0: the whole
     frame."""
     top_k: Annotated[int, at_least(1)] = 5
     """Number of most similar patches whose labels a patch takes."""
-    temperature: float = 0.1
+    temperature: Annotated[float, POSITIVE] = 0.1
     """Softmax temperature of the cosines that weigh the labels of the similar patches."""
     out: Path | None = None
     """Folder for the masks (PNG, as in DAVIS) and scores.json. None: nothing is written."""
@@ -171,7 +171,8 @@ def clip_files(davis: Path, name: str) -> tuple[list[Path], list[Path]]:
     annotations = sorted((davis / "Annotations" / "480p" / name).glob("*.png"))
     if [path.stem for path in frames] != [path.stem for path in annotations] or len(frames) < 3:
         raise UserError(
-            f"clip {name}: {len(frames)} frames and {len(annotations)} annotations; at least 3, one for each"
+            f"clip {name}: at least 3 frames are needed, each with an annotation of its name; got {len(frames)} frames "
+            f"and {len(annotations)} annotations"
         )
     return frames, annotations
 

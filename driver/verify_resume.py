@@ -19,7 +19,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 if __name__ == "__main__":  # the driver is run from its repository, not installed
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -28,7 +28,9 @@ import torch
 import tyro
 
 from driver import history
+from driver.bounds import at_least
 from driver.checkpoint import FILE
+from driver.cli import check_bounds
 from driver.config import helpful
 from driver.exits import STOPPED, exit_code
 
@@ -48,18 +50,22 @@ class Verify:
     """Options of driver/pretrain.py in one string, e.g. `--data.root /PATH --optim.epochs 2`; absolute paths only."""
     signal: Literal["KILL", "TERM", "USR1"] = "KILL"
     """Signal that breaks the run. KILL: as by kill -9. TERM or USR1: as a scheduler ends a job."""
-    breaks: int = 2
+    breaks: Annotated[int, at_least(1)] = 2
     """Number of times that the run is broken."""
-    ranks: int = 1
+    ranks: Annotated[int, at_least(1)] = 1
     """Processes of the run, started by this script without torchrun."""
-    save_steps: int = 4
+    save_steps: Annotated[int, at_least(1)] = 4
     """Steps between checkpoints, from which a run goes on after kill -9."""
     seed: int | None = None
     """Seed of the steps at which the run is broken. None: other steps each time."""
 
 
 def verify(verify: Verify) -> int:
-    """Break and resume the run as the options say, print the result, return the exit code: 0 equal, 1 not."""
+    """Break and resume the run as the options say, print the result, return the exit code: 0 equal, 1 not.
+
+    Raises: UserError on an option out of bounds; RuntimeError where a run ends in an unexpected way.
+    """
+    check_bounds(verify)
     options = [
         *shlex.split(verify.options),
         "--run.deterministic",
@@ -105,9 +111,9 @@ def run(folder: Path, options: list[str], ranks: int, stop_at: int | None, numbe
         # The resumed run writes the history again, from the checkpoint: a later step in it shows that it is under way.
         stop_at = max(stop_at, content(folder)["step"] + 1)
         (directory / history.FILE).unlink()
-    with (folder / "said").open("w+") as said:
+    with (folder / "output").open("w+") as output:
         environments = environments_of(ranks)
-        processes = [subprocess.Popen(command, cwd=folder, stdout=said, stderr=said, env=e) for e in environments]
+        processes = [subprocess.Popen(command, cwd=folder, stdout=output, stderr=output, env=e) for e in environments]
         sent = False
         while any(process.poll() is None for process in processes):
             if stop_at is not None and not sent and steps_done(folder, directory if resumes else None) >= stop_at:
@@ -120,8 +126,8 @@ def run(folder: Path, options: list[str], ranks: int, stop_at: int | None, numbe
         ended = -number if number == signal.SIGKILL else STOPPED
         codes = {process.returncode for process in processes}
         if codes not in (({0}, {ended}) if sent else ({0},)):
-            said.seek(0)
-            raise RuntimeError(f"{' '.join(command)}: exit codes {codes}\n{said.read()[-3000:]}")
+            output.seek(0)
+            raise RuntimeError(f"{' '.join(command)}: exit codes {codes}\n{output.read()[-3000:]}")
     return codes == {ended}
 
 

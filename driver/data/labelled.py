@@ -41,6 +41,8 @@ class Labels:
         """
         data = replace(options.data, size=size, batch_size=self.batch_size, virtual_batch=0, workers=self.workers)
         if self.root is not None:
+            if data.source == "digits":
+                raise UserError(f"--data.root {self.root}: the backbone was trained on digits of one channel, not three")
             data = replace(data, source="folder", root=self.root)
         if data.source != "digits" and data.root is None:
             raise UserError("--data.root is needed: a model of timm comes without data")

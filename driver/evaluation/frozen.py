@@ -5,12 +5,13 @@ n images (n, C, S, S) in [0, 1]; D features; ViTs have h x w patches and a class
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from .. import backbones, cli
+from ..bounds import at_least
 from ..config import FILE, Config, Data, Model, UserError, helpful
 from ..distributed import World
 from ..model import Standardize
@@ -31,9 +32,9 @@ class Backbone:
     of the authors' code."""
     whose: Literal["student", "teacher"] | None = None
     """Network of the checkpoint whose weights are used. None: the teacher where there is one, else the student."""
-    heads: int = 0
+    heads: Annotated[int, at_least(0)] = 0
     """Attention heads of the model `name`, if it is a ViT. 0: the model's own number."""
-    size: int | None = None
+    size: Annotated[int | None, at_least(1)] = None
     """Side of the images, pixels. None: as in the run; 224 for a model of timm."""
     device: str = "auto"
     """Torch device. auto: the GPU where there is one; under torchrun, one GPU per rank."""
@@ -94,9 +95,9 @@ class Frozen:
         """
         if not self.is_vit:
             return self.features(images)
-        of_blocks: Any = self.model.feature_info
-        if blocks > len(of_blocks):
-            raise UserError(f"--blocks {blocks}: the backbone has {len(of_blocks)}")
+        feature_info: Any = self.model.feature_info  # an entry per block
+        if blocks > len(feature_info):
+            raise UserError(f"--blocks {blocks}: the backbone has {len(feature_info)}")
         layers = self._layers(images, blocks, return_prefix_tokens=True)
         parts = [prefix[:, 0] for _, prefix in layers]
         if average:

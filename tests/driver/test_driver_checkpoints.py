@@ -39,6 +39,12 @@ def test_a_broken_run_goes_on_bit_for_bit(name, monkeypatch, capsys):
     assert f"equal bit for bit after SIG{name} at steps" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("option", ["breaks", "ranks", "save_steps"])
+def test_breaking_a_run_less_than_once(option):
+    with pytest.raises(UserError, match=f"--{option} must be at least 1, got 0"):
+        verify_resume.verify(verify_resume.Verify(**{option: 0}))
+
+
 @pytest.mark.parametrize("broken, message", [(True, "NOT EQUAL: network"), (False, "NOT BROKEN")])
 def test_a_run_that_differs_is_seen(broken, message, monkeypatch, capsys):
     def another_run(folder, options, ranks, stop_at, number):

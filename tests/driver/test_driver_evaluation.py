@@ -391,11 +391,20 @@ def test_augmented_crops_differ_by_epoch_and_not_by_rank():
         (linear.main, linear.Options(epochs=0), "--epochs must be at least 1"),
         (knn.main, knn.Options(data=labelled.Labels(batch_size=0)), "--data.batch_size must be at least 1, got 0"),
         (linear.main, linear.Options(data=labelled.Labels(workers=-1)), "--data.workers must be at least 0, got -1"),
+        (knn.main, knn.Options(frozen.Backbone(name="test_vit", size=0)), "--backbone.size must be at least 1, got 0"),
+        (knn.main, knn.Options(frozen.Backbone(name="test_vit", heads=-1)), "--backbone.heads must be at least 0, got"),
+        (segment_video.main, segment_video.Options(Path("no"), radius=-1), "--radius must be at least 0, got -1"),
+        (segment_video.main, segment_video.Options(Path("no"), temperature=0.0), "--temperature must be positive, got"),
     ],
 )
 def test_bad_options(main, options, message):
     with pytest.raises(UserError, match=message):
         main(options, World())
+
+
+def test_digits_have_no_backbone_for_photographs():
+    with pytest.raises(UserError, match=r"--data.root pets: the backbone was trained on digits"):
+        labelled.Labels(root=Path("pets")).load(config.Config(), 8, CPU, World())
 
 
 def test_script_says_errors_once():

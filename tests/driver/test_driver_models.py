@@ -145,6 +145,7 @@ def test_small_stem():
         ({"name": "test_resnet", "positions": "sincos"}, "test_resnet is not a ViT"),
         ({"name": "test_resnet", "frozen_patches": True}, "test_resnet is not a ViT"),
         ({"name": "test_resnet", "heads": 3}, "--model.name test_resnet"),
+        ({"name": "test_vit", "heads": 5}, "--model.name test_vit: dim should be divisible by num_heads"),
         ({"name": "test_vit", "stem": "small"}, "--model.stem small: test_vit does not begin"),
         ({"name": "convnet", "checkpointing": True}, "--model.checkpointing True: convnet has no such thing"),
         ({"name": "convnet", "positions": "sincos"}, "convnet has its own"),
@@ -356,6 +357,11 @@ def test_exported_weights_load_in_timm(run, whose, capsys):
     saved = content(run)["network" if whose else "teacher"]
     assert torch.equal(backbone.blocks[0].attn.qkv.weight, saved["backbone.1.blocks.0.attn.qkv.weight"])
     assert all(torch.equal(value, saved[f"backbone.1.{name}"]) for name, value in backbone.state_dict().items())
+
+
+def test_export_into_a_folder_that_is_not_there(run, capsys):
+    assert export.main([str(run), "--out=nowhere/backbone.safetensors"]) == 1
+    assert "--out nowhere/backbone.safetensors: there is no folder nowhere" in capsys.readouterr().err
 
 
 def test_exported_onnx_gives_the_features(run):

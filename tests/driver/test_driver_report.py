@@ -260,6 +260,8 @@ def test_report_without_checkpoint_or_images(monkeypatch, capsys):
     (directory / "history.jsonl").unlink()
     with pytest.raises(UserError, match=r"not the directory of a run \(history.jsonl: No such file"):
         made_again()
+    with pytest.raises(UserError, match=r"^nowhere: not the directory of a run, no config.yaml there"):
+        report.main(report.Report(Path("nowhere")), World())
 
 
 def test_panels_follow_what_was_recorded():
