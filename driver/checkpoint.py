@@ -117,9 +117,9 @@ def load(state: State, source: Path) -> Path:
         state.network.load_state_dict(content["network"])
         if state.teacher is not None:
             state.teacher.load_state_dict(content["teacher"] or content["network"])
-        made = state.optimizer.param_groups
+        current = state.optimizer.param_groups
         state.optimizer.load_state_dict(content["optimizer"])
-        for group, options in zip(state.optimizer.param_groups, made, strict=True):
+        for group, options in zip(state.optimizer.param_groups, current, strict=True):
             group.update(options)  # settings such as momentum come from the current options, not from the checkpoint
         if state.scaler is not None and content["scaler"]:
             state.scaler.load_state_dict(content["scaler"])

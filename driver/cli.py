@@ -116,7 +116,7 @@ NEEDS = {
 def check(config: Config, defaults: Config) -> None:
     """Raise a UserError where a value is out of its bound or options do not fit each other.
 
-    `defaults` has the values that the recipe or the file gives. Such a value may do nothing; one given now may not.
+    `defaults` has the values of the recipe or the file. An option that does nothing may keep its value from there.
     """
 
     def value_of(option: str, of: Config = config) -> Any:
@@ -162,7 +162,7 @@ def check_source(config: Config) -> None:
 def run_script(options: type[T], main: Callable[[T, World], Any], args: list[str] | None = None) -> int:
     """Call `main` with the options of the command line, and return the exit code of this process.
 
-    0; 1 after a UserError; 130 after Ctrl-C; 2 (from tyro) for a wrong option.
+    The code is 0, 1 after a UserError, 2 (from tyro) after a wrong option, or 130 after Ctrl-C.
     """
 
     def run(world: World) -> int:

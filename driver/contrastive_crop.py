@@ -34,8 +34,8 @@ def refresh(images: Images, network: Network, threshold: float, world: World) ->
     """Set new boxes of all training images. Each rank computes the boxes of its share; every rank gets all of them."""
     share = torch.arange(world.rank, images.training, world.size)
     with _evaluating(network):
-        found = [boxes_of(heat(network.backbone, batch), threshold).float() for batch in images.whole(share)]
-    images.set_boxes(world.interleaved(torch.cat(found), images.training).cpu())
+        boxes = [boxes_of(heat(network.backbone, batch), threshold).float() for batch in images.whole(share)]
+    images.set_boxes(world.interleaved(torch.cat(boxes), images.training).cpu())
 
 
 def boxes_of(heat: Tensor, threshold: float) -> Tensor:

@@ -11,7 +11,7 @@ from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # before a group exists, which its default arguments would keep alive
+import torch.distributed.nn.functional  # imported before a group exists: its default arguments would keep one alive
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 

@@ -55,12 +55,12 @@ def main(options: Options, world: World) -> dict[int, float]:
 
     bank = Bank(*embed(labelled.plain("train"), labelled.training))
     queries, truth = embed(labelled.plain("test"), labelled.tested)
-    found = {}
+    accuracy = {}
     print(f"{labelled.tested} test images among {labelled.training} training images of {labelled.classes} classes")
     for k in options.k:
-        found[k] = share_equal(knn(queries, bank, Vote(k, options.temperature), world), truth, world)
-        print(f"{k:5d}-NN {100 * found[k]:6.2f}%")
-    return found
+        accuracy[k] = share_equal(knn(queries, bank, Vote(k, options.temperature), world), truth, world)
+        print(f"{k:5d}-NN {100 * accuracy[k]:6.2f}%")
+    return accuracy
 
 
 if __name__ == "__main__":

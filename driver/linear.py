@@ -152,7 +152,7 @@ def train(
         group["lr"] = lr * scale
     for images, labels in labelled.augmented(options.seed, epoch):
         logits = heads(embed(frozen, images, options))
-        loss = sum(F.cross_entropy(of_head, labels) for of_head in logits)
+        loss = sum(F.cross_entropy(head_logits, labels) for head_logits in logits)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -49,8 +49,8 @@ class Standardize(nn.Module):
 def make_head(width: int, model: Model) -> nn.Sequential:
     """Projection head: linear layers with a norm and an activation between them, and a norm without weights at the end.
 
-    The last norm removes the common mean of the embeddings: with it all cosines are near 1, and training may stay
-    there. With `norm="none"` the linear layers have biases and small weights instead, as published.
+    Embeddings with a common mean have all cosines near 1, and training may stay there; the last norm removes the mean.
+    With `norm="none"` the linear layers have biases and small weights instead, as published.
     """
     norms = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
     layers: list[nn.Module] = []

@@ -25,8 +25,11 @@ from driver.train import pretrain
 def main(args: list[str] | None = None) -> int:
     """Pretrain as the command line says, and return the exit code of this process.
 
-    0; 1 for an error that the user can put right; 75 after SIGTERM or SIGUSR1, once a checkpoint is written; 130 after
-    Ctrl-C; 2 (from tyro) for a wrong option.
+    0    the run has ended as asked
+    1    after an error that the user can put right
+    2    after a wrong option, from tyro
+    75   after SIGTERM or SIGUSR1, once a checkpoint is written
+    130  after Ctrl-C
     """
 
     def run(world: World) -> int:

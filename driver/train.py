@@ -234,7 +234,7 @@ def make_networks(
 
 
 def make_sinks(state: checkpoint.State, options: Config, directory: Path) -> list[Sink]:
-    """Sinks of the history: its file and, if asked for, TensorBoard and W&B. Raises: UserError if one is missing."""
+    """Sinks of the history: its file, and TensorBoard and W&B on request. Raises: UserError if a package is missing."""
     sinks: list[Sink] = [File(directory, state.history.rows)]
     if options.run.tensorboard:
         sinks.append(TensorBoard(directory, state.step))

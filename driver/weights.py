@@ -40,7 +40,7 @@ def backbone_weights(path: Path, whose: str | None = None) -> dict[str, Tensor]:
     Raises: UserError where the file has no such weights.
     """
     if path.suffix == ".safetensors":
-        return _of_safetensors(path)
+        return _read_safetensors(path)
     if path.is_dir():
         path = path / "checkpoint.pt"
     content = read(path)
@@ -50,10 +50,10 @@ def backbone_weights(path: Path, whose: str | None = None) -> dict[str, Tensor]:
             raise UserError(f"{path}: no teacher in it")
         own = content["network"] if whose == "student" or teacher is None else teacher
         return {name[len(_OWN_PREFIX) :]: value for name, value in own.items() if name.startswith(_OWN_PREFIX)}
-    return _of_authors(content.get("model", content), path, whose)
+    return _authors_weights(content.get("model", content), path, whose)
 
 
-def _of_safetensors(path: Path) -> dict[str, Tensor]:
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -67,7 +67,7 @@ def _of_safetensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: not a readable safetensors file ({error})") from error
 
 
-def _of_authors(content: Any, path: Path, whose: str | None) -> dict[str, Tensor]:
+def _authors_weights(content: Any, path: Path, whose: str | None) -> dict[str, Tensor]:
     named = content.items() if isinstance(content, dict) else ()
     state = {name: value for name, value in named if isinstance(name, str) and isinstance(value, Tensor)}
     trained = [part for part in ("teacher", "student") if any(name.startswith(f"{part}.") for name in state)]
@@ -91,8 +91,8 @@ def _without_wrappers(name: str) -> str:
 
 def load_backbone(backbone: nn.Module, path: Path, whose: str | None = None) -> None:
     """Load all backbone weights of the file `path` into `backbone`. Raises: UserError naming what does not fit."""
-    found = backbone_weights(path, whose)
+    state = backbone_weights(path, whose)
     try:
-        backbone.load_state_dict(found)
+        backbone.load_state_dict(state)
     except RuntimeError as error:
         raise UserError(f"{path}: does not fit the backbone that the options describe: {error}") from error

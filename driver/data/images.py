@@ -23,12 +23,11 @@ Crops = list[Tensor]
 Batches = Iterator[tuple[Tensor, Tensor]]
 """Images (n, C, S, S) and their labels (n,) int64, batch by batch, on the device."""
 
-
 Transform = Callable[[Any], Tensor]
-"""From one image as its source reads it to pixels (C, S, S)."""
+"""Function from one image, as its source reads it, to pixels (C, S, S)."""
 
 Augment = Callable[[Tensor, int, Tensor, Tensor | None], Tensor]
-"""From images (n, C, S, S), the number v of a view, keys (n,), and boxes (n, 4) or None to view v of each image."""
+"""Function from images (n, C, S, S), a view's number, keys (n,), and boxes (n, 4) or None, to a view of each image."""
 
 
 class Images(Protocol):

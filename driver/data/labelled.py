@@ -37,12 +37,12 @@ class Labels:
     def load(self, options: Config, size: int, device: torch.device, world: World) -> "Labelled":
         """Open the images: those under `root`, or the data set of the run whose options are given.
 
-        Raises: UserError where a package is missing or there are no labelled images.
+        Raises: UserError where a package is missing, the images have other channels, or none is labelled.
         """
         data = replace(options.data, size=size, batch_size=self.batch_size, virtual_batch=0, workers=self.workers)
         if self.root is not None:
             if data.source == "digits":
-                raise UserError(f"--data.root {self.root}: the backbone was trained on digits of one channel, not three")
+                raise UserError(f"--data.root {self.root}: the backbone was trained on digits, not on colour images")
             data = replace(data, source="folder", root=self.root)
         if data.source != "digits" and data.root is None:
             raise UserError("--data.root is needed: a model of timm comes without data")

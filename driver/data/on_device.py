@@ -61,11 +61,11 @@ class OnDevice:
     def _crops(self, places: Tensor, epoch: int) -> Crops:
         images = _floats(self.train[0][places])
         boxes = None if self.boxes is None else self.boxes[places]
-        made = []
+        views = []
         for v in range(self.data.views + self.data.local_views):
             keys = keys_of(self.seed, epoch, places, range(v, v + 1))
-            made.append(self.augment(images, v, keys, boxes))
-        parts = made[: self.data.views], made[self.data.views :]
+            views.append(self.augment(images, v, keys, boxes))
+        parts = views[: self.data.views], views[self.data.views :]
         return [torch.cat(part) for part in parts if part]
 
     def bank(self) -> Batches:

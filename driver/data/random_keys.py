@@ -18,7 +18,7 @@ def seed_of(*parts: int) -> int:
 
 
 def keys_of(seed: int, epoch: int, places: Tensor, views: range) -> Tensor:
-    """(V*n,) int64 keys of V views of the images at places (n,): row v*n + i is that of view views[v] of image i.
+    """(V*n,) int64 keys of V views of the images at places (n,): row v*n + i is the key of view views[v] of image i.
 
     Each key is `seed_of(seed, epoch, place, view)`, computed on the device.
     """
@@ -37,7 +37,7 @@ def uniform(keys: Tensor, count: int) -> Tensor:
 
 
 def normal(keys: Tensor, count: int) -> Tensor:
-    """(n, count) float32 numbers, standard normal; they depend on those that `uniform` makes of equal keys."""
+    """(n, count) float32 numbers, standard normal; not independent of `uniform` at equal keys."""
     return torch.erfinv(uniform(keys, count) * 2 - 1) * 2**0.5
 
 

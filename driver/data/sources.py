@@ -29,7 +29,7 @@ class Source(Protocol):
     decoded: bool = False
     """Whether `read` gives pixels that are ready in memory, for which worker processes would have nothing to do."""
     labels: Tensor
-    """(n,) int64, of all images."""
+    """Labels (n,) int64 of all images."""
     train: Tensor
     """Indices of the training images."""
     test: Tensor
@@ -192,12 +192,12 @@ class Shards(Source):
 def _parts(shards: list[Path]) -> tuple[list[Path], list[Path]]:
     """Shards of training images and shards of held-out images, by the beginning of the name or what follows a prefix.
 
-    Without both kinds, every shard is of the first part.
+    Unless there are shards of both kinds, the first part has all shards.
     """
     named: dict[str, list[Path]] = {"train": [], **{name: [] for name in TEST_NAMES}}
     for shard in shards:
-        if found := re.search(rf"(?:^|[-_.])({'|'.join(named)})", shard.name):
-            named[found[1]].append(shard)
+        if match := re.search(rf"(?:^|[-_.])({'|'.join(named)})", shard.name):
+            named[match[1]].append(shard)
     test = next((named[name] for name in TEST_NAMES if named[name]), [])
     return (named["train"], test) if named["train"] and test else (shards, [])
 

@@ -19,9 +19,9 @@ FAULTS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 def read(source: Source, indices: list[int], place: int) -> tuple[int, Image.Image | Tensor, list[Report]]:
-    """Index and pixels of image indices[place], and no report. An unreadable image gives a report of its fault, and
-    another of `indices` in its place, which follows from its index.
+    """Read image indices[place]: its index, its pixels, and a report of its fault if it is unreadable.
 
+    Another image takes the place of an unreadable one. Its choice among `indices` follows from the unreadable index.
     Raises: UserError where none of 100 images is readable.
     """
     index, reports = indices[place], []
@@ -55,7 +55,7 @@ class Tally:
 
         Raises: UserError on every rank where there are too many.
         """
-        met = {index: fault for of_rank in world.gather(self.met) for index, fault in of_rank.items()}
+        met = {index: fault for rank_met in world.gather(self.met) for index, fault in rank_met.items()}
         self.met = {}
         for index in sorted(met.keys() - self.named):
             self.named.add(index)

@@ -126,11 +126,11 @@ class Views:
     def __call__(self, image: Image.Image, key: Sequence[int], box: Tensor | None) -> list[Tensor]:
         """Make the views of an image by its key: seed, epoch and place."""
         if self.plain:
-            made = [crop(image) for crop in self.plain]
+            views = [crop(image) for crop in self.plain]
         else:
             pixels = functional.pil_to_tensor(image)
-            made = [view(pixels, seed_of(*key, v), box) for v, view in enumerate(self.views)]
-        return [torch.stack(part) for part in (made[: self.first], made[self.first :]) if part]
+            views = [view(pixels, seed_of(*key, v), box) for v, view in enumerate(self.views)]
+        return [torch.stack(part) for part in (views[: self.first], views[self.first :]) if part]
 
 
 def centred(size: int, dtype: torch.dtype = torch.float32) -> v2.Compose:

@@ -17,7 +17,7 @@ from .random_keys import normal, uniform
 
 @dataclass(frozen=True)
 class Affine:
-    """Half-widths of the uniform distributions of a random affine map. Rotation is in degrees, shift in sides."""
+    """Half-widths of a random affine map's uniform distributions. Rotation: degrees; shift: shares of the side."""
 
     rotation: float
     shift: float

@@ -26,13 +26,13 @@ from .views import Kind, blur_kernel, kinds
 
 def augmentation(data: Data, alpha: float) -> Augment:
     """The augmentation of photographs on their device. alpha: see `crops.rectangles`."""
-    of_view = kinds(data)
+    kind_of_view = kinds(data)
 
     def view_of(images: Tensor, view: int, keys: Tensor, boxes: Tensor | None) -> Tensor:
         size = data.size if view < data.views else data.local_size
         if data.augment == 0:
             return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
-        return augment(images, of_view[view], size, keys, boxes, alpha)
+        return augment(images, kind_of_view[view], size, keys, boxes, alpha)
 
     return view_of
 
@@ -40,8 +40,8 @@ def augmentation(data: Data, alpha: float) -> Augment:
 def augment(
     images: Tensor, kind: Kind, size: int, keys: Tensor, boxes: Tensor | None = None, alpha: float = 1.0
 ) -> Tensor:
-    """One view of each photograph, as views.py makes it in workers; only, colours change in a fixed order."""
-    crops, (flip, *widths), (jitter, grey, blur, sigma, sun) = (
+    """One view of each photograph by the random changes of views.py, except that colours change in a fixed order."""
+    crops, (flip, *widths), (jitter, grey, blur, sigma, solarize) = (
         part if i == 0 else part.T for i, part in enumerate(uniform(keys, DRAWS + 10).split((DRAWS, 5, 5), dim=1))
     )
     out = cropped(images, rectangles(crops, kind.scale, boxes, alpha), flip < 0.5, size)
@@ -55,7 +55,7 @@ def augment(
         blurred = filter2d_separable(out, kernel, kernel, "reflect")
         out = torch.where(_per_image(blur < kind.blur_p), blurred, out)
     if kind.solarize_p > 0:
-        out = torch.where(_per_image(sun < kind.solarize_p) & (out >= 0.5), 1 - out, out)
+        out = torch.where(_per_image(solarize < kind.solarize_p) & (out >= 0.5), 1 - out, out)
     return out.clamp(0, 1)
 
 

@@ -11,6 +11,7 @@ import multiprocessing
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from itertools import chain
 from multiprocessing import forkserver
 from typing import Any
 
@@ -133,7 +134,7 @@ class LabelledImages(Dataset):
     @staticmethod
     def collate(items: list[tuple[Tensor, Tensor, list[Report]]]) -> tuple[Tensor, Tensor, list[Report]]:
         images, labels, reports = zip(*items, strict=True)
-        return torch.stack(images), torch.stack(labels), [report for of_image in reports for report in of_image]
+        return torch.stack(images), torch.stack(labels), list(chain.from_iterable(reports))
 
 
 class TrainingViews(Dataset):
@@ -157,7 +158,7 @@ class TrainingViews(Dataset):
         """One tensor for each size of views, in which row v*B + i is view v of image i; and all reports."""
         sizes = zip(*(views for views, _ in items), strict=True)
         crops = [torch.stack(size, dim=1).flatten(0, 1) for size in sizes]
-        return crops, [report for _, reports in items for report in reports]
+        return crops, list(chain.from_iterable(reports for _, reports in items))
 
 
 class Order(Sampler):

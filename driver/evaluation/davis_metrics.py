@@ -52,7 +52,7 @@ def contour(found: Mask, truth: Mask) -> float:
 
 
 def boundary(mask: Mask) -> Mask:
-    """Pixels that differ from the pixel to the right, below, or below and to the right. The frame's edge is none."""
+    """Pixels that differ from the pixel right, below, or below right of them. The edge of the frame is no boundary."""
     padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
     return (mask ^ padded[:-1, 1:]) | (mask ^ padded[1:, :-1]) | (mask ^ padded[1:, 1:])
 

@@ -83,13 +83,13 @@ def knn(queries: Tensor, bank: Bank, vote: Vote, world: World) -> Tensor:
     """
     bank = Bank(F.normalize(bank.features, dim=1), bank.labels)
     queries = F.normalize(queries, dim=1)
-    found: list[Tensor] = []
+    classes: list[Tensor] = []
     for rank in range(world.size):
         for chunk in world.broadcast(queries, rank).split(QUERY_CHUNK):
             cosine, label = (world.join(part) for part in nearest(chunk, bank, vote.neighbours))
             if rank == world.rank:
-                found.append(elected(cosine, label, vote))
-    return torch.cat(found) if found else bank.labels[:0]
+                classes.append(elected(cosine, label, vote))
+    return torch.cat(classes) if classes else bank.labels[:0]
 
 
 def nearest(queries: Tensor, bank: Bank, neighbours: int) -> tuple[Tensor, Tensor]:
@@ -111,9 +111,9 @@ def elected(cosine: Tensor, label: Tensor, vote: Vote) -> Tensor:
     return label.gather(1, votes.argmax(1, keepdim=True))[:, 0]
 
 
-def share_equal(found: Tensor, truth: Tensor, world: World) -> float:
-    """Share of all ranks' `found` classes that equal `truth`."""
-    right, count = world.sum(torch.tensor([int((found == truth).sum()), len(truth)], device=truth.device)).tolist()
+def share_equal(predicted: Tensor, truth: Tensor, world: World) -> float:
+    """Share of the predicted classes (q,), over all ranks, that equal `truth` (q,)."""
+    right, count = world.sum(torch.tensor([int((predicted == truth).sum()), len(truth)], device=truth.device)).tolist()
     return right / count
 
 

@@ -365,7 +365,7 @@ def test_augmented_crops_differ_by_epoch_and_not_by_rank():
     labels = labelled.Labels(root=Path("pets"), batch_size=4, workers=0)
 
     def images(epoch: int, world: World) -> torch.Tensor:
-        made = labels.load(config.Config(), 16, CPU, world)
+        made = labels.load(config.Config(data=config.Data(source="folder")), 16, CPU, world)
         return torch.cat([batch for batch, _ in made.augmented(0, epoch)])
 
     whole = images(0, World())
