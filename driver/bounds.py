@@ -21,7 +21,7 @@ def at_least(low: float) -> Bound:
     return Bound(f"at least {low}", lambda value: value >= low)
 
 
-def some(bound: Bound) -> Bound:
+def each(bound: Bound) -> Bound:
     """Bound of an option that takes one or more numbers, all within `bound`."""
     words = f"one or more numbers, each {bound.words}"
     return Bound(words, lambda values: len(values) > 0 and all(map(bound.admits, values)))

@@ -106,8 +106,8 @@ class Boxes:
     after: Annotated[int, at_least(0)] = 0
     """Epochs before the first boxes."""
     threshold: Annotated[float, SHARE_BELOW_1] = 0.1
-    """Attention (ViTs) or feature norm (other models) above which a place is in the image's box, as a share of the way
-    from the smallest to the largest in the image."""
+    """Attention (ViTs) or feature norm (other models) above which a place is in the image's box. 0 stands for the
+    smallest value in the image, 1 for the largest."""
     alpha: Annotated[float, POSITIVE] = 0.6
     """Crop centres are drawn in the box from the distribution Beta(alpha, alpha): values below 1 avoid the middle, 1 is
     uniform."""

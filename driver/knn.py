@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from driver.bounds import POSITIVE, at_least, some
+from driver.bounds import POSITIVE, at_least, each
 from driver.cli import check_bounds, run_script
 from driver.config import helpful
 from driver.data.images import Batches
@@ -34,7 +34,7 @@ class Options:
 
     backbone: Backbone = field(default_factory=Backbone)
     data: Labels = field(default_factory=Labels)
-    k: Annotated[tuple[int, ...], some(at_least(1))] = (10, 20, 100, 200)
+    k: Annotated[tuple[int, ...], each(at_least(1))] = (10, 20, 100, 200)
     """Numbers of neighbours that vote; one accuracy is printed for each."""
     temperature: Annotated[float, POSITIVE] = 0.07
     """Temperature of the votes: a neighbour's vote has the weight exp(cosine / temperature)."""

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from driver.bounds import POSITIVE, at_least, some
+from driver.bounds import POSITIVE, at_least, each
 from driver.cli import check_bounds, run_script
 from driver.config import UserError, helpful
 from driver.data.labelled import Labelled, Labels
@@ -44,9 +44,9 @@ class Options:
     data: Labels = field(default_factory=Labels)
     epochs: Annotated[int, at_least(1)] = 100
     """Passes over the training images."""
-    lr: Annotated[tuple[float, ...], some(POSITIVE)] = (0.001, 0.003, 0.01, 0.03, 0.1)
-    """Learning rates to try, one linear layer for each. They are meant for 256 images per step, are scaled in
-    proportion to the actual images per step, and follow a cosine to 0 over the epochs."""
+    lr: Annotated[tuple[float, ...], each(POSITIVE)] = (0.001, 0.003, 0.01, 0.03, 0.1)
+    """Learning rates to try, one linear layer for each. They are meant for 256 images per step and are
+    scaled in proportion to the actual images per step. They follow a cosine to 0 over the epochs."""
     blocks: Annotated[int, at_least(1)] = 4
     """Last blocks of a ViT whose class tokens are the features, side by side."""
     average: bool = False
