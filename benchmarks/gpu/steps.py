@@ -67,11 +67,12 @@ class Run:
             archive.parent.mkdir(parents=True, exist_ok=True)
 
     def __enter__(self) -> "Run":
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that __exit__ writes the archive
+        self.handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that __exit__ writes the archive
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.write_archive()
+        signal.signal(signal.SIGTERM, self.handler)
 
     def chosen(self, name: str) -> bool:
         """Whether the patterns of `only` select a step of this name."""

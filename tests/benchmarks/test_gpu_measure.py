@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import tarfile
@@ -323,7 +322,6 @@ def test_the_archive_is_written_before_the_summary(tmp_path, monkeypatch) -> Non
 
     monkeypatch.setattr(Measure, "run", ended)
     monkeypatch.setattr(Measure, "summary", summary)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["measure.py", "--toy", "--out", str(tmp_path / "out"), "--archive", str(archive)])
     with pytest.raises(SystemExit):
         measure.main()

@@ -45,10 +45,10 @@ def test_each_step_ends_by_itself_or_by_its_limit(tmp_path):
         Step("passes", program("print('result')"), 20),
         Step("not-here", program(""), 20, needs="no GPU"),
     ]
-    begin = time.monotonic()
+    begin, handler = time.monotonic(), signal.getsignal(signal.SIGTERM)
     with Run(tmp_path / "out", tmp_path / "a.tar.gz") as run:
         ended = {step.name: step for step in run.steps(steps, at_once=3)}
-    assert time.monotonic() - begin < 15
+    assert time.monotonic() - begin < 15 and signal.getsignal(signal.SIGTERM) is handler
     assert ended["hangs"].status == "failed: longer than 1 s" and ended["hangs"].failed
     assert ended["fails"].status == "failed with 3" and ended["fails"].last_line == "why"
     assert ended["passes"].status == "passed" and not ended["passes"].failed

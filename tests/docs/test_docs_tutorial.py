@@ -36,6 +36,7 @@ def thin_out() -> None:
             picture.unlink()
 
 
+@pytest.mark.slow
 def test_the_steps(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_pictures, classifier = blocks(TEXT, "python")
