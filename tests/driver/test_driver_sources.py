@@ -110,6 +110,7 @@ def test_shards_of_one_kind_are_split(names):
     assert {shards.name(i).partition("-")[0] for i in shards.test} == {f"shards/{name[:-1]}" for name in names}
 
 
+@pytest.mark.slow
 def test_a_run_on_shards_is_that_of_the_files(capsys):
     """Shared between ranks, resumed, and with a member that is no picture in one of them."""
     write_shards(9)
