@@ -17,7 +17,7 @@ import torch
 import torch_defaults
 
 pytest.register_assert_rewrite(
-    "problems", "row_problems", "match_tests", "sinkhorn_tests", "embedding_tests", "derivative_tests"
+    "problems", "row_problems", "match_tests", "sinkhorn_tests", "embedding_tests", "derivative_tests", "loss_checks"
 )
 
 

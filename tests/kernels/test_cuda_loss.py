@@ -8,25 +8,23 @@ import pytest
 import torch
 from cuda_device import DEVICE, kernels_on, pytestmark  # noqa: F401
 from derivative_tests import FEW, check_errors, check_transforms
+from loss_checks import check_attention, check_golden, check_one_rank_of_two
 from problems import (
-    FLOAT32,
     GOLDEN_FILES,
     assert_close,
     check_against_float64,
     check_rows_of_any_norm,
     features,
-    load,
     loss_and_grad,
 )
 
-from bam_kernels import bam_loss, bam_targets, reference, sinkhorn_attention
+from bam_kernels import bam_loss, bam_targets, reference
 from bam_kernels.backends import cuda
 from bam_kernels.backends.extension import _C
 from bam_kernels.engine import slab
 from bam_kernels.engine.call import Call
 from bam_kernels.options import Options
 from bam_kernels.ranks import ONE_RANK
-from bam_kernels.simulated import SimulatedRanks
 
 EXACT = {"backend": "cuda", "precision": "exact"}
 
@@ -44,13 +42,7 @@ def in_use(request, monkeypatch):
 
 @pytest.mark.parametrize("path", [p for p in GOLDEN_FILES if p.stem.endswith("_w1")], ids=lambda path: path.stem)
 def test_golden(path):
-    problem = load(path)
-    student = problem.student.to(DEVICE)
-    teacher = problem.teacher.to(DEVICE) if problem.teacher is not None else None
-    loss, grad = loss_and_grad(bam_loss, student, teacher, **EXACT, **problem.options)
-    problem.check_loss(loss.cpu(), FLOAT32)
-    problem.check_grad(grad.cpu(), FLOAT32)
-    problem.check_target(bam_targets(student, teacher, **EXACT, **problem.options).cpu(), FLOAT32)
+    check_golden(path, DEVICE, EXACT)
 
 
 @pytest.mark.parametrize("R", [0, 2])
@@ -88,34 +80,12 @@ def test_rows_of_any_norm(R):
 
 @pytest.mark.parametrize("R", [0, 2])
 def test_one_rank_of_two(R):
-    student, keys = features(3, 6, 5), torch.nn.functional.normalize(features(4, 6, 5, seed=2).flatten(0, 1), dim=1)
-    teacher = features(R, 6, 5, seed=1) if R else None
-    results = []
-    for function, dtype, options in ((reference.bam_loss, torch.float64, {}), (bam_loss, torch.float32, EXACT)):
-        group = SimulatedRanks(2, 1, keys.to(DEVICE, dtype))
-        y = teacher.to(DEVICE, dtype) if R else None
-        results.append(loss_and_grad(function, student.to(DEVICE, dtype), y, group=group, **options))
-    (expected_loss, expected_grad), (loss, grad) = results
-    assert_close(loss.cpu(), expected_loss.cpu(), 1e-5)
-    assert_close(grad.cpu(), expected_grad.cpu(), 1e-5)
+    check_one_rank_of_two(R, DEVICE, EXACT)
 
 
 @pytest.mark.parametrize("output", ["plan", "potentials"])
 def test_attention(output):
-    q, k = features(1, 18, 8)[0].to(DEVICE), features(1, 12, 8, seed=1)[0].to(DEVICE)
-    options = {"mask": "block", "views": 3, "key_views": 2, "output": output, "differentiable": True}
-
-    def gradients(function, dtype, **more):
-        leaves = [x.to(dtype).requires_grad_() for x in (q, k)]
-        result = function(*leaves, **options, **more)
-        parts = [result] if output == "plan" else list(result)
-        total = sum((part * torch.linspace(-1, 1, part.numel(), device=DEVICE).view_as(part)).sum() for part in parts)
-        return [part.detach() for part in parts], torch.autograd.grad(total, leaves)
-
-    parts, grads = gradients(sinkhorn_attention, torch.float32, **EXACT)
-    expected, expected_grads = gradients(reference.sinkhorn_attention, torch.float64)
-    for actual, truth in zip((*parts, *grads), (*expected, *expected_grads), strict=True):
-        assert (actual - truth).norm() <= 2e-5 * truth.norm()
+    check_attention(output, DEVICE, EXACT)
 
 
 def recorded(kernels, called: list[str]) -> None:
