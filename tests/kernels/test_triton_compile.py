@@ -13,6 +13,9 @@ from bam_kernels.backends.triton import compile as ahead  # noqa: E402
 
 # The instructions that multiply on the tensor cores of each: by warp, by warp group, by the whole multiprocessor.
 TARGETS = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
+# Bytes of shared memory besides blocks of operands: barriers, since products of a whole multiprocessor end later than
+# they are issued, and in one form 64 numbers of float32.
+OTHER_SHARED = {"sm_80": 0, "sm_90": 0, "sm_100": 16 + 64 * 4}
 
 
 @pytest.mark.slow
@@ -30,7 +33,8 @@ def test_every_kernel_compiles_and_the_hot_ones_stay_in_registers(target):
         assert one.wide_fills == 0, name
         if hot.match(name):  # with float32 scores a few numbers of a thread
             assert one.stack <= (16 if "fp32" in name else 0), (name, one)
-        assert one.shared <= (64 if "tf32" in name else 48) * 1024, name
+        blocks = (64 if "tf32" in name else 48) * 1024  # of operands
+        assert one.shared <= blocks + OTHER_SHARED[target], (name, one)
         if "D=64 fp16" in name:
             assert one.products.keys() == {TARGETS[target]}, (name, one)
         if "+epilogue D=64 fp16" in name:  # with the mask, as they are used
