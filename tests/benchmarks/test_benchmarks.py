@@ -73,6 +73,7 @@ def test_sinkhorn_rows_are_complete(tmp_path: Path) -> None:
         assert row["W"] == 2 and row["error_P"] < row["threshold"] and row["error_gradient"] is None
 
 
+@pytest.mark.slow
 def test_loss_rows_are_complete_and_drawn(tmp_path: Path) -> None:
     file, table, trace = tmp_path / "loss.json", tmp_path / "loss.csv", tmp_path / "trace"
     options = ("--rows", "cpu", "cpu-int16", "eager", "gemms", "compile-autocast", "--top-k", "5", "--teacher")

@@ -347,6 +347,7 @@ def test_folder_without_torchvision():
     assert [line.strip() for line in run.stderr.splitlines() if "install -e" in line] == ['pip install -e ".[driver]"']
 
 
+@pytest.mark.slow
 def test_folder_of_classes_resumes_bit_exactly():
     pytest.importorskip("torchvision")
     for label in ("cats", "dogs"):

@@ -163,6 +163,7 @@ def test_the_launches_of_a_small_step(in_use, request, R, monkeypatch, matmul_pr
     assert len(launched) - len(own) + KERNELS[form, R] == LAUNCHES[form, R]
 
 
+@pytest.mark.slow
 def test_derivatives():
     """What the kernels have not is an error; torch.func's transforms are right."""
     check_errors(DEVICE, FEW, **EXACT)

@@ -14,7 +14,7 @@ from bam_kernels.backends import triton as backend
 MODULES = sorted((Path(__file__).resolve().parents[1] / "interpreted").glob("test_*.py"))
 
 
-SLOW = ("test_triton_defaults", "test_triton_forms", "test_triton_sinkhorn", "test_triton_sixteen_bit")
+SLOW = [f"test_triton_{part}" for part in ("defaults", "flash", "forms", "sinkhorn", "sixteen_bit")]
 MARKED = [pytest.param(path, marks=[pytest.mark.slow] * (path.stem in SLOW), id=path.stem) for path in MODULES]
 
 

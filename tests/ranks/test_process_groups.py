@@ -232,7 +232,7 @@ def test_ranks_that_differ_are_told_within_seconds(three):
     assert mean == pytest.approx(whole.item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("program", ["death", "absence"])
+@pytest.mark.parametrize("program", ["death", pytest.param("absence", marks=pytest.mark.slow)])
 def test_no_rank_waits_for_ever(program, tmp_path):
     """The others end within the group's time-out with an error that says what was under way."""
     for result in run((program,), 3, tmp_path, survivors=(0, 2))[program].values():
