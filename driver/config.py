@@ -94,6 +94,11 @@ class Data:
     """Processes that decode and augment images. 0: the main process does it. With `on_device`, workers only decode, at
     the start."""
 
+    @property
+    def channels(self) -> int:
+        """Channels of the images: the digits are grey, photographs are read in RGB."""
+        return 1 if self.source == "digits" else 3
+
 
 @helpful
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def export(options: Export) -> Path:
     if not path.is_file():
         raise UserError(f"{options.run}: no {path.name} there")
     config = cli.parse([f"--config={path.parent / FILE}"])
-    channels = 1 if config.data.source == "digits" else 3
+    channels = config.data.channels
     backbone = backbones.make(config.model, channels, config.data.size, several_sizes=config.data.local_views > 0)
     load_backbone(backbone, path, options.whose)
     out = options.out or path.with_name(f"backbone.{options.format}")

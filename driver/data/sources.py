@@ -25,7 +25,6 @@ SPLIT_SEED = 0
 class Source(Protocol):
     """Images by index, with their labels, divided into training and held-out images."""
 
-    channels: int = 3
     decoded: bool = False
     """Whether `read` gives pixels that are ready in memory, for which worker processes would have nothing to do."""
     labels: Tensor
@@ -63,7 +62,6 @@ def make_source(data: Data) -> Source:
 class Digits(Source):
     """scikit-learn's handwritten digits: 1,797 real images of 8 x 8 pixels in one channel."""
 
-    channels = 1
     decoded = True
 
     def __init__(self, held_out: float) -> None:

@@ -46,7 +46,7 @@ class InWorkers:
 
         self.source, self.device = source, device
         self.training, self.tested = len(source.train), len(source.test)
-        self.channels, self.classes = source.channels, int(source.labels.max()) + 1
+        self.channels, self.classes = data.channels, int(source.labels.max()) + 1
         G = virtual_batch(data, world)
         self.order = Order(self.training, G, seed, world)
         self.micro_batches = G // world.size // data.batch_size

@@ -58,13 +58,13 @@ class Backbone:
     def load(self, world: World | None = None) -> "Frozen":
         """Backbone with its weights, frozen, on its device. Raises: UserError where options or weights do not fit."""
         options, device = self.options(), (world or World()).choose_device(self.device)
-        channels = 1 if options.data.source == "digits" else 3
-        size = self.size or options.data.size
+        data = options.data
         torch.manual_seed(self.seed)
-        backbone = backbones.make(options.model, channels, options.data.size, several_sizes=True)
+        backbone = backbones.make(options.model, data.channels, data.size, several_sizes=True)
         if self.run or self.weights:
             load_backbone(backbone, self.run or self.weights, self.whose)
-        return Frozen(Standardize(channels).to(device), backbone.to(device).eval().requires_grad_(False), size, device)
+        backbone = backbone.to(device).eval().requires_grad_(False)
+        return Frozen(Standardize(data.channels).to(device), backbone, self.size or data.size, device)
 
 
 @dataclass(frozen=True)
