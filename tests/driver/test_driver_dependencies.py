@@ -1,12 +1,11 @@
 """Packages that pyproject.toml names are those that the library and the driver import."""
 
-import ast
 import re
 import sys
 import tomllib
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from imports import ROOT, imported_names
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 IMPORT_NAMES = {"scikit-learn": "sklearn", "pyyaml": "yaml", "pillow": "PIL", "docstring-parser": "docstring_parser"}
 OURS = {"bam_kernels", "driver"}
@@ -14,13 +13,7 @@ OURS = {"bam_kernels", "driver"}
 
 def imported(folder: str) -> set[str]:
     """Names of third-party packages that some file of a folder imports, in a function or at module level."""
-    names = set()
-    for path in (ROOT / folder).rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import):
-                names |= {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-                names.add(node.module)
+    names = {name for path in (ROOT / folder).rglob("*.py") for name in imported_names(path)}
     return {name.partition(".")[0] for name in names} - sys.stdlib_module_names - OURS
 
 

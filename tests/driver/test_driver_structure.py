@@ -1,39 +1,19 @@
 """Structure of the driver and the library: imports without circles, layers, one atomic writer, few files at the top."""
 
-import ast
-from collections.abc import Iterator
 from graphlib import TopologicalSorter
-from importlib.util import resolve_name
-from pathlib import Path
 
 import pytest
+from imports import ROOT, imported_names, module_name
 
-ROOT = Path(__file__).resolve().parents[2]
 DOORS = {f"driver.{name}" for name in "pretrain knn linear segment_video export report verify_resume".split()}
-
-
-def module_name(path: Path) -> str:
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
 PATHS = {module_name(path): path for top in ("driver", "bam_kernels") for path in (ROOT / top).rglob("*.py")}
 
 
-def imported_names(module: str) -> Iterator[str]:
-    """Absolute names in the import statements of a module, also of those inside functions."""
-    path = PATHS[module]
-    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = resolve_name("." * node.level + (node.module or ""), package)
-            yield from (f"{base}.{alias.name}" for alias in node.names)
-
-
 def imports(module: str) -> set[str]:
     """Modules of the driver and the library that a module imports; `from package import name` may be either."""
-    names = set(imported_names(module))
+    names = set(imported_names(PATHS[module]))
     return {name if name in PATHS else name.rpartition(".")[0] for name in names} & PATHS.keys()
 
 

@@ -9,7 +9,7 @@ import emulated
 import numpy as np
 import pytest
 import torch
-from problems import assert_close, features, needs_cpu_kernels
+from problems import assert_close, features, loss_arguments, needs_cpu_kernels
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -39,23 +39,7 @@ def test_opcheck_of_the_loss(needs_grad, R, target_rows, dimensions):
     student, teacher = features(3, 6, 8), features(R, 6, 8, seed=1) if R else None
     if dimensions == 2:
         student, teacher = student.flatten(0, 1), teacher.flatten(0, 1) if R else None
-    args = (
-        leaf(student, needs_grad),
-        teacher,
-        [3, 2, 2, R, 1, 0],
-        SCALES,
-        "",
-        3,
-        0,
-        True,
-        target_rows,
-        "cpu",
-        "auto",
-        "exact",
-        None,
-        False,
-        "error",
-    )
+    args = (leaf(student, needs_grad), teacher, [3, 2, 2, R, 1, 0], *loss_arguments(target_rows))
     torch.library.opcheck(torch.ops.bam_kernels.loss.default, (*args, needs_grad))
 
 

@@ -15,6 +15,7 @@ from problems import (
     golden,
     load,
     loss_and_grad,
+    loss_arguments,
     needs_cpu_kernels,
 )
 
@@ -421,21 +422,7 @@ def test_newer_precision_flag(matmul_precision, flag):
 def operator(student, teacher, needs_grad):
     """torch.ops.bam_kernels.loss with default options."""
     dimensions = [len(student), 2, 2, len(teacher) if teacher is not None else 0, 1, 0]
-    options = (
-        torch.tensor([0.1, 0.05], dtype=torch.float64),
-        "",
-        3,
-        0,
-        True,
-        "teacher",
-        "cpu",
-        "auto",
-        "exact",
-        None,
-        False,
-        "error",
-    )
-    return torch.ops.bam_kernels.loss(student, teacher, dimensions, *options, needs_grad)
+    return torch.ops.bam_kernels.loss(student, teacher, dimensions, *loss_arguments(), needs_grad)
 
 
 @pytest.mark.parametrize("R", [0, 2])

@@ -117,6 +117,12 @@ def features(views: int, images: int, D: int, *, cosine: float = 0.0, seed: int 
     return x * (2 + 2 * torch.rand(views, images, 1, generator=generator, **float32))
 
 
+def loss_arguments(target_rows: str = "teacher") -> tuple:
+    """Arguments of torch.ops.bam_kernels.loss behind its dimensions: default options, exact products, on the CPU."""
+    scales = torch.tensor([0.1, 0.05], dtype=torch.float64)
+    return scales, "", 3, 0, True, target_rows, "cpu", "auto", "exact", None, False, "error"
+
+
 def loss_and_grad(function, student: Tensor, teacher: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
     """Loss and gradient of a fresh leaf with the student's values and strides."""
     leaf = student.detach().requires_grad_()
