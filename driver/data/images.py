@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
+from PIL import Image
 from torch import Generator, Tensor
 
 from ..config import Data, UserError
@@ -28,6 +29,28 @@ Transform = Callable[[Any], Tensor]
 
 Augment = Callable[[Tensor, int, Tensor, Tensor | None], Tensor]
 """Function from images (n, C, S, S), a view's number, keys (n,), and boxes (n, 4) or None, to a view of each image."""
+
+
+class Source(Protocol):
+    """Images by index, with their labels, divided into training and held-out images."""
+
+    decoded: bool = False
+    """Whether `read` gives pixels that are ready in memory, for which worker processes would have nothing to do."""
+    labels: Tensor
+    """Labels (n,) int64 of all images."""
+    train: Tensor
+    """Indices of the training images."""
+    test: Tensor
+    """Indices of the held-out images."""
+
+    def read(self, index: int) -> Image.Image | Tensor:
+        """A photograph in RGB, or pixels (C, H, W) in [0, 1] where the source is decoded.
+
+        Raises: OSError, ValueError or SyntaxError where the image is not readable.
+        """
+
+    def name(self, index: int) -> str:
+        """File name of image `index`, for messages."""
 
 
 class Images(Protocol):

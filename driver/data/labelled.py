@@ -14,9 +14,9 @@ from torch import Tensor
 from ..bounds import at_least
 from ..config import Config, Data, UserError, helpful, missing
 from ..distributed import World
-from .images import Batches, Transform, epoch_order
+from .images import Batches, Source, Transform, epoch_order
 from .random_keys import seed_of
-from .sources import Source, make_source
+from .sources import make_source
 from .views_of_digits import Resize
 from .workers import Key, Reader
 

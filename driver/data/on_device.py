@@ -11,9 +11,8 @@ from torch import Tensor
 from ..config import Boxes, Data
 from ..distributed import World
 from . import views_of_digits
-from .images import Augment, Batches, Crops, Transform, epoch_order, virtual_batch
+from .images import Augment, Batches, Crops, Source, Transform, epoch_order, virtual_batch
 from .random_keys import keys_of
-from .sources import Source
 from .workers import Reader
 
 EVAL_PIXELS = 256 * 96 * 96

@@ -9,8 +9,8 @@ from tqdm import tqdm
 
 from ..config import UserError
 from ..distributed import World
+from .images import Source
 from .random_keys import seed_of
-from .sources import Source
 
 Report = tuple[int, str]
 """Index of an unreadable image, and the fault found in it."""

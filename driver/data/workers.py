@@ -23,8 +23,7 @@ from ..config import Boxes, Data
 from ..distributed import World
 from ..exits import StopSignal
 from .crops import WHOLE
-from .images import Batches, Crops, Transform, epoch_order, virtual_batch
-from .sources import Source
+from .images import Batches, Crops, Source, Transform, epoch_order, virtual_batch
 from .unreadable import Report, Tally, read
 
 EVAL_BATCH = 256

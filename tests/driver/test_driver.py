@@ -19,7 +19,8 @@ from driver.config import UserError
 from driver.data import make_images, views_of_digits
 from driver.data.images import epoch_order
 from driver.data.labelled import Labels
-from driver.data.sources import Digits, split
+from driver.data.parts import split
+from driver.data.sources import Digits
 from driver.distributed import World
 from driver.pretrain import main
 from driver.verify_resume import same
