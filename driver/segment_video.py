@@ -10,6 +10,8 @@ and in the last few frames. Shapes: F frames; h x w patches of D features; C lab
 import json
 import sys
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -29,12 +31,15 @@ from driver.bounds import POSITIVE, at_least
 from driver.cli import check_bounds, run_script
 from driver.config import UserError, helpful
 from driver.distributed import World
+from driver.evaluation.davis_clips import FRAMES, MASKS, Clip, notes, read_clips, read_frame
 from driver.evaluation.davis_metrics import Scores, clip_scores, summary
 from driver.evaluation.frozen import Backbone, Frozen
 from driver.files import replacing
 
 MULTIPLE = 64
 """The longer side of a frame is cut to a multiple of this, as the published evaluations do."""
+CONSTANT = 1e-5
+"""Largest difference within a label's map, as a share of its maximum, that is taken for rounding."""
 
 
 @helpful
@@ -43,12 +48,13 @@ class Options:
     """Carry the first frame's object masks through the clips of DAVIS 2017; print J and F."""
 
     davis: Path
-    """Folder of DAVIS 2017, with ImageSets/2017, JPEGImages/480p and Annotations/480p."""
+    """Folder of DAVIS 2017, with ImageSets/2017, JPEGImages/480p and Annotations/480p. Objects are numbered 1, 2, ...
+    in the masks; in masks of 0 and 255 alone, 255 is the object."""
     backbone: Backbone = field(default_factory=Backbone)
     split: str = "val"
     """Name of the list of clips: the file ImageSets/2017/SPLIT.txt."""
-    short_side: Annotated[int, at_least(1)] = 480
-    """Shorter side of the frames that the network sees, pixels."""
+    short_side: Annotated[int, at_least(MULTIPLE)] = 480
+    """Shorter side of the frames that the network sees, pixels: a multiple of the backbone's patch."""
     last_frames: Annotated[int, at_least(1)] = 7
     """Frames just before the current one that give labels, in addition to the first frame."""
     radius: Annotated[int, at_least(0)] = 12
@@ -59,38 +65,77 @@ class Options:
     temperature: Annotated[float, POSITIVE] = 0.1
     """Softmax temperature of the cosines that weigh the labels of the similar patches."""
     out: Path | None = None
-    """Folder for the masks (PNG, as in DAVIS) and scores.json. None: nothing is written."""
+    """Folder for the masks (PNG of object numbers, as in DAVIS) and scores.json. None: nothing is written."""
 
 
-def main(options: Options, world: World) -> Scores:
-    """Segment every clip of the split; print and return the scores. Raises: UserError on bad options or files."""
+def main(options: Options, world: World) -> Scores | None:
+    """Segment every clip of the split; print and return the scores. None: no clip has masks of all frames.
+
+    Raises: UserError on bad options or files.
+    """
     check_bounds(options)
     if world.size > 1:
         raise UserError("segment_video runs on one rank")
     frozen = options.backbone.load()
-    clips = {}
-    for name in tqdm(clip_names(options), unit="clip"):
-        frames, annotations = clip_files(options.davis, name)
-        truth = np.stack([read_mask(path) for path in annotations])
-        found = segment(frozen, [Image.open(path).convert("RGB") for path in frames], truth[0], options)
-        clips[name] = clip_scores(found, truth)
+    clips = read_clips(options.davis, options.split)
+    check_purpose(clips, options)
+    for note in notes(clips):
+        print(f"note: {note}")
+    scores = {}
+    for clip in tqdm(clips, unit="clip"):
+        if not clip.scored and options.out is None:
+            continue
+        truth = clip.masks()
+        found = segment(frozen, [read_frame(path) for path in clip.frames], truth[0], options)
+        if clip.scored:
+            scores[clip.name] = clip_scores(found, truth)
         if options.out is not None:
-            write_masks(found, annotations, options.out / name)
-    scores = summary(list(clips.values()))
-    rows = {name: summary([clip]) for name, clip in clips.items()} | {f"all {len(clips)} clips": scores}
+            with writing(options.out):
+                write_masks(found, clip, options.out / clip.name)
+    if not scores:
+        return None
+    whole = summary(list(scores.values()))
+    rows = {name: summary([clip]) for name, clip in scores.items()} | {f"all {len(scores)} clips": whole}
     print(table(rows))
     if options.out is not None:
         text = json.dumps({name: asdict(row) for name, row in rows.items()}, indent=1)
-        with replacing(options.out / "scores.json") as temporary:
+        with writing(options.out), replacing(options.out / "scores.json") as temporary:
             temporary.write_text(text + "\n")
-    return scores
+    return whole
+
+
+def check_purpose(clips: list[Clip], options: Options) -> None:
+    """Raise a UserError where there is nothing to score or write, or masks would be written over the data set."""
+    out = options.out
+    if not any(clip.scored for clip in clips) and (out is None or not any(clip.objects for clip in clips)):
+        empty = sum(not clip.objects for clip in clips)
+        raise UserError(
+            f"--davis {options.davis}: no clip can be scored: of {len(clips)}, {empty} lack an object in the first "
+            f"frame and {len(clips) - empty} have a mask of that frame alone (--out FOLDER writes masks without scores)"
+        )
+    if out is None:
+        return
+    for folder in (FRAMES, MASKS):
+        if out.resolve() == options.davis.joinpath(*folder).resolve():
+            raise UserError(f"--out {out}: masks would replace files of --davis {options.davis}; give another folder")
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Context in which a fault in writing becomes a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--out {out}: must be a folder that can be written ({error})") from error
 
 
 @torch.no_grad()
 def segment(frozen: Frozen, frames: list[Image.Image], first: NDArray, options: Options) -> NDArray[np.uint8]:
     """Masks (F, H, W) of a clip, from the mask (H, W) of its first frame."""
     classes = int(first.max()) + 1
-    size = network_size(frames[0].size, options.short_side)
+    size = network_size(frames[0].size, options.short_side, frozen.stride)
     start = _features(frozen, frames[0], size)
     shape = start.shape[:2]
     labels = F.one_hot(_resize_nearest(first, shape), classes).to(start)
@@ -111,7 +156,8 @@ def propagate(query: Tensor, sources: Tensor, labels: Tensor, radius: int, top_k
     """Labels (h, w, C) of a frame: for each patch, the softmax-weighted mean of the labels of the most similar patches.
 
     query (h, w, D) and sources (n, h, w, D) have unit rows; labels (n, h, w, C). Source patches are at most `radius`
-    rows and columns away (0: anywhere); the top_k with the highest cosines have weights exp(cosine / temperature).
+    rows and columns away (0: anywhere); the top_k with the highest cosines, and all that equal the last of them, have
+    weights exp(cosine / temperature).
     Memory: w times the patches in reach, since the frame is done row by row.
     """
     h, w, _ = query.shape
@@ -124,33 +170,49 @@ def propagate(query: Tensor, sources: Tensor, labels: Tensor, radius: int, top_k
         near, given = sources[:, rows], labels[:, rows]
         cosine = torch.einsum("jd,nkld->jnkl", query[i], near)
         cosine = cosine.masked_fill(too_far[:, None, None], -torch.inf).flatten(1)
-        best, index = cosine.topk(min(top_k, cosine.shape[1]), dim=1)
-        weight = (best / temperature).softmax(1)
-        out.append(torch.einsum("jk,jkc->jc", weight, given.flatten(0, 2)[index]))
+        least = cosine.topk(min(top_k, cosine.shape[1]), dim=1).values[:, -1:]
+        weight = (cosine.masked_fill(cosine < least, -torch.inf) / temperature).softmax(1)
+        out.append(weight @ given.flatten(0, 2))
     return torch.stack(out)
 
 
 def to_mask(labels: Tensor, size: tuple[int, int], shape: tuple[int, int]) -> NDArray[np.uint8]:
-    """Mask (H, W) from labels (h, w, C): each label's map is upsampled and stretched to [0, 1]; the largest wins."""
+    """Mask (H, W) from labels (h, w, C): each label's map is upsampled and stretched to [0, 1]; the largest wins.
+
+    A map that is constant but for rounding is not stretched: a label of the whole frame, or of none of its patches.
+    """
     maps = F.interpolate(labels.permute(2, 0, 1)[None], size=size, mode="bilinear")[0].flatten(1)
     low, high = maps.amin(1, keepdim=True), maps.amax(1, keepdim=True)
-    stretched = torch.where(high > 0, (maps - low) / (high - low).clamp_min(torch.finfo(maps.dtype).tiny), maps)
+    constant = high - low <= CONSTANT * high
+    stretched = torch.where(constant, maps, (maps - low) / (high - low).where(~constant, 1.0))
     mask = stretched.argmax(0).view(size).cpu().numpy().astype(np.uint8)
     return np.asarray(Image.fromarray(mask).resize((shape[1], shape[0]), Image.Resampling.NEAREST))
 
 
-def network_size(image_size: tuple[int, int], short_side: int) -> tuple[int, int]:
-    """Size (height, width) of the frame that the network sees, from PIL's (width, height); the longer side is cut."""
+def network_size(image_size: tuple[int, int], short_side: int, stride: int = 1) -> tuple[int, int]:
+    """Size (height, width) of the frame that the network sees, from PIL's (width, height); the longer side is cut.
+
+    `stride` is the side of the network's patches, which must cover the frame without a rest.
+    Raises: UserError where they do not.
+    """
+    if below := short_side % stride:
+        near = f"{short_side - below} or {short_side - below + stride}"
+        raise UserError(f"--short-side {short_side}: must be a multiple of the backbone's patch of {stride}, as {near}")
+    multiple = stride if MULTIPLE % stride else MULTIPLE
     width, height = image_size
-    longer = short_side * max(width, height) // min(width, height) // MULTIPLE * MULTIPLE
+    longer = short_side * max(width, height) // min(width, height) // multiple * multiple
     return (longer, short_side) if height > width else (short_side, longer)
 
 
 def _features(frozen: Frozen, frame: Image.Image, size: tuple[int, int]) -> Tensor:
-    """Unit features (h, w, D) of a frame."""
-    resized = frame.resize((size[1], size[0]), Image.Resampling.BILINEAR)
-    image = torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None].float() / 255
-    return F.normalize(frozen.patches(image)[0].permute(1, 2, 0).float(), dim=-1)
+    """Unit features (h, w, D) of a frame, resized without a low-pass filter as in the published evaluation."""
+    image = torch.from_numpy(np.array(frame)).to(frozen.device).permute(2, 0, 1)[None].float() / 255
+    image = F.interpolate(image, size=size, mode="bilinear")
+    try:
+        found = frozen.patches(image)
+    except AssertionError as error:  # timm's models of one size
+        raise UserError(f"the backbone does not take frames of {size[1]} x {size[0]} pixels: {error}") from error
+    return F.normalize(found[0].permute(1, 2, 0).float(), dim=-1)
 
 
 def _resize_nearest(mask: NDArray, shape: tuple[int, int]) -> Tensor:
@@ -158,52 +220,26 @@ def _resize_nearest(mask: NDArray, shape: tuple[int, int]) -> Tensor:
     return torch.from_numpy(np.array(image)).long()
 
 
-def clip_names(options: Options) -> list[str]:
-    path = options.davis / "ImageSets" / "2017" / f"{options.split}.txt"
-    if not path.is_file():
-        raise UserError(f"--davis {options.davis}: no {path.relative_to(options.davis)} there; is it DAVIS 2017?")
-    return path.read_text().split()
-
-
-def clip_files(davis: Path, name: str) -> tuple[list[Path], list[Path]]:
-    """Paths of a clip's frames and annotations. Raises: UserError where they do not match, or are fewer than 3."""
-    frames = sorted((davis / "JPEGImages" / "480p" / name).glob("*.jpg"))
-    annotations = sorted((davis / "Annotations" / "480p" / name).glob("*.png"))
-    if [path.stem for path in frames] != [path.stem for path in annotations] or len(frames) < 3:
-        raise UserError(
-            f"clip {name}: at least 3 frames are needed, each with an annotation of its name; got {len(frames)} frames "
-            f"and {len(annotations)} annotations"
-        )
-    return frames, annotations
-
-
-def read_mask(path: Path) -> NDArray[np.uint8]:
-    """Object numbers (H, W) in a palette or grey PNG. Raises: UserError on a PNG of another kind."""
-    image = Image.open(path)
-    if image.mode not in ("P", "L"):
-        raise UserError(f"{path}: an annotation must be a palette or grey PNG, got mode {image.mode}")
-    return np.array(image)
-
-
-def write_masks(found: NDArray[np.uint8], annotations: list[Path], folder: Path) -> None:
-    """Write a clip's masks as PNG files, with the palette of its annotations."""
+def write_masks(found: NDArray[np.uint8], clip: Clip, folder: Path) -> None:
+    """Write a clip's masks as PNG files of object numbers, with the palette of its first annotation."""
     folder.mkdir(parents=True, exist_ok=True)
-    palette = Image.open(annotations[0]).getpalette()
-    for mask, path in zip(found, annotations, strict=True):
+    with Image.open(clip.annotations[0]) as first:
+        palette = first.getpalette()
+    for mask, path in zip(found, clip.frames, strict=True):
         image = Image.fromarray(mask)
         if palette is not None:
-            image.putpalette(palette)
-        image.save(folder / path.name)
+            image.putpalette(palette + [0] * (768 - len(palette)))  # Pillow cuts numbers to the palette's length
+        image.save(folder / f"{path.stem}.png")
 
 
 def table(rows: dict[str, Scores]) -> str:
     """Table of the scores, in per cent, as lines of text."""
     width = max(len(name) for name in rows)
-    lines = [f"{'':{width}}    J&F  J mean  J recall  F mean  F recall"]
+    lines = [f"{'':{width}}  J&F-Mean  J-Mean  J-Recall  F-Mean  F-Recall"]
     for name, row in rows.items():
         cells = (row.j_and_f, row.j_mean, row.j_recall, row.f_mean, row.f_recall)
         lines.append(
-            f"{name:{width}}  " + "  ".join(f"{100 * x:{n}.1f}" for x, n in zip(cells, (5, 6, 8, 6, 8), strict=True))
+            f"{name:{width}}  " + "  ".join(f"{100 * x:{n}.1f}" for x, n in zip(cells, (8, 6, 8, 6, 8), strict=True))
         )
     return "\n".join(lines)
 

@@ -1,8 +1,9 @@
 """Scores J and F of DAVIS: how well the masks found in a clip agree with the annotated masks.
 
-Masks are integers (F, H, W): F frames of H x W pixels; 0 is the background, 1 to O are the objects.
+Masks are integers (F, H, W): F frames of H x W pixels; 0 is the background, 1 to O are the objects, 255 is void.
 Source: Perazzi et al., "A Benchmark Dataset and Evaluation Methodology for Video Object Segmentation", CVPR 2016, and
-the DAVIS 2017 challenge, semi-supervised: the first frame, which is given, and the last frame do not count.
+the DAVIS 2017 challenge, semi-supervised, as its published code evaluates it: the first frame, which is given, and the
+last frame do not count; O is the largest number in the first annotated mask; void counts as background.
 """
 
 import math
@@ -16,6 +17,9 @@ TOLERANCE = 0.008
 """Largest distance between two contours that counts as a match, as a share of the frame's diagonal."""
 RECALLED = 0.5
 """Score above which an object counts as found in a frame."""
+
+VOID = 255
+"""Value of annotated pixels that belong to no object and not to the background."""
 
 Mask = NDArray[np.bool_]
 
@@ -58,22 +62,32 @@ def boundary(mask: Mask) -> Mask:
 
 
 def clip_scores(found: NDArray[np.integer], truth: NDArray[np.integer]) -> NDArray[np.float64]:
-    """Scores (2, O, F - 2): J and F of every annotated object in every frame but the first and the last.
+    """Scores (2, O, F - 2): J and F of every object of the first annotated mask, without the first and last frame.
 
-    Raises: ValueError on masks of different or wrong shapes.
+    Numbers that only later masks have count as background. An object without a pixel in the first mask, but with a
+    smaller number than another, counts as an object, as in the published code.
+    Raises: ValueError on masks of different or wrong shapes, or found objects that the first mask lacks.
     """
     if found.shape != truth.shape or truth.ndim != 3 or len(truth) < 3:
         raise ValueError(f"masks must be (F, H, W) with F >= 3, got {found.shape} found and {truth.shape} annotated")
-    objects = range(1, int(truth.max()) + 1)
+    truth = np.where(truth == VOID, 0, truth)
+    count, most = int(truth[0].max()), int(found[1:-1].max())
+    if most > count:
+        raise ValueError(f"found masks must hold objects 0 to {count}, as the first annotated mask does, got {most}")
     frames = list(zip(found[1:-1], truth[1:-1], strict=True))
     return np.array(
-        [[[score(f == o, t == o) for f, t in frames] for o in objects] for score in (region, contour)],
+        [[[score(f == o, t == o) for f, t in frames] for o in range(1, count + 1)] for score in (region, contour)],
         dtype=np.float64,
-    ).reshape(2, len(objects), len(frames))
+    ).reshape(2, count, len(frames))
 
 
 def summary(clips: list[NDArray[np.float64]]) -> Scores:
-    """Mean scores over the objects of all clips; each object counts once, whatever the length of its clip."""
+    """Mean scores over the objects of all clips; each object counts once, whatever the length of its clip.
+
+    Raises: ValueError where there is no object.
+    """
+    if not any(clip.shape[1] for clip in clips):
+        raise ValueError(f"there must be at least one object to average over, got none in {len(clips)} clips")
     objects = [[(frames.mean(), (frames > RECALLED).mean()) for clip in clips for frames in clip[i]] for i in (0, 1)]
     (j, j_recall), (f, f_recall) = (np.mean(rows, axis=0).tolist() for rows in objects)
     return Scores((j + f) / 2, j, j_recall, f, f_recall)

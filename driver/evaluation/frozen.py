@@ -80,6 +80,12 @@ class Frozen:
     def is_vit(self) -> bool:
         return getattr(self.model, "num_prefix_tokens", 0) > 0
 
+    @property
+    def stride(self) -> int:
+        """Pixels of an image per row and column of the last feature map, as timm says; 1 where it does not."""
+        blocks: Any = getattr(self.model, "feature_info", None)
+        return blocks[-1]["reduction"] if blocks else 1
+
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """Features (n, D), as the projection head gets them in pretraining."""

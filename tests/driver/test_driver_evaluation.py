@@ -1,4 +1,4 @@
-"""Evaluation of frozen features: k-NN, linear, spread, video segmentation, and their scripts."""
+"""Evaluation of frozen features: k-NN, linear, spread, and their scripts."""
 
 import io
 import os
@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from driver_runs import ROOT, pretrain
-from scipy.ndimage import binary_dilation
 from sklearn.linear_model import LogisticRegression
 
 from driver import cli, config, history, knn, linear, model, segment_video
@@ -18,7 +17,7 @@ from driver.config import UserError
 from driver.data import labelled, make_images
 from driver.data.images import Images
 from driver.distributed import World
-from driver.evaluation import davis_metrics, frozen, online
+from driver.evaluation import frozen, online
 from driver.evaluation.online import Bank, Vote
 from driver.verify_resume import same
 
@@ -144,134 +143,6 @@ def test_spread_in_closed_form():
     assert sphere["feature_std"] == pytest.approx(1, rel=0.01) and sphere["effective_rank"] == pytest.approx(
         8, rel=0.01
     )
-
-
-# Video: metrics and propagation
-
-
-def square(top: int, left: int, side: int = 20, frame: tuple[int, int] = (60, 90)) -> np.ndarray:
-    mask = np.zeros(frame, bool)
-    mask[top : top + side, left : left + side] = True
-    return mask
-
-
-def test_region_and_contour_of_squares():
-    """A 20-pixel square moved by d: J = (20 - d) / (20 + d). The tolerance of 60 x 90 is ceil(0.8653) = 1 pixel."""
-    truth = square(20, 30)
-    assert davis_metrics.region(truth, truth) == davis_metrics.contour(truth, truth) == 1
-    for d in (1, 5, 20):
-        assert davis_metrics.region(square(20, 30 + d), truth) == pytest.approx((20 - d) / (20 + d))
-    assert davis_metrics.contour(square(20, 31), truth) == 1  # one pixel is within the tolerance
-    assert 0 < davis_metrics.contour(square(20, 33), truth) < 0.7  # top and bottom meet, the sides do not
-    assert davis_metrics.contour(square(0, 60), truth) == 0
-    empty = np.zeros_like(truth)
-    for score in (davis_metrics.region, davis_metrics.contour):
-        assert score(empty, empty) == 1 and score(empty, truth) == score(truth, empty) == 0
-
-
-def test_contour_by_dilation_with_a_disk():
-    """The definition of the benchmark, on ragged masks; 200 x 300 has a tolerance of 3 pixels."""
-    rng = np.random.default_rng(0)
-    coarse = [rng.random((10, 15)) < 0.5 for _ in range(2)]
-    found, truth = (np.kron(mask, np.ones((20, 20), bool)) for mask in coarse)
-    found[7:150, 100:203] = np.roll(truth, 2, axis=0)[7:150, 100:203]
-    a, b = davis_metrics.boundary(found), davis_metrics.boundary(truth)
-    y, x = np.mgrid[-3:4, -3:4]
-    disk = x**2 + y**2 <= 9
-    precision = (a & binary_dilation(b, disk)).sum() / a.sum()
-    recall = (b & binary_dilation(a, disk)).sum() / b.sum()
-    assert davis_metrics.contour(found, truth) == pytest.approx(2 * precision * recall / (precision + recall))
-    assert 0.1 < precision < 0.9
-
-
-def test_scores_of_a_clip():
-    """Two objects over six frames, of which the first and the last do not count; the second is lost from frame 3."""
-    truth = np.stack([square(5, 5 + t) * 1 + square(35, 60 - t) * 2 for t in range(6)])
-    found = truth.copy()
-    found[3:][found[3:] == 2] = 0
-    found[[0, 5]] = 0
-    scores = davis_metrics.clip_scores(found, truth)
-    assert scores.shape == (2, 2, 4)
-    assert (scores == [[[1, 1, 1, 1], [1, 1, 0, 0]]] * 2).all()
-    whole = davis_metrics.summary([scores])
-    assert (whole.j_mean, whole.j_recall, whole.f_mean, whole.j_and_f) == (0.75, 0.75, 0.75, 0.75)
-    # An object counts once, whatever its clip's length.
-    assert davis_metrics.summary([scores, np.zeros((2, 1, 90))]).j_mean == pytest.approx(0.5)
-    with pytest.raises(ValueError, match="masks must be"):
-        davis_metrics.clip_scores(found[:, :10], truth)
-
-
-@pytest.mark.parametrize("radius", [0, 1, 2])
-def test_propagation_equals_brute_force(radius):
-    n, h, w, D, C, k, tau = 3, 4, 5, 6, 3, 4, 0.1
-    generator = torch.Generator().manual_seed(0)
-    query, sources = (torch.randn(*shape, D, generator=generator).double() for shape in ((h, w), (n, h, w)))
-    query, sources = (x / x.norm(dim=-1, keepdim=True) for x in (query, sources))
-    labels = torch.rand(n, h, w, C, generator=generator).double()
-    found = segment_video.propagate(query, sources, labels, radius, k, tau)
-    for i in range(h):
-        for j in range(w):
-            near = [
-                (float(query[i, j] @ sources[m, p, q]), labels[m, p, q])
-                for m in range(n)
-                for p in range(h)
-                for q in range(w)
-                if not radius or max(abs(p - i), abs(q - j)) <= radius
-            ]
-            best = sorted(near, key=lambda pair: -pair[0])[:k]
-            weights = torch.tensor([np.exp(cosine / tau) for cosine, _ in best]).double()
-            expected = sum(weight * label for weight, (_, label) in zip(weights, best, strict=True)) / weights.sum()
-            assert ((found[i, j] - expected).abs() <= 1e-9).all()
-
-
-class Colours(torch.nn.Module):
-    """Features of a patch of 8 pixels: its mean colour."""
-
-    def forward_intermediates(self, images, **_):
-        return [torch.nn.functional.avg_pool2d(images - 0.5, 8)]
-
-
-def write_davis(root: Path) -> None:
-    """A clip of 6 frames: two coloured squares that move by 8 pixels a frame on a grey ground."""
-    from PIL import Image
-
-    folders = [root / name / "480p" / "squares" for name in ("JPEGImages", "Annotations")]
-    for folder in (*folders, root / "ImageSets" / "2017"):
-        folder.mkdir(parents=True)
-    (root / "ImageSets" / "2017" / "val.txt").write_text("squares\n")
-    for t in range(6):
-        masks = [square(8, 8 * t, 32, (128, 192)), square(80, 152 - 8 * t, 32, (128, 192))]
-        image = np.full((128, 192, 3), 90, np.uint8)
-        image[masks[0]], image[masks[1]] = (230, 30, 30), (30, 30, 230)
-        Image.fromarray(image).save(folders[0] / f"{t:05d}.jpg", quality=98)
-        annotation = Image.fromarray((masks[0] + 2 * masks[1]).astype(np.uint8))
-        annotation.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])
-        annotation.save(folders[1] / f"{t:05d}.png")
-
-
-def test_segmenting_a_made_up_clip(monkeypatch, capsys):
-    write_davis(Path("davis"))
-    colours = frozen.Frozen(torch.nn.Identity(), Colours(), 128, CPU)
-    monkeypatch.setattr(frozen.Backbone, "load", lambda *_: colours)
-    options = segment_video.Options(davis=Path("davis"), short_side=128, last_frames=2, radius=4, out=Path("masks"))
-    scores = segment_video.main(options, World())
-    assert scores.j_mean > 0.95 and scores.f_mean > 0.95 and scores.j_recall == 1
-    assert "all 1 clips" in capsys.readouterr().out
-    from PIL import Image
-
-    mask = Image.open("masks/squares/00004.png")
-    assert mask.size == (192, 128) and set(np.unique(np.array(mask))) == {0, 1, 2}
-    # Within a radius of no use, labels stay where they were: the squares are lost.
-    still = segment_video.Options(davis=Path("davis"), short_side=128, last_frames=1, radius=1, top_k=1)
-    monkeypatch.setattr(Colours, "forward_intermediates", lambda self, x, **_: [torch.ones(1, 2, 16, 24)])
-    assert segment_video.main(still, World()).j_mean < 0.6
-    with pytest.raises(UserError, match="is it DAVIS 2017"):
-        segment_video.main(segment_video.Options(davis=Path("nowhere")), World())
-
-
-@pytest.mark.parametrize("size, expected", [((854, 480), (480, 832)), ((480, 854), (832, 480)), ((96, 64), (480, 704))])
-def test_frame_sizes(size, expected):
-    assert segment_video.network_size(size, 480) == expected
 
 
 # The scripts
