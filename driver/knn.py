@@ -59,7 +59,8 @@ def main(options: Options, world: World) -> dict[int, float]:
     print(f"{labelled.tested} test images among {labelled.training} training images of {labelled.classes} classes")
     for k in options.k:
         accuracy[k] = share_equal(knn(queries, bank, Vote(k, options.temperature), world), truth, world)
-        print(f"{k:5d}-NN {100 * accuracy[k]:6.2f}%")
+        all_vote = f"  all {labelled.training} training images vote" if k > labelled.training else ""
+        print(f"{k:5d}-NN {100 * accuracy[k]:6.2f}%{all_vote}")
     return accuracy
 
 

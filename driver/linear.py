@@ -46,7 +46,7 @@ class Options:
     """Passes over the training images."""
     lr: Annotated[tuple[float, ...], each(POSITIVE)] = (0.001, 0.003, 0.01, 0.03, 0.1)
     """Learning rates to try, one linear layer for each. They are meant for 256 images per step and are
-    scaled in proportion to the actual images per step. They follow a cosine to 0 over the epochs."""
+    scaled by --data.batch-size times the ranks, over 256. They follow a cosine to 0 over the epochs."""
     blocks: Annotated[int, at_least(1)] = 4
     """Last blocks of a ViT whose class tokens are the features, side by side."""
     average: bool = False
@@ -161,8 +161,8 @@ def train(
 @torch.no_grad()
 def test(
     heads: Heads, frozen: Frozen, labelled: Labelled, options: Options, world: World
-) -> tuple[list[float], list[float]]:
-    """Top-1 and top-5 accuracy of each head, over all ranks."""
+) -> tuple[list[float], list[float] | None]:
+    """Top-1 and top-5 accuracy of each head, over all ranks; with fewer than 5 classes there is no top-5."""
     heads.eval()
     right = torch.zeros(2, len(options.lr), dtype=torch.int64, device=frozen.device)
     for images, labels in labelled.plain("test"):
@@ -170,11 +170,16 @@ def test(
         best = logits.topk(min(5, labelled.classes), dim=2).indices == labels[:, None]
         right += torch.stack([best[:, :, :1].sum((1, 2)), best.sum((1, 2))])
     top1, top5 = (world.sum(right) / labelled.tested).tolist()
-    return top1, top5
+    return top1, top5 if labelled.classes >= 5 else None
 
 
 def write(
-    options: Options, heads: Heads, optimizer: torch.optim.Optimizer, epoch: int, top1: list[float], top5: list[float]
+    options: Options,
+    heads: Heads,
+    optimizer: torch.optim.Optimizer,
+    epoch: int,
+    top1: list[float],
+    top5: list[float] | None,
 ) -> None:
     """Append a line to linear.jsonl and replace linear.pt, which holds the layers and the optimiser."""
     assert options.out is not None

@@ -149,8 +149,8 @@ def published_crop(size: int) -> v2.Compose:
 
 
 def published_random_crop(size: int) -> v2.Compose:
-    """Training crop of the published linear evaluations: RandomResizedCrop and flip."""
-    return _compose(v2.RandomResizedCrop(size, **CUBIC), v2.RandomHorizontalFlip())
+    """Training crop of the published linear evaluations: RandomResizedCrop, bilinear unlike the test crop, and flip."""
+    return _compose(v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip())
 
 
 def _compose(*steps: v2.Transform, dtype: torch.dtype = torch.float32) -> v2.Compose:

@@ -1,6 +1,7 @@
 """Evaluation of frozen features: k-NN, linear, spread, and their scripts."""
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -160,7 +161,8 @@ def test_scripts_on_a_run_of_digits(capsys):
     options = linear.Options(of_run, epochs=4, lr=(0.001, 0.3), test_every=2, norm=True, out=Path("out"))
     accuracy = linear.main(options, World())
     assert accuracy[0.3] > 0.5 > accuracy[0.001] > 0.1
-    assert len(Path("out/linear.jsonl").read_text().splitlines()) == 2
+    first, last = map(json.loads, Path("out/linear.jsonl").read_text().splitlines())
+    assert first["epoch"] == 2 and last["top1"][1] <= last["top5"][1] <= 1
 
 
 @pytest.mark.slow
@@ -203,7 +205,7 @@ def test_linear_resumes_bit_exactly():
     assert same(first, torch.load("broken/linear.pt", weights_only=True))
 
 
-def test_scripts_on_photographs_with_a_vit():
+def test_scripts_on_photographs_with_a_vit(capsys):
     pytest.importorskip("torchvision")
     pytest.importorskip("timm")
     from photographs import write_classes
@@ -212,9 +214,13 @@ def test_scripts_on_photographs_with_a_vit():
     write_classes(Path("pets/val"), 3)
     backbone = frozen.Backbone(name="test_vit", size=32)
     labels = labelled.Labels(root=Path("pets"), batch_size=4, workers=0)
-    assert 0 <= knn.main(knn.Options(backbone, labels, k=(3,)), World())[3] <= 1
-    options = linear.Options(backbone, labels, epochs=1, blocks=2, average=True, lr=(0.1,))
+    assert 0 <= knn.main(knn.Options(backbone, labels, k=(3, 13)), World())[3] <= 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].endswith("%  all 12 training images vote") and lines[-2].endswith("%")
+    options = linear.Options(backbone, labels, epochs=1, blocks=2, average=True, lr=(0.1,), out=Path("out"))
     assert 0 <= linear.main(options, World())[0.1] <= 1
+    (row,) = map(json.loads, Path("out/linear.jsonl").read_text().splitlines())
+    assert row["top5"] is None and len(row["top1"]) == 1  # the true class is always among the first 5 of 2
     vit = backbone.load()
     images = torch.rand(2, 3, 64, 32)
     width = vit.features(torch.rand(1, 3, 32, 32)).shape[1]
@@ -225,6 +231,23 @@ def test_scripts_on_photographs_with_a_vit():
     assert torch.equal(cnn.for_linear(images, 4, True), cnn.features(images))
     with pytest.raises(UserError, match="--blocks 50: the backbone has 6"):
         linear.main(linear.Options(backbone, labels, blocks=50), World())
+
+
+def test_crops_are_the_published_ones():
+    """DINO's linear evaluation tests on Resize(256, bicubic) and CenterCrop(224); its training crops are bilinear."""
+    pytest.importorskip("torchvision")
+    from torchvision.transforms import InterpolationMode, RandomResizedCrop
+
+    from driver.data import views
+
+    test, train = (crop(224).transforms for crop in (views.published_crop, views.published_random_crop))
+    assert test[1].size == [256] and test[1].interpolation is InterpolationMode.BICUBIC and test[2].size == (224, 224)
+    theirs = RandomResizedCrop(224)
+    assert train[1].antialias is True  # as Pillow does it
+    for name in ("size", "scale", "ratio"):
+        assert getattr(train[1], name) == getattr(theirs, name)
+    assert InterpolationMode(train[1].interpolation) is theirs.interpolation
+    assert train[2].p == 0.5
 
 
 def test_augmented_crops_differ_by_epoch_and_not_by_rank():
