@@ -140,9 +140,8 @@ def _check_names(name: str, frames: list[Path], annotations: list[Path]) -> None
     """Raise a UserError unless each frame, or the first frame alone, has a mask of its name."""
     stems, masks = ([path.stem for path in paths] for paths in (frames, annotations))
     counts = f"got {len(frames)} frames and {len(annotations)} masks"
-    twice = len(set(stems)) < len(stems)
-    if twice or not stems or masks not in (stems, stems[:1]):
-        odd = sorted(set(stems) ^ set(masks), key=[*stems, *masks].index) or stems
+    if len(set(stems)) < len(stems) or masks not in (stems, stems[:1]):
+        odd = [s for s in dict.fromkeys([*stems, *masks]) if stems.count(s) != 1 or masks.count(s) != 1]
         raise UserError(
             f"clip {name}: each frame ({' '.join(FRAME_SUFFIXES)}), or the first frame alone, needs a mask (.png) of "
             f"its name; {counts}, without a partner or twice: {_list(odd)}"

@@ -69,6 +69,7 @@ def test_options_exist():
     known |= {"--backbone.run", "--backbone.name", "--backbone.weights", "--backbone.whose"}
     known |= {"--epochs", "--norm", "--blocks", "--average", "--lr", "--out"}  # of linear.py
     known |= {"--davis", "--last-frames", "--radius", "--top-k", "--temperature"}  # of segment_video.py
+    known |= {"--short-side", "--split"}
     named = set(re.findall(r"`(--[a-z.-]+)", prose(TEXT)))
     assert named - known == set()
     assert len(named) > 50

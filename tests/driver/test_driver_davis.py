@@ -163,6 +163,12 @@ def as_jpeg():
     Image.fromarray(np.array(Image.open(path)) * 100).save(path, format="JPEG", quality=60)
 
 
+def frame_twice():
+    for path in sorted(Path(FOLDER).iterdir())[1:]:
+        path.unlink()
+    Image.open(f"{FRAMES}/00003.jpg").save(f"{FRAMES}/00003.png")
+
+
 def only(count: int):
     """Function that keeps the first frames and masks."""
 
@@ -193,6 +199,7 @@ FOLDER, FRAMES = "davis/Annotations/480p/squares", "davis/JPEGImages/480p/square
         (lambda: Path(FOLDER, "00004.png").unlink(), "needs a mask .* got 6 frames and 5 masks, .* twice: 00004"),
         (lambda: Path(FRAMES, "00001.jpg").unlink(), "got 5 frames and 6 masks, without a partner or twice: 00001"),
         (lambda: Path(FRAMES, "a.png").write_bytes(Path(FRAMES, "00000.jpg").read_bytes()), "7 frames and 6 .*: a$"),
+        (frame_twice, "got 7 frames and 1 masks, without a partner or twice: 00001, 00002, 00003, 00004, 00005"),
         (only(2), "squares: at least 3 frames are needed, .* got 2 frames and 2 masks"),
         (only(0), "got 0 frames and 0 masks"),
         (lambda: Image.new("RGB", (96, 64)).save(f"{FRAMES}/00002.jpg"), "must have one size, got 96 x 64 after 192 x"),
