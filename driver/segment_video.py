@@ -210,8 +210,8 @@ def _features(frozen: Frozen, frame: Image.Image, size: tuple[int, int]) -> Tens
     image = F.interpolate(image, size=size, mode="bilinear")
     try:
         found = frozen.patches(image)
-    except AssertionError as error:  # timm's models of one size
-        raise UserError(f"the backbone does not take frames of {size[1]} x {size[0]} pixels: {error}") from error
+    except (AssertionError, RuntimeError) as error:  # timm's models of one size; too little memory
+        raise UserError(f"no features of frames of {size[1]} x {size[0]} pixels from the backbone: {error}") from error
     return F.normalize(found[0].permute(1, 2, 0).float(), dim=-1)
 
 

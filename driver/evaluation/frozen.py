@@ -3,6 +3,7 @@
 n images (n, C, S, S) in [0, 1]; D features; ViTs have h x w patches and a class token.
 """
 
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -78,7 +79,10 @@ class Frozen:
 
     @property
     def is_vit(self) -> bool:
-        return getattr(self.model, "num_prefix_tokens", 0) > 0
+        """Whether each block gives a class token; XCiT and CaiT of timm have one, but only at the end."""
+        blocks: Any = getattr(self.model, "forward_intermediates", None)
+        tokens = blocks is not None and "return_prefix_tokens" in inspect.signature(blocks).parameters
+        return tokens and getattr(self.model, "num_prefix_tokens", 0) > 0
 
     @property
     def stride(self) -> int:

@@ -229,6 +229,8 @@ def test_scripts_on_photographs_with_a_vit(capsys):
     cnn = frozen.Backbone(name="resnet18", size=32).load()
     assert cnn.patches(images).shape == (2, 512, 2, 1)
     assert torch.equal(cnn.for_linear(images, 4, True), cnn.features(images))
+    one_token = frozen.Backbone(name="xcit_nano_12_p16_224", size=32).load()  # DINO takes XCiT's features too
+    assert torch.equal(one_token.for_linear(images, 4, True), one_token.features(images))
     with pytest.raises(UserError, match="--blocks 50: the backbone has 6"):
         linear.main(linear.Options(backbone, labels, blocks=50), World())
 
