@@ -120,7 +120,7 @@ def notes(clips: list[Clip]) -> list[str]:
         ("the first frame alone has a mask, so no score", first_alone),
         ("objects that the first frame lacks count as background", [clip for clip in clips if clip.later]),
     )
-    return [f"{text}: {_list([clip.name for clip in those])}" for text, those in kinds if those]
+    return [f"{text}: {_list([clip.name for clip in of_kind])}" for text, of_kind in kinds if of_kind]
 
 
 def _files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
