@@ -3,6 +3,7 @@
 `cli.check_bounds` refuses values outside their bounds, and the help of an option ends with its bound.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,7 @@ POSITIVE = Bound("positive", lambda value: value > 0)
 SHARE = Bound("from 0 to 1", lambda value: 0 <= value <= 1)
 SHARE_BELOW_1 = Bound("at least 0 and below 1", lambda value: 0 <= value < 1)
 RISING_SHARES = Bound("two numbers above 0 and at most 1, the smaller first", lambda pair: 0 < pair[0] <= pair[1] <= 1)
+RISING = Bound("two finite numbers, the smaller first", lambda pair: -math.inf < pair[0] < pair[1] < math.inf)
 
 
 def bounds_of(annotation: Any) -> list[Bound]:

@@ -12,7 +12,7 @@ import docstring_parser
 import tyro
 import yaml
 
-from .bounds import POSITIVE, RISING_SHARES, SHARE, SHARE_BELOW_1, at_least, bounds_of
+from .bounds import POSITIVE, RISING, RISING_SHARES, SHARE, SHARE_BELOW_1, at_least, bounds_of
 from .files import replacing
 
 FILE = "config.yaml"
@@ -89,7 +89,13 @@ class Data:
     """Decode every image once to `size` and keep all images on the device, where they are augmented. For small sets."""
     max_unreadable: Annotated[float, SHARE] = 0.01
     """Largest share of the images that may be unreadable. Each unreadable image is named once and another image takes
-    its place; beyond this share the run ends with an error."""
+    its place; beyond this share the run ends with an error. Fewer than 10 are no error while they are at most a quarter
+    of the images, except where the share is 0."""
+    pixel_range: Annotated[tuple[float, float] | None, RISING] = None
+    """Values that become black and white in images of more than 8 bits per sample; values outside become black or white
+    too. None: the range of the values' type, 0 to 1 for floats; an image that would lose its levels is unreadable."""
+    exif: bool = True
+    """Turn images upright by their EXIF orientation. False: as they are stored; only TIFFs are always turned."""
     workers: Annotated[int, at_least(0)] = 2
     """Processes that decode and augment images. 0: the main process does it. With `on_device`, workers only decode, at
     the start."""

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from ..bounds import at_least
+from ..bounds import RISING, SHARE, at_least
 from ..config import Config, Data, UserError, helpful, missing
 from ..distributed import World
 from .images import Batches, Source, Transform, epoch_order
@@ -33,6 +33,11 @@ class Labels:
     """Images in a batch of one rank."""
     workers: Annotated[int, at_least(0)] = 2
     """Worker processes that decode images. 0: the main process decodes them."""
+    max_unreadable: Annotated[float | None, SHARE] = None
+    """Largest share of the images that may be unreadable, as in pretraining. None: as in the run, or 0.01."""
+    pixel_range: Annotated[tuple[float, float] | None, RISING] = None
+    """Values that become black and white in images of more than 8 bits per sample. None: as in the run, or the range of
+    the values' type."""
 
     def load(self, options: Config, size: int, device: torch.device, world: World) -> "Labelled":
         """Open the images: those under `root`, or the data set of the run whose options are given.
@@ -40,6 +45,9 @@ class Labels:
         Raises: UserError where a package is missing, the images have other channels, or none is labelled.
         """
         data = replace(options.data, size=size, batch_size=self.batch_size, virtual_batch=0, workers=self.workers)
+        for name in ("max_unreadable", "pixel_range"):
+            if (value := getattr(self, name)) is not None:
+                data = replace(data, **{name: value})
         if self.root is not None:
             if data.source == "digits":
                 raise UserError(f"--data.root {self.root}: the backbone was trained on digits, not on colour images")

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..config import Data, UserError
+from .decode import Decoder
 from .folders import Files
 from .images import Source
 from .parts import split
@@ -27,11 +28,12 @@ def make_source(data: Data) -> Source:
     if data.source == "digits":
         return Digits(data.held_out)
     assert data.root is not None
+    decode = Decoder(data.pixel_range, data.exif)
     if data.source == "webdataset":
-        return Shards(data.root, data.held_out)
+        return Shards(data.root, data.held_out, decode)
     if data.source == "cifar10" and not _has_class_folders(data.root):
         return Cifar(data.root)
-    return Files(data.root, data.held_out)
+    return Files(data.root, data.held_out, decode)
 
 
 class Digits(Source):

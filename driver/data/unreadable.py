@@ -1,5 +1,6 @@
 """Images that cannot be read: each is named once and replaced by another image; too many of them end the run."""
 
+import re
 import sys
 from collections.abc import Iterable
 
@@ -15,7 +16,12 @@ from .random_keys import seed_of
 Report = tuple[int, str]
 """Index of an unreadable image, and the fault found in it."""
 TRIES = 100
-FAULTS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+FEW = 10
+"""Unreadable images from which their share counts."""
+FEW_SHARE = 0.25
+"""Share of the images up to which fewer unreadable ones than FEW are no error."""
+LONGEST = 300
+"""Characters of an error's text that are shown."""
 
 
 def read(source: Source, indices: list[int], place: int) -> tuple[int, Image.Image | Tensor, list[Report]]:
@@ -28,18 +34,32 @@ def read(source: Source, indices: list[int], place: int) -> tuple[int, Image.Ima
     for attempt in range(TRIES):
         try:
             return index, source.read(index), reports
-        except FAULTS as error:
-            unknown = isinstance(error, UnidentifiedImageError)  # its text names a file, or an address in memory
-            fault = "no format that is known" if unknown else str(error) or type(error).__name__
-            reports = reports or [(index, fault)]
+        except UserError:
+            raise
+        except Exception as error:  # on damaged files, decoders raise nearly anything
+            reports = reports or [(index, fault_of(error))]
             index = indices[seed_of(indices[place], attempt) % len(indices)]
     raise UserError(
         f"{source.name(reports[0][0])}: not a readable image ({reports[0][1]}), nor are others in its place"
     )
 
 
+def fault_of(error: Exception) -> str:
+    """The fault of an unreadable image in one line, without addresses in memory."""
+    if isinstance(error, UnidentifiedImageError):  # its text names a file, or an address in memory
+        return "no format or type of pixels that is known"
+    text = re.sub(r"<([\w.]+)( object)? at 0x[0-9a-fA-F]+>", r"\1", str(error))
+    if not isinstance(error, (OSError, ValueError, SyntaxError)):
+        text = f"{type(error).__name__} {text}".rstrip()  # e.g. the text of a KeyError is a key alone
+    return " ".join(text.split())[:LONGEST] or type(error).__name__
+
+
 class Tally:
-    """Counts a source's unreadable images, each once however often it is met, up to a share of all its images."""
+    """Counts a source's unreadable images, each once however often it is met, up to a share of all its images.
+
+    The share counts from FEW images on: in a small set a single one may be above it. Fewer are too many above
+    FEW_SHARE of the images, or where the share is 0.
+    """
 
     def __init__(self, source: Source, share: float) -> None:
         self.source, self.share, self.images = source, share, len(source.train) + len(source.test)
@@ -60,7 +80,7 @@ class Tally:
         for index in sorted(met.keys() - self.named):
             self.named.add(index)
             name = f"{self.source.name(index)}: not a readable image ({met[index]})"
-            if len(self.named) / self.images > self.share:
+            if self._too_many():
                 world.gather(None)  # a barrier: rank 0 has printed its notes before any rank ends the run
                 raise UserError(
                     f"{name}; repair or remove it. {len(self.named)} unreadable, a share above --data.max-unreadable "
@@ -68,3 +88,8 @@ class Tally:
                 )
             if world.first:
                 tqdm.write(f"note: {name}; another takes its place ({len(self.named)} so far)", file=sys.stderr)
+
+    def _too_many(self) -> bool:
+        count = len(self.named)
+        few = 0 < self.share and count < FEW and count <= FEW_SHARE * self.images
+        return count > self.share * self.images and not few
