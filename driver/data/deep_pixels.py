@@ -141,7 +141,10 @@ def _scaled(values: NDArray[Any], range_of_type: Range, pixel_range: Range | Non
     if pixel_range is None and (least < low or most > high):
         raise ValueError(f"{found}, outside of {low:g} to {high:g}; {ADVICE}")
     exact = values.astype(np.float32 if values.itemsize <= 2 else np.float64)
-    scaled = np.rint((exact - low).clip(0, high - low) * (255 / (high - low))).astype(np.uint8)
+    exact -= low  # in place: an image may be large
+    exact.clip(0, high - low, out=exact)
+    exact *= 255 / (high - low)
+    scaled = exact.round(out=exact).astype(np.uint8)
     if pixel_range is None and (kept := _levels(scaled)) < LEVELS and kept < 0.75 * (levels := len(np.unique(values))):
         raise ValueError(f"{found}: of {levels} levels, 8 bits for {low:g} to {high:g} would keep {kept}; {ADVICE}")
     return scaled

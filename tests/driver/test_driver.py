@@ -378,9 +378,10 @@ def test_unreadable_image_is_named(workers, capsys):
     pytest.importorskip("torchvision")
     write_images(Path("flat"), 8)
     Path("flat/03.png").write_bytes(b"not a picture")
-    assert main([*FOLDER, "--data.root=flat", f"--data.workers={workers}"]) == 1
+    options = [*FOLDER, "--data.root=flat", f"--data.workers={workers}", "--data.max-unreadable=0"]
+    assert main(options) == 1
     shown = capsys.readouterr().err
-    assert "\nerror: flat/03.png: not a readable image (no format that is known)" in shown
+    assert "\nerror: flat/03.png: not a readable image (no format or type of pixels that is known)" in shown
     assert "Traceback" not in shown
 
 

@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional
 
 from driver import cli, config, contrastive_crop, model, train
 from driver.config import UserError
-from driver.data import crops, random_keys, views, views_on_device
+from driver.data import crops, random_keys, unreadable, views, views_on_device
 from driver.data.images import Images
 from driver.distributed import World
 
@@ -221,8 +221,9 @@ def read_passes(images: Images, passes: int) -> None:
 
 
 @pytest.mark.parametrize("seed, workers", [*((seed, 0) for seed in range(6)), (0, 1)])
-def test_unreadable_images_within_the_share_are_no_error_wherever_they_fall(seed, workers, capsys):
+def test_unreadable_images_within_the_share_are_no_error_wherever_they_fall(seed, workers, capsys, monkeypatch):
     """2 of 24 in three passes, of 0.1 that may be; the third is too many, in any order."""
+    monkeypatch.setattr(unreadable, "FEW", 1)
     write_images(Path("pets"), 24)
     damage("pets", 3, 5)
     options = dataclasses.replace(PHOTOGRAPHS, max_unreadable=0.1, batch_size=8, workers=workers)
@@ -241,8 +242,9 @@ def test_unreadable_images_within_the_share_are_no_error_wherever_they_fall(seed
         images.tally.settle(World())
 
 
-def test_held_out_images_are_of_the_set():
+def test_held_out_images_are_of_the_set(monkeypatch):
     """3 of 100 images, of which 25 are held out: 0.03 is not too many, 0.02 is."""
+    monkeypatch.setattr(unreadable, "FEW", 1)
     write_classes(Path("pets"), 50)
     files = make(dataclasses.replace(PHOTOGRAPHS, held_out=0.25)).source
     for number in (*files.test[:2], *files.train[:1]):
@@ -273,15 +275,15 @@ def test_an_unreadable_image_is_named_once_over_ranks():
 
 @pytest.mark.slow
 def test_too_many_unreadable_images_over_ranks_end_them_all():
-    """2 of 100, one of each rank in the first evaluation, after which the run ends: neither alone has too many."""
+    """10 of 100, five of each rank in the first evaluation, after which the run ends: neither alone has too many."""
     write_images(Path("pets"), 100)
     source = make(PHOTOGRAPHS).source
     chosen = source.train[torch.randperm(100, generator=torch.Generator().manual_seed(0))]
-    damage("pets", *sorted(chosen[:2].tolist()))
+    damage("pets", *sorted(chosen[:10].tolist()))
     run = torchrun(2, *RANKS, "--run.log-every=1")
     assert run.returncode == 1
-    assert run.stderr.count("\nerror: ") == 1 and run.stderr.count("\nnote: pets/") == 1, run.stderr
-    assert "2 unreadable, a share above --data.max-unreadable 0.01 of 100 images" in run.stderr
+    assert run.stderr.count("\nerror: ") == 1 and run.stderr.count("note: pets/") == 9, run.stderr
+    assert "10 unreadable, a share above --data.max-unreadable 0.01 of 100 images" in run.stderr
     assert len(Path("runs/pets-001/history.jsonl").read_text().splitlines()) == 1
     assert 'pretrain.py", line' not in run.stderr
 
