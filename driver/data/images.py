@@ -46,7 +46,7 @@ class Source(Protocol):
     def read(self, index: int) -> Image.Image | Tensor:
         """A photograph in RGB, or pixels (C, H, W) in [0, 1] where the source is decoded.
 
-        Raises: OSError, ValueError or SyntaxError where the image is not readable.
+        Raises: any exception where the image is not readable; UserError where more than this image is at fault.
         """
 
     def name(self, index: int) -> str:

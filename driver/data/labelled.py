@@ -52,8 +52,6 @@ class Labels:
             if data.source == "digits":
                 raise UserError(f"--data.root {self.root}: the backbone was trained on digits, not on colour images")
             data = replace(data, source="folder", root=self.root)
-        if data.source == "digits" and self.pixel_range is not None:
-            raise UserError("--data.pixel-range does nothing for digits, which are in no files")
         if data.source != "digits" and data.root is None:
             raise UserError("--data.root is needed: a model of timm comes without data")
         try:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..config import Data, UserError
-from .decode import Decoder
+from .decode import DEFAULT, Decoder
 from .folders import Files
 from .images import Source
 from .parts import split
@@ -25,15 +25,18 @@ def make_source(data: Data) -> Source:
 
     Raises: UserError where there are no images; ImportError where torchvision is missing.
     """
+    decode = Decoder(data.pixel_range, data.exif)
+    if data.source in ("folder", "webdataset") or (data.source == "cifar10" and _has_class_folders(data.root)):
+        assert data.root is not None
+        return (Shards if data.source == "webdataset" else Files)(data.root, data.held_out, decode)
+    if decode != DEFAULT:
+        raise UserError(
+            f"--data.pixel-range and --data.exif do nothing for --data.source {data.source}: no image files"
+        )
     if data.source == "digits":
         return Digits(data.held_out)
     assert data.root is not None
-    decode = Decoder(data.pixel_range, data.exif)
-    if data.source == "webdataset":
-        return Shards(data.root, data.held_out, decode)
-    if data.source == "cifar10" and not _has_class_folders(data.root):
-        return Cifar(data.root)
-    return Files(data.root, data.held_out, decode)
+    return Cifar(data.root)
 
 
 class Digits(Source):
@@ -76,11 +79,15 @@ class Cifar(Source):
         return f"CIFAR-10 image {index}"
 
 
-def _has_class_folders(root: Path) -> bool:
+def _has_class_folders(root: Path | None) -> bool:
     """Whether `root` has folders besides the one that torchvision's CIFAR-10 is kept in."""
     from torchvision.datasets import CIFAR10
 
-    return root.is_dir() and any(entry.is_dir() and entry.name != CIFAR10.base_folder for entry in root.iterdir())
+    return (
+        root is not None
+        and root.is_dir()
+        and any(entry.is_dir() and entry.name != CIFAR10.base_folder for entry in root.iterdir())
+    )
 
 
 def _cifar(root: Path) -> list[Any]:

@@ -182,8 +182,15 @@ def test_pixel_range_and_exif_reach_every_source(pets):
     for given, expected in (((0, 4095), (0, 4095)), (None, (0, 5))):
         found = labelled.Labels(pixel_range=given).load(run, 8, torch.device("cpu"), World()).source
         assert found.decode == Decoder(expected)
-    with pytest.raises(UserError, match=r"--data.pixel-range does nothing for digits"):
+    with pytest.raises(UserError, match=r"--data.pixel-range .* do nothing for --data.source digits"):
         labelled.Labels(pixel_range=(0, 5)).load(config.Config(), 8, torch.device("cpu"), World())
+
+
+def test_options_that_do_nothing_without_files():
+    pytest.importorskip("torchvision")
+    for source, more in (("digits", {"exif": False}), ("cifar10", {"pixel_range": (0, 1)})):
+        with pytest.raises(UserError, match=rf"do nothing for --data.source {source}: no image files"):
+            make_source(config.Data(source=source, root=Path(), **more))
 
 
 def test_a_set_of_12_bits_names_the_option(capsys):
@@ -207,8 +214,6 @@ def test_a_set_of_12_bits_names_the_option(capsys):
             "pixel_range must be two finite numbers, the smaller first",
         ),
         (["--data.root=pets", "--data.pixel-range", "0", "nan"], "pixel_range must be two finite numbers"),
-        (["--data.pixel-range", "0", "4095"], "do nothing for --data.source digits"),
-        (["--data.exif=False"], "do nothing for --data.source digits"),
     ],
 )
 def test_options_that_do_not_fit(options, words):
