@@ -71,8 +71,6 @@ DEFAULT = Decoder()
 
 
 def _open(file: Path | BinaryIO) -> Any:
-    if not isinstance(file, Path):
-        file.seek(0)
     return Image.open(file, formats=FORMATS)
 
 

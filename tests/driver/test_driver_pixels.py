@@ -242,6 +242,7 @@ def half_hidden(below: tuple[int, ...] = HIDDEN) -> Image.Image:
         encoded(half_hidden().convert("RGB"), "PNG", transparency=HIDDEN[:3]),
         encoded(half_hidden(), "TIFF"),
     ],
+    ids=["PNG", "GIF", "palette", "colour key", "TIFF"],
 )
 def test_transparent_parts_are_white(data):
     with warnings.catch_warnings():
@@ -282,7 +283,8 @@ def test_photographs_are_turned_upright(kind, orientation):
     [b"junk", b"MM\0*\0\0\0\x08\xff\xff", b"Exif\0\0II*\0\x08\0\0\0", b"II*\0\x08\0\0\0\x01\0\x12\x01\x05\0\x01"],
 )
 def test_damaged_exif_data_does_not_matter(exif):
-    assert read(encoded(Image.new("RGB", (6, 4)), "JPEG", exif=b"Exif\0\0" + exif)).shape == (4, 6, 3)
+    for kind in ("JPEG", "PNG", "WEBP"):
+        assert read(encoded(Image.new("RGB", (6, 4)), kind, exif=b"Exif\0\0" + exif)).shape == (4, 6, 3)
 
 
 def test_damaged_entries_beside_the_orientation_do_not_matter():
@@ -314,6 +316,15 @@ def test_endings_of_names():
     assert {".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".gif", ".bmp", ".tif", ".tiff", ".pgm", ".webp"} <= EXTENSIONS
     assert not {".eps", ".pdf", ".ps", ".mpg", ".h5", ".txt"} & EXTENSIONS
     assert all(re.fullmatch(r"\.[a-z0-9]+", ending) for ending in EXTENSIONS)
+
+
+def test_large_images_are_read_without_a_warning_and_huge_ones_are_refused(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read(encoded(half_hidden(), "PNG")).shape == (8, 8, 3)
+    with pytest.raises(Image.DecompressionBombError):
+        read(encoded(Image.new("RGB", (9, 9)), "PNG"))
 
 
 def test_the_first_of_several_frames():
