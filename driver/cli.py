@@ -152,10 +152,6 @@ def check_source(config: Config) -> None:
             raise UserError(f"--data.root {data.root}: the digits are embedded; give --data.source folder too")
         if data.augmentation != "digits" or data.local_views or config.boxes.every:
             raise UserError("--data.source digits has neither crops nor colours: only --data.augmentation digits")
-        if data.pixel_range is not None or not data.exif:
-            raise UserError(
-                "--data.pixel-range and --data.exif do nothing for --data.source digits, which has no files"
-            )
         return
     if data.root is None:
         raise UserError(f"--data.root is needed for --data.source {data.source} (recipe {config.recipe})")

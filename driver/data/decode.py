@@ -53,17 +53,14 @@ class Decoder:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Pillow, on each image of a kind, e.g. with a transparent palette
             with _open(file) as image:
-                pixels = self._eight_bits(image, file)
+                if deep_pixels.is_deep(image):
+                    pixels = deep_pixels.to_eight_bits(image, lambda: _open(file), self.pixel_range)
+                else:
+                    image.load()  # first: only then are palette and EXIF data complete
+                    pixels = image
+                pixels = _on_white(pixels)
                 turn = TURNS.get(_orientation(image)) if self.exif else None
-            pixels = _on_white(pixels)
             return pixels if turn is None else pixels.transpose(turn)
-
-    def _eight_bits(self, image: Any, file: Path | BinaryIO) -> Image.Image:
-        """The image with 8 bits per sample."""
-        if not deep_pixels.is_deep(image):
-            image.load()
-            return image
-        return deep_pixels.to_eight_bits(image, lambda: _open(file), self.pixel_range)
 
 
 DEFAULT = Decoder()

@@ -68,14 +68,14 @@ def _raw_mode(image: Any) -> str:
 def _white(image: Any) -> int:
     """Largest value of an integer sample, where the format says it: of PPM and JPEG 2000. Else 0."""
     if image.format == "PPM" and image.tile:
-        args = image.tile[0][3]
-        return args[1] if image.tile[0][0].startswith("ppm") else 65535 if args[0] == "I;16B" else 0
+        codec, _, _, args = image.tile[0]
+        return args[1] if codec.startswith("ppm") and isinstance(args, tuple) else 0
     if image.format == "JPEG2000":
         place = image.fp.tell()
         image.fp.seek(0)
         _, size_marker, sizes = image.fp.read().partition(b"\xff\x4f\xff\x51")
         image.fp.seek(place)
-        return 2 ** ((sizes[38] & 0x7F) + 1) - 1 if size_marker else 0
+        return 2 ** min(16, (sizes[38] & 0x7F) + 1) - 1 if size_marker else 0
     return 0
 
 

@@ -92,4 +92,4 @@ class Tally:
     def _too_many(self) -> bool:
         count = len(self.named)
         few = 0 < self.share and count < FEW and count <= FEW_SHARE * self.images
-        return count > self.share * self.images and not few
+        return count / self.images > self.share and not few

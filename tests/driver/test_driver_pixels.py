@@ -222,6 +222,13 @@ def test_inverted_cmyk_of_photographs_and_bilevel():
     assert np.array_equal(read(encoded(RAMP > 0.5, "TIFF")), np.where(RAMP > 0.5, 255, 0)[..., None].repeat(3, 2))
 
 
+def test_portable_bitmaps_and_pixmaps_of_8_bits():
+    for data in (b"P1 2 1 0 1", b"P4 2 1\n\x40", b"P2 2 1 255 255 0", b"P5 2 1 255\n\xff\0", b"P2 2 1 9 9 0"):
+        assert read(data).tolist() == [[[255] * 3, [0] * 3]], data
+    for data in (b"P3 1 1 255 1 2 3", b"P6 1 1 255\n\1\2\3"):
+        assert read(data).tolist() == [[[1, 2, 3]]], data
+
+
 # Transparency
 
 SEEN, HIDDEN = (10, 20, 30, 255), (200, 0, 0, 0)
