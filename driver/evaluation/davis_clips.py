@@ -17,7 +17,7 @@ from PIL import Image
 
 from ..config import UserError
 from ..data import decode
-from ..data.unreadable import FAULTS
+from ..data.unreadable import fault_of
 from .davis_metrics import VOID
 
 FRAMES, MASKS = ("JPEGImages", "480p"), ("Annotations", "480p")
@@ -176,8 +176,10 @@ def _readable(path: Path) -> Iterator[None]:
     """Context in which a fault of an image file becomes a UserError."""
     try:
         yield
-    except FAULTS as error:
-        raise UserError(f"{path}: not a readable image ({error})") from error
+    except UserError:
+        raise
+    except Exception as error:  # on damaged files, decoders raise nearly anything
+        raise UserError(f"{path}: not a readable image ({fault_of(error)})") from error
 
 
 def _list(items: list) -> str:
