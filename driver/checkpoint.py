@@ -9,19 +9,37 @@ import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
 from torch import nn
 
 from . import weights
-from .config import UserError
+from .config import PARTS, Config, UserError, as_plain
 from .data.images import Images
+from .data.inventory import Inventory
+from .distributed import World
 from .files import replacing
 from .history import History
 
 FILE = "checkpoint.pt"
 STEP_FILES = f"step-{'[0-9]' * 9}.pt"
+NEW_RUN = "without --run.resume, --model.weights RUN_DIR starts a new run from its backbone"
+FIXED = {
+    "its training images": ("data.held_out",),
+    "its weights": ("model.weights",),
+    "its networks": (
+        *("model.name", "model.norm", "model.width", "model.stem", "model.heads", "model.positions"),
+        *("model.frozen_patches", "model.head_layers", "model.head_width", "model.head_dim", "model.activation"),
+    ),
+    "its optimiser's state": ("optim.name",),
+    "its teacher": ("model.teacher_momentum",),
+    "its directory": ("run.name",),
+}
+"""What a resumed run keeps, and the options that would change it. A teacher's momentum may change, but not to 0."""
+REPORT = ("model.compile", "model.channels_last", "model.sync_batch_norm", "loss.backend", "run.device", "run.dtype")
+"""Options besides those of the images that the report of a finished run depends on, or that fit it to a machine."""
 
 
 @dataclass
@@ -34,6 +52,8 @@ class State:
     scaler: torch.amp.GradScaler | None = None
     images: Images | None = None
     """Data set of the run; its boxes are part of the state."""
+    inventory: Inventory | None = None
+    """Names and sizes of the images, on rank 0."""
     G: int = 0
     """Images per step."""
     epoch: int = 0
@@ -50,7 +70,11 @@ class State:
             "optimizer": self.optimizer.state_dict(),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "boxes": None if self.images is None else self.images.boxes,
-            "images": {"training": 0 if self.images is None else self.images.training, "step": self.G},
+            "images": {
+                "training": 0 if self.images is None else self.images.training,
+                "step": self.G,
+                "digests": None if self.inventory is None else self.inventory.digests,
+            },
             "epoch": self.epoch,
             "step": self.step,
             "history": self.history.rows,
@@ -97,39 +121,115 @@ def _step_file(step: int) -> str:
     return f"step-{step:09d}.pt"
 
 
-def load(state: State, source: Path) -> Path:
-    """Load the newest checkpoint of the directory `source`, or the file `source`, into `state`; return the directory.
+def load(state: State, options: Config, world: World) -> Path:
+    """Load the checkpoint that --run.resume names into `state`; return the run's directory.
 
-    Raises: UserError where there is no checkpoint, or it does not fit the options.
+    Raises: UserError where there is no checkpoint, or it does not fit the images or the options.
     """
-    path = source if source.suffix == ".pt" else source / FILE
+    assert options.run.resume is not None
+    path, now = file_of(options.run.resume), as_plain(options)
     if not path.is_file():
-        raise UserError(f"--run.resume {source}: no {path.name} there; the run ended before its first checkpoint")
+        raise UserError(
+            f"--run.resume {options.run.resume}: no {path.name} there; the run ended before its first checkpoint"
+        )
     content = weights.read(path)
     try:
-        saved = content["images"]
-        now = {"training": state.images.training if state.images else 0, "step": state.G}
-        if saved != now:
-            raise UserError(
-                f"{path}: its run has {saved['training']} training images, {saved['step']} per step; the options give "
-                f"{now['training']} training images, {now['step']} per step, so its steps cannot be continued"
-            )
+        was = content["config"]
+        check_options(was, now)
+        _check_images(state, content["images"], path, changes(was, now, "data"), world)
+        _check_epochs(content["epoch"], changes(was, now), options)
         state.network.load_state_dict(content["network"])
         if state.teacher is not None:
             state.teacher.load_state_dict(content["teacher"] or content["network"])
         current = state.optimizer.param_groups
         state.optimizer.load_state_dict(content["optimizer"])
-        for group, options in zip(state.optimizer.param_groups, current, strict=True):
-            group.update(options)  # settings such as momentum come from the current options, not from the checkpoint
+        for group, settings in zip(state.optimizer.param_groups, current, strict=True):
+            group.update(settings)  # settings such as momentum come from the current options, not from the checkpoint
         if state.scaler is not None and content["scaler"]:
             state.scaler.load_state_dict(content["scaler"])
-        if state.images is not None and content["boxes"] is not None:
+        if state.images is not None and content["boxes"] is not None and options.boxes.every:
             state.images.set_boxes(content["boxes"])
     except KeyError as error:
         raise UserError(f"{path}: not a checkpoint of this driver: no {error} in it") from error
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"{path}: does not fit the model that the options describe: {error}") from error
+        given = ", ".join(changes(was, now, "data", "model").values()) or "the model that the options describe"
+        raise UserError(f"{path}: does not fit {given}: {_first_fault(error)}") from error
     state.epoch, state.step, state.history = content["epoch"], content["step"], History(content["history"])
     newest = _step_file(state.step)
     state.kept = {file for file in path.parent.glob(STEP_FILES) if file.name <= newest}
     return path.parent
+
+
+def file_of(resume: Path) -> Path:
+    """Checkpoint file that --run.resume names: the path itself, or the newest one in a run's directory."""
+    return resume if resume.suffix == ".pt" else resume / FILE
+
+
+def options_in(resume: Path) -> dict[str, Any] | None:
+    """Options that the checkpoint which --run.resume names has; None where no such file is readable."""
+    try:
+        return weights.read(file_of(resume)).get("config")
+    except UserError:
+        return None
+
+
+def changes(was: dict[str, Any], now: dict[str, Any], *parts: str) -> dict[str, str]:
+    """Options that differ from those of a run, in `parts` or anywhere, and how a message names each.
+
+    An option that is newer than the run is not compared.
+    """
+    return {
+        f"{part}.{name}": f"--{part}.{name.replace('_', '-')} {value} (the run has {was[part][name]})"
+        for part in parts or PARTS
+        for name, value in now[part].items()
+        if name in was[part] and was[part][name] != value
+    }
+
+
+def check_options(was: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise a UserError where an option differs from the run's that only a new run can take."""
+    changed = changes(was, now)
+    if now["model"]["teacher_momentum"]:
+        changed.pop("model.teacher_momentum", None)
+    for kept, options in FIXED.items():
+        for option in options:
+            if option in changed:
+                raise UserError(f"{changed[option]}: a resumed run keeps {kept}; leave the option out, or {NEW_RUN}")
+
+
+def _check_images(state: State, saved: dict[str, Any], path: Path, changed: dict[str, str], world: World) -> None:
+    """Raise a UserError on every rank where images or their number per step are not the run's."""
+    training, digests = state.images.training if state.images else 0, saved.get("digests")
+    if saved["step"] != state.G or (digests is None and saved["training"] != training):
+        raise UserError(
+            f"{path}: its run has {saved['training']} training images, {saved['step']} per step; the options give "
+            f"{training} training images, {state.G} per step, so its steps cannot be continued"
+        )
+    if digests is None:
+        print(f"note: {path} is of an older version and does not know its images: only their number was compared")
+        return
+    found = world.from_first("images", lambda: state.inventory.difference(digests, path.parent))
+    if found:
+        given = "".join(f"; {text}" for text in changed.values())
+        raise UserError(f"{path}: its run has other images: {found}{given}. Bring its images back, or {NEW_RUN}")
+
+
+def _check_epochs(done: int, changed: dict[str, str], options: Config) -> None:
+    """Raise a UserError where no epoch is left in which an option that was given could have an effect."""
+    stop, epochs = options.run.stop_after, options.optim.epochs
+    if stop is not None and stop <= done:
+        raise UserError(
+            f"--run.stop-after {stop}: the run has done {done} epochs; give a larger number, or leave it out"
+        )
+    without = [text for option, text in changed.items() if not option.startswith("data.") and option not in REPORT]
+    if epochs <= done and without:
+        raise UserError(
+            f"{without[0]} does nothing: {done} epochs are done, of --optim.epochs {epochs}; a larger one goes on"
+        )
+
+
+def _first_fault(error: Exception) -> str:
+    """First fault of those in an error of `load_state_dict`, on one line."""
+    lines = str(error).splitlines()
+    more = f" (and {len(lines) - 2} more)" if len(lines) > 2 else ""
+    return shorten(lines[min(1, len(lines) - 1)], 200, placeholder=" ...") + more

@@ -15,8 +15,9 @@ from typing import Any, TypeVar, get_type_hints
 import tyro
 import yaml
 
+from . import checkpoint
 from .bounds import bounds_of
-from .config import FILE, PARTS, Config, UserError
+from .config import FILE, PARTS, Config, UserError, as_plain
 from .distributed import World
 from .exits import exit_code
 from .recipes import nearest, recipe
@@ -54,20 +55,31 @@ def parse(args: list[str] | None = None) -> Config:
     if resume is None and config.run.resume is not None:
         raise UserError(f"--config {file}: run.resume {config.run.resume} in it; --run.resume alone resumes a run")
     check(config, defaults)
+    if resume is not None:
+        checkpoint.check_options(as_plain(defaults), as_plain(config))
     return config
 
 
 def options_of_run(resume: str) -> dict[str, Any]:
-    """All options of the run that --run.resume names. Raises: UserError where its config.yaml lacks one."""
+    """All options of the run that --run.resume names. An option that is newer than the run has its default.
+
+    Raises: UserError where its config.yaml lacks an option that its checkpoint has.
+    """
     path = (Path(resume).parent if resume.endswith(".pt") else Path(resume)) / FILE
     if not path.is_file():
         raise UserError(f"--run.resume {resume}: not the directory of a run (no {path})")
     what = f"--run.resume {resume}: damaged options"
     plain = read(path, what)
-    for part, options in PARTS.items():
-        for option in fields(options):
-            if option.name not in plain.get(part, {}):
-                raise UserError(f"{what} ({path}: no {part}.{option.name} in it; each checkpoint has a copy, `config`)")
+    defaults = as_plain(Config())
+    lacking = [(part, name) for part in PARTS for name in defaults[part] if name not in plain.get(part, {})]
+    if lacking:
+        known = checkpoint.options_in(Path(resume))
+        for part, name in lacking:
+            if known is None or name in known.get(part, {}):
+                raise UserError(f"{what} ({path}: no {part}.{name} in it; each checkpoint has a copy, `config`)")
+            plain.setdefault(part, {})[name] = defaults[part][name]
+        newer = " ".join(f"--{part}.{name}" for part, name in lacking)
+        print(f"note: the run is of an older version without {newer}: the defaults hold")
     return plain
 
 

@@ -11,8 +11,9 @@ Each learning rate has a linear layer of its own. All layers share the features,
 import json
 import sys
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 if __name__ == "__main__":  # the driver is run from its repository, not installed
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -25,6 +26,7 @@ from tqdm import tqdm
 from driver.bounds import POSITIVE, at_least, each
 from driver.cli import check_bounds, run_script
 from driver.config import UserError, helpful
+from driver.data.inventory import Inventory
 from driver.data.labelled import Labelled, Labels
 from driver.distributed import World
 from driver.evaluation.frozen import Backbone, Frozen
@@ -111,7 +113,10 @@ def main(options: Options, world: World) -> dict[float, float]:
     parallel = world.parallel(heads)
     groups = [{"params": layer.parameters(), "lr": lr} for layer, lr in zip(heads.layers, options.lr, strict=True)]
     optimizer = torch.optim.SGD(groups, lr=0.0, momentum=MOMENTUM)
-    first = load(options, heads, optimizer) if options.resume else 0
+    origin = None
+    if options.out is not None:
+        origin = world.from_first("origin", lambda: origin_of(options, frozen, labelled))
+    first = load(options, heads, optimizer, origin) if options.resume else 0
     print(
         f"{labelled.training} training images, {labelled.tested} test images, {labelled.classes} classes, "
         f"{width} features"
@@ -126,7 +131,8 @@ def main(options: Options, world: World) -> dict[float, float]:
             accuracy = dict(zip(options.lr, top1, strict=True))
             epochs.set_postfix_str(f"best {100 * max(top1):.2f}%")
             if world.first and options.out is not None:
-                write(options, heads, optimizer, epoch + 1, top1, top5)
+                row = {"epoch": epoch + 1, "lr": options.lr, "top1": top1, "top5": top5}
+                write(options.out, row, {"heads": heads, "optimizer": optimizer}, origin)
     for lr, share in accuracy.items():
         print(f"lr {lr:<8g} top-1 {100 * share:6.2f}%{'  best' if share == max(accuracy.values()) else ''}")
     return accuracy
@@ -173,37 +179,59 @@ def test(
     return top1, top5 if labelled.classes >= 5 else None
 
 
-def write(
-    options: Options,
-    heads: Heads,
-    optimizer: torch.optim.Optimizer,
-    epoch: int,
-    top1: list[float],
-    top5: list[float] | None,
-) -> None:
+def origin_of(options: Options, frozen: Frozen, labelled: Labelled) -> dict[str, Any]:
+    """What the layers in linear.pt are trained on, which cannot change between their epochs, by names for messages."""
+    images = Inventory.of(labelled.source).digests
+    weights = blake2b(digest_size=16)
+    for value in frozen.model.state_dict().values():
+        weights.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return {
+        **{f"--{name}": getattr(options, name) for name in ("blocks", "average", "norm", "seed")},
+        "--lr": list(options.lr),
+        "--backbone.size": frozen.size,
+        "--backbone.heads": options.backbone.options().model.heads,
+        "weights of the backbone": weights.hexdigest(),
+        "training images": images["training"],
+        "test images": images["held_out"],
+        "labels": blake2b(labelled.source.labels.numpy(), digest_size=16).hexdigest(),
+    }
+
+
+def write(out: Path, row: dict[str, Any], trained: dict[str, Any], origin: dict[str, Any] | None) -> None:
     """Append a line to linear.jsonl and replace linear.pt, which holds the layers and the optimiser."""
-    assert options.out is not None
-    options.out.mkdir(parents=True, exist_ok=True)
-    row = {"epoch": epoch, "lr": options.lr, "top1": top1, "top5": top5}
-    with (options.out / "linear.jsonl").open("a") as file:
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "linear.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
-    with replacing(options.out / "linear.pt") as temporary:
-        torch.save({"heads": heads.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch}, temporary)
+    states = {name: part.state_dict() for name, part in trained.items()}
+    with replacing(out / "linear.pt") as temporary:
+        torch.save({**states, "epoch": row["epoch"], "origin": origin}, temporary)
 
 
-def load(options: Options, heads: Heads, optimizer: torch.optim.Optimizer) -> int:
+def load(options: Options, heads: Heads, optimizer: torch.optim.Optimizer, origin: dict[str, Any] | None) -> int:
     """Put the layers and the optimiser of linear.pt in place; return the number of epochs that are done.
 
-    Raises: UserError where linear.pt is missing, damaged or of other options.
+    Raises: UserError where linear.pt is missing, damaged, of another origin or of other options.
     """
-    assert options.out is not None
-    content = read(options.out / "linear.pt")
+    assert options.out is not None and origin is not None
+    path = options.out / "linear.pt"
+    content = read(path)
     try:
+        done, before = content["epoch"], content.get("origin")
+        if before is None:
+            print(f"note: {path} is of an older version and does not know what its layers were trained on")
+        for name, was in (before or {}).items():
+            if origin[name] != was:
+                raise UserError(
+                    f"{path}: other {name}: {was} then, {origin[name]} now. --resume continues with what it had; "
+                    "another --out begins anew"
+                )
+        if done > options.epochs:
+            raise UserError(f"--epochs {options.epochs}: {path} has {done} epochs behind it; give more than that")
         heads.load_state_dict(content["heads"])
         optimizer.load_state_dict(content["optimizer"])
-        return content["epoch"]
+        return done
     except (KeyError, RuntimeError, ValueError) as error:
-        raise UserError(f"{options.out / 'linear.pt'}: does not fit these options: {error}") from error
+        raise UserError(f"{path}: does not fit these options: {error}") from error
 
 
 if __name__ == "__main__":

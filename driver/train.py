@@ -17,6 +17,7 @@ from . import checkpoint, config, contrastive_crop
 from .config import Config, Loss, UserError
 from .data import make_images
 from .data.images import Crops, virtual_batch
+from .data.inventory import Inventory
 from .data.random_keys import seed_of
 from .distributed import World
 from .evaluation.online import Embed, Vote, evaluate, features, pixels
@@ -75,17 +76,19 @@ class Training:
         self.bam = make_loss(options.loss, self.schedules, device, self.arithmetic.weights)
         self.optimizer = make_optimizer(self.network, optim)
 
+        inventory = Inventory.of(self.images.source) if world.first else None
         self.state = checkpoint.State(
-            self.network, self.teacher, self.optimizer, self.arithmetic.scaler, self.images, G
+            self.network, self.teacher, self.optimizer, self.arithmetic.scaler, self.images, inventory, G
         )
         if run.resume is not None:
-            self.directory = checkpoint.load(self.state, run.resume)
+            self.directory = checkpoint.load(self.state, options, world)
         else:
             self.directory = world.from_first("directory", lambda: fresh_directory(run.name))
         # The images per step are saved, so that a run resumed on another number of ranks keeps its objective.
         self.options = replace(options, data=replace(data, virtual_batch=G))
         if world.first:
             config.save(self.options, self.directory)
+            inventory.write(self.directory)
             self.state.history.sinks = make_sinks(self.state, self.options, self.directory)
         self.last_epoch = min(optim.epochs, run.stop_after or optim.epochs)
         print(

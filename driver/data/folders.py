@@ -9,6 +9,7 @@ from torch import Tensor
 from ..config import UserError
 from .decode import DEFAULT, Decoder
 from .images import Source
+from .inventory import file_size
 from .parts import TEST_NAMES, split
 
 
@@ -16,7 +17,7 @@ class Files(Source):
     """Image files in folders: `train/` beside `val/` or `test/`, or one folder that is split here."""
 
     def __init__(self, root: Path, held_out: float, decode: Decoder = DEFAULT) -> None:
-        self.decode = decode
+        self.root, self.decode = root, decode
         if not root.is_dir():
             raise UserError(f"--data.root {root}: {'not a folder' if root.exists() else 'no such folder'}")
         test = next((root / name for name in TEST_NAMES if (root / name).is_dir()), None)
@@ -34,6 +35,10 @@ class Files(Source):
 
     def name(self, index: int) -> str:
         return self.paths[index]
+
+    def entry(self, index: int) -> tuple[str, int]:
+        path = self.paths[index]
+        return path.removeprefix(f"{self.root}/"), file_size(path)
 
 
 def list_images(root: Path) -> tuple[list[str], Tensor]:

@@ -52,10 +52,17 @@ class Source(Protocol):
     def name(self, index: int) -> str:
         """File name of image `index`, for messages."""
 
+    def entry(self, index: int) -> tuple[str, int]:
+        """Name of image `index`, relative to the folder of the images, and its size in bytes, -1 where it is gone.
+
+        The name of an image without a file has a digest of its pixels.
+        """
+
 
 class Images(Protocol):
     """The data set of a run: training views for the loop, images without augmentation for the evaluation."""
 
+    source: Source
     channels: int
     training: int
     """Number of training images."""

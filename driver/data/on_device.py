@@ -25,7 +25,7 @@ class OnDevice:
     boxes: Tensor | None = None
 
     def __init__(self, source: Source, data: Data, boxes: Boxes, device: torch.device, seed: int, world: World) -> None:
-        self.data, self.device, self.seed, self.world = data, device, seed, world
+        self.source, self.data, self.device, self.seed, self.world = source, data, device, seed, world
         self.training, self.tested = len(source.train), len(source.test)
         self.channels, self.classes = data.channels, int(source.labels.max()) + 1
         self.eval_batch = max(1, EVAL_PIXELS // data.size**2)

@@ -22,7 +22,7 @@ class Shards(Source):
     """
 
     def __init__(self, root: Path, held_out: float, decode: Decoder = DEFAULT) -> None:
-        self.decode = decode
+        self.root, self.decode = root, decode
         shards = sorted(root.glob("*.tar")) if root.is_dir() else []
         self.members: list[tuple[Path, int, int, str]] = []  # shard, offset, size in bytes and name of each image
         labels: list[int | None] = []
@@ -53,6 +53,10 @@ class Shards(Source):
     def name(self, index: int) -> str:
         shard, _, _, member = self.members[index]
         return f"{shard}:{member}"
+
+    def entry(self, index: int) -> tuple[str, int]:
+        shard, _, size, member = self.members[index]
+        return f"{shard.relative_to(self.root)}:{member}", size
 
 
 def _parts(shards: list[Path]) -> tuple[list[Path], list[Path]]:

@@ -8,6 +8,7 @@ import fcntl
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -16,6 +17,7 @@ from ..config import Data, UserError
 from .decode import DEFAULT, Decoder
 from .folders import Files
 from .images import Source
+from .inventory import pixel_digest
 from .parts import split
 from .shards import Shards
 
@@ -58,6 +60,9 @@ class Digits(Source):
     def name(self, index: int) -> str:
         return f"scikit-learn's digit {index}"
 
+    def entry(self, index: int) -> tuple[str, int]:
+        return _entry(self.name(index), self.read(index).numpy())
+
 
 class Cifar(Source):
     """CIFAR-10 (Krizhevsky, 2009) as torchvision downloads it; its 10,000 test images are held out."""
@@ -77,6 +82,14 @@ class Cifar(Source):
 
     def name(self, index: int) -> str:
         return f"CIFAR-10 image {index}"
+
+    def entry(self, index: int) -> tuple[str, int]:
+        return _entry(self.name(index), np.asarray(self.read(index)))
+
+
+def _entry(name: str, pixels: np.ndarray) -> tuple[str, int]:
+    """Entry in the inventory of an image that has no file of its own."""
+    return f"{name}, pixels {pixel_digest(pixels.tobytes())}", pixels.nbytes
 
 
 def _has_class_folders(root: Path | None) -> bool:

@@ -19,6 +19,7 @@ from driver_runs import ROOT, content, pretrain
 from driver import checkpoint, cli, config, exits, history, train, verify_resume
 from driver import pretrain as program
 from driver.config import UserError
+from driver.data import inventory
 from driver.verify_resume import same
 
 PARTS = ("network", "teacher", "optimizer", "scaler", "boxes", "images", "epoch", "step")
@@ -230,7 +231,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda handle: done.append("fsync"))
     monkeypatch.setattr(os, "replace", replace)
     pretrain("--optim.epochs=1")
-    names = (config.FILE, history.FILE, checkpoint.FILE)
+    names = (config.FILE, inventory.FILE, history.FILE, checkpoint.FILE)
     assert done == [step for name in names for step in ("fsync", name, "fsync")]
 
 
@@ -291,7 +292,7 @@ def test_momentum_given_beside_resume(name):
     "write, message",
     [
         (lambda path: path.write_bytes(b"half"), "not a readable checkpoint"),
-        (lambda path: torch.save({"state": 1}, path), "not a checkpoint of this driver: no 'images' in it"),
+        (lambda path: torch.save({"state": 1}, path), "not a checkpoint of this driver: no 'config' in it"),
         (lambda path: path.unlink(), "no checkpoint.pt there"),
     ],
 )
