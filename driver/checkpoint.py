@@ -218,13 +218,11 @@ def _check_epochs(done: int, changed: dict[str, str], options: Config) -> None:
     """Raise a UserError where no epoch is left in which an option that was given could have an effect."""
     stop, epochs = options.run.stop_after, options.optim.epochs
     if stop is not None and stop <= done:
-        raise UserError(
-            f"--run.stop-after {stop}: the run has done {done} epochs; give a larger number, or leave it out"
-        )
+        raise UserError(f"--run.stop-after {stop} must be larger than the number of epochs that are done, {done}")
     without = [text for option, text in changed.items() if not option.startswith("data.") and option not in REPORT]
     if epochs <= done and without:
         raise UserError(
-            f"{without[0]} does nothing: {done} epochs are done, of --optim.epochs {epochs}; a larger one goes on"
+            f"{without[0]} does nothing: all epochs are done, {done} of {epochs}; a larger --optim.epochs goes on"
         )
 
 

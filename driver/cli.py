@@ -78,8 +78,8 @@ def options_of_run(resume: str) -> dict[str, Any]:
             if known is None or name in known.get(part, {}):
                 raise UserError(f"{what} ({path}: no {part}.{name} in it; each checkpoint has a copy, `config`)")
             plain.setdefault(part, {})[name] = defaults[part][name]
-        newer = " ".join(f"--{part}.{name}" for part, name in lacking)
-        print(f"note: the run is of an older version without {newer}: the defaults hold")
+        newer = " ".join(f"--{part}.{name}".replace("_", "-") for part, name in lacking)
+        print(f"note: the run is older than {newer}: the defaults hold")
     return plain
 
 
@@ -114,15 +114,19 @@ def as_args(plain: dict[str, Any]) -> list[str]:
     return args
 
 
-NEEDS = {
-    "model.teacher_momentum_end": "model.teacher_momentum",
-    "model.teacher_views": "model.teacher_momentum",
-    "boxes.after": "boxes.every",
-    "boxes.threshold": "boxes.every",
-    "boxes.alpha": "boxes.every",
-    "boxes.every": "data.augment",
+WITHOUT_EFFECT: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "data.local_size": ("data.local_views", (0,)),
+    "data.local_scale": ("data.local_views", (0,)),
+    "data.blur": ("data.augmentation", ("digits", "dino")),
+    "model.teacher_momentum_end": ("model.teacher_momentum", (0,)),
+    "model.teacher_views": ("model.teacher_momentum", (0,)),
+    "boxes.after": ("boxes.every", (0,)),
+    "boxes.threshold": ("boxes.every", (0,)),
+    "boxes.alpha": ("boxes.every", (0,)),
+    "boxes.every": ("data.augment", (0,)),
+    "optim.momentum": ("optim.name", ("adamw", "lamb")),
 }
-"""An option on the left does nothing where its option on the right is 0."""
+"""An option on the left does nothing where its option on the right has one of these values."""
 
 
 def check(config: Config, defaults: Config) -> None:
@@ -138,9 +142,10 @@ def check(config: Config, defaults: Config) -> None:
     check_bounds(config)
     if not config.run.name or os.path.basename(config.run.name) != config.run.name:
         raise UserError(f"--run.name must be a plain name without slashes, got {config.run.name!r}")
-    for option, needed in NEEDS.items():
-        if not value_of(needed) and value_of(option) not in (value_of(option, Config()), value_of(option, defaults)):
-            raise UserError(f"--{option} {value_of(option)} does nothing where --{needed} is 0")
+    for option, (other, values) in WITHOUT_EFFECT.items():
+        given = value_of(option) not in (value_of(option, Config()), value_of(option, defaults))
+        if given and value_of(other) in values:
+            raise UserError(f"--{option} {value_of(option)} does nothing where --{other} is {value_of(other) or 0}")
     check_source(config)
 
 

@@ -133,6 +133,7 @@ def test_names_of_any_bytes():
     assert of("flat").training.count(b"\n") == len(inventory.read(Path()).training.splitlines()) == len(names)
     assert inventory.read(Path()) == of("flat")
     Path("flat", "z\u0301.png").rename(Path("flat", "\u017a.png"))
+    assert of("flat").difference(digests, Path()) == ""
     Path("flat", os.fsdecode(b"f\xff.png")).unlink()
     assert "image 3 (from 0) was f\\xff.png of 0 bytes, is h\\r.png of" in of("flat").difference(digests, Path())
 
