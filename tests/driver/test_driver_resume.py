@@ -149,11 +149,17 @@ def test_what_only_a_new_run_can_take(option, kept, monkeypatch):
     cli.parse(["--run.resume=.", f"{name}={same}"])
 
 
-def test_every_such_option_exists():
+def test_every_such_option_exists_and_is_on_the_page():
     plain = config.as_plain(config.Config())
-    for option in [*checkpoint.REPORT, *(option for options in checkpoint.FIXED.values() for option in options)]:
-        part, name = option.split(".")
+    fixed = [option for options in checkpoint.FIXED.values() for option in options]
+    for part, name in (option.split(".") for option in [*checkpoint.REPORT, *fixed]):
         assert name in plain[part]
+    page = (ROOT / "docs/driver/machines.md").read_text()
+    row = next(line for line in page.splitlines() if "refused unless" in line)
+    named = re.findall(r"`(?:--(?:data|optim|run|model)\.)?([a-z-]+)`", row)
+    assert sorted(named) == sorted(
+        option.split(".")[1].replace("_", "-") for option in fixed if option != "model.teacher_momentum"
+    )
 
 
 def test_an_edited_file_of_options_is_checked_too():
