@@ -232,7 +232,7 @@ class Run:
     """Name of the run. Runs are written to ./runs/NAME-001, then NAME-002 and so on."""
     resume: Path | None = None
     """Directory of a run to continue from its newest checkpoint, or one checkpoint file in it to continue from. The
-    run's own options hold; options given here replace them."""
+    run's own options hold; options given here replace them, and an error names one that only a new run can take."""
     stop_after: Annotated[int | None, at_least(1)] = None
     """Stop once this many epochs are done, as if interrupted; `--run.resume` continues the run. None: run to the
     end."""

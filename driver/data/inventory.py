@@ -57,12 +57,12 @@ class Inventory:
         if before is None or before.digests[part] != digests[part]:
             return f"the digest of its {PARTS[part]}s differs, and no {FILE} beside it names the first other one"
         lines = (getattr(inventory, part).splitlines() for inventory in (before, self))
-        place, (was, now_is) = next(
+        place, (was, found) = next(
             (place, pair) for place, pair in enumerate(zip_longest(*lines)) if pair[0] != pair[1]
         )
         counts = [getattr(inventory, part).count(b"\n") for inventory in (before, self)]
         return (
-            f"{PARTS[part]} {place} (from 0) was {_shown(was)}, is {_shown(now_is)}; "
+            f"{PARTS[part]} {place} (from 0) was {_shown(was)}, is {_shown(found)}; "
             f"{counts[0]:,} {PARTS[part]}s then, {counts[1]:,} now"
         )
 

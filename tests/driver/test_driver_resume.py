@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from driver_runs import content, pretrain, torchrun
+from driver_runs import ROOT, content, pretrain, torchrun
 
 from driver import checkpoint, cli, config, linear, train
 from driver import pretrain as program
@@ -201,6 +201,15 @@ def test_options_when_no_epoch_is_left():
         with pytest.raises(UserError, match=re.escape(message)):
             resume(directory, option)
     assert resume(directory, "--run.device=cpu", "--loss.backend=reference")["step"] == 4
+
+
+def test_a_teacher_that_comes_later_begins_as_the_student():
+    directory = pretrain("--optim.epochs=2", "--run.stop-after=1", "--optim.lr=0")
+    before = content(directory)
+    resumed = resume(directory, "--model.teacher-momentum=0.9", "--run.seed=9")  # new weights would be others
+    assert before["teacher"] is None and resumed["step"] == 4
+    weights = {name for name, value in before["network"].items() if name.endswith("weight") and value.ndim > 1}
+    assert weights and all(torch.equal(resumed["teacher"][name], before["network"][name]) for name in weights)
 
 
 @pytest.mark.parametrize(
