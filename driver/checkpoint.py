@@ -92,9 +92,8 @@ def save(state: State, config: dict[str, Any], directory: Path, keep_last: int =
         with replacing(path) as temporary, open(temporary, "wb") as file:
             torch.save(state.content(config), file)
     except (OSError, RuntimeError) as error:
-        free_mb = shutil.disk_usage(directory).free / 1e6  # torch's error does not say whether the disk is full
         kept = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was written yet"
-        raise UserError(f"{path}: not written ({error}; {free_mb:.0f} MB are free there); {kept}") from error
+        raise UserError(f"{path}: not written ({error}; {_room(directory)}); {kept}") from error
     if keep_last > 1:
         newest = directory / _step_file(state.step)
         _keep(path, newest)
@@ -102,10 +101,18 @@ def save(state: State, config: dict[str, Any], directory: Path, keep_last: int =
     else:
         state.kept = set()
     for other in set(directory.glob(STEP_FILES)) - state.kept:
-        other.unlink()
+        other.unlink(missing_ok=True)
     if keep:
         _keep(path, directory / f"epoch-{state.epoch:04d}.pt")
     return path
+
+
+def _room(directory: Path) -> str:
+    """Free space of the directory in words, since torch's error does not say whether the disk is full."""
+    try:
+        return f"{shutil.disk_usage(directory).free / 1e6:.0f} MB are free there"
+    except OSError as error:
+        return f"{directory}: {error.strerror}"
 
 
 def _keep(path: Path, copy: Path) -> None:

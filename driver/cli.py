@@ -20,9 +20,12 @@ from .bounds import bounds_of
 from .config import FILE, PARTS, Config, UserError, as_plain
 from .distributed import World
 from .exits import exit_code
+from .files import check_file, obstacle, try_folder
 from .recipes import nearest, recipe
 
 T = TypeVar("T")
+LONGEST_NAME = 200
+"""Bytes of the longest name of a run. File systems take 255 for a name with its number."""
 PLAIN = (tyro.conf.FlagConversionOff,)
 """Setting of tyro: a truth value is given as `--option True` or `--option False`."""
 
@@ -35,12 +38,14 @@ def parse(args: list[str] | None = None) -> Config:
     """
     args = sys.argv[1:] if args is None else args
     sources = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--recipe", "--config", "--run.resume", "--data.root"):
+    for name in ("--recipe", "--config", "--run.resume", "--run.directory", "--data.root"):
         sources.add_argument(name)
     given = vars(sources.parse_known_args(args)[0])
     resume, file, name = given["run.resume"], given["config"], given["recipe"]
     if sum(source is not None for source in (resume, file, name)) > 1:
         raise UserError("--recipe, --config and --run.resume each give every option: only one of them")
+    if resume is not None and given["run.directory"] is not None:
+        raise UserError(f"--run.directory {given['run.directory']}: does nothing with --run.resume {resume}")
     saved: dict[str, Any] = {}
     if file is not None:
         saved = read(Path(file), f"--config {file}")
@@ -86,7 +91,7 @@ def options_of_run(resume: str) -> dict[str, Any]:
 def read(path: Path, what: str) -> dict[str, Any]:
     """Options in a YAML file. `what` begins each message. Raises: UserError on a part or option that does not exist."""
     try:
-        plain = yaml.safe_load(path.read_text()) or {}
+        plain = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{what} ({path}: {getattr(error, 'strerror', error)})") from error
     if not isinstance(plain, dict):
@@ -176,10 +181,34 @@ def check_source(config: Config) -> None:
         raise UserError(f"--data.augmentation digits is for digits alone, not for --data.source {data.source}")
 
 
+def check_new_name(name: str) -> None:
+    """Raise a UserError where no directory can have the name, or the commands that a run prints could not hold it."""
+    if any(ord(letter) < 32 for letter in name):
+        raise UserError(f"--run.name must have no line break or other control character, got {name!r}")
+    if (length := len(name.encode(errors="surrogateescape"))) > LONGEST_NAME:
+        raise UserError(f"--run.name must have at most {LONGEST_NAME} bytes, got {length}: {name}")
+
+
+def check_folder(folder: Path, what: str, *names: str) -> Path:
+    """Return `folder` after a trial that files of these names can be written there. A missing folder is not made yet.
+
+    `what` begins the message. Raises: UserError where they cannot, before hours of work are lost.
+    """
+    if str(folder).startswith("~"):
+        raise UserError(f"{what}: the shell left ~ in it; a space in place of = lets it fill in your home directory")
+    for path in (folder, *(folder / name for name in names)):
+        try:
+            try_folder(path) if path == folder else check_file(path)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{what}: {path} cannot be written: {obstacle(path, error)}") from error
+    return folder
+
+
 def run_script(options: type[T], main: Callable[[T, World], Any], args: list[str] | None = None) -> int:
     """Call `main` with the options of the command line, and return the exit code of this process.
 
-    The code is 0, 1 after a UserError, 2 (from tyro) after a wrong option, or 130 after Ctrl-C.
+    The code is 0, 1 after a UserError, 2 (from tyro) after a wrong option, 130 after Ctrl-C, or 141
+    where the reader of standard output has gone.
     """
 
     def run(world: World) -> int:

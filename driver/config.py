@@ -229,7 +229,9 @@ class Run:
     """Name, device, arithmetic and seed of the run; how often it logs, evaluates and saves."""
 
     name: str = "digits"
-    """Name of the run. Runs are written to ./runs/NAME-001, then NAME-002 and so on."""
+    """Name of the run. Runs are written to `directory`/NAME-001, then NAME-002 and so on."""
+    directory: Path = Path("runs")
+    """Folder of the runs; it is made if it is missing. A resumed run stays in its own."""
     resume: Path | None = None
     """Directory of a run to continue from its newest checkpoint, or one checkpoint file in it to continue from. The
     run's own options hold; options given here replace them, and an error names one that only a new run can take."""
@@ -298,16 +300,16 @@ PARTS = {"data": Data, "boxes": Boxes, "model": Model, "loss": Loss, "optim": Op
 def save(config: Config, directory: Path) -> None:
     """Write config.yaml, which `--config` reads."""
     with replacing(directory / FILE) as temporary:
-        temporary.write_text(yaml.safe_dump(as_plain(config), sort_keys=False))
+        temporary.write_text(yaml.safe_dump(as_plain(config), sort_keys=False), encoding="utf-8")
 
 
 def as_plain(config: Config) -> dict[str, Any]:
     """Options as nested dictionaries of numbers, strings and lists, with absolute paths.
 
-    `config`, `run.resume` and `run.stop_after` are left out: they concern one process, not the run.
+    Options of one process are left out: `config`, `run.directory`, `run.resume` and `run.stop_after`.
     """
     plain = asdict(replace(config, run=replace(config.run, resume=None, stop_after=None)))
-    del plain["config"]
+    del plain["config"], plain["run"]["directory"]
     for part in (plain["data"], plain["model"]):
         for name, value in part.items():
             if isinstance(value, Path):

@@ -3,6 +3,7 @@
 Schedulers send SIGTERM or SIGUSR1 before the time is up: the run saves after the current step and ends with code 75.
 """
 
+import errno
 import os
 import signal
 import sys
@@ -13,9 +14,13 @@ from types import FrameType
 
 from .config import UserError
 from .distributed import World
+from .files import FULL
+from .reporting.streams import OutputLost, Stream, guarded
 
 STOPPED = 75
 """Exit code of a run that has saved because of a signal and can go on: EX_TEMPFAIL of sysexits.h."""
+BROKEN_PIPE = 128 + signal.SIGPIPE
+"""Exit code of a script whose standard output lost its reader, such as `head`: a shell's code for SIGPIPE."""
 
 
 class Stopped(Exception):
@@ -49,24 +54,39 @@ class StopSignal:
 
 
 def exit_code(run: Callable[[World], int], interrupted: str = "interrupted") -> int:
-    """Call `run` and return the exit code of this process: what `run` returns, 1 for a UserError, 130 for Ctrl-C.
+    """Call `run` and return the exit code of this process: what `run` returns, 1 for an error, 130 for Ctrl-C.
 
-    Only rank 0 prints to standard output; an error is printed once, by the rank that met it first. With several ranks,
+    An error that the user can put right is one message: a UserError, or an OSError about a file or a folder. Only
+    rank 0 prints to standard output; an error is printed once, by the rank that met it first. With several ranks,
     after an error on one of them, this process ends here with its exit code and does not return: see `World.abandon`.
+    A loss of standard output ends `run`, unless it has called `outlive_output`.
     """
-    world = World.from_environment()
+    with guarded(_end):
+        return _exit_code(run, World.from_environment(), interrupted)
+
+
+def _exit_code(run: Callable[[World], int], world: World, interrupted: str) -> int:
     if not world.first:
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", errors="backslashreplace")
     try:
         code = run(world)
+        sys.stdout.flush()
         if not world.failed():
             world.end()
             return code
-    except UserError as error:
+    except OutputLost as lost:
+        silent = lost.error.errno == errno.EPIPE  # the reader has all that it wanted
+        code = BROKEN_PIPE if silent else 1
+        if world.first_to_fail() and not silent:
+            say(f"error: {lost}")
+    except (UserError, OSError) as error:
+        text = str(error) if isinstance(error, UserError) else about_files(error)
+        if text is None:
+            raise
         code = 1
         if world.first_to_fail():
             # A data-loader worker puts a traceback before the message of its UserError.
-            say(f"error: {str(error).rsplit('UserError: ', 1)[-1]}")
+            say(f"error: {text.rsplit('UserError: ', 1)[-1]}")
     except KeyboardInterrupt:
         code = 130
         if world.first:
@@ -77,6 +97,41 @@ def exit_code(run: Callable[[World], int], interrupted: str = "interrupted") -> 
         code = 1  # a collective failed here because another rank has ended; it has printed why
     world.abandon(code)
     return code
+
+
+def about_files(error: OSError) -> str | None:
+    """Message for an OSError about a file, a folder or a disk, which the user can put right; None for another one."""
+    if error.filename is None and error.errno == errno.ENOENT:
+        if not _has_directory():
+            return "the current directory has been removed; change to one that is there"
+        # tempfile names the folders that it has tried; the system's own words alone, as of a socket, say nothing.
+        return None if error.strerror == os.strerror(errno.ENOENT) else error.strerror
+    if error.errno is None or (error.filename is None and error.errno not in FULL):
+        return None
+    names = [repr(name) for name in (error.filename, error.filename2) if name is not None]
+    text = ": ".join(filter(None, [error.strerror, " -> ".join(names)]))
+    return f"{text}: the disk is full; a checkpoint that was written stays whole" if error.errno in FULL else text
+
+
+def _has_directory() -> bool:
+    try:
+        return bool(os.getcwd())
+    except FileNotFoundError:
+        return False
+
+
+def _end(error: OSError) -> None:
+    raise OutputLost(error) from error
+
+
+def outlive_output() -> None:
+    """From now on, a loss of standard output does not end this script; a note on standard error tells of it."""
+    if isinstance(sys.stdout, Stream):
+        sys.stdout.at_loss = _go_on
+
+
+def _go_on(error: OSError) -> None:
+    say(f"note: standard output is lost ({error.strerror}); the run goes on")
 
 
 def say(text: str) -> None:

@@ -48,23 +48,29 @@ def export(options: Export) -> Path:
     path = options.run if options.run.suffix == ".pt" else options.run / checkpoint.FILE
     if not path.is_file():
         raise UserError(f"{options.run}: no {path.name} there")
+    out = options.out or path.with_name(f"backbone.{options.format}")
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.parent}")
+    cli.check_folder(out.parent, f"--out {out}", out.name)
     config = cli.parse([f"--config={path.parent / FILE}"])
     channels = config.data.channels
     backbone = backbones.make(config.model, channels, config.data.size, several_sizes=config.data.local_views > 0)
     load_backbone(backbone, path, options.whose)
-    out = options.out or path.with_name(f"backbone.{options.format}")
-    if not out.parent.is_dir():
-        raise UserError(f"--out {out}: there is no folder {out.parent}")
     if options.format == "onnx":
         _write_onnx(nn.Sequential(Standardize(channels), backbone).eval(), channels, config.data.size, out)
         print(f"{out}: input `images` (n, {channels}, {config.data.size}, {config.data.size}) in [0, 1]")
         return out
     try:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
     except ImportError as error:
         raise UserError(missing("--format safetensors", "safetensors", error)) from error
-    with replacing(out) as temporary:
-        save_file({name: value.contiguous() for name, value in backbone.state_dict().items()}, temporary)
+    weights = {name: value.contiguous() for name, value in backbone.state_dict().items()}
+    try:
+        with replacing(out) as temporary:
+            save_file(weights, temporary)
+    except SafetensorError as error:  # also of a full disk
+        raise UserError(f"--out {out}: not written ({error})") from error
     print(f"{out}: {_use(config, channels, out)}")
     return out
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .config import UserError
-from .files import replacing
+from .files import naming, replacing
 
 FILE = "history.jsonl"
 
@@ -74,11 +74,13 @@ class File:
         self.file = path.open("a")
 
     def __call__(self, row: Row) -> None:
-        self.file.write(_line(row))
-        self.file.flush()
+        with naming(Path(self.file.name)):
+            self.file.write(_line(row))
+            self.file.flush()
 
     def close(self) -> None:
-        self.file.close()
+        with naming(Path(self.file.name)):
+            self.file.close()
 
 
 def _line(row: Row) -> str:
@@ -88,7 +90,7 @@ def _line(row: Row) -> str:
 def read(directory: Path) -> History:
     """History in the directory of a run, without a last line that was cut short. Raises: UserError without a file."""
     try:
-        lines = (directory / FILE).read_text().splitlines()
+        lines = (directory / FILE).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
         raise UserError(f"{directory}: not the directory of a run ({FILE}: {error.strerror})") from error
     rows = []

@@ -24,17 +24,19 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from driver.bounds import POSITIVE, at_least, each
-from driver.cli import check_bounds, run_script
+from driver.cli import check_bounds, check_folder, run_script
 from driver.config import UserError, helpful
 from driver.data.inventory import Inventory
 from driver.data.labelled import Labelled, Labels
 from driver.distributed import World
 from driver.evaluation.frozen import Backbone, Frozen
-from driver.files import replacing
+from driver.files import naming, replacing
 from driver.optim import cosine
 from driver.weights import read
 
 MOMENTUM = 0.9
+LINES, LAYERS = "linear.jsonl", "linear.pt"
+"""Files in the folder --out."""
 
 
 @helpful
@@ -104,6 +106,8 @@ def main(options: Options, world: World) -> dict[float, float]:
     check_bounds(options)
     if options.resume and options.out is None:
         raise UserError("--resume needs --out, where linear.pt is")
+    if (out := options.out) is not None:
+        world.from_first("out", lambda: check_folder(out, f"--out {out}", LINES, LAYERS))
     frozen = options.backbone.load(world)
     world.start(frozen.device)
     labelled = options.data.load(options.backbone.options(), frozen.size, frozen.device, world)
@@ -200,11 +204,14 @@ def origin_of(options: Options, frozen: Frozen, labelled: Labelled) -> dict[str,
 def write(out: Path, row: dict[str, Any], trained: dict[str, Any], origin: dict[str, Any] | None) -> None:
     """Append a line to linear.jsonl and replace linear.pt, which holds the layers and the optimiser."""
     out.mkdir(parents=True, exist_ok=True)
-    with (out / "linear.jsonl").open("a") as file:
+    with naming(out / LINES), (out / LINES).open("a") as file:
         file.write(json.dumps(row) + "\n")
     states = {name: part.state_dict() for name, part in trained.items()}
-    with replacing(out / "linear.pt") as temporary:
-        torch.save({**states, "epoch": row["epoch"], "origin": origin}, temporary)
+    try:
+        with replacing(out / LAYERS) as temporary, open(temporary, "wb") as file:
+            torch.save({**states, "epoch": row["epoch"], "origin": origin}, file)
+    except RuntimeError as error:  # torch's error does not say whether the disk is full
+        raise UserError(f"{out / LAYERS}: not written ({error}); one that was there stays whole") from error
 
 
 def load(options: Options, heads: Heads, optimizer: torch.optim.Optimizer, origin: dict[str, Any] | None) -> int:
@@ -213,7 +220,7 @@ def load(options: Options, heads: Heads, optimizer: torch.optim.Optimizer, origi
     Raises: UserError where linear.pt is missing, damaged, of another origin or of other options.
     """
     assert options.out is not None and origin is not None
-    path = options.out / "linear.pt"
+    path = options.out / LAYERS
     content = read(path)
     try:
         done, before = content["epoch"], content.get("origin")

@@ -21,8 +21,6 @@ from .reporting import summary
 
 T = TypeVar("T")
 CURVES = ("loss", "target_entropy", "source_entropy", "column_residual", "uniform_loss", "collapse_gap")
-BAR_S = 0.1 if sys.stderr.isatty() else 30.0
-"""Seconds between updates of the progress bar: few in a file, where each update is a line."""
 
 
 class Log:
@@ -41,7 +39,7 @@ class Log:
             initial=state.step,
             unit="step",
             dynamic_ncols=True,
-            mininterval=BAR_S,
+            mininterval=0.1 if sys.stderr.isatty() else 30.0,  # in a file, each update is a line
             disable=not world.first,
         )
         self.since = time.perf_counter()

@@ -8,7 +8,6 @@ torchrun --nproc-per-node 2 driver/pretrain.py  on two ranks, each a GPU or a sh
 python driver/pretrain.py --help               every option
 """
 
-import errno
 import sys
 from pathlib import Path
 
@@ -16,9 +15,8 @@ if __name__ == "__main__":  # the driver is run from its repository, not install
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from driver.cli import parse
-from driver.config import UserError
 from driver.distributed import World
-from driver.exits import STOPPED, Stopped, exit_code, say
+from driver.exits import STOPPED, Stopped, exit_code, outlive_output, say
 from driver.train import pretrain
 
 
@@ -30,19 +28,20 @@ def main(args: list[str] | None = None) -> int:
     2    after a wrong option, from tyro
     75   after SIGTERM or SIGUSR1, once a checkpoint is written
     130  after Ctrl-C
+    141  where the reader of --help has gone
+
+    A run whose standard output or standard error is lost goes on: its results are in its directory.
     """
 
     def run(world: World) -> int:
         try:
-            pretrain(world.from_first("options", lambda: parse(args)), world)
+            options = world.from_first("options", lambda: parse(args))
+            outlive_output()
+            pretrain(options, world)
         except Stopped as stopped:
             if world.first:
                 say(str(stopped))
             return STOPPED
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise
-            raise UserError(f"{error}: the disk is full; a checkpoint that was written stays whole") from error
         return 0
 
     return exit_code(run, "interrupted; --run.resume RUN_DIR goes on from the last checkpoint")

@@ -3,6 +3,7 @@
 python driver/report.py RUN_DIR          also of a run that is under way or was killed
 """
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ if __name__ == "__main__":  # the driver is run from its repository, not install
 import tyro
 
 from driver import checkpoint, history
-from driver.cli import run_script
+from driver.cli import check_folder, run_script
 from driver.config import FILE, UserError, helpful
 from driver.data import make_images
 from driver.distributed import World
@@ -38,25 +39,29 @@ def main(options: Report, world: World) -> None:
 
     Raises: UserError where the folder is not a run's, or the run has neither a log line nor an evaluation yet.
     """
-    if not (options.run / FILE).is_file():
-        raise UserError(f"{options.run}: not the directory of a run, no {FILE} there")
-    backbone = Backbone(run=options.run, whose="student", device=options.device)
-    config, record, missing = backbone.options(), history.read(options.run), None
+    run = options.run
+    if run.name in ("", ".."):
+        run = Path(os.path.abspath(run))  # its name is the title of the page
+    if not (run / FILE).is_file():
+        raise UserError(f"{run}: not the directory of a run, no {FILE} there")
+    check_folder(run, str(run), outputs.PAGE, outputs.DASHBOARD)
+    backbone = Backbone(run=run, whose="student", device=options.device)
+    config, record, missing = backbone.options(), history.read(run), None
     if not plots.panels_of(record):
-        raise UserError(f"{options.run / history.FILE}: no log line and no evaluation in it, nothing to report yet")
-    if (options.run / checkpoint.FILE).is_file():
+        raise UserError(f"{run / history.FILE}: no log line and no evaluation in it, nothing to report yet")
+    if (run / checkpoint.FILE).is_file():
         frozen = backbone.load()
         try:
             images = make_images(config.data, config.boxes, frozen.device, config.run.seed, world)
-            outputs.write(record, config, options.run, images, frozen.features)
+            outputs.write(record, config, run, images, frozen.features)
         except UserError as error:
             missing = str(error)
     else:
-        missing = f"{options.run}: no {checkpoint.FILE} yet"
+        missing = f"{run}: no {checkpoint.FILE} yet"
     if missing is not None:
         print(f"note: no pictures; {missing}")
-        outputs.write_with(missing, None, record, config, options.run)
-    print(f"written: {options.run}/ {outputs.PAGE}, {outputs.DASHBOARD}")
+        outputs.write_with(missing, None, record, config, run)
+    print(f"written: {run}/ {outputs.PAGE}, {outputs.DASHBOARD}")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,6 @@ and in the last few frames. Shapes: F frames; h x w patches of D features; C lab
 import json
 import sys
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -28,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from driver.bounds import POSITIVE, at_least
-from driver.cli import check_bounds, run_script
+from driver.cli import check_bounds, check_folder, run_script
 from driver.config import UserError, helpful
 from driver.distributed import World
 from driver.evaluation.davis_clips import FRAMES, MASKS, Clip, notes, read_clips, read_frame
@@ -36,6 +34,7 @@ from driver.evaluation.davis_metrics import Scores, clip_scores, summary
 from driver.evaluation.frozen import Backbone, Frozen
 from driver.files import replacing
 
+SCORES = "scores.json"
 MULTIPLE = 64
 """The longer side of a frame is cut to a multiple of this, as the published evaluations do."""
 CONSTANT = 1e-5
@@ -76,6 +75,8 @@ def main(options: Options, world: World) -> Scores | None:
     check_bounds(options)
     if world.size > 1:
         raise UserError("segment_video runs on one rank")
+    if options.out is not None:
+        check_folder(options.out, f"--out {options.out}", SCORES)
     frozen = options.backbone.load()
     clips = read_clips(options.davis, options.split)
     check_purpose(clips, options)
@@ -90,8 +91,7 @@ def main(options: Options, world: World) -> Scores | None:
         if clip.scored:
             scores[clip.name] = clip_scores(found, truth)
         if options.out is not None:
-            with writing(options.out):
-                write_masks(found, clip, options.out / clip.name)
+            write_masks(found, clip, options.out / clip.name)
     if not scores:
         return None
     whole = summary(list(scores.values()))
@@ -99,7 +99,7 @@ def main(options: Options, world: World) -> Scores | None:
     print(table(rows))
     if options.out is not None:
         text = json.dumps({name: asdict(row) for name, row in rows.items()}, indent=1)
-        with writing(options.out), replacing(options.out / "scores.json") as temporary:
+        with replacing(options.out / SCORES) as temporary:
             temporary.write_text(text + "\n")
     return whole
 
@@ -118,17 +118,7 @@ def check_purpose(clips: list[Clip], options: Options) -> None:
     for folder in (FRAMES, MASKS):
         if out.resolve() == options.davis.joinpath(*folder).resolve():
             raise UserError(f"--out {out}: masks would replace files of --davis {options.davis}; give another folder")
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-
-
-@contextmanager
-def writing(out: Path) -> Iterator[None]:
-    """Context in which a fault in writing becomes a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"--out {out}: must be a folder that can be written ({error})") from error
+    out.mkdir(parents=True, exist_ok=True)
 
 
 @torch.no_grad()

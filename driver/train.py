@@ -13,8 +13,8 @@ from torch import Tensor
 
 from bam_kernels import BAMLoss, GradientCache
 
-from . import checkpoint, config, contrastive_crop
-from .config import Config, Loss, UserError
+from . import checkpoint, cli, config, contrastive_crop, history
+from .config import Config, Loss, Run, UserError
 from .data import make_images
 from .data.images import Crops, virtual_batch
 from .data.inventory import Inventory
@@ -22,6 +22,7 @@ from .data.random_keys import seed_of
 from .distributed import World
 from .evaluation.online import Embed, Vote, evaluate, features, pixels
 from .exits import Stopped, StopSignal
+from .files import obstacle
 from .history import File, Sink
 from .log import Log
 from .model import Network, follow, make_teacher, synchronised
@@ -37,6 +38,7 @@ TEACHER_VIEWS = 2
 def pretrain(options: Config, world: World | None = None) -> Path:
     """Train as the options say and return the run's directory. Raises: UserError; Stopped once a signal has come."""
     world = world or World()
+    world.from_first("place", lambda: check_place(options.run))
     device = world.choose_device(options.run.device)
     world.start(device)
     make_deterministic(options.run.deterministic)
@@ -52,6 +54,15 @@ def pretrain(options: Config, world: World | None = None) -> Path:
             training.log.close()
         training.finish()
     return training.directory
+
+
+def check_place(run: Run) -> Path:
+    """Folder in which the run will be written, after a trial on it. Raises: UserError where it cannot be written."""
+    if run.resume is None:
+        cli.check_new_name(run.name)
+        return cli.check_folder(run.directory, f"--run.directory {run.directory}")
+    directory = run.resume.parent if run.resume.suffix == ".pt" else run.resume
+    return cli.check_folder(directory, f"--run.resume {run.resume}", checkpoint.FILE, config.FILE, history.FILE)
 
 
 class Training:
@@ -83,7 +94,7 @@ class Training:
         if run.resume is not None:
             self.directory = checkpoint.load(self.state, options, world)
         else:
-            self.directory = world.from_first("directory", lambda: fresh_directory(run.name))
+            self.directory = world.from_first("directory", lambda: fresh_directory(run.name, run.directory))
         # The images per step are saved, so that a run resumed on another number of ranks keeps its objective.
         self.options = replace(options, data=replace(data, virtual_batch=G))
         if world.first:
@@ -267,15 +278,21 @@ def make_loss(loss: Loss, schedules: Schedules, device: torch.device, dtype: tor
     return bam
 
 
-def fresh_directory(name: str) -> Path:
-    """Make and return ./runs/NAME-001, or NAME with the first free number, so that no two runs share a directory."""
+def fresh_directory(name: str, parent: Path = Path("runs")) -> Path:
+    """Make and return PARENT/NAME-001, or NAME with the first free number, so that no two runs share a directory.
+
+    Raises: UserError where no directory can be made there.
+    """
     number = 1
     while True:
-        directory = Path("runs") / f"{name}-{number:03d}"
+        directory = parent / f"{name}-{number:03d}"
         try:
             directory.mkdir(parents=True)
             return directory
-        except FileExistsError:
+        except (OSError, ValueError) as error:
+            if not isinstance(error, FileExistsError) or not parent.is_dir():  # else a run has this number
+                why = obstacle(directory, error)
+                raise UserError(f"--run.directory {parent}: {directory} cannot be made: {why}") from error
             number += 1
 
 

@@ -35,6 +35,7 @@ from driver.config import helpful
 from driver.exits import STOPPED, exit_code
 
 PARTS = ("network", "teacher", "optimizer", "scaler", "boxes", "images", "epoch", "step")
+RUNS = "runs"
 SMALL = "--model.width 8 --optim.epochs 3 --run.eval-every 0 --run.save-every 1"
 
 
@@ -68,6 +69,8 @@ def verify(verify: Verify) -> int:
     check_bounds(verify)
     options = [
         *shlex.split(verify.options),
+        "--run.directory",
+        RUNS,  # under the temporary directory, whatever the options say
         "--run.deterministic",
         "True",
         "--run.log-every",
@@ -158,7 +161,7 @@ def content(folder: Path) -> dict[str, Any]:
 
 def newest(folder: Path) -> Path | None:
     """Directory of the last run under `folder`, if there is one."""
-    return max((folder / "runs").glob("*"), default=None)
+    return max((folder / RUNS).glob("*"), default=None)
 
 
 def same(a: Any, b: Any) -> bool:

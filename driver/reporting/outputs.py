@@ -42,4 +42,6 @@ def write_with(
     with replacing(directory / DASHBOARD) as temporary:
         plots.dashboard(record, temporary)
     with replacing(directory / PAGE) as temporary:
-        temporary.write_text(page(directory.name, record, options, pictures, tested, directory))
+        text = page(directory.name, record, options, pictures, tested, directory)
+        # A path may hold bytes that are no text; HTML has an escape for each.
+        temporary.write_text(text, encoding="utf-8", errors="xmlcharrefreplace")

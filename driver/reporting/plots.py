@@ -1,6 +1,7 @@
 """Curves of a run, one function a panel: dashboard.png shows all panels, report.html each as an SVG image."""
 
 import io
+import os
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -49,7 +50,9 @@ def dashboard(history: History, path: Path) -> None:
             draw(axis, panel, history)
         for axis in figure.axes:
             axis.set_axis_on() if axis.has_data() else axis.set_axis_off()
-        figure.suptitle(path.absolute().parent.name, x=0.01, ha="left", weight="bold", fontsize=14)
+        # A folder's name may hold bytes that are no text, and dollar signs that are no formula.
+        name = os.fsencode(path.absolute().parent.name).decode(errors="backslashreplace")
+        figure.suptitle(name, x=0.01, ha="left", weight="bold", fontsize=14, parse_math=False)
         figure.savefig(path, format="png")
 
 

@@ -120,6 +120,8 @@ def next_step(history: History, options: Config, directory: Path) -> tuple[str, 
     """Purpose and text of one command that continues from this run."""
     command, remaining = "python driver/pretrain.py", options.optim.epochs - history.epoch
     same = f"{command} --config {quote(str(directory / FILE))}"
+    if directory.parent != Config().run.directory:  # the file of options does not hold it
+        same += f" --run.directory {quote(str(directory.parent))}"
     if trouble(history):
         return "with a sharper target", f"{same} --loss.epsilon {options.loss.epsilon / 2:g}"
     if remaining > 0 and not (directory / checkpoint.FILE).is_file():

@@ -13,7 +13,7 @@ NOT_SCALARS = ("kind", "step")
 
 
 class TensorBoard:
-    """Writer of TensorBoard scalars into runs/NAME/tensorboard.
+    """Writer of TensorBoard scalars into RUN_DIR/tensorboard.
 
     `step` is where a resumed run begins: scalars of later steps, written before the run ended, are dropped.
     """

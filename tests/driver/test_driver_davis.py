@@ -241,7 +241,7 @@ def test_masks_are_not_written_over_annotations(monkeypatch):
             segment("davis", out=Path(out))
     assert (folder / "00003.png").read_bytes() == before
     Path("file").touch()
-    with pytest.raises(UserError, match="--out file: must be a folder that can be written"):
+    with pytest.raises(UserError, match="--out file: file cannot be written: Not a directory"):
         segment("davis", out=Path("file"))
     Path("out").mkdir()
     Path("out/squares").touch()
