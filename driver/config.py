@@ -50,8 +50,8 @@ class Data:
     source: Literal["digits", "cifar10", "folder", "webdataset"] = "digits"
     """Kind of data set. `digits`: the handwritten digits of scikit-learn, embedded. `cifar10`: CIFAR-10, downloaded by
     torchvision into `root`, or read from class folders there. `folder`: image files under `root`, flat or with a
-    subfolder per class; `root` may also hold two such folders, `train/` and `val/`. `webdataset`: the .tar shards in
-    the folder `root`."""
+    subfolder per class; `root` may also hold two such folders, `train/` and `val/` (or `test/`). `webdataset`: the .tar
+    shards in the folder `root`."""
     root: Path | None = None
     """Folder of the images. Given without a recipe or a file of options, it selects the recipe `images`."""
     size: Annotated[int, at_least(1)] = 8
@@ -313,7 +313,7 @@ def as_plain(config: Config) -> dict[str, Any]:
     for part in (plain["data"], plain["model"]):
         for name, value in part.items():
             if isinstance(value, Path):
-                part[name] = os.path.abspath(value)
+                part[name] = os.path.abspath(os.path.expanduser(value))
             elif isinstance(value, tuple):
                 part[name] = list(value)
     return plain

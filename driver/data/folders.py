@@ -1,34 +1,56 @@
-"""Image files in folders, with a class per subfolder. torchvision is optional: only photographs need it."""
+"""Image files in folders, with a class per subfolder, and one line of text on how the folders were understood."""
 
+import os
+import stat
 from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from ..config import UserError
-from .decode import DEFAULT, Decoder
+from .decode import DEFAULT, EXTENSIONS, Decoder
 from .images import Source
 from .inventory import file_size
-from .parts import TEST_NAMES, split
+from .layout import Layout, folders_of, understand
+from .listing import PATH_LIMIT, Listing, counted, listed, printable
+from .parts import split, usable_test
+
+ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
+SHARDS = "--data.source webdataset reads the .tar shards in a folder"
 
 
 class Files(Source):
-    """Image files in folders: `train/` beside `val/` or `test/`, or one folder that is split here."""
+    """Image files in folders: `train/` beside `val/` or `test/`, or one folder that is split here.
+
+    A label is the place of a class among the sorted class names of both parts. Where the training images are of fewer
+    than two classes, no image is held out.
+    """
 
     def __init__(self, root: Path, held_out: float, decode: Decoder = DEFAULT) -> None:
-        self.root, self.decode = root, decode
-        if not root.is_dir():
-            raise UserError(f"--data.root {root}: {'not a folder' if root.exists() else 'no such folder'}")
-        test = next((root / name for name in TEST_NAMES if (root / name).is_dir()), None)
-        if test is not None and (root / "train").is_dir():
-            paths, labels = list_images(root / "train")
-            test_paths, test_labels = list_images(test)
-            self.train, self.test = torch.arange(len(paths)), len(paths) + torch.arange(len(test_paths))
-            self.paths, self.labels = paths + test_paths, torch.cat([labels, test_labels])
-        else:
-            self.paths, self.labels = list_images(root)
+        """Find the images under `root`. Raises: UserError where there are none, or it is not clear what they are."""
+        self.decode = decode
+        listing = Listing(existing_folder(root))
+        self.root = listing.root
+        layout = understand(listing)
+        classes = sorted({name for part in layout.parts for name in part.classes})
+        label_of = {name: label for label, name in enumerate(classes)}
+        self.paths: list[str] = []
+        labels: list[int] = []
+        sizes = []
+        for part in layout.parts:
+            for name, directories in part.classes.items():
+                self.paths += listing.paths(directories)
+                labels += [label_of[name]] * (len(self.paths) - len(labels))
+            sizes.append(len(labels) - sum(sizes))
+        if not labels:
+            raise no_images(listing)
+        self.labels = torch.tensor(labels)
+        if len(layout.parts) == 1:
             self.train, self.test = split(self.labels, held_out)
+        else:
+            self.train, test = torch.arange(len(labels)).split(sizes)
+            self.test = usable_test(self.labels, self.train, test)
+        self.summary = "; ".join(filter(None, [self._numbers(layout, classes, held_out), *remarks(listing, layout)]))
 
     def read(self, index: int) -> Image.Image:
         return self.decode(Path(self.paths[index]))
@@ -40,24 +62,59 @@ class Files(Source):
         path = self.paths[index]
         return path.removeprefix(f"{self.root}/"), file_size(path)
 
+    def _numbers(self, layout: Layout, classes: list[str], held_out: float) -> str:
+        """Numbers of images and classes, and of images in each part, as text."""
+        images, training, tested = len(self.paths), len(self.train), len(self.test)
+        number = f"{len(classes):,} class{'es' if len(classes) > 1 else ''}"
+        kinds = "without classes" if classes == [""] else f"in {number} ({listed(classes)})"
+        text = f"{printable(layout.base, PATH_LIMIT)}: {images:,} images {kinds}, "
+        names = [f"{printable(part.name)}/" for part in layout.parts]
+        if len(names) == 2 and tested:
+            return f"{text}{training:,} to train on ({names[0]}) and {tested:,} held out ({names[1]})"
+        if len(names) == 2:
+            rest = f"the other {images - training:,} ({names[1]}) are not used"
+            return f"{text}{training:,} to train on ({names[0]}); {rest}, as accuracies need two classes in {names[0]}"
+        if len(classes) > 1:
+            return f"{text}{training:,} to train on and {tested:,} held out (--data.held-out {held_out:g})"
+        return f"{text}all to train on, without accuracies"
 
-def list_images(root: Path) -> tuple[list[str], Tensor]:
-    """Image files and their labels (n,) int64, a class per subfolder.
 
-    Where no subfolder has an image, the folder's own files, all of class 0. Raises: UserError where there is no image.
-    """
-    from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder
+def existing_folder(root: Path) -> Path:
+    """The folder that the user means by `root`, where ~ is the home. Raises: UserError where it is no folder."""
+    root = Path(os.path.expanduser(root))
+    try:
+        mode = root.stat().st_mode
+    except OSError as error:
+        why = "no such folder" if isinstance(error, FileNotFoundError) else error.strerror
+        raise UserError(f"--data.root {root}: {why}") from error
+    if stat.S_ISDIR(mode):
+        return root
+    if root.suffix.lower() not in ARCHIVES:
+        raise UserError(f"--data.root {root}: not a folder")
+    shards = f"; {SHARDS}" if root.suffix.lower() == ".tar" else ""
+    raise UserError(f"--data.root {root}: not a folder but an archive; unpack it and give the new folder{shards}")
 
-    files = sorted(str(path) for path in root.iterdir() if path.suffix.lower() in IMG_EXTENSIONS)
-    samples = []
-    if any(entry.is_dir() for entry in root.iterdir()):
-        samples = ImageFolder(str(root), allow_empty=True).samples
-    if samples:
-        if files:
-            print(f"note: {len(files)} images beside the class subfolders of {root} are left out")
-        return [path for path, _ in samples], torch.tensor([label for _, label in samples])
-    if not files:
-        raise UserError(
-            f"--data.root {root}: no images in it or in its subfolders (looked for {' '.join(sorted(IMG_EXTENSIONS))})"
-        )
-    return files, torch.zeros(len(files), dtype=torch.int64)
+
+def no_images(listing: Listing) -> UserError:
+    """Error for a folder without images, with what is there instead."""
+    there = f": {counted(listing.left_out)}" if listing.left_out else ""
+    shards = f"; {SHARDS}" if listing.left_out[".tar"] else ""
+    return UserError(
+        f"--data.root {listing.root}: no images in it or in its subfolders{there} "
+        f"(looked for {' '.join(sorted(EXTENSIONS))}){shards}"
+    )
+
+
+def remarks(listing: Listing, layout: Layout) -> list[str]:
+    """What a reader may not expect, as texts: classes that one part lacks, and what is left out."""
+    texts = []
+    for part, other in (layout.parts, layout.parts[::-1]) if len(layout.parts) == 2 else ():
+        if lacking := sorted(other.classes.keys() - part.classes.keys()):
+            texts.append(
+                f"{printable(part.name)}/ lacks {len(lacking):,} of the {len(other.classes):,} classes of "
+                f"{printable(other.name)}/ ({listed(lacking)})"
+            )
+    others = f"{folders_of(list(layout.others))} ({sum(layout.others.values()):,} images)" if layout.others else ""
+    if out := ", ".join(filter(None, [others, counted(listing.left_out)])):
+        texts.append(f"left out: {out}")
+    return texts

@@ -42,6 +42,8 @@ class Source(Protocol):
     """Indices of the training images."""
     test: Tensor
     """Indices of the held-out images."""
+    summary: str = ""
+    """One line on how the images were found and divided; empty where there is nothing to say."""
 
     def read(self, index: int) -> Image.Image | Tensor:
         """A photograph in RGB, or pixels (C, H, W) in [0, 1] where the source is decoded.

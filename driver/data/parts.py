@@ -3,9 +3,24 @@
 import torch
 from torch import Generator, Tensor
 
+PART_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+"""Names, in any case, of the folders or shards of each part."""
 TEST_NAMES = ("val", "test")
-"""Names of held-out folders or shards that stand beside `train`; the first name that is there counts."""
+"""Parts that are held out; the first one that stands beside `train` counts, and another is left out."""
 SPLIT_SEED = 0
+
+
+def part_of(name: str) -> str | None:
+    """Part that a folder or shard of this name is: `train`, `val` or `test`; None for any other name."""
+    return next((part for part, names in PART_NAMES.items() if name.lower() in names), None)
+
+
+def usable_test(labels: Tensor, train: Tensor, test: Tensor) -> Tensor:
+    """The held-out indices `test`, or none where the training images are of one class: accuracies would mean nothing.
+
+    labels (n,) int64 of all images; train and test are indices of images.
+    """
+    return test if len(labels[train].unique()) > 1 else test[:0]
 
 
 def split(labels: Tensor, held_out: float) -> tuple[Tensor, Tensor]:

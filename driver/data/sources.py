@@ -5,6 +5,7 @@ torchvision is optional: only photographs need it.
 """
 
 import fcntl
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +19,49 @@ from .decode import DEFAULT, Decoder
 from .folders import Files
 from .images import Source
 from .inventory import pixel_digest
+from .listing import is_hidden, printable
 from .parts import split
 from .shards import Shards
 
 
 def make_source(data: Data) -> Source:
-    """The source that the options name.
+    """The source that the options name; its summary is printed.
 
     Raises: UserError where there are no images; ImportError where torchvision is missing.
     """
+    source = _open(data)
+    if source.summary:
+        print(source.summary)
+    return source
+
+
+def _open(data: Data) -> Source:
     decode = Decoder(data.pixel_range, data.exif)
-    if data.source in ("folder", "webdataset") or (data.source == "cifar10" and _has_class_folders(data.root)):
-        assert data.root is not None
-        return (Shards if data.source == "webdataset" else Files)(data.root, data.held_out, decode)
+    root = None if data.root is None else _recordable(data.root)
+    if data.source in ("folder", "webdataset") or (data.source == "cifar10" and _has_class_folders(root)):
+        assert root is not None
+        return (Shards if data.source == "webdataset" else Files)(root, data.held_out, decode)
     if decode != DEFAULT:
         raise UserError(
             f"--data.pixel-range and --data.exif do nothing for --data.source {data.source}: no image files"
         )
     if data.source == "digits":
         return Digits(data.held_out)
-    assert data.root is not None
-    return Cifar(data.root)
+    assert root is not None
+    return Cifar(root)
+
+
+def _recordable(root: Path) -> Path:
+    """The folder `root`, where ~ is the home. Raises: UserError where the run's files cannot hold its path."""
+    root = Path(os.path.expanduser(root))
+    try:
+        os.path.abspath(root).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"--data.root {printable(str(root))}: the path must be UTF-8, as the run's files hold it; link the folder "
+            "under another name"
+        ) from error
+    return root
 
 
 class Digits(Source):
@@ -93,14 +116,14 @@ def _entry(name: str, pixels: np.ndarray) -> tuple[str, int]:
 
 
 def _has_class_folders(root: Path | None) -> bool:
-    """Whether `root` has folders besides the one that torchvision's CIFAR-10 is kept in."""
+    """Whether `root` has folders that may hold images, and none that torchvision keeps CIFAR-10 in."""
     from torchvision.datasets import CIFAR10
 
-    return (
-        root is not None
-        and root.is_dir()
-        and any(entry.is_dir() and entry.name != CIFAR10.base_folder for entry in root.iterdir())
-    )
+    try:
+        folders = [] if root is None else [entry.name for entry in root.iterdir() if entry.is_dir()]
+    except OSError:  # torchvision makes the folder, or says why it cannot
+        return False
+    return CIFAR10.base_folder not in folders and any(not is_hidden(name) for name in folders)
 
 
 def _cifar(root: Path) -> list[Any]:

@@ -341,8 +341,8 @@ FOLDER = ["--data.size=16", "--data.batch-size=8", "--model.name=convnet", "--mo
 
 
 def test_folder_without_torchvision():
-    Path("images").mkdir()
-    run = script("--data.root=images", without=EXTRA)
+    write_images(Path("images"), 8)
+    run = script(*FOLDER, "--data.root=images", without=EXTRA)
     assert run.returncode == 1
     assert "Traceback" not in run.stderr
     assert [line.strip() for line in run.stderr.splitlines() if "install -e" in line] == ['pip install -e ".[driver]"']

@@ -1,4 +1,4 @@
-"""Where the driver's photographs come from: folders, CIFAR-10, shards; and those that cannot be read."""
+"""Where the driver's photographs come from: CIFAR-10, shards; and images that cannot be read."""
 
 import dataclasses
 import io
@@ -23,14 +23,6 @@ from driver.config import UserError
 from driver.data import sources
 from driver.distributed import World
 from driver.pretrain import main
-
-
-def test_a_folder_with_its_own_validation_set():
-    write_classes(Path("pets/train"), 5)
-    write_classes(Path("pets/val"), 3)
-    files = sources.Files(Path("pets"), 0.5)
-    assert (len(files.train), len(files.test)) == (10, 6)
-    assert files.name(10).startswith("pets/val/cats") and files.labels[files.test].tolist() == [0, 0, 0, 1, 1, 1]
 
 
 def write_shards(count: int, name: str = "", unlabelled: tuple[str, ...] = ()) -> None:
