@@ -51,7 +51,7 @@ class Data:
     """Kind of data set. `digits`: the handwritten digits of scikit-learn, embedded. `cifar10`: CIFAR-10, downloaded by
     torchvision into `root`, or read from class folders there. `folder`: image files under `root`, flat or with a
     subfolder per class; `root` may also hold two such folders, `train/` and `val/` (or `test/`). `webdataset`: the .tar
-    shards in the folder `root`."""
+    shards in the folder `root` and below it, or the one shard `root`."""
     root: Path | None = None
     """Folder of the images. Given without a recipe or a file of options, it selects the recipe `images`."""
     size: Annotated[int, at_least(1)] = 8

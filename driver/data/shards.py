@@ -1,48 +1,60 @@
 """WebDataset shards: images and labels in uncompressed .tar files, listed once and then read in any order."""
 
 import io
-import re
-import tarfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from ..config import UserError
-from .decode import DEFAULT, Decoder
+from .archive import LeftOut, Member, key_of, list_members, place_of
+from .decode import DEFAULT, EXTENSIONS, Decoder
 from .images import Source
-from .parts import TEST_NAMES, split
+from .listing import listed, printable
+from .parts import split, usable_test
+from .shard_files import find_shards, parts_of_shards
+from .shard_labels import SUFFIX, Label, labels_of
 
 
 class Shards(Source):
-    """WebDataset shards: every .tar in a folder; a sample is KEY.jpg (or another image) and, with labels, KEY.cls.
+    """WebDataset shards: one .tar, or every .tar under a folder, with images and perhaps a .cls file for each.
 
-    Shards named `train` beside shards named `val` or `test` are the two parts; otherwise all shards are split here.
-    The shards are listed once; then any image is one seek and one read, in any order.
+    Shards of training images beside shards of held-out images, by name, are the two parts; otherwise all are split
+    here. The shards are listed once; then any image is one seek and one read, in any order.
     """
 
     def __init__(self, root: Path, held_out: float, decode: Decoder = DEFAULT) -> None:
-        self.root, self.decode = root, decode
-        shards = sorted(root.glob("*.tar")) if root.is_dir() else []
-        self.members: list[tuple[Path, int, int, str]] = []  # shard, offset, size in bytes and name of each image
-        labels: list[int | None] = []
-        sizes = [0, 0]
-        for part, shards_of_part in enumerate(_parts(shards)):
-            for shard in shards_of_part:
-                images, classes = _members(shard)
-                sizes[part] += len(images)
-                for key in sorted(images):
-                    self.members.append((shard, *images[key]))
-                    labels.append(classes.get(key))
-        if not sizes[0]:
-            raise UserError(f"--data.root {root}: no images in its {len(shards)} .tar shards, or none to train on")
-        if None in labels and any(label is not None for label in labels):
-            raise UserError(f"{self.name(labels.index(None))}: no .cls beside it, as other images have")
-        self.labels = torch.tensor([label or 0 for label in labels])
-        if sizes[1]:
-            self.train, self.test = torch.arange(len(labels)).split(sizes)
+        """List the shards under `root`. Raises: UserError where there is no image, or a shard or label is malformed."""
+        self.folder = root if root.is_dir() else root.parent
+        self.decode, left_out = decode, LeftOut()
+        shards = find_shards(root)
+        train, test, test_name = parts_of_shards(root, shards, left_out)
+        images = [image for shard in train for image in _images(shard, left_out)]
+        training = len(images)
+        images += [image for shard in test for image in _images(shard, left_out)]
+        if not training:
+            shown = f"--data.root {root}: no images in {_counted(len(train), 'shard')}"
+            raise UserError("; ".join(filter(None, [shown, str(left_out)])))
+        self.members = [(image.shard, image.member.offset, image.member.size, image.member.name) for image in images]
+        self.labels, classes = _classes(images)
+        if test:
+            self.train, held = torch.arange(len(images)).split([training, len(images) - training])
+            self.test = usable_test(self.labels, self.train, held)
         else:
             self.train, self.test = split(self.labels, held_out)
+        kinds = f" in {_counted(len(classes), 'class', 'classes')} ({listed(map(str, classes))})" if classes else ""
+        texts = [
+            f"{root}: {_counted(len(images), 'image')}{kinds} in {_counted(len(train) + len(test), 'shard')}, "
+            f"{self._division(test_name, held_out)}",
+            *_remarks(images),
+            str(left_out),
+        ]
+        summary = "; ".join(filter(None, texts))
+        self.summary = printable(summary, len(summary))
 
     def read(self, index: int) -> Image.Image:
         shard, offset, size, _ = self.members[index]
@@ -52,44 +64,83 @@ class Shards(Source):
 
     def name(self, index: int) -> str:
         shard, _, _, member = self.members[index]
-        return f"{shard}:{member}"
+        return place_of(shard, member)
 
     def entry(self, index: int) -> tuple[str, int]:
+        """Name of image `index`, relative to the folder of the shards, and its size in bytes."""
         shard, _, size, member = self.members[index]
-        return f"{shard.relative_to(self.root)}:{member}", size
+        return f"{shard.relative_to(self.folder)}:{member}", size
+
+    def _division(self, test_name: str, held_out: float) -> str:
+        """Numbers of training and held-out images, as text."""
+        training, tested, images = len(self.train), len(self.test), len(self.labels)
+        if tested:
+            return f"{training:,} to train on and {tested:,} held out ({test_name or f'--data.held-out {held_out:g}'})"
+        if training < images:
+            reason = "as accuracies need two classes to train on"
+            return f"{training:,} to train on; the other {images - training:,} ({test_name}) are not used, {reason}"
+        return "all to train on"
 
 
-def _parts(shards: list[Path]) -> tuple[list[Path], list[Path]]:
-    """Shards of training images and shards of held-out images, by the beginning of the name or what follows a prefix.
+class _Image(NamedTuple):
+    """An image in a shard, and its label."""
 
-    Unless there are shards of both kinds, the first part has all shards.
+    shard: Path
+    member: Member
+    label: Label
+
+    def __str__(self) -> str:
+        return place_of(self.shard, self.member.name)
+
+
+def _images(shard: Path, left_out: LeftOut) -> Iterator[_Image]:
+    """Images of a shard in the order of their keys, then of their names."""
+    files = list_members(shard, left_out)
+    images = sorted(
+        (file for file in files if file.kind in EXTENSIONS), key=lambda file: (key_of(file.path), file.path)
+    )
+    others = (file.kind for file in files if file.kind not in EXTENSIONS and file.kind != SUFFIX)
+    left_out.kinds.update(kind or "without extension" for kind in others)
+    labels = labels_of(shard, images, files, left_out)
+    return (_Image(shard, image, label) for image, label in zip(images, labels, strict=True))
+
+
+def _classes(images: Sequence[_Image]) -> tuple[Tensor, list[int | str]]:
+    """Class (n,) int64 of each image, and the labels of the classes in order: none, unless every image has a label.
+
+    Raises: UserError where labels of some images are numbers and of others names.
     """
-    named: dict[str, list[Path]] = {"train": [], **{name: [] for name in TEST_NAMES}}
-    for shard in shards:
-        if match := re.search(rf"(?:^|[-_.])({'|'.join(named)})", shard.name):
-            named[match[1]].append(shard)
-    test = next((named[name] for name in TEST_NAMES if named[name]), [])
-    return (named["train"], test) if named["train"] and test else (shards, [])
+    if any(image.label is None for image in images):
+        return torch.zeros(len(images), dtype=torch.int64), []
+    first: dict[type, _Image] = {}
+    for image in images:
+        first.setdefault(type(image.label), image)
+    if len(first) > 1:
+        number, name = first[int], first[str]
+        raise UserError(
+            f"{name}: its label is the name {name.label!r}, but {number} has the number {number.label}; "
+            "labels must be all numbers or all names of classes"
+        )
+    classes = sorted({image.label for image in images})  # type: ignore[type-var]
+    number_of = {label: number for number, label in enumerate(classes)}
+    return torch.tensor([number_of[image.label] for image in images]), classes  # type: ignore[return-value]
 
 
-def _members(shard: Path) -> tuple[dict[str, tuple[int, int, str]], dict[str, int]]:
-    """Images (offset, size in bytes, name) and classes of a shard, by key: a member's path up to its first dot.
+def _remarks(images: Sequence[_Image]) -> Iterator[str]:
+    """What the owner of the shards may not expect, as texts: images without a label, and several images of one key."""
+    unlabelled = [image for image in images if image.label is None]
+    if len(unlabelled) == len(images):
+        yield "without labels"
+    elif unlabelled:
+        yield (
+            f"without accuracies, since .cls is missing or negative for {len(unlabelled):,} of {len(images):,} images "
+            f"(first: {unlabelled[0]})"
+        )
+    keys = [key_of(image.member.path) for image in images]
+    count = Counter(keys)
+    if shared := [image for image, key in zip(images, keys, strict=True) if count[key] > 1]:
+        yield f"{len(shared):,} images share their key with another (first: {shared[0]}); all are used"
 
-    Raises: UserError where the shard is not readable.
-    """
-    from torchvision.datasets.folder import IMG_EXTENSIONS
 
-    images, classes = {}, {}
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                folder, _, file = member.name.rpartition("/")
-                key, _, kind = file.partition(".")
-                if f".{kind.lower()}" in IMG_EXTENSIONS:
-                    images[f"{folder}/{key}"] = (member.offset_data, member.size, member.name)
-                elif kind == "cls":
-                    content = tar.extractfile(member)
-                    classes[f"{folder}/{key}"] = int(content.read()) if content else 0
-    except (OSError, tarfile.TarError, ValueError) as error:
-        raise UserError(f"{shard}: not a readable shard, an uncompressed .tar ({error})") from error
-    return images, classes
+def _counted(count: int, noun: str, plural: str = "") -> str:
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"

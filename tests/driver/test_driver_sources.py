@@ -1,8 +1,5 @@
-"""Where the driver's photographs come from: CIFAR-10, shards; and images that cannot be read."""
+"""Where the driver's photographs come from: CIFAR-10; and images that cannot be read."""
 
-import dataclasses
-import io
-import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,126 +12,13 @@ pytest.importorskip("kornia")
 pytest.importorskip("timm")
 
 from driver_runs import content
-from photographs import PHOTOGRAPHS, make, write_classes, write_images
+from photographs import write_images
 from torchvision import datasets
 
-from driver import cli, config, train
+from driver import config
 from driver.config import UserError
 from driver.data import sources
-from driver.distributed import World
 from driver.pretrain import main
-
-
-def write_shards(count: int, name: str = "", unlabelled: tuple[str, ...] = ()) -> None:
-    """A shard for each of two classes of so many images, which are in pets/ too."""
-    write_classes(Path("pets"), count)
-    Path("shards").mkdir(exist_ok=True)
-    for number, label in enumerate(("cats", "dogs")):
-        with tarfile.open(f"shards/{name}{number}.tar", "w") as tar:
-            for path in sorted(Path("pets", label).iterdir()):
-                tar.add(path, arcname=f"{label}/{path.stem}.png")
-                if f"{label}/{path.stem}" in unlabelled:
-                    continue
-                text = tarfile.TarInfo(f"{label}/{path.stem}.cls")
-                text.size = 1
-                tar.addfile(text, io.BytesIO(str(number).encode()))
-
-
-def test_shards_hold_the_images_of_the_files():
-    write_shards(4)
-    files, shards = sources.Files(Path("pets"), 0.25), sources.Shards(Path("shards"), 0.25)
-    assert torch.equal(files.labels, shards.labels) and torch.equal(files.test, shards.test)
-    assert [shards.read(i).tobytes() for i in range(8)] == [files.read(i).tobytes() for i in range(8)]
-    options = dataclasses.replace(PHOTOGRAPHS, held_out=0.0)
-    of_files, of_shards = (
-        next(make(dataclasses.replace(options, **change)).views(0))[0]
-        for change in ({}, {"source": "webdataset", "root": Path("shards")})
-    )
-    assert all(map(torch.equal, of_files, of_shards))
-    cut = Path("shards/1.tar").read_bytes()
-    Path("shards/1.tar").write_bytes(cut[: len(cut) // 2])
-    with pytest.raises(UserError, match=r"shards/1.tar: not a readable shard.*unexpected end of data"):
-        sources.Shards(Path("shards"), 0.25)
-    Path("shards/1.tar").unlink()
-    Path("shards/2.tar").write_bytes(b"no shard" * 200)
-    with pytest.raises(UserError, match=r"shards/2.tar: not a readable shard"):
-        sources.Shards(Path("shards"), 0.25)
-    with pytest.raises(UserError, match=r"pets: no images in its 0 .tar shards"):
-        sources.Shards(Path("pets"), 0.25)
-
-
-def test_a_label_that_is_missing_among_others_is_an_error():
-    write_shards(4, unlabelled=("dogs/01", "dogs/03"))
-    with pytest.raises(UserError, match=r"shards/1.tar:dogs/01.png: no .cls beside it, as other images have"):
-        sources.Shards(Path("shards"), 0.25)
-    write_shards(4, unlabelled=tuple(f"{label}/{i:02d}" for label in ("cats", "dogs") for i in range(4)))
-    shards = sources.Shards(Path("shards"), 0.25)
-    assert shards.labels.tolist() == [0] * 8 and (len(shards.train), len(shards.test)) == (8, 0)
-
-
-@pytest.mark.parametrize(
-    "names, expected",
-    [
-        (("train-", "val-"), ("train-", "val-")),
-        (("a1k-train-", "a1k-validation-", "a1k-test-"), ("a1k-train-", "a1k-validation-")),
-        (("train-", "test-", "other-"), ("train-", "test-")),
-    ],
-)
-def test_shards_with_their_own_validation_set(names, expected):
-    """As of folders: the first of val and test beside train, and nothing else."""
-    for count, name in enumerate(names, 3):
-        write_shards(count, name)
-    shards = sources.Shards(Path("shards"), 0.5)
-    for part, name in zip((shards.train, shards.test), expected, strict=True):
-        count = names.index(name) + 3
-        assert [shards.name(i).partition(":")[0] for i in part] == [
-            f"shards/{name}{n}.tar" for n in (0, 1) for _ in range(count)
-        ]
-        assert shards.labels[part].tolist() == [0] * count + [1] * count
-
-
-@pytest.mark.parametrize("names", [("train-", "extra-"), ("val-", "pretraining-"), ("test-", "val-")])
-def test_shards_of_one_kind_are_split(names):
-    for name in names:
-        write_shards(4, name)
-    shards = sources.Shards(Path("shards"), 0.5)
-    assert (len(shards.train), len(shards.test)) == (8, 8)
-    assert {shards.name(i).partition("-")[0] for i in shards.test} == {f"shards/{name[:-1]}" for name in names}
-
-
-@pytest.mark.slow
-def test_a_run_on_shards_is_that_of_the_files(capsys):
-    """Shared between ranks, resumed, and with a member that is no picture in one of them."""
-    write_shards(9)
-    shard = bytearray(Path("shards/0.tar").read_bytes())
-    place = sources.Shards(Path("shards"), 0.0).members[3]
-    shard[place[1] : place[1] + 40] = bytes(40)
-    Path("shards/0.tar").write_bytes(shard)
-    Path("pets/cats/03.png").write_bytes(b"not a picture")
-
-    def run(source: str, root: str, *more: str) -> Path:
-        options = [f"--data.source={source}", f"--data.root={root}", "--recipe=images", "--data.max-unreadable=0.2"]
-        options += ["--data.size=16", "--data.batch-size=8", "--data.workers=1", "--run.eval-every=0"]
-        return train.pretrain(
-            cli.parse([*options, "--model.name=convnet", "--model.width=4", "--optim.epochs=2", *more])
-        )
-
-    files = content(run("folder", "pets"))
-    capsys.readouterr()
-    broken = run("webdataset", "shards", "--run.stop-after=1")
-    assert capsys.readouterr().err.count("note: shards/0.tar:cats/03.png: not a readable image (no format") == 1
-    train.pretrain(cli.parse([f"--run.resume={broken}"]))
-    resumed = content(broken)
-    assert resumed["step"] == files["step"] > 0
-    assert all(torch.equal(value, resumed["network"][name]) for name, value in files["network"].items())
-
-    options = dataclasses.replace(
-        PHOTOGRAPHS, source="webdataset", root=Path("shards"), held_out=0.0, batch_size=2, max_unreadable=0.2
-    )
-    whole = [step[0][0] for step in make(dataclasses.replace(options, batch_size=4)).views(0)]
-    ranks = [[step[0][0] for step in make(options, world=World(rank, 2)).views(0)] for rank in range(2)]
-    for together, *parts in zip(whole, *ranks, strict=True):
-        assert torch.equal(torch.cat([part.unflatten(0, (2, -1)) for part in parts], dim=1).flatten(0, 1), together)
 
 
 def test_cifar10_keeps_its_test_set(monkeypatch):
