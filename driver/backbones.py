@@ -14,13 +14,15 @@ def make(model: Model, channels: int, size: int, several_sizes: bool = False) ->
     Raises: UserError where the model is unknown, or an option does not apply to it.
     """
     if model.name == "convnet":
-        for option in ("heads", "frozen_patches", "drop_path", "checkpointing"):
+        for option in ("heads", "frozen_patches", "drop_path", "checkpointing", "pretrained"):
             if getattr(model, option):
                 raise UserError(f"--model.{option} {getattr(model, option)}: convnet has no such thing")
         if (model.stem, model.positions) != ("own", "own"):
             raise UserError(f"--model.stem {model.stem} --model.positions {model.positions}: convnet has its own")
         return convnet(channels, size, model.width, model.norm)
-    backbone = _timm_backbone(model, channels, size, several_sizes)
+    backbone, _ = from_timm(model, channels, size, several_sizes)
+    if model.pretrained:
+        _check_pretrained(model)
     if model.stem == "small":
         _small_stem(backbone, channels, model.name)
     if model.positions == "sincos":
@@ -35,17 +37,36 @@ def make(model: Model, channels: int, size: int, several_sizes: bool = False) ->
     return backbone
 
 
-def timm_arguments(model: Model, channels: int) -> dict[str, Any]:
-    """Arguments of `timm.create_model` that make this backbone, in addition to its name and image size."""
-    arguments: dict[str, Any] = {"num_classes": 0, "in_chans": channels}
-    if model.heads:
-        arguments["num_heads"] = model.heads
-    if model.drop_path:
-        arguments["drop_path_rate"] = model.drop_path
-    return arguments
+def pretrained_colours(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the images that timm's weights of the model expect."""
+    import timm
+
+    config = timm.get_pretrained_cfg(name)
+    return tuple(config.mean), tuple(config.std)
 
 
-def _timm_backbone(model: Model, channels: int, size: int, several_sizes: bool) -> nn.Module:
+def _check_pretrained(model: Model) -> None:
+    """Raise UserError where timm has no weights of the model, or an option excludes them."""
+    import timm
+
+    config = timm.get_pretrained_cfg(model.name)
+    if config is None or not config.has_weights:
+        near = ", ".join(timm.list_pretrained(f"{model.name[:5]}*")[:5]) or "see timm.list_pretrained()"
+        raise UserError(f"--model.pretrained True: timm has no weights of {model.name}; it has, e.g., {near}")
+    if model.weights is not None:
+        raise UserError(f"--model.pretrained True: excludes --model.weights {model.weights}; give one of them")
+    for option, default in (("stem", "own"), ("heads", 0), ("positions", "own")):
+        if (value := getattr(model, option)) != default:
+            raise UserError(
+                f"--model.pretrained True: timm's weights are for --model.{option} {default}, not for {value}"
+            )
+
+
+def from_timm(model: Model, channels: int, size: int, several_sizes: bool = False) -> tuple[nn.Module, dict[str, Any]]:
+    """Model of timm before our changes, and the arguments of `timm.create_model` beside its name that made it.
+
+    Raises: UserError where timm has no such model or cannot make it.
+    """
     try:
         import timm
     except ImportError as error:
@@ -53,16 +74,26 @@ def _timm_backbone(model: Model, channels: int, size: int, several_sizes: bool) 
     if not timm.is_model(model.name):
         near = ", ".join(timm.list_models(f"*{model.name}*")[:5]) or "see timm.list_models()"
         raise UserError(f"--model.name {model.name}: neither convnet nor a model of timm; near: {near}")
+    arguments: dict[str, Any] = {"num_classes": 0, "in_chans": channels}
+    if model.heads:
+        arguments["num_heads"] = model.heads
+    if model.drop_path:
+        arguments["drop_path_rate"] = model.drop_path
     # ViTs take both sizes, other transformers only img_size, convolutional models neither.
     sizes: list[dict[str, Any]] = [{"img_size": size}, {}]
     if several_sizes:
         sizes.insert(0, {"img_size": size, "dynamic_img_size": True})
     for size_arguments in sizes:
         try:
-            return timm.create_model(model.name, **timm_arguments(model, channels), **size_arguments)
+            return timm.create_model(model.name, **arguments, **size_arguments), arguments | size_arguments
         except (TypeError, AssertionError) as error:  # timm asserts, e.g., that heads divide the width
-            reason = error
-    raise UserError(f"--model.name {model.name}: {reason}")
+            reason = str(error)
+        except RuntimeError as error:
+            reason = str(error)
+            if "." in model.name:
+                tags = timm.list_models(f"{model.name.partition('.')[0]}.*", pretrained=True)
+                reason += f"; its tags are {', '.join(tags) or 'none'}"
+    raise UserError(f"--model.name {model.name}: {reason or 'timm cannot make it for images of this size'}")
 
 
 def _small_stem(backbone: nn.Module, channels: int, name: str) -> None:

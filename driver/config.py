@@ -133,7 +133,10 @@ class Model:
     """Backbone: `convnet` (built in) or any model of timm, by its name there."""
     weights: Path | None = None
     """File of initial backbone weights: an export of driver/export.py, a checkpoint of the driver, or a checkpoint of
-    the authors' code."""
+    other training code, whose heads are left out. All weights of the backbone must be in it."""
+    pretrained: bool = False
+    """Start from timm's own weights of the model `name`, which are downloaded. The name may have a tag, as
+    `vit_small_patch16_224.dino`. Images are standardised as these weights expect."""
     norm: Literal["batch", "layer", "none"] = "batch"
     """Normalisation in `convnet` and in the projection head. `batch`: by the statistics of one micro-batch of one rank.
     `layer`: by each image's own statistics, so that the run does not depend on ranks and micro-batches. `none`: no

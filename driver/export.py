@@ -37,7 +37,7 @@ class Export:
     whose: Literal["student", "teacher"] | None = None
     """Network whose weights are written. None: the teacher where there is one, else the student."""
     out: Path | None = None
-    """File to write. None: backbone.FORMAT in the folder of the checkpoint."""
+    """File to write, whose name ends in .FORMAT. None: backbone.FORMAT in the folder of the checkpoint."""
 
 
 def export(options: Export) -> Path:
@@ -52,12 +52,16 @@ def export(options: Export) -> Path:
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}")
     cli.check_folder(out.parent, f"--out {out}", out.name)
+    if out.suffix != f".{options.format}":
+        raise UserError(f"--out {out}: its name must end in .{options.format}, by which programs know the format")
     config = cli.parse([f"--config={path.parent / FILE}"])
     channels = config.data.channels
     backbone = backbones.make(config.model, channels, config.data.size, several_sizes=config.data.local_views > 0)
     load_backbone(backbone, path, options.whose)
     if options.format == "onnx":
-        _write_onnx(nn.Sequential(Standardize(channels), backbone).eval(), channels, config.data.size, out)
+        _write_onnx(
+            nn.Sequential(Standardize.of(config.model, channels), backbone).eval(), channels, config.data.size, out
+        )
         print(f"{out}: input `images` (n, {channels}, {config.data.size}, {config.data.size}) in [0, 1]")
         return out
     try:
@@ -71,24 +75,36 @@ def export(options: Export) -> Path:
             save_file(weights, temporary)
     except SafetensorError as error:  # also of a full disk
         raise UserError(f"--out {out}: not written ({error})") from error
-    print(f"{out}: {_use(config, channels, out)}")
+    print(f"{out}: weights of {config.model.name}, for\n")
+    print("\n".join(f"    {line}" for line in usage(config, channels, out)))
+    colours = Standardize.of(config.model, channels)
+    mean, std = ([round(x, 4) for x in values.flatten().tolist()] for values in (colours.mean, colours.std))
+    print(f"\nand images in [0, 1], less the mean {mean}, over the standard deviation {std}")
     return out
 
 
-def _use(config: Config, channels: int, out: Path) -> str:
-    """Instructions that make the backbone from the file `out`."""
-    model = config.model
+def usage(config: Config, channels: int, out: Path) -> list[str]:
+    """Lines of Python that make the backbone from the file `out`, under the name `backbone`."""
+    model, data, path = config.model, config.data, repr(str(out))
     if model.name == "convnet":
-        return f"--model.weights {out} starts a run of the same convnet from it"
-    arguments = backbones.timm_arguments(model, channels)
-    if model.positions == "sincos" or "vit" in model.name:
-        arguments["img_size"] = config.data.size
+        return [
+            "from driver.backbones import convnet  # in the folder of bam_kernels",
+            "from safetensors.torch import load_file",
+            f"backbone = convnet({channels}, size={data.size}, width={model.width}, norm={model.norm!r})",
+            f"backbone.load_state_dict(load_file({path}))",
+        ]
+    _, arguments = backbones.from_timm(model, channels, data.size, several_sizes=data.local_views > 0)
     given = ", ".join(f"{name}={value}" for name, value in arguments.items() if name != "drop_path_rate")
-    call = f'timm.create_model("{model.name}", {given}, checkpoint_path="{out}")'
-    if model.stem == "small":
-        call += " would need the small stem: make it without checkpoint_path, put conv1 = Conv2d(3, 64, 3, 1, 1, "
-        call += "bias=False) and maxpool = Identity() in place, then load the file"
-    return call + "; images: ImageNet's mean and standard deviation"
+    call = f'backbone = timm.create_model("{model.name}", {given}'
+    if model.stem == "own":
+        return ["import timm", f"{call}, checkpoint_path={path})"]
+    return [
+        "import timm, torch",
+        f"{call})",
+        f"backbone.conv1 = torch.nn.Conv2d({channels}, backbone.conv1.out_channels, 3, 1, 1, bias=False)",
+        "backbone.maxpool = torch.nn.Identity()",
+        f"timm.models.load_checkpoint(backbone, {path})",
+    ]
 
 
 def _write_onnx(model: nn.Module, channels: int, size: int, out: Path) -> None:

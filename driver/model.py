@@ -21,10 +21,10 @@ class Network(nn.Module):
     def __init__(self, model: Model, channels: int, size: int, local_size: int | None = None) -> None:
         super().__init__()
         backbone = backbones.make(model, channels, size, several_sizes=local_size is not None)
-        self.backbone = nn.Sequential(Standardize(channels), backbone)
-        width = feature_width(self.backbone, channels, size, model.name)
+        self.backbone = nn.Sequential(Standardize.of(model, channels), backbone)
+        width = feature_width(self.backbone, model, channels, size)
         if local_size is not None:
-            feature_width(self.backbone, channels, local_size, model.name)
+            feature_width(self.backbone, model, channels, local_size, "--data.local-size")
         self.head = make_head(width, model)
 
     def forward(self, images: Tensor | list[Tensor]) -> Tensor:
@@ -36,11 +36,19 @@ class Network(nn.Module):
 class Standardize(nn.Module):
     """Images in [0, 1] -> about zero mean and unit variance, on the device and in the dtype of the network."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
-        mean, std = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else (GREY_MEAN, GREY_STD)
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+    @classmethod
+    def of(cls, model: Model, channels: int) -> "Standardize":
+        """Mean and standard deviation of timm's weights where these are loaded, else of ImageNet or of grey images."""
+        if channels != 3:
+            return cls(GREY_MEAN, GREY_STD)
+        if model.pretrained:
+            return cls(*backbones.pretrained_colours(model.name))
+        return cls(IMAGENET_MEAN, IMAGENET_STD)
 
     def forward(self, images: Tensor) -> Tensor:
         return (images.to(self.mean, non_blocking=True) - self.mean) / self.std
@@ -81,17 +89,62 @@ def synchronised(network: Network) -> Network:
     return convert_sync_batchnorm(network)
 
 
-@torch.no_grad()
-def feature_width(backbone: nn.Module, channels: int, size: int, name: str) -> int:
-    """Number of features per image, found by a trial. Raises: UserError where the backbone cannot take such images."""
-    try:
-        shape = backbone.eval()(torch.zeros(2, channels, size, size)).shape
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise UserError(f"--model.name {name}: cannot take images of {size} x {size} pixels ({error})") from error
+def feature_width(backbone: nn.Sequential, model: Model, channels: int, size: int, option: str = "--data.size") -> int:
+    """Number of features per image, found by a trial.
+
+    Raises: UserError where the backbone cannot take images of `size` pixels, or would ignore their last rows and
+    columns. The message names the option that gives the size, and the nearest sizes that work.
+    """
+    features, problem = _trial(backbone, channels, size)
     backbone.train()
-    if len(shape) != 2:
-        raise UserError(f"--model.name {name}: gives features of shape {tuple(shape)}, not one vector per image")
-    return shape[1]
+    if problem:
+        patch = getattr(getattr(backbone[1], "patch_embed", None), "patch_size", None)
+        side = patch[0] if isinstance(patch, tuple) else patch
+        if isinstance(side, int) and size % side:
+            problem = f"its patches of {side} pixels do not divide {option} {size}"
+        else:
+            problem = f"{problem} at {option} {size}"
+        near = " or ".join(str(other) for other in _sizes_near(backbone[1], model, channels, size))
+        raise UserError(f"--model.name {model.name}: {problem}" + (f"; give {near}" if near else ""))
+    if features.dim() != 2:
+        raise UserError(
+            f"--model.name {model.name}: gives features of shape {tuple(features.shape)}, not one vector per image"
+        )
+    return features.shape[1]
+
+
+@torch.no_grad()
+def _trial(backbone: nn.Module, channels: int, size: int) -> tuple[Tensor, str]:
+    """Features of two trial images, and a description of what is wrong with this size, empty if it works.
+
+    The last row of one image and the last column of the other are NaN, which passes every layer, also layers of zero
+    weights. Finite features therefore show a border that no weight sees.
+    """
+    images = torch.zeros(2, channels, size, size)
+    images[0, :, -1], images[1, :, :, -1] = torch.nan, torch.nan
+    try:
+        features = backbone.eval()(images)
+    except (RuntimeError, AssertionError, ValueError, IndexError) as error:
+        return images, f"cannot take images of {size} x {size} pixels ({str(error).partition(chr(10))[0]})"
+    seen = features.flatten(1).isnan().any(dim=1).all()
+    return features, "" if seen else "the last rows and columns have no influence on its features"
+
+
+def _sizes_near(backbone: nn.Module, model: Model, channels: int, size: int) -> list[int]:
+    """Nearest smaller and larger image size that the model can take, as far as a few dozen trials find them."""
+    info = getattr(backbone, "feature_info", None)
+    stride = info[0]["reduction"] if info else 1
+    step = stride if stride > 2 else 1  # networks with a stem of stride 2 may need odd sizes
+    below = range(size // step * step - (0 if size % step else step), 0, -step)
+    above = range((size // step + 1) * step, size + 33 * step, step)
+    return [s for sizes in (below, above) if (s := next((s for s in sizes[:32] if _works(model, channels, s)), 0))]
+
+
+def _works(model: Model, channels: int, size: int) -> bool:
+    try:
+        return not _trial(backbones.make(model, channels, size), channels, size)[1]
+    except (UserError, RuntimeError, ValueError):
+        return False
 
 
 def make_teacher(network: Network) -> Network:

@@ -78,6 +78,7 @@ def main(options: Options, world: World) -> Scores | None:
     if options.out is not None:
         check_folder(options.out, f"--out {options.out}", SCORES)
     frozen = options.backbone.load()
+    check_patches(options.short_side, frozen.stride)
     clips = read_clips(options.davis, options.split)
     check_purpose(clips, options)
     for note in notes(clips):
@@ -179,15 +180,18 @@ def to_mask(labels: Tensor, size: tuple[int, int], shape: tuple[int, int]) -> ND
     return np.asarray(Image.fromarray(mask).resize((shape[1], shape[0]), Image.Resampling.NEAREST))
 
 
-def network_size(image_size: tuple[int, int], short_side: int, stride: int = 1) -> tuple[int, int]:
-    """Size (height, width) of the frame that the network sees, from PIL's (width, height); the longer side is cut.
-
-    `stride` is the side of the network's patches, which must cover the frame without a rest.
-    Raises: UserError where they do not.
-    """
+def check_patches(short_side: int, stride: int) -> None:
+    """Raise a UserError where patches of `stride` pixels do not cover the shorter side of the frames."""
     if below := short_side % stride:
         near = f"{short_side - below} or {short_side - below + stride}"
         raise UserError(f"--short-side {short_side}: must be a multiple of the backbone's patch of {stride}, as {near}")
+
+
+def network_size(image_size: tuple[int, int], short_side: int, stride: int = 1) -> tuple[int, int]:
+    """Size (height, width) of the frame that the network sees, from PIL's (width, height); the longer side is cut.
+
+    `stride` is the side of the network's patches, which cover the frame without a rest.
+    """
     multiple = stride if MULTIPLE % stride else MULTIPLE
     width, height = image_size
     longer = short_side * max(width, height) // min(width, height) // multiple * multiple
@@ -198,11 +202,7 @@ def _features(frozen: Frozen, frame: Image.Image, size: tuple[int, int]) -> Tens
     """Unit features (h, w, D) of a frame, resized without a low-pass filter as in the published evaluation."""
     image = torch.from_numpy(np.array(frame)).to(frozen.device).permute(2, 0, 1)[None].float() / 255
     image = F.interpolate(image, size=size, mode="bilinear")
-    try:
-        found = frozen.patches(image)
-    except (AssertionError, RuntimeError) as error:  # timm's models of one size; too little memory
-        raise UserError(f"no features of frames of {size[1]} x {size[0]} pixels from the backbone: {error}") from error
-    return F.normalize(found[0].permute(1, 2, 0).float(), dim=-1)
+    return F.normalize(frozen.patches(image)[0].permute(1, 2, 0).float(), dim=-1)
 
 
 def _resize_nearest(mask: NDArray, shape: tuple[int, int]) -> Tensor:

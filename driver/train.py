@@ -29,7 +29,7 @@ from .model import Network, follow, make_teacher, synchronised
 from .optim import Arithmetic, Schedules, make_optimizer
 from .reporting import outputs
 from .reporting.trackers import TensorBoard, Wandb
-from .weights import load_backbone
+from .weights import load_backbone, load_pretrained
 
 TEACHER_VIEWS = 2
 """Views that a teacher sees with --model.teacher-views global."""
@@ -233,6 +233,8 @@ def make_networks(
     network = Network(model, channels, data.size, data.local_size if data.local_views else None).to(device, dtype)
     if model.weights is not None and options.run.resume is None:
         load_backbone(network.backbone[1], model.weights)
+    if model.pretrained and options.run.resume is None:
+        load_pretrained(network.backbone[1], model.name)
     if model.sync_batch_norm:
         if device.type != "cuda":
             raise UserError(f"--model.sync_batch_norm True: batch norms are synchronised between GPUs, not on {device}")

@@ -15,8 +15,8 @@ from .. import backbones, cli
 from ..bounds import at_least
 from ..config import FILE, Config, Data, Model, UserError, helpful
 from ..distributed import World
-from ..model import Standardize
-from ..weights import load_backbone
+from ..model import Standardize, feature_width
+from ..weights import load_backbone, load_pretrained
 
 
 @helpful
@@ -27,10 +27,12 @@ class Backbone:
     run: Path | None = None
     """Directory of a run, or one of its checkpoints. Model and data are taken from the run."""
     name: str | None = None
-    """Name of a model of timm, instead of a run. Without `weights`, its weights are random."""
+    """Name of a model of timm, instead of a run. Without `weights` or `pretrained`, its weights are random."""
     weights: Path | None = None
     """File of weights for the model `name`: an export of driver/export.py, a checkpoint of the driver, or a checkpoint
-    of the authors' code."""
+    of other training code, whose heads are left out."""
+    pretrained: bool = False
+    """Take timm's own weights of the model `name`, which may have a tag, as `vit_small_patch16_224.dino`."""
     whose: Literal["student", "teacher"] | None = None
     """Network of the checkpoint whose weights are used. None: the teacher where there is one, else the student."""
     heads: Annotated[int, at_least(0)] = 0
@@ -47,25 +49,34 @@ class Backbone:
         if (self.run is None) == (self.name is None):
             raise UserError("give one of --backbone.run and --backbone.name")
         if self.run is not None:
-            for option in ("weights", "heads"):
+            for option in ("weights", "pretrained", "heads"):
                 if value := getattr(self, option):
                     raise UserError(f"--backbone.{option} {value}: --backbone.run has its own; give --backbone.name")
             directory = self.run.parent if self.run.suffix == ".pt" else self.run
             if not (directory / FILE).is_file():
                 raise UserError(f"--backbone.run {self.run}: not the directory of a run, no {FILE} there")
             return cli.parse([f"--config={directory / FILE}"])
-        return Config(data=Data(source="folder", size=224), model=Model(name=self.name, heads=self.heads))
+        for option in ("weights", "heads"):
+            if self.pretrained and (value := getattr(self, option)):
+                raise UserError(f"--backbone.{option} {value}: excludes --backbone.pretrained; give one of them")
+        model = Model(name=self.name, heads=self.heads, weights=self.weights, pretrained=self.pretrained)
+        return Config(data=Data(source="folder", size=224), model=model)
 
     def load(self, world: World | None = None) -> "Frozen":
         """Backbone with its weights, frozen, on its device. Raises: UserError where options or weights do not fit."""
         options, device = self.options(), (world or World()).choose_device(self.device)
-        data = options.data
+        model, channels, size = options.model, options.data.channels, self.size or options.data.size
         torch.manual_seed(self.seed)
-        backbone = backbones.make(options.model, data.channels, data.size, several_sizes=True)
-        if self.run or self.weights:
-            load_backbone(backbone, self.run or self.weights, self.whose)
+        made_for = options.data.size if model.name == "convnet" else size  # by which a convnet has its depth
+        backbone = backbones.make(model, channels, made_for, several_sizes=True)
+        standardize = Standardize.of(model, channels)
+        feature_width(nn.Sequential(standardize, backbone), model, channels, size, "--backbone.size")
+        if self.pretrained:
+            load_pretrained(backbone, model.name)
+        elif path := self.run or self.weights:
+            load_backbone(backbone, path, self.whose)
         backbone = backbone.to(device).eval().requires_grad_(False)
-        return Frozen(Standardize(data.channels).to(device), backbone, self.size or data.size, device)
+        return Frozen(standardize.to(device), backbone, size, device)
 
 
 @dataclass(frozen=True)
@@ -122,6 +133,13 @@ class Frozen:
     def _layers(self, images: Tensor, count: int, **more: Any) -> list[Any]:
         if not hasattr(self.model, "forward_intermediates"):
             raise UserError(f"{type(self.model).__name__} gives no feature maps; a model of timm does")
-        return self.model.forward_intermediates(
-            self.standardize(images), indices=count, norm=True, intermediates_only=True, output_fmt="NCHW", **more
-        )
+        try:
+            return self.model.forward_intermediates(
+                self.standardize(images), indices=count, norm=True, intermediates_only=True, output_fmt="NCHW", **more
+            )
+        except (AssertionError, RuntimeError) as error:  # as of a model with positions of a fixed grid
+            height, width = images.shape[2:]
+            name = type(self.model).__name__
+            raise UserError(
+                f"{name}: cannot take images of {height} x {width} pixels ({str(error).partition(chr(10))[0]})"
+            ) from error

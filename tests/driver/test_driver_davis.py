@@ -249,8 +249,8 @@ def test_masks_are_not_written_over_annotations(monkeypatch):
     "name, short_side, message",
     [
         ("test_vit", 72, "--short-side 72: must be a multiple of the backbone's patch of 16, as 64 or 80"),
-        ("mixer_s32_224", 64, r"no features of frames of 64 x 64 pixels from the backbone: .*\(224\)"),
-        ("levit_128s", 64, r"no features of frames of 64 x 64 pixels from the backbone: The size of tensor"),
+        ("mixer_s32_224", 64, r"MlpMixer: cannot take images of 64 x 64 pixels \(.*\(224\)"),
+        ("levit_128s", 64, r"Levit.*: cannot take images of 64 x 64 pixels \(The size of tensor"),
     ],
 )
 def test_networks_that_do_not_take_the_frames(name, short_side, message):

@@ -1,10 +1,8 @@
-"""The driver's backbones, heads, schedules and arithmetic; recipes; weights in and out."""
+"""The driver's backbones, heads, schedules and arithmetic; recipes."""
 
-import argparse
 import dataclasses
 import math
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,7 @@ import timm
 from driver_runs import TINY, content, pretrain, rows
 from photographs import write_classes
 
-from driver import backbones, checkpoint, cli, config, contrastive_crop, export, model, optim, recipes, train, weights
+from driver import backbones, checkpoint, cli, config, contrastive_crop, model, optim, recipes, train
 from driver.config import UserError
 
 VIT = config.Model(name="test_vit", heads=4, positions="sincos", frozen_patches=True, head_width=8, head_dim=4)
@@ -332,142 +330,6 @@ def test_deterministic_mode_is_torchs(monkeypatch):
     pretrain(*options, "--run.deterministic=True")
     pretrain(*options)
     assert seen == [True, True, False, False]
-
-
-# Weights in and out
-
-
-@pytest.fixture
-def run() -> Path:
-    """A run of a small ViT with a teacher."""
-    write_classes(Path("pets"), 4)
-    options = ["--data.root=pets", "--data.size=64", "--data.batch-size=8", "--data.workers=0", "--optim.epochs=1"]
-    options += ["--model.name=test_vit", "--model.heads=4", "--model.positions=sincos", "--data.held-out=0"]
-    return train.pretrain(cli.parse([*options, "--model.teacher-momentum=0.5"]))
-
-
-@pytest.mark.parametrize("whose", [None, "student"])
-def test_exported_weights_load_in_timm(run, whose, capsys):
-    pytest.importorskip("safetensors")
-    assert export.main([str(run), *([] if whose is None else [f"--whose={whose}"])]) == 0
-    said = capsys.readouterr().out
-    call = re.search(r"timm\.create_model\(.*?\)", said)[0]
-    assert call.startswith('timm.create_model("test_vit", num_classes=0, in_chans=3, num_heads=4, img_size=64')
-    backbone = eval(call).eval()
-    saved = content(run)["network" if whose else "teacher"]
-    assert torch.equal(backbone.blocks[0].attn.qkv.weight, saved["backbone.1.blocks.0.attn.qkv.weight"])
-    assert all(torch.equal(value, saved[f"backbone.1.{name}"]) for name, value in backbone.state_dict().items())
-
-
-def test_export_into_a_folder_that_is_not_there(run, capsys):
-    assert export.main([str(run), "--out=nowhere/backbone.safetensors"]) == 1
-    assert "--out nowhere/backbone.safetensors: there is no folder nowhere" in capsys.readouterr().err
-
-
-def test_exported_onnx_gives_the_features(run):
-    onnx = pytest.importorskip("onnx")
-    pytest.importorskip("onnxscript")
-    from onnx.reference import ReferenceEvaluator
-
-    assert export.main([str(run), "--format=onnx"]) == 0
-    onnx.checker.check_model(str(run / "backbone.onnx"))
-    options = cli.parse([f"--config={run}/config.yaml"])
-    network = model.Network(options.model, 3, 64)
-    network.load_state_dict(content(run)["teacher"])
-    images = torch.rand(3, 3, 64, 64)
-    with torch.no_grad():
-        expected = network.backbone.eval()(images)
-    (found,) = ReferenceEvaluator(str(run / "backbone.onnx")).run(None, {"images": images.numpy()})
-    assert abs(found - expected.numpy()).max() < 1e-4
-
-
-def test_a_run_starts_from_weights(run):
-    """Exported ones, a run's own directory, or the authors': the network's backbone is theirs, with another head."""
-    pytest.importorskip("safetensors")
-    assert export.main([str(run), "--out=some.safetensors"]) == 0
-    teacher = content(run)["teacher"]
-
-    def start(path: str, backbone: config.Model = VIT) -> model.Network:
-        part = dataclasses.replace(backbone, weights=Path(path), frozen_patches=False)
-        options = config.Config(data=config.Data(size=64), model=part)
-        return train.make_networks(options, 3, torch.device("cpu"), torch.float32)[0]
-
-    for path in ("some.safetensors", str(run)):
-        network = start(path)
-        assert all(torch.equal(v, teacher[k]) for k, v in network.state_dict().items() if k.startswith("backbone"))
-    with pytest.raises(UserError, match=r"some\.safetensors: does not fit the backbone"):
-        start("some.safetensors", config.Model())
-    with pytest.raises(UserError, match=r"nowhere\.pth: no such file"):
-        start("nowhere.pth")
-
-
-@pytest.mark.parametrize(
-    "student, teacher",
-    [
-        ("student.module.backbone.", "teacher.backbone."),
-        ("student._orig_mod.module.backbone.", "teacher.module.backbone."),
-        ("module.base_encoder.", None),
-        ("module.backbone.", None),
-        ("", None),
-    ],
-)
-def test_the_layouts_of_the_authors(student, teacher):
-    """Prefixes as their wrappers write them, with a head and their arguments; the teacher's weights where there are."""
-    torch.manual_seed(0)
-    backbone = timm.create_model("test_vit", num_classes=0)
-    own = {name: torch.full_like(value, 1.0) for name, value in backbone.state_dict().items()}
-    state = {student + name: value for name, value in own.items()}
-    if student:
-        state[student.replace("backbone.", "").replace("base_encoder.", "") + "proj_head.projector.0.weight"] = (
-            torch.ones(2)
-        )
-    if teacher:
-        state |= {teacher + name: value * 2 for name, value in own.items()}
-    torch.save({"model": state, "epoch": 3, "args": argparse.Namespace(arch="vit", lr=1e-3), "boxes": None}, "a.pth")
-    weights.load_backbone(backbone, Path("a.pth"))
-    assert all((value == (2 if teacher else 1)).all() for value in backbone.state_dict().values())
-    weights.load_backbone(backbone, Path("a.pth"), "student")
-    assert all((value == 1).all() for value in backbone.state_dict().values())
-    if not teacher and student.startswith("student"):
-        with pytest.raises(UserError, match="no teacher in it"):
-            weights.load_backbone(backbone, Path("a.pth"), "teacher")
-
-
-@pytest.mark.parametrize(
-    "name, write, message",
-    [
-        ("nowhere.safetensors", None, "no such file"),
-        ("bad.safetensors", lambda path: path.write_bytes(b"no tensors"), r"not a readable safetensors file \("),
-        ("folder.safetensors", Path.mkdir, r"not a readable safetensors file \("),
-        ("list.pth", lambda path: torch.save([torch.ones(2)], path), "not a checkpoint but a list"),
-        ("model.pth", lambda path: torch.save({"model": [1]}, path), "no backbone in it"),
-        ("numbers.pth", lambda path: torch.save({0: torch.ones(2)}, path), "no backbone in it"),
-    ],
-)
-def test_files_that_are_no_weights(name, write, message):
-    if write is not None:
-        write(Path(name))
-    with pytest.raises(UserError, match=f"{name}: .*{message}"):
-        weights.load_backbone(torch.nn.Linear(2, 2), Path(name))
-
-
-@pytest.mark.parametrize("module", ["safetensors", "safetensors.torch"])
-def test_safetensors_that_is_not_installed(module, monkeypatch):
-    monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UserError, match=r"a\.safetensors needs safetensors, which is not installed"):
-        weights.load_backbone(torch.nn.Linear(2, 2), Path("a.safetensors"))
-
-
-class Intruder:
-    def __reduce__(self):
-        return (Path("intruded").touch, ())
-
-
-def test_nothing_else_is_unpickled():
-    torch.save({"model": {}, "args": Intruder()}, "bad.pth")
-    with pytest.raises(UserError, match=r"bad\.pth: not a readable checkpoint"):
-        weights.read(Path("bad.pth"))
-    assert not Path("intruded").exists()
 
 
 def test_unknown_models_are_told_near_names():
