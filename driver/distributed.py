@@ -108,8 +108,8 @@ class World:
         """
         if not dist.is_initialized():
             return
-        for worker in multiprocessing.active_children():  # data-loader workers, which a normal exit would terminate
-            worker.terminate()
+        for worker in multiprocessing.active_children():  # data-loader workers, which block SIGTERM
+            worker.kill()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -85,8 +85,7 @@ def _exit_code(run: Callable[[World], int], world: World, interrupted: str) -> i
             raise
         code = 1
         if world.first_to_fail():
-            # A data-loader worker puts a traceback before the message of its UserError.
-            say(f"error: {text.rsplit('UserError: ', 1)[-1]}")
+            say(f"error: {text}")
     except KeyboardInterrupt:
         code = 130
         if world.first:

@@ -7,15 +7,16 @@ from torch import Tensor, nn
 
 from . import backbones
 from .config import Model, UserError
+from .data.images import floats
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 GREY_MEAN, GREY_STD = (0.5,), (0.25,)
 
 
 class Network(nn.Module):
-    """Images (n, C, S, S) in [0, 1], or a list of such tensors of several sizes -> embeddings (n, head_dim), in order.
+    """Images (n, C, S, S), or a list of such tensors of several sizes -> embeddings (n, head_dim), in order.
 
-    `backbone` alone gives the features. Images are copied to the network's device.
+    `backbone` alone gives the features. Images are uint8, or float in [0, 1]; they are copied to the network's device.
     """
 
     def __init__(self, model: Model, channels: int, size: int, local_size: int | None = None) -> None:
@@ -34,7 +35,7 @@ class Network(nn.Module):
 
 
 class Standardize(nn.Module):
-    """Images in [0, 1] -> about zero mean and unit variance, on the device and in the dtype of the network."""
+    """Images, uint8 or float in [0, 1] -> about zero mean and unit variance, on the network's device, in its dtype."""
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
@@ -51,7 +52,8 @@ class Standardize(nn.Module):
         return cls(IMAGENET_MEAN, IMAGENET_STD)
 
     def forward(self, images: Tensor) -> Tensor:
-        return (images.to(self.mean, non_blocking=True) - self.mean) / self.std
+        images = images.to(self.mean.device, non_blocking=True)  # as they are: bytes are a quarter of a float's copy
+        return (floats(images).to(self.mean) - self.mean) / self.std
 
 
 def make_head(width: int, model: Model) -> nn.Sequential:

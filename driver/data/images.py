@@ -1,8 +1,9 @@
 """What training and evaluation need of a data set, and which images each rank sees in a step.
 
 B images per micro-batch of one rank, G per step over all W ranks and all micro-batches (the virtual batch); V views per
-image, of which V' are local; C channels; images of S x S pixels, local views of S' x S'. Images are float32 in [0, 1].
-An index numbers an image in its source; a place numbers it among the training images.
+image, of which V' are local; C channels; images of S x S pixels, local views of S' x S'. Pixels are float32 in [0, 1],
+or uint8 where they come from workers. An index numbers an image in its source; a place numbers it among the training
+images.
 
 The images of a step, their order and their views depend on seed and epoch alone, not on the number of ranks.
 """
@@ -22,10 +23,10 @@ Crops = list[Tensor]
 """A micro-batch: ((V - V')*B, C, S, S) and, with local views, (V'*B, C, S', S'); row v*B + i is view v of image i."""
 
 Batches = Iterator[tuple[Tensor, Tensor]]
-"""Images (n, C, S, S) and their labels (n,) int64, batch by batch, on the device."""
+"""Images (n, C, S, S) float32 in [0, 1] and their labels (n,) int64, batch by batch, on the device."""
 
 Transform = Callable[[Any], Tensor]
-"""Function from one image, as its source reads it, to pixels (C, S, S)."""
+"""Function from one image, as its source reads it, to pixels (C, S, S), uint8 or float32 in [0, 1]."""
 
 Augment = Callable[[Tensor, int, Tensor, Tensor | None], Tensor]
 """Function from images (n, C, S, S), a view's number, keys (n,), and boxes (n, 4) or None, to a view of each image."""
@@ -89,7 +90,12 @@ class Images(Protocol):
         """This rank's share of the held-out images without augmentation: images r, r + W, r + 2*W, ... on rank r."""
 
     def whole(self, places: Tensor) -> Iterator[Tensor]:
-        """Training images (n, C, S, S) at `places`, squeezed to a square without a crop."""
+        """Training images (n, C, S, S) in [0, 1] at `places`, squeezed to a square without a crop."""
+
+
+def floats(pixels: Tensor) -> Tensor:
+    """Pixels as float32 in [0, 1]: bytes are multiplied by 1/255, as torchvision does; floats stay as they are."""
+    return pixels.float().mul_(1 / 255) if pixels.dtype == torch.uint8 else pixels
 
 
 def virtual_batch(data: Data, world: World) -> int:

@@ -14,11 +14,13 @@ from torch import Tensor
 from ..bounds import RISING, SHARE, at_least
 from ..config import Config, Data, UserError, helpful, missing
 from ..distributed import World
+from . import shared_memory
 from .images import Batches, Source, Transform, epoch_order
+from .loading import Key
 from .random_keys import seed_of
 from .sources import make_source
 from .views_of_digits import Resize
-from .workers import Key, Reader
+from .workers import Reader
 
 
 @helpful
@@ -70,7 +72,9 @@ class Labelled:
             where = data.root or "the digits"
             raise UserError(f"{where}: no labelled images to test with; there must be at least two classes")
         self.classes = int(source.labels.max()) + 1
-        self.reader = Reader(source, data, device)
+        self.reader = Reader(source, data, device, self.B)
+        needed = self.reader.shared_bytes(max(self.training, self.tested) // world.size)
+        shared_memory.check(needed, self.reader.workers, world)
         self.plain_crop, self.random_crop = evaluation_crops(source, data.size)
 
     def plain(self, part: Literal["train", "test"]) -> Batches:
@@ -90,7 +94,7 @@ class Labelled:
         return self._batches(self.source.train, self.random_crop, keys)
 
     def _batches(self, indices: Tensor, transform: Transform, keys: Sequence[Key]) -> Batches:
-        yield from self.reader.batches(indices, transform, self.B, keys)
+        yield from self.reader.batches(indices, transform, keys)
         self.reader.tally.settle(self.world)
 
 

@@ -10,13 +10,10 @@ from torch import Tensor
 
 from ..config import Boxes, Data
 from ..distributed import World
-from . import views_of_digits
-from .images import Augment, Batches, Crops, Source, Transform, epoch_order, virtual_batch
+from . import shared_memory, views_of_digits
+from .images import Augment, Batches, Crops, Source, Transform, epoch_order, floats, virtual_batch
 from .random_keys import keys_of
-from .workers import Reader
-
-EVAL_PIXELS = 256 * 96 * 96
-"""Largest number of pixels, over all images, in one batch of the evaluation."""
+from .workers import EVAL_PIXELS, Reader
 
 
 class OnDevice:
@@ -31,6 +28,7 @@ class OnDevice:
         self.eval_batch = max(1, EVAL_PIXELS // data.size**2)
         transform, self.augment = pixels_and_augmentation(data, boxes)
         reader = Reader(source, data, device)
+        shared_memory.check(reader.shared_bytes(max(self.training, self.tested)), reader.workers, world)
         self.train, self.test = (self._decode(reader, indices, transform) for indices in (source.train, source.test))
         reader.tally.settle(world)
 
@@ -41,7 +39,7 @@ class OnDevice:
         images = torch.empty(n, self.channels, size, size, dtype=dtype, device=self.device)
         labels = torch.empty(n, dtype=torch.int64, device=self.device)
         done = 0
-        for pixels, classes in reader.batches(indices, transform):
+        for pixels, classes in reader.pixels(indices, transform):
             images[done : done + len(pixels)] = pixels
             labels[done : done + len(pixels)] = classes
             done += len(pixels)
@@ -58,7 +56,7 @@ class OnDevice:
             yield [self._crops(places, epoch) for places in step.split(self.data.batch_size)]
 
     def _crops(self, places: Tensor, epoch: int) -> Crops:
-        images = _floats(self.train[0][places])
+        images = floats(self.train[0][places])
         boxes = None if self.boxes is None else self.boxes[places]
         views = []
         for v in range(self.data.views + self.data.local_views):
@@ -75,12 +73,12 @@ class OnDevice:
 
     def whole(self, places: Tensor) -> Iterator[Tensor]:
         for part in places.to(self.device).split(self.eval_batch):
-            yield _floats(self.train[0][part])
+            yield floats(self.train[0][part])
 
     def _batches(self, images: Tensor, labels: Tensor) -> Batches:
         images, labels = (part[self.world.rank :: self.world.size] for part in (images, labels))
         for pixels, classes in zip(images.split(self.eval_batch), labels.split(self.eval_batch), strict=True):
-            yield _floats(pixels), classes
+            yield floats(pixels), classes
 
 
 def pixels_and_augmentation(data: Data, boxes: Boxes) -> tuple[Transform, Augment]:
@@ -89,8 +87,4 @@ def pixels_and_augmentation(data: Data, boxes: Boxes) -> tuple[Transform, Augmen
         return views_of_digits.Resize(data.size), views_of_digits.augmentation(data)
     from . import views, views_on_device  # torchvision and kornia are optional
 
-    return views.centred(data.size, torch.uint8), views_on_device.augmentation(data, boxes.alpha)
-
-
-def _floats(images: Tensor) -> Tensor:
-    return images.float().div_(255) if images.dtype == torch.uint8 else images
+    return views.centred(data.size), views_on_device.augmentation(data, boxes.alpha)

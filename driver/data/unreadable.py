@@ -1,5 +1,6 @@
 """Images that cannot be read: each is named once and replaced by another image; too many of them end the run."""
 
+import errno
 import re
 import sys
 from collections.abc import Iterable
@@ -22,13 +23,14 @@ FEW_SHARE = 0.25
 """Share of the images up to which fewer unreadable ones than FEW are no error."""
 LONGEST = 300
 """Characters of an error's text that are shown."""
+TOO_MANY_FILES = "too many open files: raise the limit (ulimit -n 4096), or take fewer --data.workers"
 
 
 def read(source: Source, indices: list[int], place: int) -> tuple[int, Image.Image | Tensor, list[Report]]:
     """Read image indices[place]: its index, its pixels, and a report of its fault if it is unreadable.
 
     Another image takes the place of an unreadable one. Its choice among `indices` follows from the unreadable index.
-    Raises: UserError where none of 100 images is readable.
+    Raises: UserError where none of 100 images is readable, or the process may open no more files.
     """
     index, reports = indices[place], []
     for attempt in range(TRIES):
@@ -37,6 +39,8 @@ def read(source: Source, indices: list[int], place: int) -> tuple[int, Image.Ima
         except UserError:
             raise
         except Exception as error:  # on damaged files, decoders raise nearly anything
+            if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):  # a fault of this process, not the image
+                raise UserError(TOO_MANY_FILES) from error
             reports = reports or [(index, fault_of(error))]
             index = indices[seed_of(indices[place], attempt) % len(indices)]
     raise UserError(

@@ -1,6 +1,6 @@
 """Views of photographs made by torchvision in worker processes, and their plain crops for the evaluation.
 
-A view is cropped, flipped, and changed in colour; it may become grey, blurred or solarised. Pixels are (3, S, S).
+A view is cropped, flipped, and changed in colour; it may become grey, blurred or solarised. Pixels are (3, S, S) uint8.
 """
 
 import math
@@ -83,7 +83,7 @@ class Blur(v2.Transform):
 
 
 class View:
-    """One view (3, S, S) in [0, 1] of an image; it follows from its key, in any process."""
+    """One view (3, S, S) uint8 of an image; it follows from its key, in any process."""
 
     def __init__(self, kind: Kind, size: int, alpha: float) -> None:
         self.kind, self.size, self.alpha = kind, size, alpha
@@ -94,7 +94,6 @@ class View:
                 v2.RandomGrayscale(p=kind.grey_p),
                 v2.RandomApply([Blur(kind.sigma, size)], p=kind.blur_p),
                 v2.RandomSolarize(threshold=128, p=kind.solarize_p),
-                v2.ToDtype(torch.float32, scale=True),
             ]
         )
 
@@ -115,7 +114,7 @@ class View:
 
 
 class Views:
-    """All views of an image: (V, 3, S, S) and, with local views, (V', 3, S', S')."""
+    """All views of an image: (V, 3, S, S) uint8 and, with local views, (V', 3, S', S')."""
 
     def __init__(self, data: Data, alpha: float) -> None:
         sizes = [data.size] * data.views + [data.local_size] * data.local_views
@@ -133,25 +132,22 @@ class Views:
         return [torch.stack(part) for part in (views[: self.first], views[self.first :]) if part]
 
 
-def centred(size: int, dtype: torch.dtype = torch.float32) -> v2.Compose:
-    """Transform to the middle square of an image: (3, S, S), float in [0, 1] or uint8."""
-    return _compose(v2.Resize(size, antialias=True), v2.CenterCrop(size), dtype=dtype)
+def centred(size: int) -> v2.Compose:
+    """Transform to the middle square of an image."""
+    return v2.Compose([v2.ToImage(), v2.Resize(size, antialias=True), v2.CenterCrop(size)])
 
 
 def squeezed(size: int) -> v2.Compose:
-    """Transform to the whole image, squeezed to a square: (3, S, S) in [0, 1]."""
-    return _compose(v2.Resize((size, size), antialias=True))
+    """Transform to the whole image, squeezed to a square."""
+    return v2.Compose([v2.ToImage(), v2.Resize((size, size), antialias=True)])
 
 
 def published_crop(size: int) -> v2.Compose:
     """Test crop of the published evaluations: the shorter side at 8/7 of S, then the middle square of S."""
-    return _compose(v2.Resize(size if size <= UNCUT else round(size * MARGIN), **CUBIC), v2.CenterCrop(size))
+    side = size if size <= UNCUT else round(size * MARGIN)
+    return v2.Compose([v2.ToImage(), v2.Resize(side, **CUBIC), v2.CenterCrop(size)])
 
 
 def published_random_crop(size: int) -> v2.Compose:
     """Training crop of the published linear evaluations: RandomResizedCrop, bilinear unlike the test crop, and flip."""
-    return _compose(v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip())
-
-
-def _compose(*steps: v2.Transform, dtype: torch.dtype = torch.float32) -> v2.Compose:
-    return v2.Compose([v2.ToImage(), *steps, v2.ToDtype(dtype, scale=True)])
+    return v2.Compose([v2.ToImage(), v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()])

@@ -1,37 +1,30 @@
 """Images read in worker processes: labelled ones for the evaluation, augmented views for training.
 
-B images per micro-batch, G per step over all ranks and micro-batches, V views per image, images of S x S pixels.
-
-Workers are forked by a server process that has no threads: a fork of the run itself could wait for ever for a lock that
-one of its threads held. A scheduler such as Slurm sends its signals to every process of the run. The main process saves
-and ends, and needs its workers until then, so workers block these signals.
+B images per micro-batch, G per step over all ranks and micro-batches, V views per image, images of S x S pixels. They
+leave the workers as uint8, a quarter of the shared memory and of the copy to the device that float32 would take.
 """
 
-import multiprocessing
-import signal
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
 from itertools import chain
-from multiprocessing import forkserver
-from typing import Any
 
 import torch
 from torch import Generator, Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Sampler
 
 from ..config import Boxes, Data
 from ..distributed import World
-from ..exits import StopSignal
+from . import shared_memory
 from .crops import WHOLE
-from .images import Batches, Crops, Source, Transform, epoch_order, virtual_batch
+from .images import Batches, Crops, Source, Transform, epoch_order, floats, virtual_batch
+from .loading import ImagesOf, Key, Loader
 from .unreadable import Report, Tally, read
 
 EVAL_BATCH = 256
+"""Largest number of images in one batch of the evaluation."""
+EVAL_PIXELS = EVAL_BATCH * 96 * 96
+"""Largest number of pixels, over all images, in one batch of the evaluation."""
 BANK_LIMIT = 10_000
 """Largest number of training images in the evaluation of a run, over all ranks."""
-
-Key = int | tuple[int, int]
-"""Place of an image among the images read; or a seed and the place, where the transform is random."""
 
 
 class InWorkers:
@@ -49,18 +42,31 @@ class InWorkers:
         G = virtual_batch(data, world)
         self.order = Order(self.training, G, seed, world)
         self.micro_batches = G // world.size // data.batch_size
-        # In shared memory, so that workers that are running see new boxes.
-        self._boxes = torch.tensor(WHOLE).repeat(self.training, 1).share_memory_()
-        self._boxed = torch.zeros(1, dtype=torch.bool).share_memory_()
-        dataset = TrainingViews(source, views.Views(data, boxes.alpha), seed, self._boxes, self._boxed)
-        self.loader = loader(dataset, data.batch_size, data.workers, device, self.order, stay=True)
         self.reader = Reader(source, data, device)
         self.tally = self.reader.tally
+        shared_memory.check(self._shared_bytes(data, world), data.workers, world)
+        self._boxes = torch.tensor(WHOLE).repeat(self.training, 1)
+        self._boxed = torch.zeros(1, dtype=torch.bool)
+        if data.workers:  # workers that are running see new boxes
+            shared_memory.share(self._boxes)
+            shared_memory.share(self._boxed)
+        dataset = TrainingViews(source, data.workers, views.Views(data, boxes.alpha), seed, self._boxes, self._boxed)
+        self.loader = Loader(dataset, data.batch_size, device, self.order, stay=True)
         chosen = torch.randperm(self.training, generator=Generator().manual_seed(0))[:BANK_LIMIT]
         self.bank_indices, self.test_indices = (
             indices[world.rank :: world.size] for indices in (source.train[chosen], source.test)
         )
         self.centred, self.squeezed = views.centred(data.size), views.squeezed(data.size)
+
+    def _shared_bytes(self, data: Data, world: World) -> int:
+        """Bytes of shared memory that this rank needs: boxes, and the batches of training or of an evaluation."""
+        # A GPU's batches are copied to pinned memory as they come; a CPU's stay while a step uses them.
+        in_use = 0 if self.device.type == "cuda" else self.micro_batches
+        share, B = self.training // world.size, data.batch_size
+        views = data.channels * (data.views * data.size**2 + data.local_views * data.local_size**2)
+        training = shared_memory.bytes_of_batches(views, B, data.workers, max(2 * in_use - 1, 0), share)
+        evaluation = self.reader.shared_bytes(max(share, self.tested)) + in_use * B * views
+        return self.training * 4 * len(WHOLE) + max(training, evaluation)
 
     @property
     def boxes(self) -> Tensor | None:
@@ -98,32 +104,40 @@ class InWorkers:
 class Reader:
     """Reads labelled images of one source in batches and tallies the images that could not be read."""
 
-    def __init__(self, source: Source, data: Data, device: torch.device) -> None:
+    def __init__(self, source: Source, data: Data, device: torch.device, batch_size: int | None = None) -> None:
+        """batch_size: images in a batch. None: as many as suit an evaluation during a run."""
         self.source, self.device = source, device
         self.workers = 0 if source.decoded else data.workers
+        self.batch_size = batch_size or max(1, min(EVAL_BATCH, EVAL_PIXELS // data.size**2))
+        self.image_bytes = data.channels * data.size**2
         self.tally = Tally(source, data.max_unreadable)
 
-    def batches(
-        self, indices: Tensor, transform: Transform, batch_size: int = EVAL_BATCH, keys: Sequence[Key] | None = None
-    ) -> Batches:
+    def shared_bytes(self, images: int) -> int:
+        """Bytes of shared memory that reading so many images needs."""
+        in_use = 0 if self.device.type == "cuda" else 1
+        return shared_memory.bytes_of_batches(self.image_bytes, self.batch_size, self.workers, in_use, images)
+
+    def batches(self, indices: Tensor, transform: Transform, keys: Sequence[Key] | None = None) -> Batches:
         """Batches of the images `indices` of the source: all in order, or the images that `keys` name."""
-        dataset = LabelledImages(self.source, indices, transform)
-        for images, labels, reports in loader(dataset, batch_size, self.workers, self.device, keys):
+        for images, labels in self.pixels(indices, transform, keys):
+            yield floats(images), labels
+
+    def pixels(self, indices: Tensor, transform: Transform, keys: Sequence[Key] | None = None) -> Batches:
+        """Batches as `batches` gives them, but with the pixels that the transform gives, which may be bytes."""
+        dataset = LabelledImages(self.source, indices, self.workers, transform)
+        for images, labels, reports in Loader(dataset, self.batch_size, self.device, keys):
             self.tally.add(reports)
             yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
 
-class LabelledImages(Dataset):
+class LabelledImages(ImagesOf):
     """Images (C, S, S) through a transform, their labels, and reports of images that could not be read."""
 
-    def __init__(self, source: Source, indices: Tensor, transform: Transform) -> None:
-        self.source, self.indices, self.transform = source, indices.tolist(), transform
+    def __init__(self, source: Source, indices: Tensor, workers: int, transform: Transform) -> None:
+        super().__init__(source, indices, workers)
+        self.transform = transform
 
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, key: Key) -> tuple[Tensor, Tensor, list[Report]]:
-        seed, place = key if isinstance(key, tuple) else (None, key)
+    def make(self, place: int, seed: int | None) -> tuple[Tensor, Tensor, list[Report]]:
         index, image, reports = read(self.source, self.indices, place)
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None:
@@ -133,21 +147,18 @@ class LabelledImages(Dataset):
     @staticmethod
     def collate(items: list[tuple[Tensor, Tensor, list[Report]]]) -> tuple[Tensor, Tensor, list[Report]]:
         images, labels, reports = zip(*items, strict=True)
-        return torch.stack(images), torch.stack(labels), list(chain.from_iterable(reports))
+        images, labels = shared_memory.send(torch.stack(images), torch.stack(labels))
+        return images, labels, list(chain.from_iterable(reports))
 
 
-class TrainingViews(Dataset):
+class TrainingViews(ImagesOf):
     """The views of training images; their random numbers follow from (seed, epoch, place, view) in any process."""
 
-    def __init__(self, source: Source, views: Callable, seed: int, boxes: Tensor, boxed: Tensor) -> None:
-        self.source, self.views, self.seed, self.boxes, self.boxed = source, views, seed, boxes, boxed
-        self.indices = source.train.tolist()
+    def __init__(self, source: Source, workers: int, views: Callable, seed: int, boxes: Tensor, boxed: Tensor) -> None:
+        super().__init__(source, source.train, workers)
+        self.views, self.seed, self.boxes, self.boxed = views, seed, boxes, boxed
 
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[list[Tensor], list[Report]]:
-        epoch, place = key
+    def make(self, place: int, epoch: int | None) -> tuple[list[Tensor], list[Report]]:
         _, image, reports = read(self.source, self.indices, place)
         box = self.boxes[place] if self.boxed else None
         return self.views(image, (self.seed, epoch, place), box), reports
@@ -157,7 +168,7 @@ class TrainingViews(Dataset):
         """One tensor for each size of views, in which row v*B + i is view v of image i; and all reports."""
         sizes = zip(*(views for views, _ in items), strict=True)
         crops = [torch.stack(size, dim=1).flatten(0, 1) for size in sizes]
-        return crops, list(chain.from_iterable(reports for _, reports in items))
+        return shared_memory.send(*crops), list(chain.from_iterable(reports for _, reports in items))
 
 
 class Order(Sampler):
@@ -174,36 +185,3 @@ class Order(Sampler):
         order = epoch_order(self.training, self.G, self.seed, self.epoch, self.world)
         for place in order[self.first :].flatten().tolist():
             yield self.epoch, place
-
-
-def loader(
-    dataset: LabelledImages | TrainingViews,
-    batch_size: int,
-    workers: int,
-    device: torch.device,
-    keys: Sampler | Sequence[Key] | None = None,
-    stay: bool = False,
-) -> DataLoader:
-    """Batches of `dataset` for `device`, in its own order or in that of `keys`; `stay`: workers outlive an epoch."""
-    return DataLoader(
-        dataset,
-        batch_size,
-        sampler=keys,
-        collate_fn=dataset.collate,
-        num_workers=workers,
-        multiprocessing_context=_fork_server() if workers else None,
-        persistent_workers=stay and workers > 0,
-        pin_memory=device.type == "cuda",
-        generator=Generator(),  # its own, so that loading does not advance torch's
-    )
-
-
-@cache
-def _fork_server() -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torchvision.transforms.v2"])
-    # Processes started meanwhile inherit the blocked signals for good; the run gets a blocked signal later.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, StopSignal.NAMES)
-    forkserver.ensure_running()
-    signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return context

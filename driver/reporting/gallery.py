@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ..data.images import Images
+from ..data.images import Images, floats
 from ..evaluation.online import Embed, pixels
 
 SHOWN = 8
@@ -143,7 +143,7 @@ def sample_views(images: Images, epoch: int, batch_size: int) -> list[list[Pictu
     rows: list[list[Picture]] = [[] for _ in range(SHOWN)]
     for one_size in crops:
         for view in one_size.cpu().unflatten(0, (-1, batch_size)):
-            for row, image in zip(rows, thumbnail(view[:SHOWN]), strict=False):
+            for row, image in zip(rows, thumbnail(floats(view[:SHOWN])), strict=False):
                 row.append(Picture(data_uri(image)))
     return [row for row in rows if row]
 

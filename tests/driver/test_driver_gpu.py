@@ -14,8 +14,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from driver import cli, data, train
+from driver.config import Model
 from driver.data import crops
 from driver.distributed import World
+from driver.model import Network
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 COPIES = (torch.ops.aten._to_copy, torch.ops.aten.copy_)
@@ -120,6 +122,26 @@ def test_a_step_of_photographs_waits_for_nothing(model, fake, monkeypatch):
     options += ["--data.augmentation=dino", "--data.on-device=True", "--data.batch-size=4", "--boxes.every=1"]
     options += [f"--model.name={model}", "--model.teacher-momentum=0.9", "--model.teacher-views=all"]
     take_steps(training(fake, monkeypatch, options), fake)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_become_numbers_on_the_device(dtype, fake):
+    """What is copied are the bytes of a micro-batch that has stayed on the host, without waiting."""
+    network = Network(Model(name="convnet", width=4, head_dim=8), 3, 16).to(dtype)
+    copied = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if function.overloadpacket is COPIES[0] and args[0].device != out.device:
+                copied.append((args[0].dtype, out.dtype))
+            return out
+
+    with fake:
+        moved(network)
+        with NoWaiting(), Copies():
+            out = network([torch.zeros(4, 3, 16, 16, dtype=torch.uint8), torch.zeros(4, 3, 8, 8, dtype=torch.uint8)])
+    assert out.device.type == "cuda" and out.dtype == dtype and copied == [(torch.uint8, torch.uint8)] * 2
 
 
 def test_what_waits_is_seen(fake, monkeypatch):
