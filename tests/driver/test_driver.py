@@ -51,7 +51,7 @@ def test_digits_run_with_the_base_install():
     )
 
     directory = Path("runs/digits-001")
-    names = ["checkpoint.pt", "config.yaml", "dashboard.png", "history.jsonl", "report.html"]
+    names = ["checkpoint.pt", "config.yaml", "dashboard.png", "history.jsonl", "images.tsv.gz", "report.html"]
     assert sorted(p.name for p in directory.iterdir()) == names
     assert (directory / "dashboard.png").read_bytes()[:4] == b"\x89PNG"
     record = history.read(directory)

@@ -291,7 +291,10 @@ def test_momentum_given_beside_resume(name):
 @pytest.mark.parametrize(
     "write, message",
     [
-        (lambda path: path.write_bytes(b"half"), "not a readable checkpoint"),
+        (
+            lambda path: path.write_bytes(b"half"),
+            "neither a checkpoint of PyTorch nor safetensors",
+        ),
         (lambda path: torch.save({"state": 1}, path), "not a checkpoint of this driver: no 'config' in it"),
         (lambda path: path.unlink(), "no checkpoint.pt there"),
     ],

@@ -128,7 +128,7 @@ def test_how_many_unreadable_images_end_a_run(images, share, most, capsys):
 
 def test_the_label_is_that_of_the_image_in_the_place():
     faults: list[Exception] = [OSError("damaged")] * 4
-    dataset = LabelledImages(Faulty(faults, 12), torch.arange(12), lambda image: image)
+    dataset = LabelledImages(Faulty(faults, 12), torch.arange(12), 0, lambda image: image)
     for place in range(12):
         image, label, reports = dataset[place]
         assert (image == label).all() and label >= 4 and len(reports) == (place < 4)

@@ -26,7 +26,7 @@ from driver.data.images import floats
 from driver.data.labelled import Labelled
 from driver.data.sources import Files
 from driver.distributed import World
-from driver.model import Standardize
+from driver.model import IMAGENET_MEAN, IMAGENET_STD, Standardize
 
 CPU = torch.device("cpu")
 MB = 2**20
@@ -56,10 +56,6 @@ class Faulty(Files):
             os._exit(3)
         elif self.fault == "hang":
             time.sleep(60)
-        elif self.fault == "memory":
-            raise MemoryError
-        elif self.fault == "bug":
-            raise TypeError("a bug")
         elif self.fault == "few files":
             resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
 
@@ -88,7 +84,7 @@ def test_views_leave_workers_as_bytes_and_are_numbers_in_the_network():
     numbers = functional.to_dtype(every, torch.float32, scale=True)
     assert torch.equal(floats(every), numbers) and floats(numbers) is numbers
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        standardize = Standardize(3).to(dtype)
+        standardize = Standardize(IMAGENET_MEAN, IMAGENET_STD).to(dtype)
         assert standardize(every).dtype == dtype and torch.equal(standardize(every), standardize(numbers))
     assert standardize(every).float().abs().max() < 3  # about zero mean and unit variance, not bytes
 
@@ -189,7 +185,6 @@ FAILURES = {
     "SIGABRT": r"ended by SIGABRT while it read pets/05.png; a crash in the decoding",
     "exit": r"ended with exit code 3 while it read pets/05.png; its own message is above",
     "hang": r"ended by SIGALRM while it read pets/05.png; one image took too long",
-    "memory": r"^a data-loading worker has too little memory: take fewer --data.workers",
     "few files": r"^too many open files: raise the limit \(ulimit -n 4096\)",
 }
 
@@ -205,9 +200,26 @@ def test_a_worker_that_fails_is_one_clear_error(fault):
     assert not any(worker.is_alive() for worker in images.loader.loader._iterator._workers)
 
 
-def test_a_fault_of_the_code_keeps_its_traceback():
-    with pytest.raises(TypeError, match=r"in fail\n.*\n.*TypeError: a bug"):
-        list(images_of(faulty("bug")).views(0))
+def bug(*_) -> list:
+    raise TypeError("a bug")
+
+
+def no_memory(*_) -> list:
+    raise MemoryError
+
+
+@pytest.mark.parametrize(
+    "views, error, message",
+    [
+        (bug, TypeError, r"in bug\n.*\n.*TypeError: a bug"),
+        (no_memory, UserError, "^a data-loading worker has too little memory: take fewer --data.workers"),
+    ],
+)
+def test_a_fault_of_the_code_keeps_its_traceback_and_a_lack_of_memory_has_a_cure(views, error, message):
+    images = images_of(faulty(""))
+    images.loader.dataset.views = views
+    with pytest.raises(error, match=message):
+        list(images.views(0))
 
 
 def test_a_worker_that_ends_between_epochs_is_seen():
