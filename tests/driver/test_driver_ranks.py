@@ -307,7 +307,7 @@ def test_error_of_one_rank_ends_both():
     write_images(Path("flat"), 8)
     Path("flat/03.png").write_bytes(b"not a picture")
     options = ["--data.root=flat", "--data.size=16", "--data.batch-size=4", "--model.name=convnet", "--model.width=4"]
-    run = torchrun(2, *options, "--data.workers=0")
+    run = torchrun(2, *options, "--data.workers=0", "--data.max-unreadable=0")
     assert run.returncode == 1
     assert run.stderr.count("error: flat/03.png: not a readable image") == 1
     assert 'pretrain.py", line' not in run.stderr

@@ -127,7 +127,7 @@ def test_a_run_without_output_is_whole(redirection):
     assert end.returncode == 0, end
     assert "Exception" not in end.stderr and "Traceback" not in end.stderr
     directory = Path("runs/digits-001")
-    names = {"checkpoint.pt", "config.yaml", "dashboard.png", "history.jsonl", "report.html"}
+    names = {"checkpoint.pt", "config.yaml", "dashboard.png", "history.jsonl", "images.tsv.gz", "report.html"}
     assert {path.name for path in directory.iterdir()} == names
     assert history.read(directory).rows == content(directory)["history"]
 
