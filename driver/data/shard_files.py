@@ -12,6 +12,10 @@ from .parts import TEST_NAMES, part_of
 
 COMPRESSED = re.compile(r"\.(tar\.(gz|bz2|xz|zstd?|lz4|lzma|z)|tgz|tbz2?|txz)$", re.IGNORECASE)
 """End of the name of a compressed archive."""
+WORD = re.compile(r"[A-Z]*[a-z]+|[A-Z]+")
+"""Word in a name such as `pets-train_000` or `petsTrain000`."""
+OF_A_PART = re.compile(r"(set|data)$", re.IGNORECASE)
+"""End of a word such as `valset` and `traindata`, which names a part as `val` and `train` do."""
 
 
 def find_shards(root: Path) -> list[Path]:
@@ -59,14 +63,14 @@ def parts_of_shards(root: Path, shards: list[Path], left_out: LeftOut) -> tuple[
         return shards, [], ""
     for part, others in named.items():
         if part not in ("train", test):
-            left_out.kinds[f"{part} shards" if part else "other shards"] += len(others)
+            left_out.kinds[f"{part or 'other'} .tar"] += len(others)
     return named["train"], named[test], test
 
 
 def _part(path: Path) -> str | None:
     """Part that a shard belongs to: by the first word in its name that names a part, or else in its folders' names."""
     names = [path.stem, *reversed(path.parent.parts)]
-    words = (word for name in names for word in re.split(r"[^A-Za-z]+", name))
+    words = (OF_A_PART.sub("", word) for name in names for word in WORD.findall(name))
     return next((part for word in words if (part := part_of(word))), None)
 
 

@@ -127,7 +127,7 @@ def _classes(images: Sequence[_Image]) -> tuple[Tensor, list[int | str]]:
 
 
 def _remarks(images: Sequence[_Image]) -> Iterator[str]:
-    """What the owner of the shards may not expect, as texts: images without a label, and several images of one key."""
+    """What the owner may not expect, as texts: images without a label, several images of one key in a shard."""
     unlabelled = [image for image in images if image.label is None]
     if len(unlabelled) == len(images):
         yield "without labels"
@@ -136,10 +136,10 @@ def _remarks(images: Sequence[_Image]) -> Iterator[str]:
             f"without accuracies, since .cls is missing or negative for {len(unlabelled):,} of {len(images):,} images "
             f"(first: {unlabelled[0]})"
         )
-    keys = [key_of(image.member.path) for image in images]
+    keys = [(image.shard, key_of(image.member.path)) for image in images]
     count = Counter(keys)
     if shared := [image for image, key in zip(images, keys, strict=True) if count[key] > 1]:
-        yield f"{len(shared):,} images share their key with another (first: {shared[0]}); all are used"
+        yield f"{len(shared):,} images share their key with another of their shard (first: {shared[0]}); all are used"
 
 
 def _counted(count: int, noun: str, plural: str = "") -> str:

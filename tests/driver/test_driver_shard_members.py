@@ -37,7 +37,14 @@ def test_an_image_that_comes_twice_is_two_images():
     shards = Shards(Path("shards"), 0.0)
     levels = {"a.png": [10, 30], "b.png": [20, 40], "c.left.png": [50], "c.right.png": [60]}
     assert found(shards) == levels
-    assert "6 images share their key with another (first: shards/0.tar:a.png); all are used" in shards.summary
+    assert "4 images share their key with another of their shard (first: shards/0.tar:a.png); all" in shards.summary
+
+
+def test_keys_that_begin_anew_in_each_shard_are_nothing_to_mention():
+    for shard in "01":
+        write_tar(Path(f"shards/{shard}.tar"), [("0.png", picture(10)), ("1.png", picture(20))])
+    shards = Shards(Path("shards"), 0.0)
+    assert len(shards.labels) == 4 and "key" not in shards.summary
 
 
 def test_links_are_followed_within_the_shard():

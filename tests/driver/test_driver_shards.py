@@ -136,6 +136,10 @@ def test_a_run_on_shards_is_that_of_the_files(capsys):
         (("Training/a/0.tar", "VALIDATION/b/0.tar"), "val"),
         (("set-TRAIN-0.tar", "set-Valid-0.tar"), "val"),
         (("train000.TAR", "testing/000.tar"), "test"),
+        (("trainset-0.tar", "valset-0.tar"), "val"),
+        (("pets_traindata0.tar", "pets_testdata0.tar"), "test"),
+        (("petsTrain0.tar", "petsVal0.tar"), "val"),
+        (("TrainSet/0.tar", "TestSet/0.tar"), "test"),
         (("test-shards/train_0.tar", "test-shards/val_0.tar"), "val"),  # the file's name comes before its folder's
     ],
 )
@@ -153,7 +157,7 @@ def test_parts_by_the_names_of_files_and_folders(paths, part):
 def test_shards_of_other_parts_are_counted():
     for name in ("train-0", "val-0", "test-0", "test-1", "extra-0", "trainer-0"):
         write_tar(Path("shards", f"{name}.tar"), samples(4))
-    assert "left out: 2 other shards, 2 test shards" in Shards(Path("shards"), 0.5).summary
+    assert "left out: 2 other .tar, 2 test .tar" in Shards(Path("shards"), 0.5).summary
 
 
 def test_one_file_and_links_to_shards_elsewhere():
