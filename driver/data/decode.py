@@ -1,15 +1,19 @@
 """Pixels of photographs: from the bytes of an image file to 8-bit RGB."""
 
+import logging
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from PIL import ExifTags, Image, features
+from PIL import ExifTags, Image, UnidentifiedImageError, features
+from PIL.TiffImagePlugin import EXTRASAMPLES
 
 from . import deep_pixels
+from .foreign import what_it_is
 
 Image.init()
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what Pillow logs as an error, it raises too
 CODECS = {"WEBP": "webp", "AVIF": "avif", "JPEG2000": "jpg_2000"}
 """Formats that Pillow may have been built without, and their names among Pillow's features."""
 FORMATS = tuple(
@@ -58,6 +62,8 @@ class Decoder:
                 else:
                     image.load()  # first: only then are palette and EXIF data complete
                     pixels = image
+                if image.format == "TIFF" and EXTRASAMPLES not in image.tag_v2:
+                    pixels = pixels.convert("RGB")  # Pillow takes any fourth sample for an opacity
                 pixels = _on_white(pixels)
                 turn = TURNS.get(_orientation(image)) if self.exif else None
             return pixels if turn is None else pixels.transpose(turn)
@@ -68,7 +74,10 @@ DEFAULT = Decoder()
 
 
 def _open(file: Path | BinaryIO) -> Any:
-    return Image.open(file, formats=FORMATS)
+    try:
+        return Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError:
+        raise UnidentifiedImageError(what_it_is(file)) from None
 
 
 def _orientation(image: Image.Image) -> Any:

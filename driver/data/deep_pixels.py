@@ -27,7 +27,8 @@ def is_deep(image: Any) -> bool:
     """Whether a sample of an open image, not yet loaded, has more than 8 bits or a sign."""
     if image.format == "TIFF":
         return _tag(image, BITSPERSAMPLE) > 8 or (image.mode == "L" and _tag(image, SAMPLEFORMAT) == SIGNED)
-    return image.mode[0] in "IF" or ";16" in _raw_mode(image) or _white(image) > 255
+    # BMP's raw modes such as BGR;16 have 16 bits per pixel, not per sample.
+    return image.mode[0] in "IF" or (image.format != "BMP" and ";16" in _raw_mode(image)) or _white(image) > 255
 
 
 def to_eight_bits(image: Any, reopen: Callable[[], Any], pixel_range: Range | None) -> Image.Image:
@@ -137,7 +138,7 @@ def _scaled(values: NDArray[Any], range_of_type: Range, pixel_range: Range | Non
     least, most = float(values.min()), float(values.max())
     found = f"values from {least:g} to {most:g}"
     if math.isnan(least):
-        raise ValueError(f"{np.isnan(values).sum()} of {values.size} values are NaN")
+        raise ValueError(f"{np.isnan(values).sum()} of {values.size} values are NaN; write numbers in their place")
     if pixel_range is None and (least < low or most > high):
         raise ValueError(f"{found}, outside of {low:g} to {high:g}; {ADVICE}")
     exact = values.astype(np.float32 if values.itemsize <= 2 else np.float64)

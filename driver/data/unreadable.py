@@ -5,7 +5,7 @@ import re
 import sys
 from collections.abc import Iterable
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -50,8 +50,6 @@ def read(source: Source, indices: list[int], place: int) -> tuple[int, Image.Ima
 
 def fault_of(error: Exception) -> str:
     """The fault of an unreadable image in one line, without addresses in memory."""
-    if isinstance(error, UnidentifiedImageError):  # its text names a file, or an address in memory
-        return "no format or type of pixels that is known"
     text = re.sub(r"<([\w.]+)( object)? at 0x[0-9a-fA-F]+>", r"\1", str(error))
     if not isinstance(error, (OSError, ValueError, SyntaxError)):
         text = f"{type(error).__name__} {text}".rstrip()  # e.g. the text of a KeyError is a key alone

@@ -381,7 +381,9 @@ def test_unreadable_image_is_named(workers, capsys):
     options = [*FOLDER, "--data.root=flat", f"--data.workers={workers}", "--data.max-unreadable=0"]
     assert main(options) == 1
     shown = capsys.readouterr().err
-    assert "\nerror: flat/03.png: not a readable image (no format or type of pixels that is known)" in shown
+    assert (
+        "\nerror: flat/03.png: not a readable image (no format of images that is known; it starts with b'not" in shown
+    )
     assert "Traceback" not in shown
 
 
