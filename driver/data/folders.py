@@ -2,6 +2,7 @@
 
 import os
 import stat
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -106,7 +107,7 @@ def no_images(listing: Listing) -> UserError:
 
 
 def remarks(listing: Listing, layout: Layout) -> list[str]:
-    """What a reader may not expect, as texts: classes that one part lacks, and what is left out."""
+    """What a reader may not expect, as texts: classes that one part lacks, folders in classes, what is left out."""
     texts = []
     for part, other in (layout.parts, layout.parts[::-1]) if len(layout.parts) == 2 else ():
         if lacking := sorted(other.classes.keys() - part.classes.keys()):
@@ -114,6 +115,9 @@ def remarks(listing: Listing, layout: Layout) -> list[str]:
                 f"{printable(part.name)}/ lacks {len(lacking):,} of the {len(other.classes):,} classes of "
                 f"{printable(other.name)}/ ({listed(lacking)})"
             )
+    if within := [folders for part in layout.parts for folders in part.classes.values() if len(folders) > 1]:
+        folders = [os.path.relpath(folder, layout.base) for folder in chain.from_iterable(within)]
+        texts.append(f"folders within a class are no classes of their own ({listed(folders)})")
     others = f"{folders_of(list(layout.others))} ({sum(layout.others.values()):,} images)" if layout.others else ""
     if out := ", ".join(filter(None, [others, counted(listing.left_out)])):
         texts.append(f"left out: {out}")

@@ -59,7 +59,7 @@ def what_it_is(file: Path | BinaryIO) -> str:
     if start[128:132] == b"DICM":
         return "a DICOM file; convert it to PNG or TIFF of 16 bits"
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
-    known = next((what for magic, what in STARTS.items() if text.startswith(magic) or start.startswith(magic)), "")
+    known = next((what for magic, what in STARTS.items() if text.startswith(magic)), "")
     return known or f"no format of images that is known; it starts with {start[:SHOWN]!r}"
 
 

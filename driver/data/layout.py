@@ -13,8 +13,12 @@ FEW = 0.1
 """Largest share of the images under a folder with subfolders that may lie directly in it; they are left out."""
 OTHERS = 2
 """Largest number of other folders beside folders with names like parts that makes these doubtful as classes."""
-IMAGE_FOLDERS = frozenset(("image", "images", "img", "imgs", "jpegimages"))
+IMAGE_FOLDERS = frozenset(("image", "images", "img", "imgs", "jpegimages", "jpg", "jpeg", "png"))
 """Lower-case names that no class has: such a folder has masks, annotations or the like beside it."""
+ANNOTATIONS = frozenset(
+    ("annotation", "annotations", "groundtruth", "ground_truth", "labels", "masks", "segmentation", "segmentations")
+)
+"""Lower-case names of folders that hold no images to train on, where they stand beside one or two other folders."""
 _NAMES = "|".join(name for names in PART_NAMES.values() for name in names)
 LIKE_A_PART = re.compile(rf"^(?i:{_NAMES}|trainval)(?i:set)?(?![a-z])|(?<![A-Za-z])(?i:{_NAMES})$")
 """Names such as train2017, training_set, trainA and seg_train, which are no names of parts but may be meant so."""
@@ -91,8 +95,8 @@ def parts_in(listing: Listing, base: str) -> tuple[str, str] | None:
     if held_out := [name for part in TEST_NAMES for name in full if part_of(name) == part]:
         refuse(
             base,
-            f"{folders_of(held_out)} without train/; put the training images into train/, or give --data.root "
-            f"{os.path.join(base, held_out[0])} to train on those",
+            f"{folders_of(held_out)} without train/; put the training images into train/, give --data.root "
+            f"{os.path.join(base, held_out[0])} to train on those, or give a class of that name another name",
         )
     refuse_train_among_folders(base, {name: folders[name] for name in full})
     refuse_names_like_parts(base, full)
@@ -137,21 +141,43 @@ def classes_in(listing: Listing, base: str) -> dict[str, list[str]]:
     if not folders:
         return {"": [base]}
     leave_out_strays(listing, base)
-    if len(folders) > 1 and (images := [name for name in folders if name.lower() in IMAGE_FOLDERS]):
-        others = [name for name in folders if name != images[0]]
-        alone = f"give --data.root {os.path.join(base, images[0])} to use it alone"
-        refuse(base, f"{folders_of(images[:1])} beside {folders_of(others)} would be classes; {alone}")
+    refuse_annotations(base, [*folders])
     classes: dict[str, list[str]] = {}
     for name, directories in folders.items():
         prefix = os.path.join(base, name, "")
-        parts = {part_of(directory[len(prefix) :].partition(os.sep)[0]) for directory in directories}
-        if "train" in parts and parts & set(TEST_NAMES):
-            alone = f"or give --data.root {prefix} if this is the set"
-            refuse(
-                base, f"{printable(name)}/ holds parts; put classes into parts, as train/{printable(name)}/, {alone}"
-            )
+        inner = {directory[len(prefix) :].partition(os.sep)[0] for directory in directories} - {""}
+        refuse_within(base, name, inner, folders.keys() - {name})
         classes.setdefault(unicodedata.normalize("NFC", name), []).extend(directories)
     return dict(sorted(classes.items()))
+
+
+def refuse_annotations(base: str, folders: list[str]) -> None:
+    """Refuse a folder of images or of annotations beside other folders: they would be classes."""
+    if len(folders) < 2:
+        return
+    if images := [name for name in folders if name.lower() in IMAGE_FOLDERS]:
+        others = [name for name in folders if name != images[0]]
+        alone = f"give --data.root {os.path.join(base, images[0])} to use it alone"
+        refuse(base, f"{folders_of(images[:1])} beside {folders_of(others)} would be classes; {alone}")
+    out = [name for name in folders if name.lower() in ANNOTATIONS]
+    if out and len(folders) <= len(out) + OTHERS:
+        others = [name for name in folders if name not in out]
+        refuse(base, f"{folders_of(out)} beside {folders_of(others)} would be classes; move annotations away")
+
+
+def refuse_within(base: str, name: str, inner: set[str], siblings: set[str]) -> None:
+    """Refuse a class `name` whose inner folders are parts, images beside masks, or copies of the other classes."""
+    alone = f"give --data.root {os.path.join(base, name)} if this is the set"
+    parts = {part_of(folder) for folder in inner}
+    if "train" in parts and parts & set(TEST_NAMES):
+        refuse(base, f"{printable(name)}/ holds parts; put classes into parts, as train/{printable(name)}/, or {alone}")
+    images = [folder for folder in sorted(inner) if folder.lower() in IMAGE_FOLDERS][:1]
+    if images and len(inner) > 1:
+        where = f"{printable(name)}/ holds {folders_of(images)} beside {folders_of(sorted(inner - {*images}))}"
+        refuse(base, f"{where}, which would be of one class; move the others away")
+    copies = sorted(inner & siblings)
+    if len(copies) > 1 and len(copies) >= len(siblings) / 2:
+        refuse(base, f"{folders_of(copies)} stand beside {printable(name)}/ and in it; move one copy away, or {alone}")
 
 
 def leave_out_strays(listing: Listing, base: str) -> None:

@@ -14,6 +14,7 @@ from photographs import PHOTOGRAPHS, write_classes, write_images
 from driver import config, knn, linear
 from driver.config import UserError
 from driver.data import sources
+from driver.data.labelled import Labelled
 from driver.data.listing import counted, printable
 from driver.data.parts import part_of, usable_test
 from driver.data.sources import Files
@@ -136,6 +137,10 @@ def test_parts_are_found_by_their_names(folders, train, test):
         ("bullet_train test_tube val_de_travers a b c d", "a b bullet_train c d test_tube val_de_travers"),
         ("cat.jpg dog.jpg", "cat.jpg dog.jpg"),
         ("n1/x n1/y/z n2", "n1/x n1/y/z n2"),
+        ("mask no_mask", "mask no_mask"),
+        ("a b c labels", "a b c labels"),
+        ("2023/a 2023/b 2024/a 2024/b", "2023/a 2023/b 2024/a 2024/b"),
+        ("a b c b_like/b", "a b b_like/b c"),
     ],
 )
 def test_class_folders_are_split(folders, classes):
@@ -181,6 +186,12 @@ def test_images_without_two_classes_are_all_trained_on(folders):
         ("trainA trainB testA testB", "r: testA/, testB/, trainA/ and 1 more would be classes"),
         ("images annotations/trimaps", "r: images/ beside annotations/ would be classes; give --data.root r/images "),
         ("train/images train/masks val/images", "r/train: images/ beside masks/ would be classes"),
+        ("jpg segmim", "r: jpg/ beside segmim/ would be classes; give --data.root r/jpg "),
+        ("birds/images/a birds/images/b segmentations/a", "r: segmentations/ beside birds/ would be classes; move"),
+        ("cats/images cats/masks dogs/images dogs/masks", "r: cats/ holds images/ beside masks/, .* of one class"),
+        ("cats dogs pets/cats pets/dogs", r"r: cats/, dogs/ stand beside pets/ and in it; .* --data.root r/pets if"),
+        ("a b c thumbs/a thumbs/b", "r: a/, b/ stand beside thumbs/ and in it; move one copy away, or give"),
+        ("valid invalid", "r: valid/ without train/; .* or give a class of that name another name"),
         (". a", r"r: 8 images \(0.png, 1.png, 2.png, ...\) beside a/ with 8 images"),
     ],
 )
@@ -261,6 +272,15 @@ def test_what_is_left_out_is_counted():
     )
     assert not any("pipe" in path or "._" in path for path in files.paths)
     assert counted({"hidden": 1200, ".txt": 3}) == "1,200 hidden, 3 .txt"
+
+
+def test_folders_within_classes_are_named():
+    """Two sets of the same classes side by side; a tree of classes."""
+    touch("color/a", "color/b", "grey/a", "grey/b", count=2)
+    files = Files(Path("r"), 0.5)
+    assert "in 2 classes (color, grey)" in files.summary and files.summary.endswith(
+        "; folders within a class are no classes of their own (color/a, color/b, grey/a, ...)"
+    )
 
 
 def test_a_folder_without_images_says_what_is_there():
@@ -364,3 +384,12 @@ def test_without_two_classes_no_accuracy_is_shown(capsys):
     for script in (knn, linear):
         with pytest.raises(UserError, match="flat: no labelled images to test with"):
             script.main(script.Options(backbone=backbone), World())
+
+
+def test_classes_too_small_to_hold_an_image_out():
+    touch("a", "b", count=1)
+    data = replace(PHOTOGRAPHS, root=Path("r"))
+    with pytest.raises(
+        UserError, match=r"r: .*; --data.held-out 0.25 of each class is less than an image; put some in"
+    ):
+        Labelled(Files(Path("r"), data.held_out), data, torch.device("cpu"), World())
