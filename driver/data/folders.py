@@ -17,7 +17,7 @@ from .listing import PATH_LIMIT, Listing, counted, listed, printable
 from .parts import split, usable_test
 
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
-SHARDS = "--data.source webdataset reads the .tar shards in a folder"
+SHARDS = "--data.source webdataset reads the .tar shards in a folder, or one shard"
 
 
 class Files(Source):

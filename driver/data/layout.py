@@ -146,7 +146,7 @@ def classes_in(listing: Listing, base: str) -> dict[str, list[str]]:
     for name, directories in folders.items():
         prefix = os.path.join(base, name, "")
         inner = {directory[len(prefix) :].partition(os.sep)[0] for directory in directories} - {""}
-        refuse_within(base, name, inner, folders.keys() - {name})
+        refuse_within(base, name, inner, folders)
         classes.setdefault(unicodedata.normalize("NFC", name), []).extend(directories)
     return dict(sorted(classes.items()))
 
@@ -165,7 +165,7 @@ def refuse_annotations(base: str, folders: list[str]) -> None:
         refuse(base, f"{folders_of(out)} beside {folders_of(others)} would be classes; move annotations away")
 
 
-def refuse_within(base: str, name: str, inner: set[str], siblings: set[str]) -> None:
+def refuse_within(base: str, name: str, inner: set[str], classes: dict[str, list[str]]) -> None:
     """Refuse a class `name` whose inner folders are parts, images beside masks, or copies of the other classes."""
     alone = f"give --data.root {os.path.join(base, name)} if this is the set"
     parts = {part_of(folder) for folder in inner}
@@ -175,8 +175,8 @@ def refuse_within(base: str, name: str, inner: set[str], siblings: set[str]) -> 
     if images and len(inner) > 1:
         where = f"{printable(name)}/ holds {folders_of(images)} beside {folders_of(sorted(inner - {*images}))}"
         refuse(base, f"{where}, which would be of one class; move the others away")
-    copies = sorted(inner & siblings)
-    if len(copies) > 1 and len(copies) >= len(siblings) / 2:
+    copies = sorted((inner - {name}) & classes.keys())
+    if len(copies) > 1 and len(copies) >= (len(classes) - 1) / 2:
         refuse(base, f"{folders_of(copies)} stand beside {printable(name)}/ and in it; move one copy away, or {alone}")
 
 

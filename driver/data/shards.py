@@ -51,6 +51,7 @@ class Shards(Source):
             f"{root}: {_counted(len(images), 'image')}{kinds} in {_counted(len(train) + len(test), 'shard')}, "
             f"{self._division(test_name, held_out)}",
             *_remarks(images),
+            self._untrained(classes),
             str(left_out),
         ]
         summary = "; ".join(filter(None, texts))
@@ -80,6 +81,12 @@ class Shards(Source):
             reason = "as accuracies need two classes to train on"
             return f"{training:,} to train on; the other {images - training:,} ({test_name}) are not used, {reason}"
         return "all to train on"
+
+    def _untrained(self, classes: Sequence[int | str]) -> str:
+        """Classes of which there are held-out images alone, as text; empty where there is none."""
+        of_train, of_test = (set(self.labels[part].tolist()) for part in (self.train, self.test))
+        names = [str(classes[label]) for label in sorted(of_test - of_train)]
+        return f"no image to train on is of {len(names):,} of the classes held out ({listed(names)})" if names else ""
 
 
 class _Image(NamedTuple):

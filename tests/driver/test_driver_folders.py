@@ -298,7 +298,10 @@ def test_a_folder_without_images_says_what_is_there():
     "name, words",
     [
         ("pets.zip", "not a folder but an archive; unpack it and give the new folder$"),
-        ("pets.tar", "not a folder but an archive; unpack it and give the new folder; --data.source webdataset"),
+        (
+            "pets.tar",
+            "not a folder but an archive; unpack it and give the new folder; --data.source webdataset .* or one shard$",
+        ),
         ("pets.png", "not a folder$"),
         ("~nobody/pets", "no such folder"),
         ("n" * 300 + "~", "File name too long"),

@@ -243,6 +243,12 @@ def test_held_out_shards_are_not_used_where_there_are_no_classes():
     assert "4 to train on; the other 2 (val) are not used, as accuracies need two classes" in shards.summary
 
 
+def test_classes_that_are_held_out_alone_are_named():
+    write_tar(Path("shards/train-0.tar"), samples(4))
+    write_tar(Path("shards/val-0.tar"), samples(3, classes=3))
+    assert "; no image to train on is of 1 of the classes held out (2)" in Shards(Path("shards"), 0.2).summary
+
+
 def test_a_run_on_a_shard_with_links_and_no_labels(capsys):
     """One line says how the shard was understood, and the run ends well without accuracies."""
     members = [(f"{i}.v1.png", picture(20 * i)) for i in range(6)]
