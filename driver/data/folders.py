@@ -2,7 +2,7 @@
 
 import os
 import stat
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from .decode import DEFAULT, EXTENSIONS, Decoder
 from .images import Source
 from .inventory import file_size
 from .layout import Layout, folders_of, understand
-from .listing import PATH_LIMIT, Listing, counted, listed, printable
+from .listing import PATH_LIMIT, SHOWN, Listing, counted, listed, printable
 from .parts import split, usable_test
 
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
@@ -116,7 +116,7 @@ def remarks(listing: Listing, layout: Layout) -> list[str]:
                 f"{printable(other.name)}/ ({listed(lacking)})"
             )
     if within := [folders for part in layout.parts for folders in part.classes.values() if len(folders) > 1]:
-        folders = [os.path.relpath(folder, layout.base) for folder in chain.from_iterable(within)]
+        folders = [os.path.relpath(folder, layout.base) for folder in islice(chain.from_iterable(within), SHOWN + 1)]
         texts.append(f"folders within a class are no classes of their own ({listed(folders)})")
     others = f"{folders_of(list(layout.others))} ({sum(layout.others.values()):,} images)" if layout.others else ""
     if out := ", ".join(filter(None, [others, counted(listing.left_out)])):
