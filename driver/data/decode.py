@@ -62,8 +62,8 @@ class Decoder:
                 else:
                     image.load()  # first: only then are palette and EXIF data complete
                     pixels = image
-                if image.format == "TIFF" and EXTRASAMPLES not in image.tag_v2:
-                    pixels = pixels.convert("RGB")  # Pillow takes any fourth sample for an opacity
+                if image.format == "TIFF" and pixels.mode == "RGBA" and EXTRASAMPLES not in image.tag_v2:
+                    pixels = pixels.convert("RGB")  # Pillow takes a fourth sample of no declared meaning for opacity
                 pixels = _on_white(pixels)
                 turn = TURNS.get(_orientation(image)) if self.exif else None
             return pixels if turn is None else pixels.transpose(turn)

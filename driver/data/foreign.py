@@ -13,6 +13,7 @@ from PIL.TiffImagePlugin import (
 )
 
 DAMAGED = "damaged or of a kind that is not read"
+"""What is wrong with a file of a known format."""
 STARTS = {
     b"\xff\xd8\xff": f"a JPEG, {DAMAGED}",
     b"\x89PNG": f"a PNG, {DAMAGED}",

@@ -70,10 +70,10 @@ class Labelled:
         self.training, self.tested = len(source.train), len(source.test)
         if not self.tested:
             where = data.root or "the digits"
-            needed = "there must be at least two classes"
+            must = "there must be at least two classes"
             if len(source.labels.unique()) > 1:
-                needed = f"--data.held-out {data.held_out:g} of each class is less than an image; put some into val/"
-            raise UserError(f"{where}: no labelled images to test with; {needed}")
+                must = f"--data.held-out {data.held_out:g} of each class is less than an image; put some into val/"
+            raise UserError(f"{where}: no labelled images to test with; {must}")
         self.classes = int(source.labels.max()) + 1
         self.reader = Reader(source, data, device, self.B)
         needed = self.reader.shared_bytes(max(self.training, self.tested) // world.size)
