@@ -73,7 +73,7 @@ def _tiff(file: BinaryIO) -> str:
         tags.load(file)
         samples, bits = tags.get(SAMPLESPERPIXEL, 1), tags.get(BITSPERSAMPLE, (1,))[0]
         number = NUMBERS.get(tags.get(SAMPLEFORMAT, (1,))[0], "other")
-        colour = COLOURS.get(tags.get(PHOTOMETRIC_INTERPRETATION), "other colours")
+        colour = COLOURS.get(tags.get(PHOTOMETRIC_INTERPRETATION, 0), "other colours")
     except Exception:  # damaged entries: Pillow raises nearly anything
         return "a damaged TIFF"
     each = f"{samples} {number} sample{'s' if samples > 1 else ''} of {bits} bits per pixel, marked as {colour}"
