@@ -60,6 +60,7 @@ def understand(listing: Listing) -> Layout:
         for part in bases:
             leave_out_strays(listing, part)
         bases = inner
+    bases = without_repeated_names(listing, bases)
     train, test = (Part(name, classes_in(listing, part)) for name, part in zip(names, bases, strict=True))
     refuse_different_classes(base, train, test)
     others = {name: found for name, found in folders.items() if found and name not in names}
@@ -75,6 +76,19 @@ def inner_folder(listing: Listing, base: str) -> str:
     [(name, directories)] = full.items()
     inner = os.path.join(base, name)
     return "" if inner in directories else inner
+
+
+def without_repeated_names(listing: Listing, parts: list[str]) -> list[str]:
+    """Folders with the images of two parts: train/train/ and test/test/, where each is alone in its part, else `parts`.
+
+    As classes, two folders of different names would have nothing in common.
+    """
+    full = [[name for name, found in listing.subfolders(part).items() if found] for part in parts]
+    if any(len(names) != 1 for names in full) or full[0] == full[1]:
+        return parts
+    for part in parts:
+        leave_out_strays(listing, part)
+    return [os.path.join(part, names[0]) for part, names in zip(parts, full, strict=True)]
 
 
 def parts_in(listing: Listing, base: str) -> tuple[str, str] | None:

@@ -112,6 +112,7 @@ def test_a_class_has_one_label_in_both_parts(train, val, lacking):
         ("train/train/a train/train/b test/test/b", "train/train/a train/train/b", "test/test/b"),
         ("images/train images/val", "images/train", ""),
         ("train val", "train", ""),
+        ("train/train test/test", "train/train", ""),
         ("train/a val/a", "train/a", ""),
         ("train/a val/a val/b", "train/a", ""),
         ("train/a/sub val/a val/b", "train/a/sub", ""),
