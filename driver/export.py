@@ -5,6 +5,7 @@ python driver/export.py RUN_DIR --format onnx       RUN_DIR/backbone.onnx: image
 python driver/export.py RUN_DIR --whose student     the student's weights, where the teacher's would be the default
 """
 
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,10 @@ import tyro
 from torch import nn
 
 from driver import backbones, checkpoint, cli
-from driver.config import FILE, Config, UserError, helpful, missing
+from driver.config import FILE, Config, UserError, as_plain, helpful, missing
 from driver.files import replacing
 from driver.model import Standardize
-from driver.weights import load_backbone
+from driver.weights import ORIGIN, load_backbone
 
 
 @helpful
@@ -57,7 +58,7 @@ def export(options: Export) -> Path:
     config = cli.parse([f"--config={path.parent / FILE}"])
     channels = config.data.channels
     backbone = backbones.make(config.model, channels, config.data.size, several_sizes=config.data.local_views > 0)
-    load_backbone(backbone, path, options.whose)
+    load_backbone(backbone, path, options.whose, config.model)
     if options.format == "onnx":
         _write_onnx(
             nn.Sequential(Standardize.of(config.model, channels), backbone).eval(), channels, config.data.size, out
@@ -69,10 +70,11 @@ def export(options: Export) -> Path:
         from safetensors.torch import save_file
     except ImportError as error:
         raise UserError(missing("--format safetensors", "safetensors", error)) from error
+    plain = {name: value for name, value in as_plain(config)["model"].items() if name != "weights"}
     weights = {name: value.contiguous() for name, value in backbone.state_dict().items()}
     try:
         with replacing(out) as temporary:
-            save_file(weights, temporary)
+            save_file(weights, temporary, {ORIGIN: json.dumps(plain)})
     except SafetensorError as error:  # also of a full disk
         raise UserError(f"--out {out}: not written ({error})") from error
     print(f"{out}: weights of {config.model.name}, for\n")

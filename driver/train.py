@@ -232,7 +232,7 @@ def make_networks(
     data, model = options.data, options.model
     network = Network(model, channels, data.size, data.local_size if data.local_views else None).to(device, dtype)
     if model.weights is not None and options.run.resume is None:
-        load_backbone(network.backbone[1], model.weights)
+        load_backbone(network.backbone[1], model.weights, model=model)
     if model.pretrained and options.run.resume is None:
         load_pretrained(network.backbone[1], model.name)
     if model.sync_batch_norm:

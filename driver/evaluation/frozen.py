@@ -74,7 +74,7 @@ class Backbone:
         if self.pretrained:
             load_pretrained(backbone, model.name)
         elif path := self.run or self.weights:
-            load_backbone(backbone, path, self.whose)
+            load_backbone(backbone, path, self.whose, model)
         backbone = backbone.to(device).eval().requires_grad_(False)
         return Frozen(standardize.to(device), backbone, size, device)
 

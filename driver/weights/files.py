@@ -1,30 +1,22 @@
 """Content of a checkpoint file, read without running code that the file may hold."""
 
-import argparse
-import pathlib
+import json
+import pickle
 import re
 import zipfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..config import UserError, missing
 
-FOLDER = ("checkpoint.pt", "model.safetensors", "pytorch_model.bin")
+FOLDER = ("checkpoint.pt", "model.safetensors", "pytorch_model.bin", "model.safetensors.index.json")
 """Files that are looked for in a folder: a run's checkpoint, then the names on model hubs."""
-HARMLESS: list[Any] = [
-    argparse.Namespace,
-    (pathlib.PosixPath, "pathlib.PosixPath"),
-    (pathlib.PosixPath, "pathlib._local.PosixPath"),
-    (np.float64().__reduce__()[0], "numpy.core.multiarray.scalar"),
-    (np.float64().__reduce__()[0], "numpy._core.multiarray.scalar"),
-    np.dtype,
-    *{type(np.dtype(kind)) for kind in "?bBhHiIlLqQefdU"},
-]
-"""Types, besides tensors and plain containers, that common training scripts save and that run no code: their arguments
-and numbers of numpy, by the names of old and new versions."""
+INDEX = ".index.json"
+"""End of the name of a list of files, among which a model hub divides the tensors of a large model."""
+ORIGIN = "bam_kernels.model"
+"""Key of an export's metadata for the options of its model, as JSON."""
 _STARTS = {
     b"version https://git-lfs": "a pointer of Git LFS, not the file itself; `git lfs pull` fetches it",
     b"<": "a web page (HTML or XML), not weights; download the file itself",
@@ -34,16 +26,36 @@ _STARTS = {
 }
 
 
-def read(path: Path) -> dict[str, Any]:
-    """Content of a checkpoint file, or of the one in a folder: tensors and plain containers.
+class StandIn:
+    """Object of a checkpoint whose class or function is not called: it has the attributes that the file gives it."""
 
-    Raises: UserError where the file is missing, damaged, of another format, or holds anything else.
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        del arguments, keywords
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            self.__dict__.update(state)
+
+    def tensors(self) -> dict[str, Any]:
+        """Parameters, persistent buffers and inner modules of a whole module, by name; empty for other objects."""
+        buffers, skipped = getattr(self, "_buffers", {}), getattr(self, "_non_persistent_buffers_set", ())
+        kept = {name: value for name, value in buffers.items() if name not in skipped}
+        return {**getattr(self, "_parameters", {}), **kept, **getattr(self, "_modules", {})}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Content of a checkpoint file, or of the one in a folder: tensors, plain containers, and stand-ins for objects.
+
+    Options of the run that wrote an export are under `config`, as in its checkpoints.
+    Raises: UserError where the file is missing, damaged or of another format.
     """
     if path.is_dir():
         found = [path / name for name in FOLDER if (path / name).is_file()]
         if not found:
             raise UserError(f"{path}: a folder without weights; none of {', '.join(FOLDER)} is in it")
         path = found[0]
+    if path.name.endswith(INDEX):
+        return _read_parts(path)
     try:
         with path.open("rb") as file:
             start, size = file.read(512), path.stat().st_size
@@ -93,30 +105,47 @@ def _not_weights_zip(path: Path, size: int) -> str:
     return f"a zip archive of {', '.join(names[:3]) or 'nothing'}, not weights; unpack it first"
 
 
+def _read_parts(index: Path) -> dict[str, Any]:
+    """Tensors of all files that an index names."""
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index}: not an index of files of weights ({type(error).__name__}: {error})") from error
+    return {name: value for part in names for name, value in read(index.parent / part).items()}
+
+
 def _read_torch(path: Path) -> dict[str, Any]:
     try:
-        with torch.serialization.safe_globals(HARMLESS):
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # the format before PyTorch 1.6, or a damaged file, which torch.load describes
+        names = []
+    # Dictionaries with default values are filled item by item, which the unpickler allows for dict itself alone.
+    calls = [(_empty if name == "collections.defaultdict" else StandIn, name) for name in names]
+    try:
+        with torch.serialization.safe_globals(calls):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes the unpickler raise errors of many types
-        if code := re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(error)):
-            raise UserError(f"{path}: {_holds_code(path, code[1])}") from error
+        named = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(error))
+        objects = [named[1]] if named else sorted(names)
+        if objects and isinstance(error, pickle.UnpicklingError):
+            raise UserError(f"{path}: {_holds_code(path, ', '.join(objects[:3]))}") from error
         raise UserError(f"{path}: not a readable checkpoint ({str(error).partition(chr(10))[0]})") from error
+    if isinstance(content, StandIn):
+        content = content.tensors()
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a checkpoint but a {type(content).__name__}, where a dict is expected")
     return content
 
 
-def _holds_code(path: Path, name: str) -> str:
-    """Why a file that names classes is not read, and how its weights alone are saved."""
-    try:
-        with torch.serialization.safe_globals(HARMLESS):
-            names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except (ValueError, RuntimeError):  # the format before PyTorch 1.6
-        names = [name]
+def _empty(*_: Any) -> dict[str, Any]:
+    return {}
+
+
+def _holds_code(path: Path, names: str) -> str:
+    """Why a file with objects that have no stand-in is not read, and how its weights alone are saved."""
     weights = 'x.state_dict() if hasattr(x, "state_dict") else x.get("state_dict", x)'
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return (
-        f"holds objects of {', '.join(names[:3])}{more}; reading these would run "
+        f"holds objects of {names}; reading these would run "
         f"code of the file, so it is not read. If you trust the file, save its weights alone and give weights.pth: "
         f'python -c \'import torch; x = torch.load("{path}", "cpu", weights_only=False); '
         f'torch.save({weights}, "weights.pth")\''
@@ -125,11 +154,13 @@ def _holds_code(path: Path, name: str) -> str:
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from safetensors import SafetensorError, safe_open
     except ImportError as error:
         raise UserError(missing(str(path), "safetensors", error)) from error
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            content: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}
+            options = (file.metadata() or {}).get(ORIGIN)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: not a readable safetensors file ({error}); download or copy it again") from error
+    return content | ({"config": {"model": json.loads(options)}} if options else {})

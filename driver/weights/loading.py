@@ -4,24 +4,50 @@ import math
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..config import UserError
+from ..backbones import pretrained_colours
+from ..config import Model, UserError
 from ..model import IMAGENET_MEAN
 from .files import read
 from .search import Found, convert, find, flatten, listing, model_name
 
 
-def load_backbone(backbone: nn.Module, path: Path, whose: str | None = None) -> None:
+def load_backbone(backbone: nn.Module, path: Path, whose: str | None = None, model: Model | None = None) -> None:
     """Load all backbone weights of the file `path` into `backbone`, and print what was taken and what was left out.
 
     `whose` is "student", "teacher", or None: the teacher if there is one. Files are exports and checkpoints of this
-    driver, and checkpoints of other training code, whose heads are left out.
+    driver, and checkpoints of other training code, whose heads are left out. `model` has the backbone's options; files
+    of this driver must agree with them, and others are not compared.
     Raises: UserError naming what does not fit; the backbone is unchanged then.
     """
-    _load(backbone, flatten(read(path)), str(path), whose)
+    content = read(path)
+    origin = content.get("config") if isinstance(content.get("config"), dict) else {}
+    _check_origin(origin.get("model"), model or Model(), str(path))
+    _load(backbone, flatten(content), str(path), whose)
+
+
+def _check_origin(written: Any, model: Model, where: str) -> None:
+    """Compare options of the run that wrote a file with the options here, where no tensor shows a difference.
+
+    `written` has the options of a run's model; anything else is of other code.
+    Raises: UserError on another number of attention heads.
+    """
+    if not isinstance(written, dict) or "teacher_momentum" not in written:
+        return
+    if model.name != "convnet" and (heads := written.get("heads", 0)) != model.heads:
+        raise UserError(
+            f"{where}: its run has --model.heads {heads}, here heads is {model.heads} (0: the model's own number). The "
+            f"shapes of the tensors agree, but the features would not; give --model.heads {heads}, or --backbone.heads "
+            f"{heads}"
+        )
+    if written.get("pretrained") and not model.pretrained:
+        mean, _ = pretrained_colours(written["name"])
+        if mean != IMAGENET_MEAN:
+            print(f"note: the run of {where} standardised images with mean {mean}; here the mean is {IMAGENET_MEAN}")
 
 
 def load_pretrained(backbone: nn.Module, name: str) -> None:

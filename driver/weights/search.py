@@ -14,11 +14,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..config import UserError
+from .files import StandIn
 
-_TEACHER = {"teacher", "ema"}
+_TEACHER = {"teacher", "ema", "swa", "averaged"}
 _MOVING = {"momentum", "target", "k", "key"}
 """Parts of prefixes of a moving average that is not the network its authors evaluate, as in MoCo and BYOL."""
 _STUDENT = {"student", "network", "q", "query", "base", "online"}
+_WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""Parts of names that compilation, sharding and activation checkpointing of single blocks insert."""
 _ORIGINS = {
     "conv_proj.weight": "torchvision's ViT",
     "features.0.0.weight": "a network of torchvision",
@@ -39,11 +42,16 @@ class Found:
 
 
 def flatten(content: Mapping[Any, Any], prefix: str = "") -> dict[str, Tensor]:
-    """All tensors of nested dictionaries, by their keys joined with dots. Keys that are not text are left out."""
+    """All tensors of nested dictionaries and modules, by their keys joined with dots, without wrappers of modules.
+
+    Keys that are not text are left out.
+    """
     tensors: dict[str, Tensor] = {}
     for key, value in content.items():
+        if isinstance(value, StandIn):
+            value = value.tensors()
         if isinstance(key, str) and isinstance(value, Tensor):
-            tensors[prefix + key] = value
+            tensors[_WRAPPERS.sub("", prefix + key)] = value
         elif isinstance(key, str) and isinstance(value, Mapping):
             tensors |= flatten(value, f"{prefix}{key}.")
     return tensors

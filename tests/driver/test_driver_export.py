@@ -16,6 +16,7 @@ from photographs import write_classes
 
 from driver import checkpoint, cli, config, export, model, train, weights
 from driver.config import UserError
+from driver.evaluation import frozen
 
 VIT = config.Model(name="test_vit", heads=4, positions="sincos", frozen_patches=True, head_width=8, head_dim=4)
 
@@ -25,10 +26,12 @@ def write_run(backbone: config.Model, size: int, local_views: int = 0) -> model.
     data = config.Data(source="folder", root=Path("images"), augmentation="simclr", size=size)
     data = dataclasses.replace(data, local_views=local_views, local_size=32)
     Path("run").mkdir()
-    config.save(config.Config(data=data, model=backbone), Path("run"))
+    options = config.Config(data=data, model=backbone)
+    config.save(options, Path("run"))
     torch.manual_seed(0)
     network = model.Network(backbone, 3, size, data.local_size if local_views else None)
-    torch.save({"network": network.state_dict(), "teacher": None}, Path("run") / checkpoint.FILE)
+    content = {"network": network.state_dict(), "teacher": None, "config": config.as_plain(options)}
+    torch.save(content, Path("run") / checkpoint.FILE)
     return network.eval()
 
 
@@ -153,5 +156,33 @@ def test_a_run_starts_from_weights(run):
         start("nowhere.pth")
     student = config.Model(name="test_vit", heads=4)
     backbone = model.Network(student, 3, 64).backbone[1]
-    weights.load_backbone(backbone, run, "student")
+    weights.load_backbone(backbone, run, "student", student)
     assert torch.equal(backbone.cls_token, content(run)["network"]["backbone.1.cls_token"])
+
+
+def test_weights_for_another_number_of_heads(run):
+    """No shape tells 2 heads from 4, but the features differ."""
+    assert export.main([str(run), "--out=some.safetensors"]) == 0
+    evaluated = frozen.Backbone(name="test_vit", size=64, device="cpu", weights=Path("some.safetensors"))
+    for path in ("some.safetensors", str(run)):
+        message = (
+            rf"{path}: its run has --model\.heads 4, here heads is 0 .*give --model\.heads 4, or --backbone\.heads 4"
+        )
+        with pytest.raises(UserError, match=message):
+            dataclasses.replace(evaluated, weights=Path(path)).load()
+    images = torch.rand(2, 3, 64, 64)
+    expected = frozen.Backbone(run=run, device="cpu").load().features(images)
+    assert torch.equal(dataclasses.replace(evaluated, heads=4).load().features(images), expected)
+
+
+def test_a_note_where_a_run_standardised_images_in_another_way(capsys):
+    """The run began with timm's weights, which expect another mean; weights of its export are evaluated with ours."""
+    name = "test_vit.r160_in1k"
+    write_run(config.Model(name=name, pretrained=True, head_width=8, head_dim=4), 64)
+    assert export.main(["run"]) == 0
+    assert "note" not in capsys.readouterr().out
+    frozen.Backbone(run=Path("run"), device="cpu").load()
+    assert "note" not in capsys.readouterr().out
+    for path in ("run", "run/backbone.safetensors"):
+        frozen.Backbone(name="test_vit", size=64, device="cpu", weights=Path(path)).load()
+        assert f"note: the run of {path} standardised images with mean (" in capsys.readouterr().out
