@@ -133,13 +133,18 @@ def _trial(backbone: nn.Module, channels: int, size: int) -> tuple[Tensor, str]:
 
 
 def _sizes_near(backbone: nn.Module, model: Model, channels: int, size: int) -> list[int]:
-    """Nearest smaller and larger image size that the model can take, as far as a few dozen trials find them."""
+    """Nearest smaller and larger image size that the model can take, as far as a few dozen trials find them.
+
+    Where they find none, the size that the model was made for.
+    """
     info = getattr(backbone, "feature_info", None)
     stride = info[0]["reduction"] if info else 1
     step = stride if stride > 2 else 1  # networks with a stem of stride 2 may need odd sizes
     below = range(size // step * step - (0 if size % step else step), 0, -step)
     above = range((size // step + 1) * step, size + 33 * step, step)
-    return [s for sizes in (below, above) if (s := next((s for s in sizes[:32] if _works(model, channels, s)), 0))]
+    near = [s for sizes in (below, above) if (s := next((s for s in sizes[:32] if _works(model, channels, s)), 0))]
+    own = getattr(backbone, "pretrained_cfg", {}).get("input_size", (0, 0, 0))[1]
+    return near or [own] * (own not in (0, size) and _works(model, channels, own))
 
 
 def _works(model: Model, channels: int, size: int) -> bool:

@@ -28,6 +28,7 @@ REFUSED = [
     ("caformer_s18", 50, "have no influence on its features at --data.size 50; give 48 or 52"),
     ("pit_ti_224", 36, "give 32 or 40"),
     ("levit_128s", 40, "cannot take images of 40 x 40 pixels (The size of tensor a (9)"),
+    pytest.param("efficientformer_l1", 32, "at --data.size 32; give 224", marks=pytest.mark.slow),
     pytest.param("mvitv2_tiny", 36, "cannot take images of 36 x 36 pixels (index", marks=pytest.mark.slow),
     pytest.param("inception_v3", 100, "at --data.size 100; give 99 or 101", marks=pytest.mark.slow),
     pytest.param("beit_base_patch16_224", 40, "give 32 or 48", marks=pytest.mark.slow),
