@@ -22,8 +22,21 @@ _MOVING = {"momentum", "target", "k", "key"}
 _STUDENT = {"student", "network", "q", "query", "base", "online"}
 _WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 """Parts of names that compilation, sharding and activation checkpointing of single blocks insert."""
+_TORCHVISION_VIT = {
+    r"^class_token$": "cls_token",
+    r"^conv_proj\.": "patch_embed.proj.",
+    r"^encoder\.pos_embedding$": "pos_embed",
+    r"^encoder\.ln\.": "norm.",
+    r"^encoder\.layers\.encoder_layer_(\d+)\.": r"blocks.\1.",
+    r"\.ln_([12])\.": r".norm\1.",
+    r"\.self_attention\.in_proj_": ".attn.qkv.",
+    r"\.self_attention\.out_proj\.": ".attn.proj.",
+    r"\.mlp\.(?:0|linear_1)\.": ".mlp.fc1.",
+    r"\.mlp\.(?:3|linear_2)\.": ".mlp.fc2.",
+    r"^heads\.": "head.",
+}
+"""Parts of the names in torchvision's ViT, and timm's names for them; `linear_` is of its first version."""
 _ORIGINS = {
-    "conv_proj.weight": "torchvision's ViT",
     "features.0.0.weight": "a network of torchvision",
     "trunk_output.": "a network of torchvision",
     "embeddings.patch_embeddings": "a network of Hugging Face's transformers",
@@ -104,11 +117,15 @@ def _prefixes(state: dict[str, Tensor], names: set[str]) -> list[str]:
 
 
 def rename(tensors: dict[str, Tensor], backbone: nn.Module) -> dict[str, Tensor]:
-    """Tensors by the names of an ordinary module, from two other layouts.
+    """Tensors by the names of an ordinary module, from three other layouts.
 
-    `blocks.0.3.` of chunked blocks, as DINOv2 trains, becomes `blocks.3.`. An index of a Sequential over a network's
-    children, as in `nn.Sequential(*list(resnet.children())[:-1])`, becomes the child's name.
+    Names of torchvision's ViT become timm's. `blocks.0.3.` of chunked blocks, as DINOv2 trains, becomes `blocks.3.`. An
+    index of a Sequential over a network's children, as in `nn.Sequential(*list(resnet.children())[:-1])`, becomes the
+    child's name.
     """
+    if "conv_proj.weight" in tensors:
+        for old, new in _TORCHVISION_VIT.items():
+            tensors = {re.sub(old, new, name): value for name, value in tensors.items()}
     children = [name for name, _ in backbone.named_children()]
     if tensors and children and all(re.match(r"\d+\.", name) for name in tensors) and not children[0].isdigit():
         indices = {name: int(name.partition(".")[0]) for name in tensors}

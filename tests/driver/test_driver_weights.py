@@ -195,6 +195,21 @@ def test_colour_weights_on_grey_images(capsys):
     assert "conv1.weight adapted from 3 channels to 1" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_torchvisions_vit(prefix, capsys):
+    """The features agree, so heads, norms and the order of queries, keys and values do, too."""
+    shape = {"patch_size": 16, "num_layers": 2, "num_heads": 2}
+    source = torchvision.models.VisionTransformer(image_size=64, hidden_dim=64, mlp_dim=192, num_classes=5, **shape)
+    source.requires_grad_(False).eval()
+    for weight in source.parameters():
+        weight.add_(0.05 * torch.randn(weight.shape))
+    found = load(under(prefix, source.state_dict()), "test_vit", depth=2, img_size=64).eval()
+    source.heads = torch.nn.Identity()
+    images = torch.rand(2, 3, 64, 64)
+    assert (found(images) - source(images)).abs().max() < 1e-4
+    assert "30 of 32 tensors" in capsys.readouterr().out
+
+
 def test_half_precision_files():
     """Such files often hold the counters of batch norms as numbers of half precision, too."""
     state = {name: value.half() for name, value in timm.create_model("test_resnet", num_classes=0).state_dict().items()}
@@ -236,7 +251,7 @@ def resnet(name: str) -> dict:
         ),
         (lambda: {"student": vit()}, "test_vit", "no teacher in it, only student"),
         (lambda: {"teacher": vit()}, "test_resnet", r"0 of its \d+ tensors are there"),
-        (lambda: {"conv_proj.weight": torch.ones(2)}, "test_vit", "These are names of torchvision's ViT"),
+        (lambda: {"features.0.0.weight": torch.ones(2)}, "test_vit", "These are names of a network of torchvision"),
         (lambda: {"state_dict": {}, "epoch": 3}, "test_vit", "it holds no tensors"),
     ],
 )
