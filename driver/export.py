@@ -71,7 +71,8 @@ def export(options: Export) -> Path:
     except ImportError as error:
         raise UserError(missing("--format safetensors", "safetensors", error)) from error
     plain = {name: value for name, value in as_plain(config)["model"].items() if name != "weights"}
-    weights = {name: value.contiguous() for name, value in backbone.state_dict().items()}
+    # safetensors takes no tensor that shares its memory, as layers of CoaT do.
+    weights = {n: value.clone(memory_format=torch.contiguous_format) for n, value in backbone.state_dict().items()}
     try:
         with replacing(out) as temporary:
             save_file(weights, temporary, {ORIGIN: json.dumps(plain)})

@@ -57,6 +57,7 @@ FAMILIES = [
     ("convnext_atto", 32, {}),
     pytest.param("caformer_s18", 32, {}, marks=pytest.mark.slow),
     ("test_resnet", 32, {}),
+    ("coat_tiny", 64, {}),
     ("resnet18", 32, {"stem": "small"}),
     pytest.param("beit_base_patch16_224", 32, {}, marks=pytest.mark.slow),
     pytest.param("maxvit_tiny_tf_224", 64, {}, marks=pytest.mark.slow),
