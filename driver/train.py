@@ -121,7 +121,7 @@ class Training:
         )
 
     def begin(self) -> None:
-        """Evaluate raw pixels and the untrained network, before the first step of a new run."""
+        """Evaluate raw pixels and the network, before the first step of a new run."""
         if self.state.step == 0:
             if self.images.tested >= self.world.size:
                 self.test("pixels", pixels)

@@ -70,7 +70,7 @@ def verdict(history: History, options: Config, tested: int | None) -> list[str]:
         first = history.of("evaluation")[0]
         lines.append(
             f"Of {tested or 'the'} held-out images, {options.run.neighbours} nearest neighbours classify "
-            f"{tests['knn']:.1%} correctly (raw pixels {raw['knn']:.1%}, untrained network {first['knn']:.1%}), and a "
+            f"{tests['knn']:.1%} correctly (raw pixels {raw['knn']:.1%}, network before BAM {first['knn']:.1%}), and a "
             f"linear classifier on the frozen features {tests['linear']:.1%}."
         )
     return [*lines, last_loss(history)] if history.last("train") else lines
@@ -91,7 +91,7 @@ def epochs(count: float) -> str:
 
 
 def accuracies(history: History, trained: str) -> dict[str, list[float]]:
-    """Accuracies of raw pixels, of the untrained and of the newest network, by name; empty where none was measured.
+    """Accuracies of raw pixels and of the network, before training and newest, by name; empty where none was measured.
 
     Each has k-NN, k-NN on moved images, linear, linear on moved images. `trained` names the newest network; its {} is
     replaced by the epochs of training.
@@ -100,7 +100,7 @@ def accuracies(history: History, trained: str) -> dict[str, list[float]]:
     if pixels is None or not measured:
         return {}
     newest = trained.format(epochs(measured[-1]["epoch"]))
-    rows = {"raw pixels": pixels, "network, untrained": measured[0], newest: measured[-1]}
+    rows = {"raw pixels": pixels, "network, before BAM": measured[0], newest: measured[-1]}
     return {name: [row[column] for column in ACCURACIES] for name, row in rows.items()}
 
 

@@ -80,7 +80,10 @@ def _load(backbone: nn.Module, state: dict[str, Tensor], where: str, whose: str 
     wrong = [name for name in own if name in tensors and tensors[name].shape != own[name].shape]
     if wrong:
         sizes = [f"{name} is {_shape(tensors[name])} but must be {_shape(own[name])}" for name in wrong]
-        raise UserError(f"{where}: does not fit the backbone {model_name(backbone)}: {listing(sizes)}")
+        text = f"{where}: does not fit the backbone {model_name(backbone)}: {listing(sizes)}"
+        if all(re.search("pos|attention_bias", name) for name in wrong):
+            text += ". These depend on the size of the images; give the size that the file was trained at"
+        raise UserError(text)
     taken = {name: value for name, value in tensors.items() if name in own}
     for name, value in taken.items():
         if value.layout != torch.strided or own[name].is_floating_point() > value.is_floating_point():

@@ -52,7 +52,7 @@ def test_the_steps(tmp_path, monkeypatch):
         epochs = ["--optim.epochs=2"] if "--run.resume" in options else []
         printed[name] = printed.get(name, "") + run(str(ROOT / script), *options, *SMALLER.get(name, []), *epochs)
     assert list(printed) == ["pretrain.py", "knn.py", "linear.py", "export.py"]
-    for row in ("raw pixels", "network, untrained", "network, after 1 epoch of BAM"):
+    for row in ("raw pixels", "network, before BAM", "network, after 1 epoch of BAM"):
         assert row in printed["pretrain.py"]
     assert "10-NN" in printed["knn.py"] and "80 training images of 10 classes" in printed["knn.py"]
     assert 'timm.create_model("resnet18"' in printed["export.py"]

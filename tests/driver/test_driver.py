@@ -43,7 +43,7 @@ def script(*options: str, without: tuple[str, ...] = ()) -> subprocess.Completed
 def test_digits_run_with_the_base_install():
     run = script("--model.width=8", "--optim.epochs=5", "--optim.warmup-epochs=1", without=EXTRA)
     assert run.returncode == 0, run.stderr
-    for row in ("raw pixels", "network, untrained", "network, after 5 epochs of BAM"):
+    for row in ("raw pixels", "network, before BAM", "network, after 5 epochs of BAM"):
         assert re.search(rf"^ *{row}(?: +[01]\.\d\d\d){{4}}$", run.stdout, re.M), run.stdout
     last = run.stdout.strip().splitlines()[-1]
     assert last.startswith("next") and last.endswith(

@@ -218,6 +218,14 @@ def test_half_precision_files():
     assert found["conv1.0.weight"].dtype == torch.float32
 
 
+def test_positions_that_cannot_be_resampled():
+    state = timm.create_model("levit_128s", num_classes=0).state_dict()
+    with pytest.raises(
+        UserError, match=r"attention_biases is 4x196 but must be 4x16, .*the size that the file was trained at"
+    ):
+        load(state, "levit_128s", img_size=64)
+
+
 # Files of another network
 
 
