@@ -122,6 +122,12 @@ LAYOUTS = {
         1,
         2,
     ),
+    "averaged": (
+        lambda: {"state_dict": under("model.", vit(1.0)) | under("swa_model.module.", vit(2.0))},
+        2,
+        1,
+        2,
+    ),
     "swav": (lambda: under("module.", vit(1.0)) | {"module.prototypes.weight": torch.ones(2, 2)}, 1, 1, 1),
 }
 
