@@ -67,7 +67,7 @@ def test_options_exist():
     known = {option.replace("_", "-") for option in known}
     known |= {"--virtual-batch", "--recipe", "--config", "--help"}
     known |= {"--backbone.run", "--backbone.name", "--backbone.weights", "--backbone.whose"}
-    known |= {"--backbone.pretrained", "--backbone.size", "--short-side"}
+    known |= {"--backbone.pretrained", "--backbone.heads", "--backbone.size"}
     known |= {"--epochs", "--norm", "--blocks", "--average", "--lr", "--out", "--resume", "--seed"}  # of linear.py
     known |= {"--davis", "--last-frames", "--radius", "--top-k", "--temperature"}  # of segment_video.py
     known |= {"--short-side", "--split"}
