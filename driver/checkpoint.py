@@ -28,7 +28,7 @@ STEP_FILES = f"step-{'[0-9]' * 9}.pt"
 NEW_RUN = "without --run.resume, --model.weights RUN_DIR starts a new run from its backbone"
 FIXED = {
     "its training images": ("data.held_out",),
-    "its weights": ("model.weights",),
+    "its weights": ("model.weights", "model.pretrained"),
     "its networks": (
         *("model.name", "model.norm", "model.width", "model.stem", "model.heads", "model.positions"),
         *("model.frozen_patches", "model.head_layers", "model.head_width", "model.head_dim", "model.activation"),

@@ -5,15 +5,17 @@ one of its threads held. A scheduler such as Slurm sends its signals to every pr
 and ends, and needs its workers until then, so workers block these signals.
 """
 
+import atexit
 import errno
 import multiprocessing
 import os
 import signal
+import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from multiprocessing import connection, forkserver, queues
+from multiprocessing import connection, forkserver, queues, resource_tracker
 from typing import Any
 
 import torch
@@ -114,7 +116,7 @@ class Loader:
             sampler=keys,
             collate_fn=dataset.collate,
             num_workers=workers,
-            worker_init_fn=_end_if_a_batch_is_lost,
+            worker_init_fn=_prepare_worker,
             prefetch_factor=PREFETCHED if workers else None,
             multiprocessing_context=_fork_server() if workers else None,
             persistent_workers=stay and workers > 0,
@@ -172,8 +174,11 @@ def _obituary(code: int, image: str | None) -> str:
     )
 
 
-def _end_if_a_batch_is_lost(worker: int) -> None:
-    """Make this worker end where it cannot send a batch. Python would drop the batch, and the run wait for ever."""
+def _prepare_worker(worker: int) -> None:
+    """Make this worker end where it cannot send a batch: Python would drop the batch, and the run wait for ever.
+
+    A thread that hands over shared memory prints no traceback where the run has ended.
+    """
 
     def end(error: BaseException, batch: Any) -> None:
         if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
@@ -181,7 +186,12 @@ def _end_if_a_batch_is_lost(worker: int) -> None:
         traceback.print_exception(error)
         os._exit(NOT_SENT)
 
+    def show(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if not issubclass(kind, (ConnectionError, EOFError)):
+            sys.__excepthook__(kind, error, trace)
+
     queues.Queue._on_queue_feeder_error = staticmethod(end)  # the hook that Python has for this
+    sys.excepthook = show
 
 
 @cache
@@ -190,6 +200,15 @@ def _fork_server() -> Any:
     context.set_forkserver_preload(["torch", "torchvision.transforms.v2"])
     # Processes started meanwhile inherit the blocked signals for good; the run gets a blocked signal later.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, StopSignal.NAMES)
+    resource_tracker.ensure_running()  # a server needs it, and Python unblocks SIGTERM when it starts it
+    signal.pthread_sigmask(signal.SIG_BLOCK, StopSignal.NAMES)
     forkserver.ensure_running()
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    atexit.register(_kill_workers)
     return context
+
+
+def _kill_workers() -> None:
+    """End the workers that are left, before Python asks them by SIGTERM, which they block, and waits for ever."""
+    for worker in multiprocessing.active_children():
+        worker.kill()

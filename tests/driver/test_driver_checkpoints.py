@@ -103,7 +103,8 @@ def reached(step: int, within_s: float) -> bool:
 
 
 @pytest.mark.slow
-def test_a_signal_to_two_ranks_and_their_workers():
+@pytest.mark.parametrize("number", exits.StopSignal.NAMES)
+def test_a_signal_to_two_ranks_and_their_workers(number):
     """Every process of the job gets it, as from Slurm; the ranks agree at a log line, and the first one saves."""
     pytest.importorskip("torchvision")
     from photographs import write_images
@@ -131,7 +132,7 @@ def test_a_signal_to_two_ranks_and_their_workers():
     ]
     begun = reached(5, within_s=300)
     for rank in ranks:  # where they hang, all their threads say where
-        os.killpg(rank.pid, signal.SIGUSR1 if begun else signal.SIGABRT)
+        os.killpg(rank.pid, number if begun else signal.SIGABRT)
     timer = threading.Timer(300, lambda: [os.killpg(rank.pid, signal.SIGABRT) for rank in ranks])
     timer.start()
     ends = [rank.communicate()[1] for rank in ranks]

@@ -122,6 +122,7 @@ def test_every_rank_ends_over_other_images():
     "option, kept",
     [
         ("--model.weights=/no/such.file", "weights"),
+        ("--model.pretrained=True", "weights"),
         ("--model.name=resnet18", "networks"),
         ("--model.norm=layer", "networks"),
         ("--model.heads=2", "networks"),

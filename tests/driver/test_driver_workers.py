@@ -6,6 +6,8 @@ import errno
 import os
 import resource
 import signal
+import subprocess
+import sys
 import time
 import types
 from pathlib import Path
@@ -15,6 +17,7 @@ import torch
 
 pytest.importorskip("torchvision")
 
+from driver_runs import ROOT
 from photographs import PHOTOGRAPHS, make, write_classes, write_images
 from torch.utils.data import dataloader
 from torchvision.transforms.v2 import functional
@@ -26,6 +29,7 @@ from driver.data.images import floats
 from driver.data.labelled import Labelled
 from driver.data.sources import Files
 from driver.distributed import World
+from driver.exits import StopSignal
 from driver.model import IMAGENET_MEAN, IMAGENET_STD, Standardize
 
 CPU = torch.device("cpu")
@@ -200,25 +204,26 @@ def test_a_worker_that_fails_is_one_clear_error(fault):
     assert not any(worker.is_alive() for worker in images.loader.loader._iterator._workers)
 
 
-def bug(*_) -> list:
+def fail(*_) -> list:
     raise TypeError("a bug")
 
 
-def no_memory(*_) -> list:
+def lack_memory(*_) -> list:
     raise MemoryError
 
 
 @pytest.mark.parametrize(
-    "views, error, message",
+    "views, kind, words",
     [
-        (bug, TypeError, r"in bug\n.*\n.*TypeError: a bug"),
-        (no_memory, UserError, "^a data-loading worker has too little memory: take fewer --data.workers"),
+        (fail, TypeError, r"in fail\n.*\n.*TypeError: a bug"),
+        (lack_memory, UserError, "^a data-loading worker has too little memory: take fewer --data.workers"),
     ],
 )
-def test_a_fault_of_the_code_keeps_its_traceback_and_a_lack_of_memory_has_a_cure(views, error, message):
+def test_a_fault_in_making_views_is_none_of_the_image(views, kind, words):
+    """A fault of the code keeps its traceback."""
     images = images_of(faulty(""))
     images.loader.dataset.views = views
-    with pytest.raises(error, match=message):
+    with pytest.raises(kind, match=words):
         list(images.views(0))
 
 
@@ -259,9 +264,41 @@ def test_too_many_files_to_send_a_batch(monkeypatch):
     codes = []
     monkeypatch.setattr(os, "_exit", codes.append)
     monkeypatch.setattr(loading.queues.Queue, "_on_queue_feeder_error", None)
-    loading._end_if_a_batch_is_lost(0)
+    monkeypatch.setattr(sys, "excepthook", None)
+    loading._prepare_worker(0)
     loading.queues.Queue._on_queue_feeder_error(OSError(errno.EMFILE, "Too many open files"), None)
     assert codes[0] == loading.NO_FILE and "ulimit" in loading._obituary(codes[0], None)
+
+
+def test_a_worker_prints_no_traceback_where_the_run_has_ended(monkeypatch, capsys):
+    """Threads of a worker that hand over shared memory meet a closed connection after Ctrl-C; other errors show."""
+    monkeypatch.setattr(sys, "excepthook", None)
+    monkeypatch.setattr(loading.queues.Queue, "_on_queue_feeder_error", None)
+    loading._prepare_worker(0)
+    for error in (ConnectionResetError(104, "Connection reset by peer"), EOFError(), KeyError("a bug")):
+        sys.excepthook(type(error), error, None)
+    assert capsys.readouterr().err == "KeyError: 'a bug'\n"
+
+
+BLOCKED = """
+from multiprocessing import forkserver, resource_tracker
+from driver.data.loading import _fork_server
+_fork_server()
+for pid in (forkserver._forkserver._forkserver_pid, resource_tracker._resource_tracker._pid):
+    status = open(f"/proc/{pid}/status").read()
+    print(*(status.split(f"{name}:")[1].split()[0] for name in ("SigBlk", "SigIgn")))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="no /proc")
+def test_a_schedulers_signals_do_not_reach_the_processes_behind_the_workers():
+    """In a fresh process: where another test has started the resource tracker, Python does not unblock SIGTERM."""
+    done = subprocess.run([sys.executable, "-c", BLOCKED], capture_output=True, text=True, check=True, cwd=ROOT)
+    for line in done.stdout.splitlines():
+        blocked, ignored = (int(signals, 16) for signals in line.split())
+        for number in StopSignal.NAMES:
+            assert (blocked | ignored) >> (number - 1) & 1, (number, done.stdout)
+    assert len(done.stdout.splitlines()) == 2
 
 
 def full(_: torch.Tensor) -> torch.Tensor:
