@@ -183,8 +183,14 @@ class World:
 
     def first_to_fail(self) -> bool:
         """Whether this call is the first on any rank, so that an error that several ranks meet is printed once."""
-        return self.store is None or self.store.add("failures", 1) == 1
+        return self.store is None or self._failures(1) <= 1
 
     def failed(self) -> bool:
         """Whether a rank has failed; it has printed why."""
-        return self.store is not None and self.store.add("failures", 0) > 0
+        return self.store is not None and self._failures(0) > 0
+
+    def _failures(self, more: int) -> int:
+        try:
+            return self.store.add("failures", more)
+        except dist.DistError:  # the store is gone with rank 0, which had it
+            return 0

@@ -10,7 +10,10 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import shorten
 from types import FrameType
+
+import torch.distributed
 
 from .config import UserError
 from .distributed import World
@@ -90,12 +93,26 @@ def _exit_code(run: Callable[[World], int], world: World, interrupted: str) -> i
         code = 130
         if world.first:
             say(interrupted)
-    except RuntimeError:
-        if not world.failed():
+    except RuntimeError as error:
+        lost = lost_rank(error)
+        if not world.failed() and lost is None:
             raise
-        code = 1  # a collective failed here because another rank has ended; it has printed why
+        code = 1  # a collective failed here because another rank has ended; where that rank could, it has printed why
+        if world.first_to_fail():
+            say(f"error: {lost}")
     world.abandon(code)
     return code
+
+
+def lost_rank(error: RuntimeError) -> str | None:
+    """Message for an error of gloo or NCCL where another rank has gone without a word; None for another error."""
+    text = " ".join(str(error).split())
+    if "gloo/transport" not in text and not isinstance(error, torch.distributed.DistBackendError):
+        return None
+    return (
+        "another rank has ended without a message, as where the system kills it for want of memory or its machine "
+        f"fails ({shorten(text, 150, placeholder=' ...')}); begin again from the last checkpoint"
+    )
 
 
 def about_files(error: OSError) -> str | None:

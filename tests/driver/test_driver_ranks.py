@@ -1,6 +1,7 @@
 """The driver on several ranks (real processes over gloo, started by torchrun) and with virtual batches."""
 
 import dataclasses
+import sys
 from collections.abc import Iterator
 from contextlib import chdir, contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from driver_runs import ROOT, torchrun
 from photographs import write_images
 
-from driver import checkpoint, cli, config, data, history, train, verify_resume
+from driver import checkpoint, cli, config, data, exits, history, train, verify_resume
 from driver.config import UserError
 from driver.distributed import World
 from driver.evaluation import online
@@ -311,3 +312,44 @@ def test_error_of_one_rank_ends_both():
     assert run.returncode == 1
     assert run.stderr.count("error: flat/03.png: not a readable image") == 1
     assert 'pretrain.py", line' not in run.stderr
+
+
+GLOO = "[/pytorch/gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:57258: Connection reset by peer. GLHF!"
+
+
+class Gone:
+    """Store that has ended with rank 0, or one that counts."""
+
+    def __init__(self, failures: int | None) -> None:
+        self.failures = failures
+
+    def add(self, _: str, more: int) -> int:
+        if self.failures is None:
+            raise torch.distributed.DistNetworkError("Broken pipe")
+        self.failures += more
+        return self.failures
+
+
+@pytest.mark.parametrize("failures, lines", [(0, 1), (None, 1), (1, 0)])
+def test_a_rank_that_was_killed_is_one_line_on_the_others(failures, lines, monkeypatch, capsys):
+    """Unless the rank that has ended could say why: then it has."""
+    world = World(1, 2, 1, Gone(failures))
+    monkeypatch.setattr(exits.World, "from_environment", lambda: world)
+
+    def run(_: World) -> int:
+        raise RuntimeError(GLOO)
+
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    assert exits.exit_code(run) == 1
+    said = capsys.readouterr().err.strip()
+    assert said.count("another rank has ended without a message") == lines == len(said.splitlines())
+
+
+def test_an_error_of_our_own_on_a_rank_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(exits.World, "from_environment", lambda: World(0, 2, 0, Gone(0)))
+
+    def run(_: World) -> int:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="mat1"):
+        exits.exit_code(run)

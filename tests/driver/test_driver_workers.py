@@ -301,6 +301,22 @@ def test_a_schedulers_signals_do_not_reach_the_processes_behind_the_workers():
     assert len(done.stdout.splitlines()) == 2
 
 
+LEFT = """
+import time
+from driver.data.loading import _fork_server
+if __name__ == "__main__":
+    worker = _fork_server().Process(target=time.sleep, args=(120,), daemon=True)
+    worker.start()
+"""
+
+
+def test_a_worker_that_is_left_does_not_keep_a_run_from_its_end():
+    """Python ends it by SIGTERM, which it blocks, and then waits for it."""
+    Path("left.py").write_text(LEFT)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "left.py"], env=environment, check=True, timeout=60)
+
+
 def full(_: torch.Tensor) -> torch.Tensor:
     raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2_0>: No space left on device (28)")
 
