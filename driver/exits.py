@@ -13,8 +13,6 @@ from pathlib import Path
 from textwrap import shorten
 from types import FrameType
 
-import torch.distributed
-
 from .config import UserError
 from .distributed import World
 from .files import FULL
@@ -107,7 +105,7 @@ def _exit_code(run: Callable[[World], int], world: World, interrupted: str) -> i
 def lost_rank(error: RuntimeError) -> str | None:
     """Message for an error of gloo or NCCL where another rank has gone without a word; None for another error."""
     text = " ".join(str(error).split())
-    if "gloo/transport" not in text and not isinstance(error, torch.distributed.DistBackendError):
+    if "gloo/transport" not in text and "ncclRemoteError" not in text:
         return None
     return (
         "another rank has ended without a message, as where the system kills it for want of memory or its machine "
