@@ -96,6 +96,7 @@ class World:
         that releases a tensor while Python shuts down would abort the process.
         """
         if dist.is_initialized():
+            kill_workers()  # else the collection waits 5 seconds for each, and torchrun allows 30 after a signal
             gc.collect()
             dist.barrier()
             dist.destroy_process_group()
@@ -108,8 +109,7 @@ class World:
         """
         if not dist.is_initialized():
             return
-        for worker in multiprocessing.active_children():  # data-loader workers, which block SIGTERM
-            worker.kill()
+        kill_workers()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -194,3 +194,9 @@ class World:
             return self.store.add("failures", more)
         except dist.DistError:  # the store is gone with rank 0, which had it
             return 0
+
+
+def kill_workers() -> None:
+    """End the data-loading workers that are left: they block SIGTERM, so a request to end does not reach them."""
+    for worker in multiprocessing.active_children():
+        worker.kill()

@@ -23,6 +23,7 @@ from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from ..config import UserError
+from ..distributed import kill_workers
 from ..exits import StopSignal
 from .images import Source
 from .shared_memory import CURE, PREFETCHED, share
@@ -204,11 +205,5 @@ def _fork_server() -> Any:
     signal.pthread_sigmask(signal.SIG_BLOCK, StopSignal.NAMES)
     forkserver.ensure_running()
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    atexit.register(_kill_workers)
+    atexit.register(kill_workers)  # Python would ask them by SIGTERM and wait for ever
     return context
-
-
-def _kill_workers() -> None:
-    """End the workers that are left, before Python asks them by SIGTERM, which they block, and waits for ever."""
-    for worker in multiprocessing.active_children():
-        worker.kill()
