@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from .config import Model, UserError, missing
+from .messages.text import typed
 
 
 def make(model: Model, channels: int, size: int, several_sizes: bool = False) -> nn.Module:
@@ -15,8 +16,8 @@ def make(model: Model, channels: int, size: int, several_sizes: bool = False) ->
     """
     if model.name == "convnet":
         for option in ("heads", "frozen_patches", "drop_path", "checkpointing", "pretrained"):
-            if getattr(model, option):
-                raise UserError(f"--model.{option} {getattr(model, option)}: convnet has no such thing")
+            if value := getattr(model, option):
+                raise UserError(f"{typed(f'model.{option}', value)}: convnet has no such thing")
         if (model.stem, model.positions) != ("own", "own"):
             raise UserError(f"--model.stem {model.stem} --model.positions {model.positions}: convnet has its own")
         return convnet(channels, size, model.width, model.norm)

@@ -22,6 +22,7 @@ from .data.inventory import Inventory
 from .distributed import World
 from .files import replacing
 from .history import History
+from .messages.text import typed
 
 FILE = "checkpoint.pt"
 STEP_FILES = f"step-{'[0-9]' * 9}.pt"
@@ -167,9 +168,9 @@ def load(state: State, options: Config, world: World) -> Path:
     return path.parent
 
 
-def file_of(resume: Path) -> Path:
-    """Checkpoint file that --run.resume names: the path itself, or the newest one in a run's directory."""
-    return resume if resume.suffix == ".pt" else resume / FILE
+def file_of(run: Path) -> Path:
+    """Checkpoint file that a user means by a path: the path itself if it ends in .pt, else the newest one in a run."""
+    return run if run.suffix == ".pt" else run / FILE
 
 
 def options_in(resume: Path) -> dict[str, Any] | None:
@@ -186,7 +187,7 @@ def changes(was: dict[str, Any], now: dict[str, Any], *parts: str) -> dict[str, 
     An option that is newer than the run is not compared.
     """
     return {
-        f"{part}.{name}": f"--{part}.{name.replace('_', '-')} {value} (the run has {was[part][name]})"
+        f"{part}.{name}": f"{typed(f'{part}.{name}', value)} (the run has {was[part][name]})"
         for part in parts or PARTS
         for name, value in now[part].items()
         if name in was[part] and was[part][name] != value

@@ -21,6 +21,7 @@ from .config import FILE, PARTS, Config, UserError, as_plain
 from .distributed import World
 from .exits import exit_code
 from .files import check_file, obstacle, try_folder
+from .messages.text import typed
 from .recipes import nearest, recipe
 
 T = TypeVar("T")
@@ -36,7 +37,7 @@ def parse(args: list[str] | None = None) -> Config:
     With --run.resume, the run's saved options take the place of --config.
     Raises: UserError on options that exclude each other, a bad file, or a value out of bounds.
     """
-    args = sys.argv[1:] if args is None else args
+    args = with_home(args)
     sources = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("--recipe", "--config", "--run.resume", "--run.directory", "--data.root"):
         sources.add_argument(name)
@@ -55,7 +56,7 @@ def parse(args: list[str] | None = None) -> Config:
     if name is None and not saved and base.recipe == "images":
         base = replace(base, run=replace(base.run, name=os.path.basename(os.path.abspath(given["data.root"]))))
     defaults, config = (
-        tyro.cli(Config, args=[*as_args(saved), *more], default=base, config=PLAIN) for more in ([], args)
+        tyro.cli(Config, args=[*with_home(as_args(saved)), *more], default=base, config=PLAIN) for more in ([], args)
     )
     if resume is None and config.run.resume is not None:
         raise UserError(f"--config {file}: run.resume {config.run.resume} in it; --run.resume alone resumes a run")
@@ -70,7 +71,7 @@ def options_of_run(resume: str) -> dict[str, Any]:
 
     Raises: UserError where its config.yaml lacks an option that its checkpoint has.
     """
-    path = (Path(resume).parent if resume.endswith(".pt") else Path(resume)) / FILE
+    path = checkpoint.file_of(Path(resume)).with_name(FILE)
     if not path.is_file():
         raise UserError(f"--run.resume {resume}: not the directory of a run (no {path})")
     what = f"--run.resume {resume}: damaged options"
@@ -83,7 +84,7 @@ def options_of_run(resume: str) -> dict[str, Any]:
             if known is None or name in known.get(part, {}):
                 raise UserError(f"{what} ({path}: no {part}.{name} in it; each checkpoint has a copy, `config`)")
             plain.setdefault(part, {})[name] = defaults[part][name]
-        newer = " ".join(f"--{part}.{name}".replace("_", "-") for part, name in lacking)
+        newer = " ".join(typed(f"{part}.{name}") for part, name in lacking)
         print(f"note: the run is older than {newer}: the defaults hold")
     return plain
 
@@ -108,6 +109,16 @@ def read(path: Path, what: str) -> dict[str, Any]:
             if option not in known:
                 raise UserError(f"{what} ({path}: {part}.{option} is no option; {nearest(str(option), known)})")
     return plain
+
+
+def with_home(args: list[str] | None) -> list[str]:
+    """Arguments, by default those of this process, in which ~ at the start of a value is the home directory.
+
+    Shells fill it in for `--data.root ~/images`, but not for `--data.root=~/images`, nor in a file of options.
+    """
+    given = sys.argv[1:] if args is None else args
+    split = (arg.partition("=") if arg.startswith("--") else ("", "", arg) for arg in given)
+    return [f"{name}{equals}{os.path.expanduser(value)}" for name, equals, value in split]
 
 
 def as_args(plain: dict[str, Any]) -> list[str]:
@@ -150,11 +161,12 @@ def check(config: Config, defaults: Config) -> None:
     for option, (other, values) in WITHOUT_EFFECT.items():
         given = value_of(option) not in (value_of(option, Config()), value_of(option, defaults))
         if given and value_of(other) in values:
-            raise UserError(f"--{option} {value_of(option)} does nothing where --{other} is {value_of(other) or 0}")
+            values = value_of(option) if isinstance(value_of(option), tuple) else (value_of(option),)
+            raise UserError(f"{typed(option, *values)} does nothing where {typed(other)} is {value_of(other) or 0}")
     check_source(config)
 
 
-def check_bounds(options: Any, prefix: str = "--") -> None:
+def check_bounds(options: Any, prefix: str = "") -> None:
     """Raise a UserError where a value in the dataclass `options`, or in a part of it, is out of its option's bound."""
     for name, annotation in get_type_hints(type(options), include_extras=True).items():
         value = getattr(options, name)
@@ -163,7 +175,7 @@ def check_bounds(options: Any, prefix: str = "--") -> None:
         for bound in bounds_of(annotation):
             if value is not None and not bound.admits(value):
                 shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
-                raise UserError(f"{prefix}{name} must be {bound.words}, got {shown}")
+                raise UserError(f"{typed(prefix + name)} must be {bound.words}, got {shown}")
 
 
 def check_source(config: Config) -> None:
@@ -194,8 +206,6 @@ def check_folder(folder: Path, what: str, *names: str) -> Path:
 
     `what` begins the message. Raises: UserError where they cannot, before hours of work are lost.
     """
-    if str(folder).startswith("~"):
-        raise UserError(f"{what}: the shell left ~ in it; a space in place of = lets it fill in your home directory")
     for path in (folder, *(folder / name for name in names)):
         try:
             try_folder(path) if path == folder else check_file(path)
@@ -212,7 +222,7 @@ def run_script(options: type[T], main: Callable[[T, World], Any], args: list[str
     """
 
     def run(world: World) -> int:
-        main(world.from_first("options", lambda: tyro.cli(options, args=args, config=PLAIN)), world)
+        main(world.from_first("options", lambda: tyro.cli(options, args=with_home(args), config=PLAIN)), world)
         return 0
 
     return exit_code(run)

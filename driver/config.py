@@ -316,7 +316,7 @@ def as_plain(config: Config) -> dict[str, Any]:
     for part in (plain["data"], plain["model"]):
         for name, value in part.items():
             if isinstance(value, Path):
-                part[name] = os.path.abspath(os.path.expanduser(value))
+                part[name] = os.path.abspath(value)
             elif isinstance(value, tuple):
                 part[name] = list(value)
     return plain

@@ -16,7 +16,7 @@ from types import FrameType
 from .config import UserError
 from .distributed import World
 from .files import FULL
-from .reporting.streams import OutputLost, Stream, guarded
+from .messages.streams import OutputLost, Stream, guarded
 
 STOPPED = 75
 """Exit code of a run that has saved because of a signal and can go on: EX_TEMPFAIL of sysexits.h."""

@@ -46,7 +46,7 @@ def export(options: Export) -> Path:
 
     Raises: UserError where the checkpoint, the folder of --out or a package is missing.
     """
-    path = options.run if options.run.suffix == ".pt" else options.run / checkpoint.FILE
+    path = checkpoint.file_of(options.run)
     if not path.is_file():
         raise UserError(f"{options.run}: no {path.name} there")
     out = options.out or path.with_name(f"backbone.{options.format}")

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from . import backbones
 from .config import Model, UserError
 from .data.images import floats
+from .messages.text import first_line
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 GREY_MEAN, GREY_STD = (0.5,), (0.25,)
@@ -127,7 +128,7 @@ def _trial(backbone: nn.Module, channels: int, size: int) -> tuple[Tensor, str]:
     try:
         features = backbone.eval()(images)
     except (RuntimeError, AssertionError, ValueError, IndexError) as error:
-        return images, f"cannot take images of {size} x {size} pixels ({str(error).partition(chr(10))[0]})"
+        return images, f"cannot take images of {size} x {size} pixels ({first_line(error)})"
     seen = features.flatten(1).isnan().any(dim=1).all()
     return features, "" if seen else "the last rows and columns have no influence on its features"
 

@@ -61,7 +61,7 @@ def check_place(run: Run) -> Path:
     if run.resume is None:
         cli.check_new_name(run.name)
         return cli.check_folder(run.directory, f"--run.directory {run.directory}")
-    directory = run.resume.parent if run.resume.suffix == ".pt" else run.resume
+    directory = checkpoint.file_of(run.resume).parent
     return cli.check_folder(directory, f"--run.resume {run.resume}", checkpoint.FILE, config.FILE, history.FILE)
 
 
@@ -108,7 +108,7 @@ class Training:
         )
         if optim.lr_end > self.schedules.peak:
             print(
-                f"warning: the learning rate rises to --optim.lr_end {optim.lr_end:g} "
+                f"warning: the learning rate rises to --optim.lr-end {optim.lr_end:g} "
                 f"from a peak of {self.schedules.peak:.3g}, that of {G} images per step"
             )
         self.log = Log(self.state, self.directory, self.steps, optim.epochs, self.schedules.warmup, G, world)
@@ -237,7 +237,7 @@ def make_networks(
         load_pretrained(network.backbone[1], model.name)
     if model.sync_batch_norm:
         if device.type != "cuda":
-            raise UserError(f"--model.sync_batch_norm True: batch norms are synchronised between GPUs, not on {device}")
+            raise UserError(f"--model.sync-batch-norm True: batch norms are synchronised between GPUs, not on {device}")
         network = synchronised(network)
     if model.channels_last:
         network = network.to(memory_format=torch.channels_last)

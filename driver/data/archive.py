@@ -13,7 +13,8 @@ from posixpath import dirname, join, normpath
 from typing import NamedTuple
 
 from ..config import UserError
-from .listing import counted, is_hidden, printable
+from ..messages.text import printable
+from .listing import counted, is_hidden
 
 BLOCK = 512
 """Bytes of a header; every header begins at a multiple of it."""
@@ -71,8 +72,7 @@ def key_of(path: str) -> str:
 
 def place_of(shard: Path, name: str) -> str:
     """Shard and name of a member, for messages: on one line, with odd characters escaped."""
-    text = f"{shard}:{name}"
-    return printable(text, len(text))
+    return printable(f"{shard}:{name}", None)
 
 
 def in_hidden(path: str) -> bool:

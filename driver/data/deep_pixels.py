@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile
+from PIL import Image
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, PLANAR_CONFIGURATION, SAMPLEFORMAT
 
 Range = tuple[float, float]
@@ -116,10 +116,12 @@ def _colours(image: Any, reopen: Callable[[], Any], raw_mode: str, pixel_range: 
 def _samples(image: Any, raw_mode: str) -> NDArray[np.uint8]:
     """Samples (height, width, channels) of an open image, unpacked by another raw mode."""
     image.tile = [
-        ImageFile._Tile(
-            "raw" if tile[0] == "ppm" else tile[0],
-            *tile[1:3],
-            (raw_mode, *tile[3][1:]) if image.format == "TIFF" else raw_mode,
+        tile._make(
+            (
+                "raw" if tile[0] == "ppm" else tile[0],
+                *tile[1:3],
+                (raw_mode, *tile[3][1:]) if image.format == "TIFF" else raw_mode,
+            )
         )
         for tile in image.tile
     ]

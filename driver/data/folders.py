@@ -2,18 +2,19 @@
 
 import os
 import stat
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 
 import torch
 from PIL import Image
 
 from ..config import UserError
+from ..messages.text import listed, printable
 from .decode import DEFAULT, EXTENSIONS, Decoder
 from .images import Source
 from .inventory import file_size
 from .layout import Layout, folders_of, understand
-from .listing import PATH_LIMIT, SHOWN, Listing, counted, listed, printable
+from .listing import Listing, counted
 from .parts import split, usable_test
 
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
@@ -67,8 +68,8 @@ class Files(Source):
         """Numbers of images and classes, and of images in each part, as text."""
         images, training, tested = len(self.paths), len(self.train), len(self.test)
         number = f"{len(classes):,} class{'es' if len(classes) > 1 else ''}"
-        kinds = "without classes" if classes == [""] else f"in {number} ({listed(classes)})"
-        text = f"{printable(layout.base, PATH_LIMIT)}: {images:,} images {kinds}, "
+        kinds = "without classes" if classes == [""] else f"in {number} ({listed(classes, text=printable)})"
+        text = f"{printable(layout.base, None)}: {images:,} images {kinds}, "
         names = [f"{printable(part.name)}/" for part in layout.parts]
         if len(names) == 2 and tested:
             return f"{text}{training:,} to train on ({names[0]}) and {tested:,} held out ({names[1]})"
@@ -81,8 +82,7 @@ class Files(Source):
 
 
 def existing_folder(root: Path) -> Path:
-    """The folder that the user means by `root`, where ~ is the home. Raises: UserError where it is no folder."""
-    root = Path(os.path.expanduser(root))
+    """The folder `root`. Raises: UserError where it is no folder."""
     try:
         mode = root.stat().st_mode
     except OSError as error:
@@ -113,11 +113,11 @@ def remarks(listing: Listing, layout: Layout) -> list[str]:
         if lacking := sorted(other.classes.keys() - part.classes.keys()):
             texts.append(
                 f"{printable(part.name)}/ lacks {len(lacking):,} of the {len(other.classes):,} classes of "
-                f"{printable(other.name)}/ ({listed(lacking)})"
+                f"{printable(other.name)}/ ({listed(lacking, text=printable)})"
             )
     if within := [folders for part in layout.parts for folders in part.classes.values() if len(folders) > 1]:
-        folders = [os.path.relpath(folder, layout.base) for folder in islice(chain.from_iterable(within), SHOWN + 1)]
-        texts.append(f"folders within a class are no classes of their own ({listed(folders)})")
+        names = listed(chain.from_iterable(within), text=lambda path: printable(os.path.relpath(path, layout.base)))
+        texts.append(f"folders within a class are no classes of their own ({names})")
     others = f"{folders_of(list(layout.others))} ({sum(layout.others.values()):,} images)" if layout.others else ""
     if out := ", ".join(filter(None, [others, counted(listing.left_out)])):
         texts.append(f"left out: {out}")

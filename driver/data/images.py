@@ -107,7 +107,7 @@ def virtual_batch(data: Data, world: World) -> int:
     G = data.virtual_batch or least
     if G % least:
         raise UserError(
-            f"--data.virtual_batch must be a multiple of batch_size times ranks, {data.batch_size} x {world.size} = "
+            f"--data.virtual-batch must be a multiple of batch_size times ranks, {data.batch_size} x {world.size} = "
             f"{least}, got {G}; another --data.batch-size may divide it"
         )
     return G

@@ -6,7 +6,8 @@ import unicodedata
 from typing import NamedTuple, NoReturn
 
 from ..config import UserError
-from .listing import PATH_LIMIT, SHOWN, STRAY, Listing, listed, printable
+from ..messages.text import listed, printable
+from .listing import STRAY, Listing
 from .parts import PART_NAMES, TEST_NAMES, part_of
 
 FEW = 0.1
@@ -199,7 +200,8 @@ def leave_out_strays(listing: Listing, base: str) -> None:
     full = {name: found for name, found in listing.subfolders(base).items() if found}
     own, inside = listing.count([base]), sum(map(listing.count, full.values()))
     if own > FEW * (own + inside):
-        where = f"{own:,} images ({listed(listing.images[base])}) beside {folders_of([*full])} with {inside:,} images"
+        names = listed(listing.files[base], text=printable)
+        where = f"{own:,} images ({names}) beside {folders_of([*full])} with {inside:,} images"
         refuse(base, f"{where}; move the ones or the others away")
     if own:
         listing.left_out[STRAY] += own
@@ -229,22 +231,24 @@ def refuse_different_classes(base: str, train: Part, test: Part) -> None:
     alone = f"or give --data.root {os.path.join(base, train.name)} to do without {test.name}/"
     for part, other in ((train, test), (test, train)):
         if "" in part.classes:
-            text = (
-                f"{part.name}/ has no class folders, {other.name}/ has {len(other.classes):,} ({listed(other.classes)})"
-            )
+            text = f"{part.name}/ has no class folders, {other.name}/ has {len(other.classes):,} ({class_names(other)})"
             refuse(base, f"{text}; sort {part.name}/ into class folders, {alone}")
     refuse(
         base,
-        f"no class of {test.name}/ ({listed(test.classes)}) is one of {train.name}/ ({listed(train.classes)}); "
+        f"no class of {test.name}/ ({class_names(test)}) is one of {train.name}/ ({class_names(train)}); "
         f"rename them, {alone}",
     )
 
 
+def class_names(part: Part) -> str:
+    """The first names of classes as text."""
+    return listed(part.classes, text=printable)
+
+
 def folders_of(names: list[str]) -> str:
-    """Names of folders as text."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(f"{printable(name)}/" for name in names[:SHOWN]) + more
+    """The first names of folders as text."""
+    return listed(names, text=lambda name: f"{printable(name)}/")
 
 
 def refuse(base: str, why: str) -> NoReturn:
-    raise UserError(f"--data.root {printable(base, PATH_LIMIT)}: {why}")
+    raise UserError(f"--data.root {printable(base, None)}: {why}")

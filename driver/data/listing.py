@@ -1,4 +1,4 @@
-"""Image files under a folder: each real directory is listed once, and what is left out is counted."""
+"""Files of one kind under a folder: each real directory is listed once, and what is left out is counted."""
 
 import os
 from collections import Counter
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ..config import UserError
+from ..messages.text import printable
 from .decode import EXTENSIONS
 
 SYSTEM = frozenset(
@@ -13,11 +14,7 @@ SYSTEM = frozenset(
 )
 """Lower-case names of folders that archives, file servers and operating systems add, some with images in them."""
 SHOWN = 3
-"""Number of kinds of files, and of names, that a message shows."""
-NAME_LIMIT = 40
-"""Longest name that a message shows whole, characters."""
-PATH_LIMIT = 4096
-"""Longest path that a message shows whole, characters."""
+"""Number of kinds of files that a message shows."""
 BROKEN, REPEATED, SPECIAL = "broken link", "link to a folder listed already", "pipe or device"
 STRAY = "image beside folders"
 PLURALS = {
@@ -28,17 +25,22 @@ PLURALS = {
 }
 
 
+def is_image(name: str) -> bool:
+    """Whether a file name ends as the names of image files do."""
+    return os.path.splitext(name)[1].lower() in EXTENSIONS
+
+
 class Listing:
-    """Images by directory under `root`: `images[directory]` is a sorted list of file names.
+    """Files by directory under `root`: `files[directory]` is a sorted list of the names that are wanted.
 
     Links are followed after all real directories are listed. A link to a directory that is listed already, or that
     holds `root`, is kept in `repeats` with the directory's first path, and not listed again.
     """
 
-    def __init__(self, root: Path) -> None:
-        """List `root`. Raises: UserError where a directory cannot be listed."""
-        self.root = str(root)
-        self.images: dict[str, list[str]] = {}
+    def __init__(self, root: Path, wanted: Callable[[str], bool] = is_image) -> None:
+        """List the files whose names are `wanted`. Raises: UserError where a directory cannot be listed."""
+        self.root, self.wanted = str(root), wanted
+        self.files: dict[str, list[str]] = {}
         self.repeats: dict[str, str] = {}
         self.unusable: list[str] = []
         """Paths of broken links, pipes, sockets and devices."""
@@ -59,17 +61,16 @@ class Listing:
                 self.left_out[REPEATED] += 1
                 continue
             names, folders = self._entries(folder, links)
-            self.images[folder] = sorted(names)
+            self.files[folder] = sorted(names)
             pending += sorted(folders, reverse=True)
         return links
 
     def _entries(self, folder: str, links: list[str]) -> tuple[list[str], list[str]]:
-        """Names of the images and paths of the real directories in a folder; links to directories go to `links`."""
+        """Names of wanted files and paths of real directories in a folder; links to directories go to `links`."""
         names, folders = [], []
         try:
             with os.scandir(folder) as entries:
                 for entry in entries:
-                    kind = os.path.splitext(entry.name)[1].lower()
                     if is_hidden(entry.name):
                         self.left_out["hidden"] += 1
                     elif _is(entry.is_dir):
@@ -77,34 +78,35 @@ class Listing:
                     elif not _is(entry.is_file):
                         self.left_out[BROKEN if entry.is_symlink() else SPECIAL] += 1
                         self.unusable.append(entry.path)
-                    elif kind in EXTENSIONS:
+                    elif self.wanted(entry.name):
                         names.append(entry.name)
                     else:
+                        kind = os.path.splitext(entry.name)[1].lower()
                         self.left_out[printable(kind) if kind else "without extension"] += 1
         except OSError as error:
             raise _not_listed(folder, error) from error
         return names, folders
 
     def subfolders(self, folder: str) -> dict[str, list[str]]:
-        """Directories at any depth below each direct subfolder that hold images; a subfolder without any has none."""
+        """Directories at any depth below each direct subfolder that hold files; a subfolder without any has none."""
         prefix = os.path.join(folder, "")
         found: dict[str, list[str]] = {}
-        for directory in sorted(self.images):
+        for directory in sorted(self.files):
             if directory.startswith(prefix):
                 name = directory[len(prefix) :].partition(os.sep)[0]
-                found.setdefault(name, []).extend([directory] if self.images[directory] else [])
+                found.setdefault(name, []).extend([directory] if self.files[directory] else [])
         return found
 
     def count(self, directories: Iterable[str]) -> int:
-        """Number of the images that lie directly in these directories."""
-        return sum(len(self.images[directory]) for directory in directories)
+        """Number of the files that lie directly in these directories."""
+        return sum(len(self.files[directory]) for directory in directories)
 
     def paths(self, directories: Iterable[str]) -> list[str]:
-        """Paths of the images that lie directly in these directories, in order."""
+        """Paths of the files that lie directly in these directories, in order."""
         found = []
         for directory in directories:
             prefix = os.path.join(directory, "")
-            found += [prefix + name for name in self.images[directory]]
+            found += [prefix + name for name in self.files[directory]]
         return found
 
 
@@ -119,18 +121,6 @@ def counted(left_out: Counter[str]) -> str:
     parts = [f"{count:,} {PLURALS.get(kind, kind) if count > 1 else kind}" for kind, count in kinds[:SHOWN]]
     more = sum(count for _, count in kinds[SHOWN:])
     return ", ".join(parts) + (f" and {more:,} more" if more else "")
-
-
-def listed(names: Iterable[str]) -> str:
-    """The first names of a sequence as text."""
-    names = list(names)
-    return ", ".join([*map(printable, names[:SHOWN]), *(["..."] if len(names) > SHOWN else [])])
-
-
-def printable(name: str, limit: int = NAME_LIMIT) -> str:
-    """A file name on one line that any terminal can show, cut to `limit` characters; odd characters are escaped."""
-    short = name if len(name) <= limit else name[: limit - 3] + "..."
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in short)
 
 
 def _is(question: Callable[[], bool]) -> bool:

@@ -2,12 +2,11 @@
 
 import os
 import re
-from collections import Counter
 from pathlib import Path
 
 from ..config import UserError
 from .archive import LeftOut
-from .listing import counted, is_hidden
+from .listing import Listing, counted
 from .parts import TEST_NAMES, part_of
 
 COMPRESSED = re.compile(r"\.(tar\.(gz|bz2|xz|zstd?|lz4|lzma|z)|tgz|tbz2?|txz)$", re.IGNORECASE)
@@ -31,13 +30,13 @@ def find_shards(root: Path) -> list[Path]:
         _check_compression(root, set())
         _status(root)
         return [root]
-    files = _files(root)
-    known = set(files)
-    for path in files:
-        _check_compression(path, known)
+    listing = Listing(root, lambda name: name.lower().endswith(".tar") or COMPRESSED.search(name) is not None)
+    files = {Path(path) for path in [*listing.paths(listing.files), *listing.unusable]}
+    for path in sorted(files):
+        _check_compression(path, files)
     shards = sorted(path for path in files if path.suffix.lower() == ".tar")
     if not shards:
-        there = counted(Counter(path.suffix.lower() or "without extension" for path in files)) or "nothing"
+        there = counted(listing.left_out) or "nothing"
         raise UserError(
             f"--data.root {root}: no .tar shards in it or below it, but {there}; --data.source folder reads image files"
         )
@@ -72,29 +71,6 @@ def _part(path: Path) -> str | None:
     names = [path.stem, *reversed(path.parent.parts)]
     words = (OF_A_PART.sub("", word) for name in names for word in WORD.findall(name))
     return next((part for word in words if (part := part_of(word))), None)
-
-
-def _files(root: Path) -> list[Path]:
-    """All files in a folder and below it, without hidden ones.
-
-    Links to folders are followed after all real folders, so that a folder that is met twice keeps its own name.
-    """
-    files, met, pending = [], set(), [root]
-
-    def stop(error: OSError) -> None:
-        raise UserError(f"--data.root {root}: {error.filename} cannot be listed ({error.strerror})") from error
-
-    for top in pending:  # grows by the links that are met
-        for folder, folders, names in os.walk(top, onerror=stop):
-            identity = os.path.realpath(folder)
-            if identity in met:
-                folders.clear()
-                continue
-            met.add(identity)
-            folders[:] = sorted(name for name in folders if not is_hidden(name))
-            pending += [path for name in folders if (path := Path(folder, name)).is_symlink()]
-            files += [Path(folder, name) for name in names if not is_hidden(name)]
-    return files
 
 
 def _check_compression(path: Path, files: set[Path]) -> None:

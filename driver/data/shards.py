@@ -11,10 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 from ..config import UserError
+from ..messages.text import listed, printable
 from .archive import LeftOut, Member, key_of, list_members, place_of
 from .decode import DEFAULT, EXTENSIONS, Decoder
 from .images import Source
-from .listing import listed, printable
 from .parts import split, usable_test
 from .shard_files import find_shards, parts_of_shards
 from .shard_labels import SUFFIX, Label, labels_of
@@ -46,7 +46,8 @@ class Shards(Source):
             self.test = usable_test(self.labels, self.train, held)
         else:
             self.train, self.test = split(self.labels, held_out)
-        kinds = f" in {_counted(len(classes), 'class', 'classes')} ({listed(map(str, classes))})" if classes else ""
+        names = listed(classes, text=lambda label: printable(str(label)))
+        kinds = f" in {_counted(len(classes), 'class', 'classes')} ({names})" if classes else ""
         texts = [
             f"{root}: {_counted(len(images), 'image')}{kinds} in {_counted(len(train) + len(test), 'shard')}, "
             f"{self._division(test_name, held_out)}",
@@ -54,8 +55,7 @@ class Shards(Source):
             self._untrained(classes),
             str(left_out),
         ]
-        summary = "; ".join(filter(None, texts))
-        self.summary = printable(summary, len(summary))
+        self.summary = printable("; ".join(filter(None, texts)), None)
 
     def read(self, index: int) -> Image.Image:
         shard, offset, size, _ = self.members[index]

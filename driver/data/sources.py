@@ -15,11 +15,12 @@ from PIL import Image
 from torch import Tensor
 
 from ..config import Data, UserError
+from ..messages.text import printable
 from .decode import DEFAULT, Decoder
 from .folders import Files
 from .images import Source
 from .inventory import pixel_digest
-from .listing import is_hidden, printable
+from .listing import is_hidden
 from .parts import split
 from .shards import Shards
 
@@ -52,14 +53,13 @@ def _open(data: Data) -> Source:
 
 
 def _recordable(root: Path) -> Path:
-    """The folder `root`, where ~ is the home. Raises: UserError where the run's files cannot hold its path."""
-    root = Path(os.path.expanduser(root))
+    """The folder `root`. Raises: UserError where the run's files cannot hold its path."""
     try:
         os.path.abspath(root).encode()
     except UnicodeEncodeError as error:
         raise UserError(
-            f"--data.root {printable(str(root))}: the path must be UTF-8, as the run's files hold it; link the folder "
-            "under another name"
+            f"--data.root {printable(str(root), None)}: the path must be UTF-8, as the run's files hold it; "
+            "link the folder under another name"
         ) from error
     return root
 

@@ -18,6 +18,7 @@ from PIL import Image
 from ..config import UserError
 from ..data import decode
 from ..data.unreadable import fault_of
+from ..messages.text import listed
 from .davis_metrics import VOID
 
 FRAMES, MASKS = ("JPEGImages", "480p"), ("Annotations", "480p")
@@ -120,7 +121,7 @@ def notes(clips: list[Clip]) -> list[str]:
         ("the first frame alone has a mask, so no score", first_alone),
         ("objects that the first frame lacks count as background", [clip for clip in clips if clip.later]),
     )
-    return [f"{text}: {_list([clip.name for clip in of_kind])}" for text, of_kind in kinds if of_kind]
+    return [f"{text}: {listed([clip.name for clip in of_kind], SHOWN)}" for text, of_kind in kinds if of_kind]
 
 
 def _files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
@@ -144,7 +145,7 @@ def _check_names(name: str, frames: list[Path], annotations: list[Path]) -> None
         odd = [s for s in dict.fromkeys([*stems, *masks]) if stems.count(s) != 1 or masks.count(s) != 1]
         raise UserError(
             f"clip {name}: each frame ({' '.join(FRAME_SUFFIXES)}), or the first frame alone, needs a mask (.png) of "
-            f"its name; {counts}, without a partner or twice: {_list(odd)}"
+            f"its name; {counts}, without a partner or twice: {listed(odd, SHOWN)}"
         )
     if masks == stems and len(frames) < 3:
         raise UserError(
@@ -160,13 +161,13 @@ def _clip_of_values(name: str, frames: list[Path], annotations: list[Path], valu
     if first != set(range(1, len(first) + 1)):
         raise UserError(
             f"{annotations[0]}: the objects of a first frame must be numbered 1, 2, ... without a gap, got "
-            f"{_list(sorted(first))}; write object numbers, not grey levels, and not as JPEG"
+            f"{listed(sorted(first), SHOWN)}; write object numbers, not grey levels, and not as JPEG"
         )
     rest = frozenset().union(*values[1:]) - {0}
     if first and rest == {VOID}:
         raise UserError(
-            f"{annotations[0]}: the objects are {_list(sorted(first))}, but the later masks hold 255 alone, which is "
-            "void; give an object one number in all masks"
+            f"{annotations[0]}: the objects are {listed(sorted(first), SHOWN)}, but the later masks hold 255 alone, "
+            "which is void; give an object one number in all masks"
         )
     return Clip(name, frames, annotations, whole, len(first), rest - first - {VOID})
 
@@ -180,11 +181,6 @@ def _readable(path: Path) -> Iterator[None]:
         raise
     except Exception as error:  # on damaged files, decoders raise nearly anything
         raise UserError(f"{path}: not a readable image ({fault_of(error)})") from error
-
-
-def _list(items: list) -> str:
-    more = f", ... ({len(items)} in all)" if len(items) > SHOWN else ""
-    return ", ".join(map(str, items[:SHOWN])) + more
 
 
 def _by(size: tuple[int, ...]) -> str:

@@ -11,10 +11,11 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .. import backbones, cli
+from .. import backbones, checkpoint, cli
 from ..bounds import at_least
 from ..config import FILE, Config, Data, Model, UserError, helpful
 from ..distributed import World
+from ..messages.text import first_line
 from ..model import Standardize, feature_width
 from ..weights import load_backbone, load_pretrained
 
@@ -52,10 +53,10 @@ class Backbone:
             for option in ("weights", "pretrained", "heads"):
                 if value := getattr(self, option):
                     raise UserError(f"--backbone.{option} {value}: --backbone.run has its own; give --backbone.name")
-            directory = self.run.parent if self.run.suffix == ".pt" else self.run
-            if not (directory / FILE).is_file():
+            file = checkpoint.file_of(self.run).with_name(FILE)
+            if not file.is_file():
                 raise UserError(f"--backbone.run {self.run}: not the directory of a run, no {FILE} there")
-            return cli.parse([f"--config={directory / FILE}"])
+            return cli.parse([f"--config={file}"])
         for option in ("weights", "heads"):
             if self.pretrained and (value := getattr(self, option)):
                 raise UserError(f"--backbone.{option} {value}: excludes --backbone.pretrained; give one of them")
@@ -140,6 +141,4 @@ class Frozen:
         except (AssertionError, RuntimeError) as error:  # as of a model with positions of a fixed grid
             height, width = images.shape[2:]
             name = type(self.model).__name__
-            raise UserError(
-                f"{name}: cannot take images of {height} x {width} pixels ({str(error).partition(chr(10))[0]})"
-            ) from error
+            raise UserError(f"{name}: cannot take images of {height} x {width} pixels ({first_line(error)})") from error

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..config import UserError, missing
+from ..messages.text import first_line, listed
 
 FOLDER = ("checkpoint.pt", "model.safetensors", "pytorch_model.bin", "model.safetensors.index.json")
 """Files that are looked for in a folder: a run's checkpoint, then the names on model hubs."""
@@ -102,7 +103,7 @@ def _not_weights_zip(path: Path, size: int) -> str:
             "a NumPy archive, as of Google's ViTs; save timm.create_model(NAME, checkpoint_path=FILE).state_dict() "
             "with torch.save and give that file"
         )
-    return f"a zip archive of {', '.join(names[:3]) or 'nothing'}, not weights; unpack it first"
+    return f"a zip archive of {listed(names) or 'nothing'}, not weights; unpack it first"
 
 
 def _read_parts(index: Path) -> dict[str, Any]:
@@ -129,7 +130,7 @@ def _read_torch(path: Path) -> dict[str, Any]:
         objects = [named[1]] if named else sorted(names)
         if objects and isinstance(error, pickle.UnpicklingError):
             raise UserError(f"{path}: {_holds_code(path, ', '.join(objects[:3]))}") from error
-        raise UserError(f"{path}: not a readable checkpoint ({str(error).partition(chr(10))[0]})") from error
+        raise UserError(f"{path}: not a readable checkpoint ({first_line(error)})") from error
     if isinstance(content, StandIn):
         content = content.tensors()
     if not isinstance(content, dict):

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from ..backbones import pretrained_colours
 from ..config import Model, UserError
+from ..messages.text import first_line, listed
 from ..model import IMAGENET_MEAN
 from .files import read
-from .search import Found, convert, find, flatten, listing, model_name
+from .search import Found, convert, find, flatten, model_name
 
 
 def load_backbone(backbone: nn.Module, path: Path, whose: str | None = None, model: Model | None = None) -> None:
@@ -62,7 +63,7 @@ def load_pretrained(backbone: nn.Module, name: str) -> None:
         source = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # the hub's client raises errors of many types
         raise UserError(
-            f"--model.pretrained True: timm could not get the weights of {name} ({str(error).partition(chr(10))[0]}). "
+            f"--model.pretrained True: timm could not get the weights of {name} ({first_line(error)}). "
             "Without a connection, save them on another machine and give --model.weights weights.pth: python -c "
             f'\'import timm, torch; torch.save(timm.create_model("{name}", pretrained=True).state_dict(), '
             '"weights.pth")\''
@@ -72,7 +73,7 @@ def load_pretrained(backbone: nn.Module, name: str) -> None:
 
 def _load(backbone: nn.Module, state: dict[str, Tensor], where: str, whose: str | None) -> None:
     if empty := [name for name, value in state.items() if value.is_meta]:
-        raise UserError(f"{where}: holds tensors without values (meta tensors): {listing(empty)}")
+        raise UserError(f"{where}: holds tensors without values (meta tensors): {listed(empty)}")
     found = find(state, backbone, where, whose)
     _check_rest(found, backbone, where)
     own = backbone.state_dict()
@@ -80,7 +81,7 @@ def _load(backbone: nn.Module, state: dict[str, Tensor], where: str, whose: str 
     wrong = [name for name in own if name in tensors and tensors[name].shape != own[name].shape]
     if wrong:
         sizes = [f"{name} is {_shape(tensors[name])} but must be {_shape(own[name])}" for name in wrong]
-        text = f"{where}: does not fit the backbone {model_name(backbone)}: {listing(sizes)}"
+        text = f"{where}: does not fit the backbone {model_name(backbone)}: {listed(sizes)}"
         if all(re.search("pos|attention_bias", name) for name in wrong):
             text += ". These depend on the size of the images; give the size that the file was trained at"
         raise UserError(text)
@@ -93,7 +94,7 @@ def _load(backbone: nn.Module, state: dict[str, Tensor], where: str, whose: str 
     backbone.load_state_dict(taken, strict=False)  # without counters of batch norms, see required
     parts = [f"{where}: {len(taken)} of {len(state)} tensors" + (f" under {found.prefix[:-1]}" if found.prefix else "")]
     parts += ["names converted from another layout"] * found.converted
-    parts += [listing(changes)] * bool(changes)
+    parts += [listed(changes)] * bool(changes)
     if rest := _groups(state, found, own):
         parts.append(f"left out: {rest}")
     print("; ".join(parts))
@@ -159,7 +160,7 @@ def _check_rest(found: Found, backbone: nn.Module, where: str) -> None:
             others.append(name)
     if others:
         name = model_name(backbone)
-        raise UserError(f"{where}: does not fit the backbone {name}, which has no {listing(others)}")
+        raise UserError(f"{where}: does not fit the backbone {name}, which has no {listed(others)}")
 
 
 def _is_index(name: str) -> bool:
@@ -184,7 +185,7 @@ def _groups(state: dict[str, Tensor], found: Found, own: dict[str, Tensor]) -> s
         parts = name.split(".")
         same = next((i for i, part in enumerate(parts) if i >= len(path) or part != path[i]), 0)
         groups[".".join(parts[: same + 1])] += 1
-    return listing([f"{group} ({count})" for group, count in groups.items()], 6)
+    return listed([f"{group} ({count})" for group, count in groups.items()], 6)
 
 
 def _note_on_colours(found: Found, backbone: nn.Module) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..config import UserError
+from ..messages.text import listed
 from .files import StandIn
 
 _TEACHER = {"teacher", "ema", "swa", "averaged"}
@@ -190,14 +191,9 @@ def _missing(state: dict[str, Tensor], names: set[str], prefix: str, backbone: n
     lack = [n for n in backbone.state_dict() if n in names and prefix + n not in state]
     origin = next((origin for mark, origin in _ORIGINS.items() if any(mark in n for n in state)), None)
     text = f"does not fit the backbone {name}: {len(have)} of its {len(names)} tensors are there"
-    text += f"; missing are {listing(lack)}"
+    text += f"; missing are {listed(lack)}"
     if others := [n for n in _under(state, prefix) if n not in names]:
-        text += f"; the file has {listing(others)} instead"
+        text += f"; the file has {listed(others)} instead"
     if origin:
         text += f". These are names of {origin}; give weights by timm's names, or --model.pretrained True"
     return text
-
-
-def listing(names: list[str], count: int = 3) -> str:
-    """The first names, and how many more there are."""
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")

@@ -13,6 +13,7 @@ from driver_runs import TINY
 from pages import ROOT, block, blocks, commands, prose, text
 
 from driver import config, export, knn, linear, pretrain, recipes, report, segment_video, verify_resume
+from driver.evaluation.frozen import Backbone
 
 PAGES = {page.name: page.read_text() for page in sorted((ROOT / "docs" / "driver").glob("*.md"))}
 TEXT = "\n".join(PAGES.values())
@@ -63,14 +64,12 @@ def test_the_slurm_script_parses():
 
 
 def test_options_exist():
-    known = {f"--{part}.{field.name}" for part, cls in config.PARTS.items() for field in dataclasses.fields(cls)}
-    known = {option.replace("_", "-") for option in known}
-    known |= {"--virtual-batch", "--recipe", "--config", "--help"}
-    known |= {"--backbone.run", "--backbone.name", "--backbone.weights", "--backbone.whose"}
-    known |= {"--backbone.pretrained", "--backbone.heads", "--backbone.size"}
-    known |= {"--epochs", "--norm", "--blocks", "--average", "--lr", "--out", "--resume", "--seed"}  # of linear.py
-    known |= {"--davis", "--last-frames", "--radius", "--top-k", "--temperature"}  # of segment_video.py
-    known |= {"--short-side", "--split"}
+    parts = {"--": [linear.Options, segment_video.Options], "--backbone.": [Backbone]}
+    parts |= {f"--{part}.": [options] for part, options in config.PARTS.items()}
+    fields = {
+        before + field.name for before, classes in parts.items() for of in classes for field in dataclasses.fields(of)
+    }
+    known = {option.replace("_", "-") for option in fields} | {"--virtual-batch", "--recipe", "--config", "--help"}
     named = set(re.findall(r"`(--[a-z.-]+)", prose(TEXT)))
     assert named - known == set()
     assert len(named) > 50

@@ -285,7 +285,7 @@ def test_augmented_crops_differ_by_epoch_and_not_by_rank():
         (linear.main, linear.Options(lr=(0.0,)), "--lr must be one or more numbers, each positive, got 0.0"),
         (linear.main, linear.Options(resume=True), "--resume needs --out"),
         (linear.main, linear.Options(epochs=0), "--epochs must be at least 1"),
-        (knn.main, knn.Options(data=labelled.Labels(batch_size=0)), "--data.batch_size must be at least 1, got 0"),
+        (knn.main, knn.Options(data=labelled.Labels(batch_size=0)), "--data.batch-size must be at least 1, got 0"),
         (linear.main, linear.Options(data=labelled.Labels(workers=-1)), "--data.workers must be at least 0, got -1"),
         (knn.main, knn.Options(frozen.Backbone(name="test_vit", size=0)), "--backbone.size must be at least 1, got 0"),
         (knn.main, knn.Options(frozen.Backbone(name="test_vit", heads=-1)), "--backbone.heads must be at least 0, got"),

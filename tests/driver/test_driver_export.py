@@ -121,6 +121,7 @@ def test_export_to_a_file_that_cannot_be(out, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_exported_onnx_gives_the_features(run):
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")

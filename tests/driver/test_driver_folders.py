@@ -11,7 +11,7 @@ import pytest
 import torch
 from photographs import PHOTOGRAPHS, write_classes, write_images
 
-from driver import config, knn, linear
+from driver import knn, linear
 from driver.config import UserError
 from driver.data import sources
 from driver.data.labelled import Labelled
@@ -193,7 +193,7 @@ def test_images_without_two_classes_are_all_trained_on(folders):
         ("cats dogs pets/cats pets/dogs", r"r: cats/, dogs/ stand beside pets/ and in it; .* --data.root r/pets if"),
         ("a b c thumbs/a thumbs/b", "r: a/, b/ stand beside thumbs/ and in it; move one copy away, or give"),
         ("valid invalid", "r: valid/ without train/; .* or give a class of that name another name"),
-        (". a", r"r: 8 images \(0.png, 1.png, 2.png, ...\) beside a/ with 8 images"),
+        (". a", r"r: 8 images \(0.png, 1.png, 2.png and 5 more\) beside a/ with 8 images"),
     ],
 )
 def test_a_folder_with_two_readings_is_refused(folders, words):
@@ -280,7 +280,7 @@ def test_folders_within_classes_are_named():
     touch("color/a", "color/b", "grey/a", "grey/b", count=2)
     files = Files(Path("r"), 0.5)
     assert "in 2 classes (color, grey)" in files.summary and files.summary.endswith(
-        "; folders within a class are no classes of their own (color/a, color/b, grey/a, ...)"
+        "; folders within a class are no classes of their own (color/a, color/b, grey/a and 1 more)"
     )
 
 
@@ -340,14 +340,6 @@ def test_odd_names_are_shown_on_one_line_and_read():
     assert len(set(files.labels.tolist())) == 5 and files.read(9).mode == "RGB"
     assert "\n" not in files.summary and "n" * 41 not in files.summary and files.summary.encode()
     assert printable("x\ny\udcff\U0001f408") == "x\\ny\\udcff\U0001f408"
-
-
-def test_the_home_folder_is_meant_by_a_tilde(monkeypatch):
-    monkeypatch.setenv("HOME", os.getcwd())
-    touch("a", "b")
-    data = replace(PHOTOGRAPHS, root=Path("~/r"))
-    assert len(Files(Path("~/r"), 0.0).paths) == len(sources.make_source(data).paths) == 16
-    assert config.as_plain(config.Config(data=data))["data"]["root"] == os.path.abspath("r")
 
 
 def test_a_root_that_the_run_could_not_record_is_refused():

@@ -163,7 +163,7 @@ def test_sync_batch_norm():
     norms = [part for part in network.modules() if isinstance(part, torch.nn.modules.batchnorm._BatchNorm)]
     assert norms and all(isinstance(norm, torch.nn.SyncBatchNorm) for norm in norms)
     assert list(network.state_dict()) == names and torch.equal(network(images), before)
-    with pytest.raises(UserError, match=r"--model.sync_batch_norm True: .* between GPUs, not on cpu"):
+    with pytest.raises(UserError, match=r"--model.sync-batch-norm True: .* between GPUs, not on cpu"):
         pretrain("--model.sync-batch-norm=True")
 
 

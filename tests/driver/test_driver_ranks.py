@@ -155,6 +155,7 @@ sys.exit(main())
 """
 
 
+@pytest.mark.slow
 def test_nothing_holds_the_group_at_the_end():
     """Threads of gloo that are still there when Python ends may abort the process."""
     Path("ending.py").write_text(ENDING)
@@ -185,6 +186,7 @@ def test_a_full_disk_ends_both_ranks():
     assert "SIGABRT" not in run.stderr, run.stderr
 
 
+@pytest.mark.slow
 def test_with_a_teacher_and_three_views():
     options = [*FLOAT64_SGD, "--model.teacher-momentum=0.9", "--data.views=3", "--optim.epochs=1"]
     equal_runs(
@@ -271,7 +273,7 @@ def test_images_of_a_step_do_not_depend_on_the_split(kind):
 
 
 def test_virtual_batch_that_does_not_divide():
-    message = "--data.virtual_batch must be a multiple of batch_size times ranks, 128 x 1 = 128, got 100"
+    message = "--data.virtual-batch must be a multiple of batch_size times ranks, 128 x 1 = 128, got 100"
     with pytest.raises(UserError, match=message):
         alone("--virtual-batch=100")
     with pytest.raises(
@@ -287,7 +289,7 @@ def test_virtual_batch_that_does_not_divide():
         (
             ["--virtual-batch=40"],
             1,
-            "error: --data.virtual_batch must be a multiple of batch_size times ranks, 128 x 2 = 256",
+            "error: --data.virtual-batch must be a multiple of batch_size times ranks, 128 x 2 = 256",
         ),
         (["--data.nonsense=1"], 1, "--data.nonsense"),
         (["--optim.lr=1e30", "--model.width=4", "--data.batch-size=64"], 1, "error: stopped at step "),

@@ -232,6 +232,7 @@ def test_page_escapes_and_says_collapse():
     assert 'class="warning"' not in page.page("run", record(1.0), config.Config(), "none", 450, Path())
 
 
+@pytest.mark.slow
 def test_report_without_checkpoint_or_images(monkeypatch, capsys):
     """A report without pictures says whether the images or the checkpoint are missing, and has all other parts."""
     pytest.importorskip("torchvision")

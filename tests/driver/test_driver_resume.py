@@ -216,8 +216,8 @@ def test_a_teacher_that_comes_later_begins_as_the_student():
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--data.local-size=7"], "--data.local_size 7 does nothing where --data.local_views is 0"),
-        (["--data.local-scale", "0.1", "0.2"], "--data.local_scale (0.1, 0.2) does nothing where --data.local_views "),
+        (["--data.local-size=7"], "--data.local-size 7 does nothing where --data.local-views is 0"),
+        (["--data.local-scale", "0.1", "0.2"], "--data.local-scale 0.1 0.2 does nothing where --data.local-views "),
         (["--data.blur=0.1"], "--data.blur 0.1 does nothing where --data.augmentation is digits"),
         (["--optim.momentum=0.5"], "--optim.momentum 0.5 does nothing where --optim.name is adamw"),
     ],

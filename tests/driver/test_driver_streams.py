@@ -11,7 +11,7 @@ from driver_runs import ROOT, TINY, content
 
 from driver import exits, history
 from driver.config import UserError
-from driver.reporting.streams import guarded
+from driver.messages.streams import guarded
 
 
 def without_reader() -> io.TextIOWrapper:
