@@ -89,7 +89,7 @@ def test_too_many_unreadable_images_end_the_run(capsys):
     for i in range(3, 10):
         Path(f"flat/{i:02d}.png").write_bytes(b"not a picture")
     options = ["--data.root=flat", "--data.size=16", "--data.batch-size=8", "--model.name=convnet", "--model.width=4"]
-    assert main([*options, "--data.workers=0", "--data.max-unreadable=0.1"]) == 1
+    assert main([*options, "--data.workers=0", "--data.max-unreadable=0.1", "--run.log-every=1"]) == 1
     said = capsys.readouterr().err
     assert "7 unreadable, a share above --data.max-unreadable 0.1 of 24 images" in said
     assert "Traceback" not in said

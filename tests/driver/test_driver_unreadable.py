@@ -208,9 +208,9 @@ def test_a_set_of_12_bits_names_the_option(capsys):
     [
         (
             ["--data.root=pets", "--data.pixel-range", "5", "5"],
-            "pixel_range must be two finite numbers, the smaller first",
+            "pixel-range must be two finite numbers, the smaller first",
         ),
-        (["--data.root=pets", "--data.pixel-range", "0", "nan"], "pixel_range must be two finite numbers"),
+        (["--data.root=pets", "--data.pixel-range", "0", "nan"], "pixel-range must be two finite numbers"),
     ],
 )
 def test_options_that_do_not_fit(options, words):

@@ -291,6 +291,7 @@ for pid in (forkserver._forkserver._forkserver_pid, resource_tracker._resource_t
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="no /proc")
+@pytest.mark.slow
 def test_a_schedulers_signals_do_not_reach_the_processes_behind_the_workers():
     """In a fresh process: where another test has started the resource tracker, Python does not unblock SIGTERM."""
     done = subprocess.run([sys.executable, "-c", BLOCKED], capture_output=True, text=True, check=True, cwd=ROOT)
@@ -310,6 +311,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_left_does_not_keep_a_run_from_its_end():
     """Python ends it by SIGTERM, which it blocks, and then waits for it."""
     Path("left.py").write_text(LEFT)
