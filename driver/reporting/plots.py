@@ -76,6 +76,9 @@ def draw(axis: Axes, panel: Panel, history: History) -> None:
     axis.set_xlabel("epoch")
     axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     panel(axis, history)
+    for line in axis.lines:
+        if len(line.get_xdata()) == 1:  # a line through one point would not be seen
+            line.set_marker("o")
     axis.set_xlim(left=0)
     for trouble in chain(history.of("collapse"), history.of("ceiling")):
         axis.axvline(trouble["epoch"], color=RED, lw=1, ls=":")

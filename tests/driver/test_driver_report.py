@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from driver_runs import pretrain
+from matplotlib.figure import Figure
 from photographs import write_classes, write_images
 
 from driver import checkpoint, cli, config, history, log, report, train
@@ -282,6 +283,15 @@ def test_panels_follow_what_was_recorded():
     plots.dashboard(rows, Path("few.png"))
     assert Path("few.png").read_bytes()[:4] == b"\x89PNG"
     assert "<svg" in plots.svg(plots.loss, rows)
+
+
+def test_a_run_of_one_log_line_shows_points():
+    """A line through a single point has no length."""
+    for rows, seen in ((record(1.0), True), (record(1.0, 2.0), False)):
+        for panel in (plots.loss, plots.entropies):
+            axis = Figure().subplots()
+            plots.draw(axis, panel, rows)
+            assert axis.lines and all((line.get_marker() == "o") == seen for line in axis.lines)
 
 
 def test_neighbours_are_the_nearest_and_never_the_image_itself():
