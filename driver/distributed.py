@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .config import UserError
+from .messages.text import first_line
 
 T = TypeVar("T")
 
@@ -72,7 +73,7 @@ class World:
         try:
             return torch.zeros(1, device=name).device
         except (RuntimeError, AssertionError, NotImplementedError) as error:
-            raise UserError(f"--run.device {name}: {str(error).splitlines()[0]}") from error
+            raise UserError(f"--run.device {name}: {first_line(error)}") from error
 
     def start(self, device: torch.device) -> None:
         """Select the device and, with several ranks, start the process group: NCCL between GPUs, gloo between CPUs."""

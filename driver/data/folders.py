@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 
 from ..config import UserError
-from ..messages.text import listed, printable
+from ..messages.text import amount, listed, printable
 from .decode import DEFAULT, EXTENSIONS, Decoder
 from .images import Source
 from .inventory import file_size
 from .layout import Layout, folders_of, understand
 from .listing import Listing, counted
-from .parts import split, usable_test
+from .parts import divide
 
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 SHARDS = "--data.source webdataset reads the .tar shards in a folder, or one shard"
@@ -38,20 +38,16 @@ class Files(Source):
         label_of = {name: label for label, name in enumerate(classes)}
         self.paths: list[str] = []
         labels: list[int] = []
-        sizes = []
+        ends = []  # of each part, as a number of images
         for part in layout.parts:
             for name, directories in part.classes.items():
                 self.paths += listing.paths(directories)
                 labels += [label_of[name]] * (len(self.paths) - len(labels))
-            sizes.append(len(labels) - sum(sizes))
+            ends.append(len(labels))
         if not labels:
             raise no_images(listing)
         self.labels = torch.tensor(labels)
-        if len(layout.parts) == 1:
-            self.train, self.test = split(self.labels, held_out)
-        else:
-            self.train, test = torch.arange(len(labels)).split(sizes)
-            self.test = usable_test(self.labels, self.train, test)
+        self.train, self.test = divide(self.labels, ends[0] if len(ends) > 1 else None, held_out)
         self.summary = "; ".join(filter(None, [self._numbers(layout, classes, held_out), *remarks(listing, layout)]))
 
     def read(self, index: int) -> Image.Image:
@@ -67,7 +63,7 @@ class Files(Source):
     def _numbers(self, layout: Layout, classes: list[str], held_out: float) -> str:
         """Numbers of images and classes, and of images in each part, as text."""
         images, training, tested = len(self.paths), len(self.train), len(self.test)
-        number = f"{len(classes):,} class{'es' if len(classes) > 1 else ''}"
+        number = amount(len(classes), "class", "classes")
         kinds = "without classes" if classes == [""] else f"in {number} ({listed(classes, text=printable)})"
         text = f"{printable(layout.base, None)}: {images:,} images {kinds}, "
         names = [f"{printable(part.name)}/" for part in layout.parts]

@@ -12,6 +12,8 @@ from PIL.TiffImagePlugin import (
     ImageFileDirectory_v2,
 )
 
+from ..messages.text import amount
+
 DAMAGED = "damaged or of a kind that is not read"
 """What is wrong with a file of a known format."""
 STARTS = {
@@ -76,5 +78,5 @@ def _tiff(file: BinaryIO) -> str:
         colour = COLOURS.get(tags.get(PHOTOMETRIC_INTERPRETATION, 0), "other colours")
     except Exception:  # damaged entries: Pillow raises nearly anything
         return "a damaged TIFF"
-    each = f"{samples} {number} sample{'s' if samples > 1 else ''} of {bits} bits per pixel, marked as {colour}"
+    each = f"{amount(samples, f'{number} sample')} of {bits} bits per pixel, marked as {colour}"
     return f"a TIFF of {each}, is not read; convert it to grey or RGB of 8 or 16 unsigned bits"

@@ -15,12 +15,16 @@ def part_of(name: str) -> str | None:
     return next((part for part, names in PART_NAMES.items() if name.lower() in names), None)
 
 
-def usable_test(labels: Tensor, train: Tensor, test: Tensor) -> Tensor:
-    """The held-out indices `test`, or none where the training images are of one class: accuracies would mean nothing.
+def divide(labels: Tensor, training: int | None, held_out: float) -> tuple[Tensor, Tensor]:
+    """Indices of training and held-out images, of which the first `training` images are trained on; None: see `split`.
 
-    labels (n,) int64 of all images; train and test are indices of images.
+    labels (n,) int64 of all images. Where the training images are of one class, no image is held out: accuracies would
+    mean nothing.
     """
-    return test if len(labels[train].unique()) > 1 else test[:0]
+    if training is None:
+        return split(labels, held_out)
+    train, test = torch.arange(len(labels)).tensor_split([training])
+    return train, test if len(labels[train].unique()) > 1 else test[:0]
 
 
 def split(labels: Tensor, held_out: float) -> tuple[Tensor, Tensor]:

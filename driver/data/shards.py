@@ -11,11 +11,11 @@ from PIL import Image
 from torch import Tensor
 
 from ..config import UserError
-from ..messages.text import listed, printable
+from ..messages.text import amount, listed, printable
 from .archive import LeftOut, Member, key_of, list_members, place_of
 from .decode import DEFAULT, EXTENSIONS, Decoder
 from .images import Source
-from .parts import split, usable_test
+from .parts import divide
 from .shard_files import find_shards, parts_of_shards
 from .shard_labels import SUFFIX, Label, labels_of
 
@@ -37,19 +37,15 @@ class Shards(Source):
         training = len(images)
         images += [image for shard in test for image in _images(shard, left_out)]
         if not training:
-            shown = f"--data.root {root}: no images in {_counted(len(train), 'shard')}"
+            shown = f"--data.root {root}: no images in {amount(len(train), 'shard')}"
             raise UserError("; ".join(filter(None, [shown, str(left_out)])))
         self.members = [(image.shard, image.member.offset, image.member.size, image.member.name) for image in images]
         self.labels, classes = _classes(images)
-        if test:
-            self.train, held = torch.arange(len(images)).split([training, len(images) - training])
-            self.test = usable_test(self.labels, self.train, held)
-        else:
-            self.train, self.test = split(self.labels, held_out)
+        self.train, self.test = divide(self.labels, training if test else None, held_out)
         names = listed(classes, text=lambda label: printable(str(label)))
-        kinds = f" in {_counted(len(classes), 'class', 'classes')} ({names})" if classes else ""
+        kinds = f" in {amount(len(classes), 'class', 'classes')} ({names})" if classes else ""
         texts = [
-            f"{root}: {_counted(len(images), 'image')}{kinds} in {_counted(len(train) + len(test), 'shard')}, "
+            f"{root}: {amount(len(images), 'image')}{kinds} in {amount(len(train) + len(test), 'shard')}, "
             f"{self._division(test_name, held_out)}",
             *_remarks(images),
             self._untrained(classes),
@@ -147,7 +143,3 @@ def _remarks(images: Sequence[_Image]) -> Iterator[str]:
     count = Counter(keys)
     if shared := [image for image, key in zip(images, keys, strict=True) if count[key] > 1]:
         yield f"{len(shared):,} images share their key with another of their shard (first: {shared[0]}); all are used"
-
-
-def _counted(count: int, noun: str, plural: str = "") -> str:
-    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"

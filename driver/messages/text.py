@@ -1,4 +1,4 @@
-"""Parts of messages: names on one line, lists that are cut short, options as they are typed."""
+"""Parts of messages: names on one line, numbers of things, lists that are cut short, options as they are typed."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -18,6 +18,11 @@ def listed(items: Iterable[Any], shown: int = 3, text: Callable[[Any], str] = st
     items = list(items)
     more = f" and {len(items) - shown:,} more" if len(items) > shown else ""
     return ", ".join(map(text, items[:shown])) + more
+
+
+def amount(count: int, noun: str, plural: str = "") -> str:
+    """A number of things, such as `1 class` and `1,200 images`; `plural` is for a noun that takes more than an s."""
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
 
 
 def typed(option: str, *values: object) -> str:

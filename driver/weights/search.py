@@ -86,12 +86,7 @@ def find(state: dict[str, Tensor], backbone: nn.Module, where: str, whose: str |
     First come prefixes with all names of the backbone, then other layouts whose names are converted.
     """
     names = required(backbone)
-    counts = Counter(
-        name[:start]
-        for name in state
-        for start in [0, *(dot.end() for dot in re.finditer(r"\.", name))]
-        if name[start:] in names
-    )
+    counts = Counter(name[:start] for name in state for start in _starts(name) if name[start:] in names)
     whole = [Found(prefix, _under(state, prefix)) for prefix, count in counts.items() if count == len(names)]
     if not whole:
         others = [
@@ -107,13 +102,18 @@ def find(state: dict[str, Tensor], backbone: nn.Module, where: str, whose: str |
     return _choose(whole, where, whose)
 
 
+def _starts(name: str) -> list[int]:
+    """Places in a tensor's name at which the name of a backbone's tensor may begin."""
+    return [0, *(dot.end() for dot in re.finditer(r"\.", name))]
+
+
 def _under(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
 
 
 def _prefixes(state: dict[str, Tensor], names: set[str]) -> list[str]:
     """Prefixes of at least half as many tensors as the backbone has."""
-    sizes = Counter(name[:start] for name in state for start in [0, *(dot.end() for dot in re.finditer(r"\.", name))])
+    sizes = Counter(name[:start] for name in state for start in _starts(name))
     return [prefix for prefix, count in sizes.items() if 2 * count >= len(names)]
 
 

@@ -16,7 +16,7 @@ from driver.config import UserError
 from driver.data import sources
 from driver.data.labelled import Labelled
 from driver.data.listing import counted, printable
-from driver.data.parts import part_of, usable_test
+from driver.data.parts import divide, part_of
 from driver.data.sources import Files
 from driver.distributed import World
 from driver.evaluation.frozen import Backbone
@@ -58,9 +58,8 @@ def test_the_part_that_a_name_stands_for(part, names):
 
 
 def test_held_out_images_are_used_where_training_images_are_of_two_classes():
-    train, test = torch.arange(3), torch.arange(3, 5)
-    assert usable_test(torch.tensor([0, 1, 0, 0, 0]), train, test).tolist() == [3, 4]
-    assert usable_test(torch.tensor([0, 0, 0, 0, 1]), train, test).tolist() == []
+    assert divide(torch.tensor([0, 1, 0, 0, 0]), 3, 0.5)[1].tolist() == [3, 4]
+    assert divide(torch.tensor([0, 0, 0, 0, 1]), 3, 0.5)[1].tolist() == []
 
 
 def test_a_folder_with_its_own_validation_set():
