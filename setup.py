@@ -21,6 +21,7 @@ At run time, BAM_KERNELS_EXTENSION=FILE loads FILE instead of the extension in t
 ImportError. benchmarks/gpu/build.py builds several such files.
 """
 
+import hashlib
 import os
 import platform
 import re
@@ -53,6 +54,7 @@ X86_ISAS = {
     "avx2": (8, "-mavx2 -mfma"),
     "avx512": (16, "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mprefer-vector-width=512"),
 }
+SOURCE_SUFFIXES = (".h", ".cpp", ".cuh", ".cu")
 NO_NVCC = "no nvcc in CUDA_HOME, PATH or /usr/local/cuda"
 WITHOUT_EXTENSION = "To install without the extension: BAM_KERNELS_BUILD=none pip install -e ."
 
@@ -124,6 +126,22 @@ def cuda_architectures(nvcc: Path) -> list[str]:
     return [name for name, arch in default.items() if arch in listed]
 
 
+def nvcc_version(nvcc: Path) -> str:
+    """Version of nvcc, e.g. 13.0; "unknown" if it does not print one."""
+    printed = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release (\d+\.\d+)", printed)
+    return found[1] if found else "unknown"
+
+
+def sources_hash(constants: str) -> str:
+    """Hash of the texts in csrc/ and of `constants`, flags that change the code. Equal on every machine."""
+    digest = hashlib.sha256(constants.encode())
+    for file in sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in SOURCE_SUFFIXES):
+        text = file.read_bytes()
+        digest.update(f"{file.relative_to(ROOT).as_posix()} {len(text)}\n".encode() + text)
+    return digest.hexdigest()[:16]
+
+
 def gencode(architecture: str) -> list[str]:
     number = architecture.removesuffix("+PTX").replace(".", "")
     flags = [f"-gencode=arch=compute_{number},code=sm_{number}"]
@@ -184,12 +202,16 @@ class NinjaBuild(build_ext):
                 if isa == "avx512":
                     more += " -Wno-maybe-uninitialized -Wno-uninitialized"  # false alarms in gcc 12's headers
                 objects += [self.cpu_object(w, source / "cpu" / f"{k}.cpp", f"{k}.{isa}", more) for k in CPU_KERNELS]
-            bindings, link = self.binding_flags(), self.openmp_flags()
+            bindings, link, constants, compiler = self.binding_flags(), self.openmp_flags(), "", ""
             if nvcc:
-                cuda_objects, bind_cuda, link_cuda = self.cuda_objects(w, source, nvcc)
+                constants = (" -DBAM_BOUNDED_WAITS" if bounded_waits() else "") + defines()
+                compiler = f"nvcc {nvcc_version(nvcc)}"
+                cuda_objects, bind_cuda, link_cuda = self.cuda_objects(w, source, nvcc, constants)
                 objects += cuda_objects
                 bindings += bind_cuda
                 link += link_cuda
+            built_from = f"-DBAM_BUILT_FROM='\"{sources_hash(constants)} {compiler}\"'"
+            objects.append(self.cpu_object(w, source / "built_from.cpp", "built_from", built_from))
             for name in ("bindings", "bindings_cuda"):
                 objects.append(self.cpu_object(w, source / f"{name}.cpp", name, bindings))
             shared = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
@@ -220,18 +242,17 @@ class NinjaBuild(build_ext):
         return f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}"
 
     @staticmethod
-    def cuda_objects(w, source: Path, nvcc: Path) -> tuple[list[str], str, str]:
+    def cuda_objects(w, source: Path, nvcc: Path, constants: str) -> tuple[list[str], str, str]:
         architectures = cuda_architectures(nvcc)
         generated = " ".join(flag for a in architectures for flag in gencode(a))
         w.variable("nvcc", str(nvcc))
-        more = (" -DBAM_BOUNDED_WAITS" if bounded_waits() else "") + defines()
-        w.variable("nvflags", f"-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-Wall {generated}{more}")
+        w.variable("nvflags", f"-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-Wall {generated}{constants}")
         w.rule("cuda", "$nvcc -MD -MF $out.d $nvflags -c $in -o $out", depfile="$out.d", deps="gcc")
         objects = []
         for name in CUDA_FILES:
             w.build(f"{name}.cuda.o", "cuda", str(source / "cuda" / f"{name}.cu"))
             objects.append(f"{name}.cuda.o")
-        define = f" -DBAM_WITH_CUDA -DBAM_CUDA_ARCHITECTURES='\"{' '.join(architectures)}\"'{more}"
+        define = f" -DBAM_WITH_CUDA -DBAM_CUDA_ARCHITECTURES='\"{' '.join(architectures)}\"'{constants}"
         home = nvcc_home(nvcc)
         libraries = next((d for d in (home / "lib64", home / "lib") if (d / "libcudart_static.a").exists()), home)
         return objects, define, f" -L{libraries} -lcudart_static -ldl -lrt -lpthread"

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .header import HEADER_BYTES, Header
+from .header import HEADER_BYTES, Header, ways_header
 
 CHECK_EVERY_CALL = "BAM_KERNELS_CHECK_RANKS"
 
@@ -30,6 +30,7 @@ class GroupRanks:
         self._left = dist.get_global_rank(group, (self.rank - 1) % self.W)
         self._right = dist.get_global_rank(group, (self.rank + 1) % self.W)
         self._agreed_kinds: set[bytes] = set()
+        self._common_ways: tuple[str, ...] | None = None
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -47,15 +48,26 @@ class GroupRanks:
         every_call = device.type == "cpu" or os.environ.get(CHECK_EVERY_CALL) == "1"
         if kind in self._agreed_kinds and not every_call:
             return
+        header.check(self._gather_headers(header, encoded, device))
+        if not every_call:
+            self._agreed_kinds.add(kind)
+
+    def common_ways(self, operation: str, ways: tuple[str, ...], device: torch.device) -> tuple[str, ...]:
+        """Ways that all ranks have verified, from a header that every rank sends at its first call."""
+        if self._common_ways is None:
+            header = ways_header(operation, ways)
+            self._common_ways = header.common_ways(self._gather_headers(header, header.encoded(), device))
+        return self._common_ways
+
+    def _gather_headers(self, header: Header, encoded: bytes, device: torch.device) -> list[bytes]:
+        """All-gather of one header of each rank."""
         own = torch.frombuffer(bytearray(encoded), dtype=torch.uint8).to(device)
         whole = own.new_empty(self.W * HEADER_BYTES)
         with self._explain_failure(f"{header.operation}: comparing the problem"):
             # Before torch 2.14, all_gather_single is called all_gather_into_tensor.
             all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
             all_gather(whole, own, group=self.group)
-        header.check([bytes(row) for row in whole.view(self.W, HEADER_BYTES).tolist()])
-        if not every_call:
-            self._agreed_kinds.add(kind)
+        return [bytes(row) for row in whole.view(self.W, HEADER_BYTES).tolist()]
 
     def gather(self, own: Tensor, as_sent: Callable[[Tensor], Tensor]) -> Iterator[tuple[int, Tensor]]:
         """Ring all-gather: step t sends the block of rank - t to the right while the caller uses the block."""

@@ -14,7 +14,7 @@ from .engine.cost import (
     H200,
     Problem,
     Rates,
-    choose_engine,
+    choose_way,
     flash_seconds,
     flash_supports,
     slab_seconds,
@@ -26,6 +26,7 @@ from .header import HEADER_BYTES
 from .layout import Layout
 from .options import Options
 from .precision import LEAST_EPSILON_OF_ONE_SUM
+from .ways import WAYS, of_backend
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def plan(
     x = Problem(layout, shared, iterations, needs_grad, needs_grad and not teacher_views, sixteen_bit, regather)
     budget, cpu = sys.maxsize if memory_budget is None else memory_budget, torch.device("cpu")
     if engine == "auto":
-        engine = choose_engine(x, top_k, budget, cpu, rates)
+        engine = WAYS[choose_way(x, of_backend("triton", "auto"), top_k, budget, cpu, rates)].engine
     messages = _messages(x, epsilon)
     if engine == "flash":
         if not flash_supports(layout, top_k, regather):

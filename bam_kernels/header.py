@@ -8,13 +8,21 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any
 
+from .ways import joined, split
+
 HEADER_BYTES = 1024
 FAULT_CHARACTERS = 300
 SCHEDULED = ("epsilon", "temperature")
+WAYS_FIELD = "verified"
 
 
 class NonFinite(ValueError):
     """Input with infinite or NaN values."""
+
+
+def ways_header(operation: str, ways: tuple[str, ...]) -> "Header":
+    """Header of a rank that chooses its backend among verified ways, sent before the header of a call."""
+    return Header(operation, {"backend": "auto", WAYS_FIELD: joined(ways)})
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,17 @@ class Header:
         """The header without the scheduled options: it changes only when number, order or size of messages may."""
         fixed = {key: value for key, value in self.values.items() if key not in SCHEDULED}
         return replace(self, values=fixed).encoded()
+
+    def common_ways(self, encoded: list[bytes]) -> tuple[str, ...]:
+        """Ways that are verified on all ranks, from `encoded`, the headers of all ranks, whose values are alike.
+
+        Raises: ValueError as `check`, also if a rank has named its backend and sent the header of a call.
+        """
+        headers = [json.loads(other) for other in encoded]
+        ways = [header.pop(WAYS_FIELD, "") for header in headers]
+        own = {key: value for key, value in self.values.items() if key != WAYS_FIELD}
+        replace(self, values=own).check([json.dumps(header).encode() for header in headers])
+        return tuple(way for way in split(ways[0]) if all(way in split(of_rank) for of_rank in ways))
 
     def check(self, encoded: list[bytes]) -> None:
         """Raise the first error or difference in `encoded`, the headers of all ranks in rank order.

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from . import reference
 from .agreement import share_errors_with_ranks
-from .backends import choose, row_kernels
+from .backends import choose, decide_early, row_kernels
 from .engine import flash, slab
 from .engine.call import Call
-from .engine.cost import Problem, choose_engine, rates
+from .engine.cost import Problem, choose_way, rates
 from .header import NonFinite
 from .layout import Layout
 from .operators import as_tensor, define, make_differentiable, refuse_second_derivative, wants_gradient
@@ -25,6 +25,7 @@ from .options import Options, check_bool, check_positive, options_of, python_num
 from .precision import float32_products, is_sixteen_bit, product_precision
 from .ranks import Ranks, ranks_named, ranks_of
 from .stats import BAMStats
+from .ways import WAYS, Way, split
 
 
 def bam_loss(
@@ -127,13 +128,18 @@ def _loss(
         return_stats = python_number("bam_loss", "return_stats", return_stats)
         check_bool("bam_loss", "return_stats", return_stats)
         layout = options.layout("bam_loss", student, teacher)
-        backend = choose("bam_loss", options, student.device, student.dtype, options.engine)
-    if backend == "reference":
+        ways = _ways("bam_loss", options, student)
+    if ways == "reference":
         return reference.loss(student, teacher, layout, options, return_stats)
-    problem = _problem("bam_loss", layout, options, backend)
+    problem = _problem("bam_loss", layout, options, ways)
     teacher = teacher.detach() if teacher is not None else None
     loss, stats, _ = _loss_operator(student, teacher, *problem, wants_gradient(student))
     return (loss, BAMStats(*stats.unbind())) if return_stats else loss
+
+
+def _ways(name: str, options: Options, student: Tensor) -> str:
+    """How to compute: "reference" or joined ways, as `choose` returns them."""
+    return choose(name, options, student.device, student.dtype, options.engine, ranks_of(name, options.group))
 
 
 def bam_targets(student: Tensor, teacher: Tensor | None = None, **options: Any) -> Tensor:
@@ -147,37 +153,37 @@ def bam_targets(student: Tensor, teacher: Tensor | None = None, **options: Any) 
     with share_errors_with_ranks("bam_targets", options.get("group"), student):
         resolved = options_of("bam_targets", options)
         layout = resolved.layout("bam_targets", student, teacher)
-        backend = choose("bam_targets", resolved, student.device, student.dtype, resolved.engine)
-    if backend == "reference":
+        ways = _ways("bam_targets", resolved, student)
+    if ways == "reference":
         return reference.targets(student, teacher, layout, resolved)
     teacher = teacher.detach() if teacher is not None else None
-    return _targets_operator(student.detach(), teacher, *_problem("bam_targets", layout, resolved, backend))
+    return _targets_operator(student.detach(), teacher, *_problem("bam_targets", layout, resolved, ways))
 
 
-# An operator takes the tensors, the dimensions V, L, T, R, W and this rank, temperature and epsilon, the name of the
-# ranks, and these fields of Options, with the chosen backend.
+# An operator takes the tensors, the dimensions V, L, T, R, W and this rank, temperature and epsilon, the names of the
+# ranks and of the ways that it may choose from, and these fields of Options.
 _FIELDS = {
     "iterations": "int",
     "top_k": "int",
     "mask_positives": "bool",
     "target_rows": "str",
-    "backend": "str",
-    "engine": "str",
     "precision": "str",
     "memory_budget": "int?",
     "regather": "bool",
     "non_finite": "str",
 }
-_PROBLEM = "SymInt[] dimensions, Tensor scales, str group, " + ", ".join(f"{t} {name}" for name, t in _FIELDS.items())
+_PROBLEM = "SymInt[] dimensions, Tensor scales, str group, str ways, "
+_PROBLEM += ", ".join(f"{t} {name}" for name, t in _FIELDS.items())
 
 
-def _problem(name: str, layout: Layout, options: Options, backend: str) -> tuple[Any, ...]:
+def _problem(name: str, layout: Layout, options: Options, ways: str) -> tuple[Any, ...]:
     """Arguments of the loss and target operators after the tensors, in the order of `_PROBLEM`."""
     return (
         [layout.V, layout.L, layout.T, layout.R, layout.W, layout.rank],
         as_tensor(options.temperature, options.epsilon),
         ranks_of(name, options.group)[2],
-        *[backend if field == "backend" else getattr(options, field) for field in _FIELDS],
+        ways,
+        *[getattr(options, field) for field in _FIELDS],
     )
 
 
@@ -186,34 +192,34 @@ def _call(
     name: str, student: Tensor, teacher: Tensor | None, problem: tuple[Any, ...], ranks: Ranks, *, needs_grad: bool
 ) -> Iterator[tuple[Any, Call]]:
     """Make the engine and its call from an operator's arguments; in the block, product precision is set."""
-    (V, L, T, R, _, _), scales, _, *fields_given = problem
+    (V, L, T, R, _, _), scales, _, joined_ways, *fields_given = problem
     temperature, epsilon = scales.tolist()
     named = dict(zip(_FIELDS, fields_given, strict=True))
     for field, value in (("temperature", temperature), ("epsilon", epsilon)):
         check_positive(name, field, value)  # a compiled function does not check values of tensors
     options = Options(temperature=temperature, epsilon=epsilon, **named)
-    backend, D = options.backend, student.shape[-1]
+    ways, D = split(joined_ways), student.shape[-1]
     layout = Layout(B=student.numel() // (V * D), V=V, L=L, T=T, D=D, R=R, W=ranks.W, rank=ranks.rank)
     options.check_keys(name, layout)  # again: W may have changed since a function was compiled
-    sixteen_bit = is_sixteen_bit(backend, options, student.dtype, student.device)
+    sixteen_bit = is_sixteen_bit(WAYS[ways[0]].backend, options, student.dtype, student.device)
     with product_precision(student.device, options.precision):
-        module, options = _engine(backend, options, layout, student, sixteen_bit, needs_grad=needs_grad)
-        kernels = row_kernels(backend)
-        yield module, Call(name, student, teacher, layout, options, ranks, kernels, needs_grad, sixteen_bit)
+        way = _fastest(ways, options, layout, student, sixteen_bit, needs_grad=needs_grad)
+        options = replace(options, backend=way.backend, engine=way.engine)
+        call = Call(name, student, teacher, layout, options, ranks, row_kernels(way.backend), needs_grad, sixteen_bit)
+        yield flash if way.engine == "flash" else slab, call
 
 
-def _engine(
-    backend: str, options: Options, layout: Layout, student: Tensor, sixteen_bit: bool, *, needs_grad: bool
-) -> tuple[Any, Options]:
-    """Choose the engine: its module, and the options with its name. Reads the product precision of the moment."""
-    name = options.engine
-    if name == "auto" and backend == "triton":
-        shared = not layout.R or options.target_rows == "student"
-        scatters = needs_grad and not layout.R
-        problem = Problem(layout, shared, options.iterations, needs_grad, scatters, sixteen_bit, options.regather)
-        at = rates() if sixteen_bit else rates().float32(float32_products(student.device))
-        name = choose_engine(problem, options.top_k, options.memory_budget, student.device, at)
-    return (flash if name == "flash" else slab), replace(options, engine="flash" if name == "flash" else "slab")
+def _fastest(
+    ways: tuple[str, ...], options: Options, layout: Layout, student: Tensor, sixteen_bit: bool, *, needs_grad: bool
+) -> Way:
+    """Choose one of the ways for a problem. Reads the product precision of the moment."""
+    if len(ways) == 1:
+        return WAYS[ways[0]]
+    shared = not layout.R or options.target_rows == "student"
+    scatters = needs_grad and not layout.R
+    problem = Problem(layout, shared, options.iterations, needs_grad, scatters, sixteen_bit, options.regather)
+    at = rates() if sixteen_bit else rates().float32(float32_products(student.device))
+    return WAYS[choose_way(problem, ways, options.top_k, options.memory_budget, student.device, at)]
 
 
 def _loss_impl(student: Tensor, teacher: Tensor | None, *problem_and_needs_grad: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -336,18 +342,35 @@ class BAMLoss(nn.Module):
         check_bool("BAMLoss", "return_stats", self.return_stats)
         if not callable(epsilon):
             Options(epsilon=epsilon).checked("BAMLoss")
+        if self.options.backend == "auto" and torch.cuda.is_initialized():
+            decide_early()
 
     def forward(
         self, student: Tensor, teacher: Tensor | None = None, step: int | None = None
     ) -> Tensor | tuple[Tensor, BAMStats]:
         """Loss of student and teacher embeddings, as `bam_loss`; with return_stats, (loss, BAMStats)."""
+        return _loss(student, teacher, self._options_at(step), self.return_stats)
+
+    def way(self, student: Tensor, teacher: Tensor | None = None, step: int | None = None) -> str:
+        """What `forward` computes these embeddings with: "reference", or the backend and its engine, "cuda slab"."""
+        options = self._options_at(step).checked("BAMLoss")
+        layout = options.layout("BAMLoss", student, teacher)
+        ways = _ways("BAMLoss", options, student)
+        if ways == "reference":
+            return ways
+        problem, ranks = _problem("BAMLoss", layout, options, ways), ranks_named(ranks_of("BAMLoss", options.group)[2])
+        with _call("BAMLoss", student, teacher, problem, ranks, needs_grad=wants_gradient(student)) as (_, call):
+            return f"{call.options.backend} {call.options.engine}"
+
+    def _options_at(self, step: int | None) -> Options:
+        """Options at a step. Raises: ValueError if epsilon is a schedule and there is no step."""
         epsilon = self.epsilon
         if callable(epsilon):
             if step is None:
                 raise ValueError("BAMLoss: epsilon is a schedule, so forward needs step, got None")
             epsilon = epsilon(step)
         named = {f.name: getattr(self.options, f.name) for f in fields(self.options) if f.name != "epsilon"}
-        return _loss(student, teacher, Options(epsilon=epsilon, **named), self.return_stats)
+        return Options(epsilon=epsilon, **named)
 
     def extra_repr(self) -> str:
         shown = {f.name: getattr(self.options, f.name) for f in fields(self.options)}

@@ -107,6 +107,7 @@ class Options:
     ) -> dict[str, Any]:
         """Values that must be equal on all ranks: number, order and size of messages follow from them."""
         return {
+            "backend": backend,
             **{letter: getattr(layout, letter) for letter in "BVRLTD"},
             "student's type": str(student.dtype),
             "teacher's type": str(teacher.dtype) if teacher is not None else None,
@@ -120,7 +121,6 @@ class Options:
             "precision": self.precision,
             "regather": self.regather,
             "non_finite": self.non_finite,
-            "backend": backend,
             "engine": self.engine,
             "needs_grad": needs_grad,
         }
@@ -231,12 +231,12 @@ class AttentionOptions:
     def header(self, layout: Layout, q: Tensor, k: Tensor | None, backend: str) -> dict[str, Any]:
         """Values that must be equal on all ranks. Without a mask, ranks may have different numbers of rows."""
         return {
+            "backend": backend,
             **{letter: getattr(layout, letter) for letter in "BVTD"},
             "q's type": str(q.dtype),
             "k's type": str(k.dtype) if k is not None else None,
             **{field: getattr(self, field) for field in ("epsilon", "iterations", "mask", "normalize", "precision")},
             "one sum": _one_sum(self.epsilon),
-            "backend": backend,
         }
 
     def _block_layout(self, name: str, q: Tensor, k: Tensor | None, W: int, rank: int) -> Layout:

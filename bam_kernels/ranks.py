@@ -32,6 +32,9 @@ class Ranks(Protocol):
     def agree(self, header: Header, device: torch.device) -> None:
         """Compare headers of all ranks. Raises: ValueError if one reports an error or headers differ, saying what."""
 
+    def common_ways(self, operation: str, ways: tuple[str, ...], device: torch.device) -> tuple[str, ...]:
+        """Ways among `ways` that all ranks have verified; the ranks communicate at the first call alone."""
+
     def gather(self, own: Tensor, as_sent: Callable[[Tensor], Tensor]) -> Iterator[tuple[int, Tensor]]:
         """Gather the keys `own` (n, D) of every rank: yields (first row, rows) block by block, in order of arrival.
 
@@ -63,6 +66,9 @@ class OneRank:
 
     def agree(self, header: Header, device: torch.device) -> None:
         pass
+
+    def common_ways(self, operation: str, ways: tuple[str, ...], device: torch.device) -> tuple[str, ...]:
+        return ways
 
     def gather(self, own: Tensor, as_sent: Callable[[Tensor], Tensor]) -> Iterator[tuple[int, Tensor]]:
         yield 0, own

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .header import Header
+from .header import Header, ways_header
 
 Result = TypeVar("Result")
 _numbers = itertools.count()
@@ -41,6 +41,9 @@ class SimulatedRanks:
             raise ValueError(
                 f"SimulatedRanks: keys is {tuple(self.keys.shape)}, must be W times {(T * B, D)}, W={self.W}"
             )
+
+    def common_ways(self, operation: str, ways: tuple[str, ...], device: torch.device) -> tuple[str, ...]:
+        return ways
 
     def gather(self, own: Tensor, as_sent: Callable[[Tensor], Tensor]) -> Iterator[tuple[int, Tensor]]:
         n, others = len(own), [(self.rank - step) % self.W for step in range(1, self.W)]
@@ -81,6 +84,10 @@ class ThreadRanks:
 
     def agree(self, header: Header, device: torch.device) -> None:
         header.check(self._meeting.exchange(self.rank, header.encoded()))
+
+    def common_ways(self, operation: str, ways: tuple[str, ...], device: torch.device) -> tuple[str, ...]:
+        header = ways_header(operation, ways)
+        return header.common_ways(self._meeting.exchange(self.rank, header.encoded()))
 
     def gather(self, own: Tensor, as_sent: Callable[[Tensor], Tensor]) -> Iterator[tuple[int, Tensor]]:
         blocks, n = self._meeting.exchange(self.rank, own.clone()), len(own)

@@ -12,11 +12,13 @@ from . import reference
 from .agreement import share_errors_with_ranks
 from .backends import choose, row_kernels
 from .engine import attention
+from .engine.cost import fastest_rows
 from .layout import Layout
 from .operators import as_tensor, define, make_differentiable, refuse_second_derivative
 from .options import AttentionOptions, check_positive
 from .precision import product_precision
 from .ranks import ranks_named, ranks_of
+from .ways import split
 
 
 def sinkhorn_attention(
@@ -77,8 +79,9 @@ def sinkhorn_attention(
     with share_errors_with_ranks("sinkhorn_attention", group, q):
         options = options.with_python_numbers("sinkhorn_attention")
         layout = options.layout("sinkhorn_attention", q, k)
-        backend_chosen = choose("sinkhorn_attention", options, q.device, q.dtype)
-    if backend_chosen == "reference":
+        ranks = ranks_of("sinkhorn_attention", group)
+        ways = choose("sinkhorn_attention", options, q.device, q.dtype, "slab", ranks)
+    if ways == "reference":
         return reference.attention(q, k, layout, options)
     if not options.differentiable:
         q, k = q.detach(), k.detach() if k is not None else None
@@ -92,8 +95,8 @@ def sinkhorn_attention(
         options.normalize,
         output == "plan",
         precision,
-        backend_chosen,
-        ranks_of("sinkhorn_attention", group)[2],
+        fastest_rows(split(ways)).backend,
+        ranks[2],
     )
     return plan if output == "plan" else (f, g)
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from . import tuned
-from .backends import triton
-from .backends.interface import HALF_UNIT, LOG2_E, Potential
+from .backends import cuda, triton
+from .backends.interface import HALF_UNIT, LOG2_E, Potential, RowKernels
 from .backends.triton import tiles
 from .layout import Layout
 from .precision import multiply
@@ -174,18 +174,38 @@ def best(job: Job, timer: Timer) -> tuple[tuple[int, ...], float, float]:
 
 
 def measured_rates(device: torch.device, timer: Timer, size: int = 8192) -> dict[str, float]:
-    """Measure rates per second: flops of fp16 products and of a flash kernel, bytes of a copy, exponentials."""
+    """Measure rates per second.
+
+    Flops of fp16 products and of a flash kernel, bytes of a copy, and exponentials of row kernels on int16 scores, of
+    each backend that can run.
+    """
     a = torch.randn(size, size, dtype=torch.float32, device=device).half()
     product = torch.empty(size, size, dtype=torch.float32, device=device)
     copy = torch.empty_like(product)
     flash = next(job for job in jobs(size // 4, size, 256, device) if job.key[0] == "flash")
-    scores = next(job for job in jobs(size // 8, size, 1024, device) if job.key[0] == "column")
-    return {
+    rates = {
         "product_flops": 2 * size**3 / timer(lambda: multiply(a, a, product)) * 1e3,
         "flash_flops": 2 * (size // 4) * size * 256 / timer(flash.run) * 1e3,
         "memory_bytes": 2 * copy.nbytes / timer(lambda: product.copy_(copy)) * 1e3,
-        "exponentials": (size // 8) * size / timer(scores.run) * 1e3,
+        "exponentials": _exponentials(triton.kernels(), size // 4, size, device, timer),
     }
+    if cuda.unavailable(device) is None:
+        rates["cuda_exponentials"] = _exponentials(cuda.kernels(), size // 4, size, device, timer)
+    return rates
+
+
+def _exponentials(kernels: RowKernels, m: int, n: int, device: torch.device, timer: Timer) -> float:
+    """Exponentials per second in the passes of three Sinkhorn iterations, whose last rows the match computes."""
+    s = torch.randint(-32000, 32000, (m, n), device=device, dtype=torch.int16)
+    scale, row, col = LOG2_E / 0.1 / 32000, Potential.one(m, device), Potential.one(n, device)
+    shift, sums = torch.empty(2, n, dtype=torch.float32, device=device)
+
+    def passes() -> None:
+        kernels.column_lse(s, scale, row, shift, sums, False)
+        for _ in range(2):
+            kernels.sinkhorn_pass(s, scale, row, col, sums, False)
+
+    return 3 * m * n / timer(passes) * 1e3
 
 
 def tune(shapes: list[tuple[int, int, int]], device: torch.device, timer: Timer, size: int = 8192) -> Tuning:

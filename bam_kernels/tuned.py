@@ -15,8 +15,11 @@ from pathlib import Path
 
 import torch
 
+from .user_files import cache_folder, write
+
 FILE = "BAM_KERNELS_TUNED"
 RATES = ("product_flops", "flash_flops", "memory_bytes", "exponentials")
+CUDA_RATES = ("cuda_exponentials",)  # measured where the CUDA kernels can run
 
 Key = tuple[str | int, ...]
 
@@ -35,8 +38,7 @@ def path() -> Path | None:
         return Path(os.environ[FILE])
     if not torch.cuda.is_available():
         return None
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "bam_kernels" / f"{re.sub(r'[^A-Za-z0-9]+', '-', torch.cuda.get_device_name(0))}.json"
+    return cache_folder() / f"{re.sub(r'[^A-Za-z0-9]+', '-', torch.cuda.get_device_name(0))}.json"
 
 
 @lru_cache
@@ -47,7 +49,8 @@ def tuning() -> Tuning:
         return Tuning()
     try:
         plain = json.loads(file.read_text())
-        rates = {name: float(plain["rates"][name]) for name in RATES}
+        known = [*RATES, *(name for name in CUDA_RATES if name in plain["rates"])]
+        rates = {name: float(plain["rates"][name]) for name in known}
         if not all(rate > 0 for rate in rates.values()):
             raise ValueError("rates must be positive")
         tiles = {_key(text): tuple(int(n) for n in numbers) for text, numbers in plain["tiles"].items()}
@@ -57,12 +60,9 @@ def tuning() -> Tuning:
 
 
 def save(contents: Tuning, file: Path) -> None:
-    """Write the tuning file under a temporary name and rename it, so that readers never see half a file."""
+    """Write the tuning file, which readers never see half-written. Raises: OSError."""
     tiles = {" ".join(map(str, key)): list(numbers) for key, numbers in contents.tiles.items()}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".writing")
-    temporary.write_text(json.dumps({"rates": contents.rates, "tiles": tiles}, indent=1) + "\n")
-    os.replace(temporary, file)
+    write(file, json.dumps({"rates": contents.rates, "tiles": tiles}, indent=1) + "\n")
     tuning.cache_clear()
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 # which several processes share, to others.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("BAM_KERNELS_VERIFY", "off")  # no test tries kernels unless it is about that
 
 import pytest
 import torch

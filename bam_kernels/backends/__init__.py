@@ -7,6 +7,8 @@ from typing import Protocol
 import torch
 
 from ..constant import constant_in_graphs
+from ..ranks import ONE_RANK
+from ..ways import WAYS, joined, of_backend, split
 from . import cpu, cuda, triton
 from .interface import RowKernels
 
@@ -20,7 +22,7 @@ class Execution(Protocol):
     def precision(self) -> str: ...
 
 
-_NOT_BY_AUTO = 'backend="auto" does not choose the GPU kernels; pass backend="triton" or backend="cuda"'
+GPU = "cuda"  # type of the devices that have GPU kernels, of NVIDIA and of AMD
 
 
 def row_kernels(backend: str) -> RowKernels:
@@ -35,24 +37,39 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=4)
 
 
-def choose(name: str, options: Execution, device: torch.device, dtype: torch.dtype, engine: str = "auto") -> str:
-    """Choose the backend for tensors of a device and dtype; returns its name.
+def choose(
+    name: str,
+    options: Execution,
+    device: torch.device,
+    dtype: torch.dtype,
+    engine: str = "auto",
+    ranks: tuple[int, int, str] = (1, 0, ONE_RANK.name),
+) -> str:
+    """Choose how to compute with tensors of a device and dtype: "reference", or the names of ways, joined.
 
-    "auto" gives "cpu" for CPU and meta tensors other than float64 if the C++ kernels can run, else "reference".
+    "auto" gives "cpu" for CPU and meta tensors other than float64 if the C++ kernels can run; for GPU tensors the
+    verified ways; else "reference". Several ways differ in speed alone: the operator chooses, which knows the problem.
+    ranks: as `ranks_of` returns them; "auto" takes what is verified on all ranks.
 
     Raises: TypeError for float64 with a backend other than reference; ValueError for a backend that cannot run here or
     lacks the precision or engine asked for.
     """
-    backend = _choose(name, options.backend, device, dtype)
+    chosen = _choose(name, options.backend, device, dtype, engine, ranks)
     if options.precision == "fp8":
-        raise ValueError(f'{name}: backend="{backend}" does not support precision="fp8"')
-    if engine == "flash" and backend != "triton":
-        raise ValueError(f'{name}: backend="{backend}" does not support engine="flash"')
-    return backend
+        raise ValueError(f'{name}: backend="{_backend_of(chosen)}" does not support precision="fp8"')
+    if engine == "flash" and chosen != "flash":
+        raise ValueError(f'{name}: backend="{_backend_of(chosen)}" does not support engine="flash"')
+    return chosen
+
+
+def _backend_of(chosen: str) -> str:
+    return WAYS[split(chosen)[0]].backend if chosen != "reference" else chosen
 
 
 @constant_in_graphs
-def _choose(name: str, backend: str, device: torch.device, dtype: torch.dtype) -> str:
+def _choose(
+    name: str, backend: str, device: torch.device, dtype: torch.dtype, engine: str, ranks: tuple[int, int, str]
+) -> str:
     if backend == "reference":
         return backend
     if dtype == torch.float64:
@@ -60,22 +77,38 @@ def _choose(name: str, backend: str, device: torch.device, dtype: torch.dtype) -
             return "reference"
         raise TypeError(f'{name}: float64 is computed by backend="reference" only, got backend="{backend}"')
     if backend == "auto":
-        reason = _reason_for_reference(device)
-        if reason is None:
-            return "cpu"
+        ways, reason = _automatic(name, device, engine, ranks)
+        if ways:
+            return joined(ways)
         _warn_once(f"bam_kernels: computing with the slow PyTorch reference: {reason}")
         return "reference"
     reason = _reason_against(backend, device)
     if reason:
         raise ValueError(f'{name}: backend="{backend}" cannot run here: {reason}')
-    return backend
+    return joined(of_backend(backend, engine))
 
 
-def _reason_for_reference(device: torch.device) -> str | None:
-    """Reason why "auto" uses the reference for tensors on `device`; None if it uses kernels."""
+def _automatic(
+    name: str, device: torch.device, engine: str, ranks: tuple[int, int, str]
+) -> tuple[tuple[str, ...], str | None]:
+    """Ways that "auto" may use for tensors on `device`; and if there are none, the reason."""
+    if device.type == GPU:
+        from ..verification import trust
+
+        trusted = trust.ways(name, device, ranks)
+        chosen = tuple(way for way in trusted if engine in ("auto", WAYS[way].engine))
+        return chosen, trust.reason(device)
     if device.type in ("cpu", "meta"):
-        return cpu.unavailable()
-    return _NOT_BY_AUTO if device.type == "cuda" else f"there are no kernels for {device.type} tensors"
+        reason = cpu.unavailable()
+        return (() if reason else ("cpu",)), reason
+    return (), f"there are no kernels for {device.type} tensors"
+
+
+def decide_early() -> None:
+    """Decide what "auto" uses on the current GPU of this process, which has a CUDA context already."""
+    from ..verification import trust
+
+    trust.of_device(torch.device(GPU, torch.cuda.current_device()))
 
 
 def _reason_against(backend: str, device: torch.device) -> str | None:

@@ -1,4 +1,4 @@
-"""Forecast seconds of one step by engine, and choose the engine. layout.py defines the dimension letters."""
+"""Forecast seconds of one step by engine, and choose the way to compute it. layout.py defines the dimension letters."""
 
 import sys
 from dataclasses import dataclass, replace
@@ -6,8 +6,10 @@ from functools import lru_cache
 
 import torch
 
+from ..constant import constant_in_graphs
 from ..layout import Layout
 from ..tuned import tuning
+from ..ways import WAYS, Way
 from .plan import FLASH_FEATURES, SlabPlan, plan_slabs
 
 FLOAT_BYTES, HALF_BYTES = 4, 2
@@ -25,9 +27,10 @@ class Rates:
     product_flops   flop of matrix products of the library, 16-bit if the machine has them
     flash_flops     flop of products inside the flash kernels, 16-bit if the machine has them
     memory_bytes    bytes read from and written to memory
-    exponentials    exponentials of scores
+    exponentials    exponentials of scores, by Triton's kernels
     link_bytes      bytes sent to another rank
     latency_s       seconds of an empty message
+    cuda_exponentials   exponentials of scores, by the CUDA row kernels; None: as many as Triton's
     """
 
     product_flops: float
@@ -36,11 +39,16 @@ class Rates:
     exponentials: float
     link_bytes: float
     latency_s: float
+    cuda_exponentials: float | None = None
 
     def float32(self, flag: str) -> "Rates":
         """Rates with float32 products; flag: torch's matmul precision, highest, high or medium."""
         share = FLOAT32_SHARE[flag]
         return replace(self, product_flops=self.product_flops * share, flash_flops=self.flash_flops * share)
+
+    def of_rows(self, way: str) -> float:
+        """Exponentials per second of the row kernels of a way."""
+        return self.cuda_exponentials or self.exponentials if way == "cuda" else self.exponentials
 
 
 H200 = Rates(
@@ -88,8 +96,8 @@ class Problem:
         return self.layout.L * self.layout.B
 
 
-def slab_seconds(x: Problem, slabs: SlabPlan, rates: Rates) -> dict[str, float]:
-    """Seconds of the slab engine's step by purpose, each as if nothing overlapped."""
+def slab_seconds(x: Problem, slabs: SlabPlan, rates: Rates, way: str = "triton") -> dict[str, float]:
+    """Seconds of the slab engine's step by purpose, each as if nothing overlapped. way: whose row kernels run."""
     layout = x.layout
     product = 2 * layout.N * layout.D / rates.product_flops  # seconds of the product of one row with all keys
     sweeps = 1 if slabs.cached else x.iterations + (0 if x.shared else 1)
@@ -104,7 +112,7 @@ def slab_seconds(x: Problem, slabs: SlabPlan, rates: Rates) -> dict[str, float]:
     return {
         "target products": sweeps * x.rows * product,
         "source products": source_rows * product,
-        "passes": max((reads + writes) * score_bytes / rates.memory_bytes, exponentials / rates.exponentials),
+        "passes": max((reads + writes) * score_bytes / rates.memory_bytes, exponentials / rates.of_rows(way)),
         "gradient products": contracted * product,
     } | _message_seconds(x, rates)
 
@@ -147,29 +155,45 @@ def flash_supports(layout: Layout, top_k: int, regather: bool) -> bool:
     return layout.D <= FLASH_FEATURES and not top_k and not (regather and layout.W > 1)
 
 
-def choose_engine(x: Problem, top_k: int, budget: int | None, device: torch.device, rates: Rates) -> str:
-    """Choose the engine that is forecast to take less time: "slab" or "flash". All ranks choose the same engine.
+def choose_way(
+    x: Problem, ways: tuple[str, ...], top_k: int, budget: int | None, device: torch.device, rates: Rates
+) -> str:
+    """Choose the way that is forecast to take the least time. All ranks with equal rates choose the same way.
 
     budget: bytes for scores. None: on one rank a share of the free memory; on several ranks as much as is needed,
     because ranks may differ in free memory.
     """
     layout = x.layout
-    if not flash_supports(layout, top_k, x.regather):
-        return "slab"
+    slab_ways = tuple(way for way in ways if WAYS[way].engine == "slab")
+    if not slab_ways or "flash" not in ways or not flash_supports(layout, top_k, x.regather):
+        slab_ways = slab_ways or ways
+        return slab_ways[0] if len(slab_ways) == 1 else fastest_rows_of(slab_ways, rates)
     if budget is None and layout.W > 1:
         budget = sys.maxsize
     try:
         slabs = slabs_of("", x, budget, device)
     except ValueError:  # the scores of one image do not fit
         return "flash"
-    return _faster_engine(x, slabs, rates)
+    return _fastest(x, slabs, rates, slab_ways)
 
 
 @lru_cache
-def _faster_engine(x: Problem, slabs: SlabPlan, rates: Rates) -> str:
+def _fastest(x: Problem, slabs: SlabPlan, rates: Rates, slab_ways: tuple[str, ...]) -> str:
+    way = fastest_rows_of(slab_ways, rates)
     margin = KEPT_MARGIN if slabs.cached else 1.0
-    flash, slab = (sum(s.values()) for s in (flash_seconds(x, rates), slab_seconds(x, slabs, rates)))
-    return "flash" if margin * flash < slab else "slab"
+    flash, slab = (sum(s.values()) for s in (flash_seconds(x, rates), slab_seconds(x, slabs, rates, way)))
+    return "flash" if margin * flash < slab else way
+
+
+@constant_in_graphs
+def fastest_rows(ways: tuple[str, ...]) -> Way:
+    """The way whose row kernels are the fastest on this machine, for work that they alone do."""
+    return WAYS[fastest_rows_of(ways, rates())]
+
+
+def fastest_rows_of(ways: tuple[str, ...], rates: Rates) -> str:
+    """The way with the fastest row kernels; the first of those that are equally fast."""
+    return max(ways, key=rates.of_rows)
 
 
 def slabs_of(name: str, x: Problem, budget: int | None, device: torch.device) -> SlabPlan:

@@ -264,16 +264,16 @@ def test_the_engine_follows_from_what_is_free_at_each_call(free):
     assert slab_s < cost.KEPT_MARGIN * flash_s
 
     def chosen(problem: cost.Problem, budget: int | None = None) -> str:
-        return cost.choose_engine(problem, 0, budget, CPU, cost.H200)
+        return cost.choose_way(problem, ("triton", "flash"), 0, budget, CPU, cost.H200)
 
-    assert chosen(alone) == "slab"
+    assert chosen(alone) == "triton"
     free.append(2 * GIB)
     assert chosen(alone) == chosen(alone, GIB // 2) == "flash"
     free.append(100 * GIB)
-    assert chosen(alone) == "slab"
+    assert chosen(alone) == "triton"
     readings = len(free)
     free.append(0)
-    assert chosen(of_two) == "slab" and len(free) == readings + 1
+    assert chosen(of_two) == "triton" and len(free) == readings + 1
 
 
 class Driver:

@@ -120,7 +120,7 @@ def features(views: int, images: int, D: int, *, cosine: float = 0.0, seed: int 
 def loss_arguments(target_rows: str = "teacher") -> tuple:
     """Arguments of torch.ops.bam_kernels.loss behind its dimensions: default options, exact products, on the CPU."""
     scales = torch.tensor([0.1, 0.05], dtype=torch.float64)
-    return scales, "", 3, 0, True, target_rows, "cpu", "auto", "exact", None, False, "error"
+    return scales, "", "cpu", 3, 0, True, target_rows, "exact", None, False, "error"
 
 
 def loss_and_grad(function, student: Tensor, teacher: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,61 @@
+"""Files that the library keeps for a user between processes: where they are, and how they are read and written."""
+
+import os
+import stat
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """Folder of kept files, which may not exist: XDG_CACHE_HOME/bam_kernels or ~/.cache/bam_kernels.
+
+    Raises: OSError if this user has no home.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bam_kernels"
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
+
+
+def private_folder() -> Path:
+    """Folder of this user in the folder for temporary files, made if it is missing.
+
+    Raises: OSError if it cannot be made, is another user's, or can be written by others.
+    """
+    folder = Path(tempfile.gettempdir()) / f"bam_kernels-{os.getuid()}"
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise OSError(f"{folder} is not a folder that only this user can write to")
+    return folder
+
+
+def read(file: Path, most_bytes: int) -> str:
+    """Text of a file. Raises: OSError for what is no plain file or larger; ValueError for what is not UTF-8."""
+    handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # opening a pipe must not wait
+    with os.fdopen(handle, "rb") as opened:
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode) or found.st_size > most_bytes:
+            raise OSError(f"{file} is not a plain file of at most {most_bytes} bytes")
+        return opened.read(most_bytes).decode()
+
+
+def write(file: Path, text: str) -> None:
+    """Write a file under a name of its own and rename it, so that readers never see half a file.
+
+    Makes the folder if it is missing. If this raises, `file` is as before. Raises: OSError.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f"{file.name}.", suffix=".writing", dir=file.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as opened:
+            opened.write(text)
+            opened.flush()
+            os.fsync(handle)
+        os.replace(temporary, file)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
