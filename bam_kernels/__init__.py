@@ -17,6 +17,6 @@ from .gradient_cache import GradientCache
 from .loss import BAMLoss, bam_loss, bam_targets
 from .sinkhorn import sinkhorn_attention
 from .stats import BAMStats
+from .version import __version__ as __version__
 
-__version__ = "0.1.0"
 __all__ = ["BAMLoss", "BAMStats", "GradientCache", "bam_loss", "bam_targets", "plan", "reference", "sinkhorn_attention"]

@@ -1,11 +1,17 @@
-"""Print what is installed and built, and check each backend against the reference: `python -m bam_kernels`.
+"""Print what is installed and built, check each backend against the reference, and show what `auto` uses on GPUs.
 
-Exit status 0 if every backend that can run on this machine agrees with the float64 reference.
+    python -m bam_kernels               tries no kernels for `auto`, and shows what is known of them
+    python -m bam_kernels --verify      first tries them on every GPU: python -m bam_kernels.verify
+
+Exit status 0 if every backend that can run on this machine agrees with the float64 reference, and every way that was
+tried is verified.
 """
 
+import argparse
+import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -13,13 +19,20 @@ from typing import Any
 import torch
 
 from . import __version__, reference
+from . import verify as trials
 from .backends import cpu, cuda, triton
 from .loss import bam_loss
+from .verification import trust
+from .verification.identity import identity
+from .ways import GPU_WAYS
 
 TOLERANCE = 1e-5
 
 
-def main() -> int:
+def main(args: Sequence[str] = ()) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bam_kernels", description=__doc__.splitlines()[0])
+    parser.add_argument("--verify", action="store_true", help="first try the kernels of every GPU, for minutes")
+    tried = _try_all() if parser.parse_args(args).verify else True
     print(f"bam_kernels {__version__}, Python {platform.python_version()}, {platform.machine()} {platform.system()}")
     print("packages    " + ", ".join(f"{name} {_version(name)}" for name in ("torch", "triton", "numpy", "nvtx")))
     architectures = cuda.architectures()
@@ -35,8 +48,40 @@ def main() -> int:
         _report("triton", _gpu_unavailable(triton), "cuda", partial(bam_loss, backend="triton")),
         _report("cuda", _gpu_unavailable(cuda), "cuda", partial(bam_loss, backend="cuda")),
     ]
+    for index in range(trials.device_count()):
+        print(f"\n{_auto_lines(index)}")
     print("\nall backends that can run here agree" if all(verdicts) else "\nA BACKEND DISAGREES WITH THE REFERENCE")
-    return 0 if all(verdicts) else 1
+    return 0 if all(verdicts) and tried else 1
+
+
+def _try_all() -> bool:
+    """Try the kernels on every GPU. Returns False if a way that can run is not verified."""
+    statuses = []
+    for index in range(trials.device_count()):
+        statuses.append(trials.exit_status(trials.verify(index)[1]))
+        print()
+    return 1 not in statuses
+
+
+def _auto_lines(index: int) -> str:
+    """Lines about what backend="auto" uses on GPU `index`, and why; nothing is tried."""
+    here = identity(index)
+    known, mode = trust.known_verdicts(here), os.environ.get(trust.MODE) or "auto"
+    unavailable = trust.unavailable_ways([way for way in GPU_WAYS if way not in known], torch.device("cuda", index))
+    left = [way for way in GPU_WAYS if way not in known and way not in unavailable]
+    lines = [f'backend="auto" on GPU {index}, {here["gpu"]}; {trust.MODE}={mode}']
+    for way in GPU_WAYS:
+        text = f"cannot run here: {unavailable.get(way)}"
+        if way in left:
+            text = f"not tried: {trust.COMMAND}{f' --device {index}' if index else ''}"
+        elif way in known:
+            text = f"{known[way]}{f' ({known[way].date}, on this machine)' if known[way].date else ''}"
+        lines.append(f"{way:<12}{text}")
+    used = ", ".join(way for way in GPU_WAYS if way in known and known[way].status == "verified")
+    uses = f"of {used} the fastest for each shape" if used else "the slow PyTorch reference"
+    if mode == "force" or (left and mode == "auto"):
+        uses = "what is found right when a program first uses it, by trying the kernels in other processes"
+    return "\n".join([*lines, f"{'it uses':<12}{uses}"])
 
 
 def _version(name: str) -> str:
@@ -85,4 +130,4 @@ def _gradient_error(loss: Callable[..., Any], with_teacher: bool, device: str) -
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -30,7 +30,6 @@ class GroupRanks:
         self._left = dist.get_global_rank(group, (self.rank - 1) % self.W)
         self._right = dist.get_global_rank(group, (self.rank + 1) % self.W)
         self._agreed_kinds: set[bytes] = set()
-        self._common_ways: tuple[str, ...] | None = None
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -53,11 +52,8 @@ class GroupRanks:
             self._agreed_kinds.add(kind)
 
     def common_ways(self, operation: str, ways: tuple[str, ...], device: torch.device) -> tuple[str, ...]:
-        """Ways that all ranks have verified, from a header that every rank sends at its first call."""
-        if self._common_ways is None:
-            header = ways_header(operation, ways)
-            self._common_ways = header.common_ways(self._gather_headers(header, header.encoded(), device))
-        return self._common_ways
+        header = ways_header(operation, ways)
+        return header.common_ways(self._gather_headers(header, header.encoded(), device))
 
     def _gather_headers(self, header: Header, encoded: bytes, device: torch.device) -> list[bytes]:
         """All-gather of one header of each rank."""

@@ -8,12 +8,13 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any
 
+from .tuned import tuning
 from .ways import joined, split
 
 HEADER_BYTES = 1024
 FAULT_CHARACTERS = 300
 SCHEDULED = ("epsilon", "temperature")
-WAYS_FIELD = "verified"
+WAYS_FIELD, RATES_FIELD = "verified", "rates"
 
 
 class NonFinite(ValueError):
@@ -22,7 +23,7 @@ class NonFinite(ValueError):
 
 def ways_header(operation: str, ways: tuple[str, ...]) -> "Header":
     """Header of a rank that chooses its backend among verified ways, sent before the header of a call."""
-    return Header(operation, {"backend": "auto", WAYS_FIELD: joined(ways)})
+    return Header(operation, {"backend": "auto", WAYS_FIELD: joined(ways), RATES_FIELD: tuning().rates})
 
 
 @dataclass(frozen=True)
@@ -52,15 +53,17 @@ class Header:
         return replace(self, values=fixed).encoded()
 
     def common_ways(self, encoded: list[bytes]) -> tuple[str, ...]:
-        """Ways that are verified on all ranks, from `encoded`, the headers of all ranks, whose values are alike.
+        """Ways that are verified on all ranks, from `encoded`, the headers of all ranks as `ways_header` makes them.
 
+        Ranks with different rates would choose different ways, so they get the first way alone.
         Raises: ValueError as `check`, also if a rank has named its backend and sent the header of a call.
         """
         headers = [json.loads(other) for other in encoded]
-        ways = [header.pop(WAYS_FIELD, "") for header in headers]
-        own = {key: value for key, value in self.values.items() if key != WAYS_FIELD}
+        ways, rates = ([header.pop(field, None) for header in headers] for field in (WAYS_FIELD, RATES_FIELD))
+        own = {key: value for key, value in self.values.items() if key not in (WAYS_FIELD, RATES_FIELD)}
         replace(self, values=own).check([json.dumps(header).encode() for header in headers])
-        return tuple(way for way in split(ways[0]) if all(way in split(of_rank) for of_rank in ways))
+        common = tuple(way for way in split(ways[0]) if all(way in split(of_rank) for of_rank in ways))
+        return common if all(of_rank == rates[0] for of_rank in rates) else common[:1]
 
     def check(self, encoded: list[bytes]) -> None:
         """Raise the first error or difference in `encoded`, the headers of all ranks in rank order.

@@ -17,7 +17,7 @@ from .agreement import share_errors_with_ranks
 from .backends import choose, decide_early, row_kernels
 from .engine import flash, slab
 from .engine.call import Call
-from .engine.cost import Problem, choose_way, rates
+from .engine.cost import Problem, choose_way, fastest_rows, flash_supports, rates
 from .header import NonFinite
 from .layout import Layout
 from .operators import as_tensor, define, make_differentiable, refuse_second_derivative, wants_gradient
@@ -79,8 +79,9 @@ def bam_loss(
                     "student"
     group           torch.distributed process group over whose ranks the batch is spread, with an equal number of images
                     on each rank; None: the default group, or one rank if torch.distributed is not initialised
-    backend         auto | reference | cpu | triton | cuda; auto: cpu for CPU tensors except float64, else reference
-    engine          auto | slab | flash (triton only)
+    backend         auto | reference | cpu | triton | cuda; auto: cpu for CPU tensors, on a GPU the fastest verified
+                    kernels (see below), reference for float64 and, with a warning, where there are no kernels
+    engine          auto | slab | flash (triton only); auto: the engine that is forecast to be faster
     precision       default: 16-bit arithmetic on GPUs where the input's type or torch's flags allow it;
                     exact: float32 products whatever torch's flags; fp8: where a backend has it
     memory_budget   bytes the engine may use for scores; None: a quarter of the memory that is free, 64 MiB at least
@@ -96,6 +97,11 @@ def bam_loss(
     the mean loss. The kernels have no second derivatives and no forward mode; asking for one is an error. The reference
     has both, with P a constant.
     Ranks: every rank must call, with equal options; ranks that differ raise ValueError.
+    backend="auto" on a GPU: kernels count as verified if this project has tested them on such a GPU with the same
+    software, or if a trial on this machine has found them right. The trial runs once, in other processes, at the first
+    call or when BAMLoss is constructed; it takes minutes where Triton compiles. Its verdict is kept on disk.
+    BAM_KERNELS_VERIFY=off skips it. torch.compile, the capture of a CUDA graph and data workers never start a trial,
+    but use what is known. Several ranks use kernels that are verified on all of them.
     Raises: ValueError or TypeError naming the argument, what must hold and what came.
     Source: Shalam and Korman, "Unsupervised Representation Learning by Balanced Self Attention Matching", ECCV 2024.
     """
@@ -128,7 +134,7 @@ def _loss(
         return_stats = python_number("bam_loss", "return_stats", return_stats)
         check_bool("bam_loss", "return_stats", return_stats)
         layout = options.layout("bam_loss", student, teacher)
-        ways = _ways("bam_loss", options, student)
+        ways = _ways("bam_loss", options, layout, student)
     if ways == "reference":
         return reference.loss(student, teacher, layout, options, return_stats)
     problem = _problem("bam_loss", layout, options, ways)
@@ -137,9 +143,13 @@ def _loss(
     return (loss, BAMStats(*stats.unbind())) if return_stats else loss
 
 
-def _ways(name: str, options: Options, student: Tensor) -> str:
+def _ways(name: str, options: Options, layout: Layout, student: Tensor) -> str:
     """How to compute: "reference" or joined ways, as `choose` returns them."""
-    return choose(name, options, student.device, student.dtype, options.engine, ranks_of(name, options.group))
+    ranks, engine = ranks_of(name, options.group), options.engine
+    ways = choose(name, options, student.device, student.dtype, engine, ranks)
+    if ways == "flash" and engine == "auto" and not flash_supports(layout, options.top_k, options.regather):
+        return choose(name, options, student.device, student.dtype, "slab", ranks)
+    return ways
 
 
 def bam_targets(student: Tensor, teacher: Tensor | None = None, **options: Any) -> Tensor:
@@ -153,7 +163,7 @@ def bam_targets(student: Tensor, teacher: Tensor | None = None, **options: Any) 
     with share_errors_with_ranks("bam_targets", options.get("group"), student):
         resolved = options_of("bam_targets", options)
         layout = resolved.layout("bam_targets", student, teacher)
-        ways = _ways("bam_targets", resolved, student)
+        ways = _ways("bam_targets", resolved, layout, student)
     if ways == "reference":
         return reference.targets(student, teacher, layout, resolved)
     teacher = teacher.detach() if teacher is not None else None
@@ -215,6 +225,8 @@ def _fastest(
     """Choose one of the ways for a problem. Reads the product precision of the moment."""
     if len(ways) == 1:
         return WAYS[ways[0]]
+    if "flash" not in ways:
+        return fastest_rows(ways)
     shared = not layout.R or options.target_rows == "student"
     scatters = needs_grad and not layout.R
     problem = Problem(layout, shared, options.iterations, needs_grad, scatters, sixteen_bit, options.regather)
@@ -342,7 +354,7 @@ class BAMLoss(nn.Module):
         check_bool("BAMLoss", "return_stats", self.return_stats)
         if not callable(epsilon):
             Options(epsilon=epsilon).checked("BAMLoss")
-        if self.options.backend == "auto" and torch.cuda.is_initialized():
+        if self.options.backend == "auto":
             decide_early()
 
     def forward(
@@ -352,10 +364,13 @@ class BAMLoss(nn.Module):
         return _loss(student, teacher, self._options_at(step), self.return_stats)
 
     def way(self, student: Tensor, teacher: Tensor | None = None, step: int | None = None) -> str:
-        """What `forward` computes these embeddings with: "reference", or the backend and its engine, "cuda slab"."""
+        """What `forward` computes these embeddings with: "reference", or the backend and its engine, "cuda slab".
+
+        With backend="auto" and several ranks on GPUs, every rank must call this, unless `forward` was called before.
+        """
         options = self._options_at(step).checked("BAMLoss")
         layout = options.layout("BAMLoss", student, teacher)
-        ways = _ways("BAMLoss", options, student)
+        ways = _ways("BAMLoss", options, layout, student)
         if ways == "reference":
             return ways
         problem, ranks = _problem("BAMLoss", layout, options, ways), ranks_named(ranks_of("BAMLoss", options.group)[2])

@@ -33,7 +33,7 @@ class Ranks(Protocol):
         """Compare headers of all ranks. Raises: ValueError if one reports an error or headers differ, saying what."""
 
     def common_ways(self, operation: str, ways: tuple[str, ...], device: torch.device) -> tuple[str, ...]:
-        """Ways among `ways` that all ranks have verified; the ranks communicate at the first call alone."""
+        """Ways that all ranks have verified; `ways`: those of this rank. Raises: ValueError as `agree`."""
 
     def gather(self, own: Tensor, as_sent: Callable[[Tensor], Tensor]) -> Iterator[tuple[int, Tensor]]:
         """Gather the keys `own` (n, D) of every rank: yields (first row, rows) block by block, in order of arrival.

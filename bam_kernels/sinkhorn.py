@@ -55,7 +55,7 @@ def sinkhorn_attention(
                     error except with backend="reference". False: the result is a constant
     group           torch.distributed process group over whose ranks q and k are spread, with an equal number of keys on
                     each rank; None: the default group, or one rank if torch.distributed is not initialised
-    backend         auto | reference | cpu | triton | cuda, as in `bam_loss`
+    backend         auto | reference | cpu | triton | cuda, as in `bam_loss`: auto takes the fastest verified kernels
     precision       default | exact, as in `bam_loss`
 
     Returns float32 (float64 for float64 input); columns are the keys of all ranks, ordered by view, rank, image.

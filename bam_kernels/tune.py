@@ -238,6 +238,7 @@ def main(args: list[str] | None = None) -> int:
     options = parser.parse_args(args)
     device, file = torch.device("cuda"), tuned.path()
     reason = triton.unavailable(device) or (None if torch.cuda.is_available() else "torch sees no GPU")
+    reason = reason or (None if file else f"this user has no home folder for the result; {tuned.FILE} names a file")
     if reason or file is None:
         parser.error(f"nothing can be timed here: {reason}")
 

@@ -24,7 +24,7 @@ CUDA_RATES = ("cuda_exponentials",)  # measured where the CUDA kernels can run
 Key = tuple[str | int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tuning:
     """Rates per second, by the field names of engine.cost.Rates, and the numbers of tiles, by kernel and shape."""
 
@@ -33,19 +33,25 @@ class Tuning:
 
 
 def path() -> Path | None:
-    """Path of the tuning file: BAM_KERNELS_TUNED, else one named after the first GPU; None without either."""
+    """Path of the tuning file: BAM_KERNELS_TUNED, else one named after the first GPU, in the user's cache folder.
+
+    None without a GPU, or for a user without a home.
+    """
     if os.environ.get(FILE):
         return Path(os.environ[FILE])
     if not torch.cuda.is_available():
         return None
-    return cache_folder() / f"{re.sub(r'[^A-Za-z0-9]+', '-', torch.cuda.get_device_name(0))}.json"
+    try:
+        return cache_folder() / f"{re.sub(r'[^A-Za-z0-9]+', '-', torch.cuda.get_device_name(0))}.json"
+    except OSError:
+        return None
 
 
 @lru_cache
 def tuning() -> Tuning:
     """Contents of the tuning file, read once per process. Raises: ValueError naming the file and its fault."""
     file = path()
-    if file is None or (FILE not in os.environ and not file.exists()):
+    if file is None or (not os.environ.get(FILE) and not file.exists()):
         return Tuning()
     try:
         plain = json.loads(file.read_text())

@@ -10,12 +10,16 @@ from pathlib import Path
 def cache_folder() -> Path:
     """Folder of kept files, which may not exist: XDG_CACHE_HOME/bam_kernels or ~/.cache/bam_kernels.
 
+    Relative paths count as unset: they would mean another folder in each working directory.
     Raises: OSError if this user has no home.
     """
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bam_kernels"
-    except RuntimeError as error:
-        raise OSError(str(error)) from error
+    folder = os.environ.get("XDG_CACHE_HOME") or ""
+    if os.path.isabs(folder):
+        return Path(folder) / "bam_kernels"
+    home = os.path.expanduser("~")
+    if not os.path.isabs(home):
+        raise OSError("this user has no home folder")
+    return Path(home) / ".cache" / "bam_kernels"
 
 
 def private_folder() -> Path:
@@ -35,11 +39,14 @@ def private_folder() -> Path:
 def read(file: Path, most_bytes: int) -> str:
     """Text of a file. Raises: OSError for what is no plain file or larger; ValueError for what is not UTF-8."""
     handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # opening a pipe must not wait
-    with os.fdopen(handle, "rb") as opened:
+    try:
         found = os.fstat(handle)
         if not stat.S_ISREG(found.st_mode) or found.st_size > most_bytes:
             raise OSError(f"{file} is not a plain file of at most {most_bytes} bytes")
-        return opened.read(most_bytes).decode()
+        with os.fdopen(handle, "rb", closefd=False) as opened:
+            return opened.read(most_bytes).decode()
+    finally:
+        os.close(handle)
 
 
 def write(file: Path, text: str) -> None:

@@ -30,7 +30,7 @@ def joined(names: tuple[str, ...]) -> str:
 
 def split(text: str) -> tuple[str, ...]:
     """Names of the ways in a string that `joined` made."""
-    return tuple(text.split("+"))
+    return tuple(text.split("+")) if text else ()
 
 
 def of_backend(backend: str, engine: str) -> tuple[str, ...]:

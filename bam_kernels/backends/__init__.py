@@ -8,6 +8,7 @@ import torch
 
 from ..constant import constant_in_graphs
 from ..ranks import ONE_RANK
+from ..verification import trust
 from ..ways import WAYS, joined, of_backend, split
 from . import cpu, cuda, triton
 from .interface import RowKernels
@@ -54,9 +55,9 @@ def choose(
     Raises: TypeError for float64 with a backend other than reference; ValueError for a backend that cannot run here or
     lacks the precision or engine asked for.
     """
-    chosen = _choose(name, options.backend, device, dtype, engine, ranks)
     if options.precision == "fp8":
-        raise ValueError(f'{name}: backend="{_backend_of(chosen)}" does not support precision="fp8"')
+        raise ValueError(f'{name}: backend="{options.backend}" does not support precision="fp8"')
+    chosen = _choose(name, options.backend, device, dtype, engine, ranks)
     if engine == "flash" and chosen != "flash":
         raise ValueError(f'{name}: backend="{_backend_of(chosen)}" does not support engine="flash"')
     return chosen
@@ -80,6 +81,8 @@ def _choose(
         ways, reason = _automatic(name, device, engine, ranks)
         if ways:
             return joined(ways)
+        if engine == "flash" and device.type == GPU:
+            raise ValueError(f'{name}: engine="flash" cannot run here: {reason}')
         _warn_once(f"bam_kernels: computing with the slow PyTorch reference: {reason}")
         return "reference"
     reason = _reason_against(backend, device)
@@ -93,22 +96,18 @@ def _automatic(
 ) -> tuple[tuple[str, ...], str | None]:
     """Ways that "auto" may use for tensors on `device`; and if there are none, the reason."""
     if device.type == GPU:
-        from ..verification import trust
-
-        trusted = trust.ways(name, device, ranks)
-        chosen = tuple(way for way in trusted if engine in ("auto", WAYS[way].engine))
-        return chosen, trust.reason(device)
+        return trust.ways(name, device, engine, ranks)
     if device.type in ("cpu", "meta"):
         reason = cpu.unavailable()
         return (() if reason else ("cpu",)), reason
     return (), f"there are no kernels for {device.type} tensors"
 
 
+@constant_in_graphs
 def decide_early() -> None:
-    """Decide what "auto" uses on the current GPU of this process, which has a CUDA context already."""
-    from ..verification import trust
-
-    trust.of_device(torch.device(GPU, torch.cuda.current_device()))
+    """Decide what "auto" uses on the current GPU, if this process has a CUDA context already."""
+    if torch.cuda.is_initialized():
+        trust.of_device(torch.device(GPU, torch.cuda.current_device()))
 
 
 def _reason_against(backend: str, device: torch.device) -> str | None:

@@ -8,7 +8,7 @@ import torch
 
 from ..constant import constant_in_graphs
 from ..layout import Layout
-from ..tuned import tuning
+from ..tuned import Tuning, tuning
 from ..ways import WAYS, Way
 from .plan import FLASH_FEATURES, SlabPlan, plan_slabs
 
@@ -64,7 +64,12 @@ H200 = Rates(
 
 def rates() -> Rates:
     """Rates measured by a tuning run on this machine's GPU, or the rates of H200; rates of links are H200's."""
-    return replace(H200, **tuning().rates)
+    return _rates(tuning())
+
+
+@lru_cache
+def _rates(tuned: Tuning) -> Rates:
+    return replace(H200, **tuned.rates)
 
 
 @dataclass(frozen=True)

@@ -3,85 +3,95 @@
 Each way is tried in a fresh process of its own session, so that a crash or hang leaves this process and its CUDA
 context untouched. The program is problems.py. It prints reports, lines of JSON after REPORT, between other output:
 
-    {"stage": "starting" | "compiling" | "running", "at": TEXT}    what it does from now on
-    {"identity": {...}}                                             the GPU and software that it sees
+    {"identity": {...}}                               the GPU and software that it sees; without it, no result counts
+    {"stage": "compiling" | "running", "at": TEXT}    what it does from now on, at first "starting"; and the problem
     {"status": "verified" | "failed" | "unknown", "reason": TEXT}   its result, before it ends with status 0
 """
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from threading import Thread
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from .identity import PACKAGE, Identity
 from .store import Verdict
 
 REPORT = "@bam "
+CANNOT_RUN = "cannot run here: "  # begins the reason of a way that needs no verdict on this machine
+MODE = "BAM_KERNELS_VERIFY"
 CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGSYS}
-LIMITS_S = {"starting": 180.0, "compiling": 600.0, "running": 60.0}
+KILLED_S = 3.0  # time in which a killed process must end
+# Processes that wait for a verdict do so for 60 s after the compilation: all of "running", and the end, must fit in.
+LIMITS_S = {"starting": 180.0, "compiling": 600.0, "running": 55.0}
 POLL_S = 0.05
-KILLED_S = 5.0  # time in which a killed process must end
+STEP_S = 1.0  # the most that counts between two looks: more passes only while this process itself is stopped
 LINES, LINE_CHARACTERS = 40, 400  # of the output that a verdict keeps
+LINE_BYTES = 1 << 16  # of a line that has not ended; the rest is left out
 
 
 def command(way: str, index: int) -> list[str]:
-    """Command of the process that tries a way on device `index`."""
+    """Command of the process that tries a way on device `index`. Raises: OSError if this is no Python interpreter."""
+    if not sys.executable or getattr(sys, "frozen", False):
+        raise OSError("this program knows no Python interpreter to start")
     return [sys.executable, "-P", "-m", "bam_kernels.verification.problems", way, "--device", str(index)]
 
 
 def environment() -> dict[str, str]:
-    """Environment of that process: imports what this process would, and is no rank of a group."""
+    """Environment of that process: it imports what this process would, is no rank of a group, and tries nothing."""
     own = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    path = os.pathsep.join([str(PACKAGE.parent), *filter(None, sys.path)])
-    return own | {"PYTHONPATH": path, "PYTHONFAULTHANDLER": "1", "OMP_NUM_THREADS": "1"}
+    folders = [folder for folder in sys.path if isinstance(folder, str) and folder]
+    path = os.pathsep.join([str(PACKAGE.parent), *folders])
+    return own | {"PYTHONPATH": path, "PYTHONFAULTHANDLER": "1", "OMP_NUM_THREADS": "1", MODE: "off"}
 
 
 def run(
-    ways: Iterable[str], index: int, here: Identity, compiling: Callable[[], None] = lambda: None
+    ways: Iterable[str], index: int, here: Identity, watch: Callable[[Mapping[str, "Trial"]], None] = lambda _: None
 ) -> dict[str, Verdict]:
     """Try ways on device `index`, all at once, and return their verdicts.
 
-    here: identity that the processes must find. compiling: called again and again while a process starts or compiles.
+    here: identity that the processes must find. watch: called again and again with the trials, until all have ended.
     """
-    trials = {way: Trial(command(way, index), here) for way in ways}
+    trials: dict[str, Trial] = {}
     try:
-        while any(trial.runs() for trial in trials.values()):
-            if any(trial.stage != "running" for trial in trials.values()):
-                compiling()
-            time.sleep(POLL_S)
+        for way in ways:
+            trials[way] = Trial(way, index, here)
+        while left := [trial for trial in trials.values() if trial.goes_on()]:
+            watch(trials)
+            wait_for_output(left)
     finally:
         for trial in trials.values():
-            trial.end()
+            trial.kill()
+        for trial in trials.values():
+            trial.close()
     return {way: trial.verdict() for way, trial in trials.items()}
 
 
-@dataclass
 class Trial:
     """A process that tries one way."""
 
-    command: list[str]
-    here: Identity
-    stage: str = "starting"
-    at: str = ""
-    result: Verdict | None = None
-    over: bool = False
-    spent_s: dict[str, float] = field(default_factory=lambda: dict.fromkeys(LIMITS_S, 0.0))
-
-    def __post_init__(self) -> None:
-        self._begin = self._since = time.monotonic()
+    def __init__(self, way: str, index: int, here: Identity) -> None:
+        self.stage, self.at = "starting", ""
+        self._here = here
+        self._found: dict[str, Any] = {}
+        self._result: tuple[str, str] | None = None
+        self._spent_s = dict.fromkeys(LIMITS_S, 0.0)
+        self._since = time.monotonic()
+        self._over = self._ended = False
         self._lines: deque[str] = deque(maxlen=LINES)
-        self._other = ""
+        self._rest = b""  # the beginning of a line
+        self.output: int | None = None  # what the process prints, until it closes that
         self._process: Any = None
         try:
             self._process = subprocess.Popen(
-                self.command,
+                command(way, index),
+                bufsize=0,
                 stdin=subprocess.PIPE,  # its end tells the process that this one has ended
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -89,75 +99,108 @@ class Trial:
                 start_new_session=True,
             )
         except (OSError, ValueError) as error:
-            self._lines.append(str(error))
+            self._lines.append(plain(str(error)))
             return
-        self._reader = Thread(target=self._read, daemon=True)
-        self._reader.start()
+        self.output = self._process.stdout.fileno()
+        os.set_blocking(self.output, False)
+
+    @property
+    def compiles(self) -> bool:
+        """Whether it is at work on what has no limit of its own."""
+        return not self._ended and self.stage != "running"
+
+    def doing(self) -> str:
+        """What the process does at this moment, for people."""
+        return "ended" if self._process is None or self._ended else f"{self.stage} {self.at}".rstrip()
+
+    def goes_on(self) -> bool:
+        """Take what the process has printed; whether it still runs and is within its limits."""
+        if self._process is None or self._ended or self._over:
+            return False
+        self._read()
+        self._count()
+        try:  # leaves the process a zombie, so that its number stays that of its group
+            state = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            self._ended = state is not None
+        except ChildProcessError:  # this process ignores the ends of its children
+            self._ended = True
+        self._over = not self._ended and self._spent_s[self.stage] > LIMITS_S[self.stage]
+        return not (self._ended or self._over)
 
     def _read(self) -> None:
-        """Take the process's output as it comes."""
-        output = self._process.stdout
-        while line := output.readline(1 << 16):
-            text = line.decode(errors="replace").rstrip("\n")
-            if not text.startswith(REPORT):
-                self._lines.append("".join(c if c.isprintable() else "?" for c in text[:LINE_CHARACTERS]))
-                continue
-            try:
-                self._take(json.loads(text.removeprefix(REPORT)))
-            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-                self._lines.append("a report that cannot be read")
+        if self.output is None:
+            return
+        try:
+            data = os.read(self.output, 1 << 20)  # no pipe holds more
+        except BlockingIOError:
+            return
+        *lines, rest = (self._rest + data).split(b"\n")
+        self._rest = rest[:LINE_BYTES]
+        for line in lines:
+            self._take_line(line)
+        if not data:
+            self.output = None
 
-    def _take(self, report: dict[str, Any]) -> None:
+    def _take_line(self, line: bytes) -> None:
+        text = line.decode(errors="replace")
+        if text.startswith(REPORT):
+            try:
+                self._take_report(json.loads(text.removeprefix(REPORT)))
+                return
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+                text = "a report that cannot be read"
+        if text.strip():
+            self._lines.append(plain(text))
+
+    def _take_report(self, report: dict[str, Any]) -> None:
         if "stage" in report and report["stage"] in LIMITS_S:
             self._count()
-            self.stage, self.at = report["stage"], str(report.get("at", ""))
+            self.stage, self.at = report["stage"], plain(str(report.get("at", "")))
         if "identity" in report:
-            other = [name for name, value in self.here.items() if report["identity"].get(name) != value]
-            self._other = ", ".join(f"{name} {report['identity'].get(name)}, not {self.here[name]}" for name in other)
+            self._found = dict(report["identity"])
         if "status" in report and report["status"] in ("verified", "failed", "unknown"):
-            self.result = Verdict(report["status"], str(report.get("reason", "")))
+            self._result = report["status"], plain(str(report.get("reason", "")))
 
     def _count(self) -> None:
         now = time.monotonic()
-        self.spent_s[self.stage] += now - self._since
+        self._spent_s[self.stage] += min(now - self._since, STEP_S)
         self._since = now
 
-    def runs(self) -> bool:
-        """Whether the process still runs and is within its limits."""
-        if self._process is None or self.over or self._process.poll() is not None:
-            return False
-        self._count()
-        self.over = self.spent_s[self.stage] > LIMITS_S[self.stage]
-        return not self.over
+    def kill(self) -> None:
+        """Kill the process, if it still runs, and all others of its session's group, also if it has ended."""
+        if self._process is not None and self._process.returncode is None:
+            with suppress(OSError):
+                os.killpg(self._process.pid, signal.SIGKILL)
 
-    def end(self) -> None:
-        """End the process with all that it started; one that does not end within KILLED_S is left behind."""
+    def close(self) -> None:
+        """Take the end of a killed process; one that does not end within KILLED_S is left behind."""
         if self._process is None:
             return
-        if self._process.poll() is None:
-            try:
-                os.killpg(self._process.pid, signal.SIGKILL)
-                self._process.wait(KILLED_S)
-            except (ProcessLookupError, subprocess.TimeoutExpired):
-                pass
-        self._reader.join(KILLED_S)
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(KILLED_S)
+        self._read()
+        self._take_line(self._rest)
         self._process.stdin.close()
+        self._process.stdout.close()
 
     def verdict(self) -> Verdict:
         """What the end of the process means."""
         status, reason = self._meaning()
+        if status != "unknown" and self._found != self._here:
+            status, reason = "unknown", self._difference()
         output = "\n".join(self._lines) if status == "failed" else ""
-        seconds = round(time.monotonic() - self._begin, 1)
-        return Verdict(status, reason, seconds, time.strftime("%Y-%m-%d"), output)
+        return Verdict(
+            status, reason, round(sum(self._spent_s.values()), 1), time.strftime("%Y-%m-%d %H:%M:%S"), output
+        )
 
     def _meaning(self) -> tuple[str, str]:
         last = f": {self._lines[-1]}" if self._lines else ""
         if self._process is None:
             return "unknown", f"no process could be started{last}"
-        doing = f"in {self.at}" if self.at else f"while {self.stage}"
-        if self.over and self.stage == "running":
-            return "failed", f"did not end within {LIMITS_S['running']:.0f} s {doing}"
-        if self.over:
+        doing = f'in problem "{self.at}"' if self.at else f"while {self.stage}"
+        if self._over and self.stage == "running":
+            return "failed", f"did not end within {LIMITS_S['running']:.0f} s, {doing}"
+        if self._over:
             return "unknown", f"{self.stage} took longer than {LIMITS_S[self.stage]:.0f} s{last}"
         code = self._process.returncode
         if code is not None and code < 0:
@@ -165,8 +208,27 @@ class Trial:
             if -code in CRASHES and self.stage != "starting":
                 return "failed", f"crashed with {name} {doing}"
             return "unknown", f"was ended by {name} {doing}"
-        if code != 0 or self.result is None:
+        if code != 0 or self._result is None:
             return "unknown", f"ended with status {code} and no result {doing}{last}"
-        if self._other:
-            return "unknown", f"the new process sees {self._other}"
-        return self.result.status, self.result.reason
+        return self._result
+
+    def _difference(self) -> str:
+        if not self._found:
+            return "the new process did not say which GPU it sees"
+        names = sorted(name for name in self._here | self._found if self._found.get(name) != self._here.get(name))
+        other = (f"{name} {self._found.get(name)}, not {self._here.get(name)}" for name in names)
+        return plain(f"the new process sees {'; '.join(other)}")
+
+
+def wait_for_output(trials: list[Trial]) -> None:
+    """Wait until one of the processes prints something or ends, at most POLL_S."""
+    poll = select.poll()
+    for trial in trials:
+        if trial.output is not None:
+            poll.register(trial.output, select.POLLIN)
+    poll.poll(POLL_S * 1000)
+
+
+def plain(text: str) -> str:
+    """The first LINE_CHARACTERS of a text, without characters that would act on a terminal."""
+    return "".join(c if c.isprintable() else "?" for c in text[:LINE_CHARACTERS])

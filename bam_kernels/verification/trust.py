@@ -11,20 +11,21 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 
 from ..backends import cuda, triton
-from ..ranks import ranks_named
+from ..ranks import Ranks, ranks_named
 from ..ways import GPU_WAYS, WAYS
 from . import store, trial, verified
 from .identity import Identity, identity
 from .store import Verdict
+from .trial import MODE
 
-MODE = "BAM_KERNELS_VERIFY"
 MODES = ("auto", "off", "force")
 WAIT_S = 60.0  # for another process that tries the kernels, from when its kernels are compiled
 COMMAND = "python -m bam_kernels.verify"
@@ -42,19 +43,40 @@ class Trust:
     settled: bool = True
 
 
+Watch = Callable[[Mapping[str, trial.Trial]], None]
 _trust: dict[int, Trust] = {}
 _deciding = threading.Lock()
+_common_ways: WeakKeyDictionary[Ranks, tuple[str, ...]] = WeakKeyDictionary()  # what all ranks of a group trust
 
 
-def ways(operation: str, device: torch.device, ranks: tuple[int, int, str]) -> tuple[str, ...]:
-    """Trusted ways on `device`; of several ranks, the ways that all of them trust.
+def ways(operation: str, device: torch.device, engine: str, ranks: tuple[int, int, str]) -> tuple[tuple[str, ...], str]:
+    """Ways that "auto" may use on `device`; and if there are none, why, and what to type.
 
-    ranks: as `ranks_of` returns them. Raises: ValueError for a wrong value of BAM_KERNELS_VERIFY, or if ranks differ.
+    engine: "auto", or the engine of all ways. ranks: as `ranks_of` returns them; each must trust a way.
+    Raises: ValueError for a wrong value of BAM_KERNELS_VERIFY, or if ranks differ.
     """
-    own = of_device(device).ways
-    if ranks[0] == 1 or _must_not_wait():
-        return own
-    return ranks_named(ranks[2]).common_ways(operation, own, device)
+    trust = of_device(device)
+    common = trust.ways if ranks[0] == 1 else _of_all_ranks(operation, trust.ways, device, ranks_named(ranks[2]))
+    found = _with_engine(common, engine)
+    return found, "" if found else reason(trust, engine)
+
+
+def _with_engine(names: tuple[str, ...], engine: str) -> tuple[str, ...]:
+    return names if engine == "auto" else tuple(name for name in names if WAYS[name].engine == engine)
+
+
+def _of_all_ranks(operation: str, own: tuple[str, ...], device: torch.device, ranks: Ranks) -> tuple[str, ...]:
+    """Ways that this rank trusts and, once the ranks have compared, all others do.
+
+    Ranks compare at the first call that may wait. Before it, kernels that differ between ranks are an error of the call
+    when its header is compared.
+    """
+    common = _common_ways.get(ranks)
+    if common is None:
+        if _must_not_wait():
+            return own
+        common = _common_ways[ranks] = ranks.common_ways(operation, own, device)
+    return tuple(way for way in common if way in own)
 
 
 def of_device(device: torch.device) -> Trust:
@@ -65,46 +87,57 @@ def of_device(device: torch.device) -> Trust:
         return trust
     if not torch.cuda.is_available():  # tensors without memory, on a machine without a GPU
         return Trust((), settled=False)
+    if _must_not_wait():
+        return _keep(index, decide(index, may_try=False))
     with _deciding:
-        trust = _trust.get(index) or decide(index, may_try=not _must_not_wait())
-        if trust.settled:
-            _trust[index] = trust
+        return _trust.get(index) or _keep(index, decide(index, may_try=True))
+
+
+def _keep(index: int, trust: Trust) -> Trust:
+    if trust.settled:
+        _trust[index] = trust
     return trust
 
 
-def reason(device: torch.device) -> str:
-    """Why no way is used on `device`, and what to type."""
+def reason(trust: Trust, engine: str) -> str:
+    """Why "auto" uses no way with this engine, and what to type."""
     if not torch.cuda.is_available():
         return "torch sees no GPU"
-    trust = _trust.get(device.index or 0, Trust(()))
-    said = "; ".join(f"{way} {verdict}" for way, verdict in trust.known.items() if way not in trust.ways)
-    if trust.ways and not said:
-        return f"ranks have verified different kernels; `{COMMAND}` tries them"
-    return f"no kernels are verified on this GPU{f' ({said})' if said else ''}; `{COMMAND}` tries them"
+    if own := _with_engine(trust.ways, engine):
+        verified = f"kernels ({', '.join(own)}) are verified on the GPU of this rank, but none on those of all ranks"
+        return f"{verified}; `{COMMAND}` on each machine tries them"
+    if not trust.settled:
+        return (
+            "no kernels are verified on this GPU, and they are not tried while a graph is captured or compiled, or in "
+            f"a data worker; run `{COMMAND}` first"
+        )
+    known = "; ".join(f"{way} {verdict}" for way, verdict in trust.known.items() if way not in trust.ways)
+    kernels = "no kernels" if engine == "auto" else f'no kernels of engine="{engine}"'
+    return f"{kernels} are verified on this GPU{f' ({known})' if known else ''}; `{COMMAND}` tries them"
 
 
 def decide(index: int, may_try: bool) -> Trust:
     """Decide for device `index`; may_try: kernels may be tried if a way is not known."""
     mode = _mode()
     here = identity(index)
-    known = known_verdicts(here) if mode != "force" else {}
-    left = [way for way in GPU_WAYS if way not in known]
+    known = known_verdicts(here)
+    left = [way for way in GPU_WAYS if way not in known or mode == "force"]
     unavailable = unavailable_ways(left, torch.device("cuda", index))
     left = [way for way in left if way not in unavailable]
-    settled = True
-    if left and mode != "off":
-        settled = may_try
-        if may_try:
-            known = {**known, **try_together(left, index, here, print_line, afresh=mode == "force")}
+    settled = may_try or mode == "off" or not left
+    if left and mode != "off" and may_try:
+        known |= try_together(left, index, here, print_line, afresh=mode == "force")
     known |= {way: Verdict("unknown", why) for way, why in unavailable.items()}
     trusted = tuple(way for way in GPU_WAYS if way in known and known[way].status == "verified")
     return Trust(trusted, known, settled)
 
 
 def known_verdicts(here: Identity) -> dict[str, Verdict]:
-    """Verdicts of this project and of this machine for an identity."""
+    """Verdicts of this project and of this machine for an identity; what has failed on this machine has failed."""
     by_project = {way: Verdict("verified", "by this project") for way in verified.ways(here)}
-    return store.load(here) | by_project
+    on_this_machine = store.load(here)
+    failed = {way: verdict for way, verdict in on_this_machine.items() if verdict.status == "failed"}
+    return on_this_machine | by_project | failed
 
 
 def unavailable_ways(names: Iterable[str], device: torch.device) -> dict[str, str]:
@@ -118,59 +151,76 @@ def unavailable_ways(names: Iterable[str], device: torch.device) -> dict[str, st
 
 
 def try_together(
-    names: list[str], index: int, here: Identity, say: Callable[[str], None], *, afresh: bool = False
+    names: list[str],
+    index: int,
+    here: Identity,
+    say: Callable[[str], None],
+    *,
+    afresh: bool = False,
+    watch: Watch | None = None,
 ) -> dict[str, Verdict]:
     """Try ways on device `index` and keep the verdicts; of several processes of this machine one tries, others wait.
 
-    here: identity of the device. say: gets a line before and after. afresh: kept verdicts do not count, except those
-    that another process made during the wait.
+    here: identity of the device. say: gets a line before and after. afresh: kept verdicts do not count, only those
+    that another process tells at the end of the wait for it. watch: as in `trial.run`; given by hand, by who
+    prints the verdicts.
     """
     with store.Lock(here) as lock:
+        told: dict[str, Verdict] | None = {}
         if not lock.acquire():
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 say(f"another process tries the kernels on {here['gpu']}; waiting for its verdict")
-            afresh = False
-            if not lock.wait(WAIT_S):
-                kept = store.load(here)
-                waited = Verdict("unknown", f"another process has tried the kernels for more than {WAIT_S:.0f} s")
-                return {name: kept.get(name, waited) for name in names}
-        kept = store.load(here)
-        left = [name for name in names if afresh or name not in kept]
-        if not left:
-            return {name: kept[name] for name in names}
-        say(
-            f"trying the kernels ({', '.join(left)}) on {here['gpu']}, once for this GPU and these versions; it takes "
-            f"minutes if Triton compiles. {MODE}=off skips this"
-        )
-        begin = time.monotonic()
-        found = trial.run(left, index, here, lock.touch)
-        file = store.save(here, kept | found)
-        say(summary(found, time.monotonic() - begin, file))
-        return {name: (kept | found)[name] for name in names}
+            told = lock.wait(WAIT_S)
+        known = {} if afresh else store.load(here)
+        if told is None:
+            late = Verdict("unknown", f"another process has tried the kernels for more than {WAIT_S:.0f} s")
+            return {name: known.get(name, late) for name in names}
+        known = told | known
+        left = [name for name in names if name not in known]
+        if left:
+            known |= _try(left, index, here, lock, say, watch)
+        return {name: known[name] for name in names}
 
 
-def summary(found: dict[str, Verdict], seconds: float, file: Path | None) -> str:
-    """Line about what was found, and where it is kept."""
-    said = "; ".join(f"{way} {verdict}" for way, verdict in found.items())
-    return f"{said} ({seconds:.0f} s, {f'kept in {file}' if file else 'not kept'})"
+def _try(
+    names: list[str], index: int, here: Identity, lock: store.Lock, say: Callable[[str], None], watch: Watch | None
+) -> dict[str, Verdict]:
+    once, skip = (", once for this GPU and these versions", f". {MODE}=off skips this") if watch is None else ("", "")
+    say(f"trying the kernels ({', '.join(names)}) on {here['gpu']}{once}; it takes minutes if Triton compiles{skip}")
+
+    def touch_and_watch(trials: Mapping[str, trial.Trial]) -> None:
+        if any(one.compiles for one in trials.values()):
+            lock.touch()
+        if watch is not None:
+            watch(trials)
+
+    begin = time.monotonic()
+    found = trial.run(names, index, here, touch_and_watch)
+    file = store.save(here, found)
+    lock.tell(found)
+    said = "tried" if watch is not None else "; ".join(f"{way} {verdict}" for way, verdict in found.items())
+    say(f"{said} ({time.monotonic() - begin:.0f} s, {f'kept in {file}' if file else 'not kept'})")
+    return found
 
 
 def print_line(text: str) -> None:
-    """Print a line about a trial to standard error."""
-    print(f"bam_kernels: {text}", file=sys.stderr, flush=True)
+    """Print a line about a trial to standard error, if it can be written to."""
+    with suppress(OSError, ValueError):
+        print(f"bam_kernels: {text}", file=sys.stderr, flush=True)
 
 
 def _must_not_wait() -> bool:
     """Whether this is no moment to start processes or to exchange messages."""
     return (
-        torch.compiler.is_compiling()
+        torch._guards.TracingContext.try_get() is not None  # is_compiling() is false here with torch 2.11
+        or torch._guards.active_fake_mode() is not None
         or torch.utils.data.get_worker_info() is not None
         or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
     )
 
 
 def _mode() -> str:
-    mode = os.environ.get(MODE, "auto")
+    mode = os.environ.get(MODE) or "auto"
     if mode not in MODES:
         raise ValueError(f"{MODE} must be {', '.join(MODES[:-1])} or {MODES[-1]}, got {mode!r}")
     return mode

@@ -23,33 +23,46 @@ def ways(here: Identity) -> tuple[str, ...]:
 
 def entry(way: str, here: Identity) -> Entry | None:
     """The entry that a verdict on `way` gives; None if the way cannot run there."""
-    torch, capability = _minor(here["torch"]), here["capability"]
-    common = {"way": way, "capability": capability, "torch": torch}
+    capability = here["capability"].partition(":")[0]  # without the switches of an AMD GPU's memory
+    common = {"way": way, "capability": capability, "torch": _minor(here["torch"])}
     if way != "cuda":
         compiler = f"triton {_minor(here['triton'])}"
-        return common | {"code": capability, "compiler": compiler, "sources": here["sources"]}
-    if not here["extension"] or not capability[0].isdigit():
-        return None
+        common |= {"code": capability, "compiler": compiler, "sources": here["sources"]}
+        return common if here["triton"] else None
     built_from, _, architectures = here["extension"].partition(" for ")
+    code = code_for(capability, architectures.split()) if capability[0].isdigit() else ""
+    if not code:
+        return None
     csrc, _, compiler = built_from.partition(" ")
-    code = code_for(capability, architectures.split())
     return common | {"code": code, "compiler": compiler, "sources": f"{here['sources']} {csrc}"}
 
 
 def code_for(capability: str, architectures: list[str]) -> str:
-    """Which of the compiled architectures, in torch's notation, a GPU of this compute capability runs."""
-    major, minor = map(int, capability.split("."))
+    """Which of the compiled architectures, in torch's notation, a GPU of this compute capability runs; "": none.
 
-    def number(architecture: str) -> tuple[int, int]:
-        first, _, second = architecture.removesuffix("+PTX").rstrip("af").partition(".")
-        return int(first), int(second)
+    Machine code runs on its own major version from its minor version on, PTX on all newer GPUs. With the suffix "a"
+    either runs on its own architecture alone; PTX with "f" on its own major version.
+    """
+    here = _number(capability)
 
-    machine = [a for a in architectures if number(a)[0] == major and number(a)[1] <= minor]
-    machine = [a for a in machine if not a.endswith("a") or number(a) == (major, minor)]
-    if machine:
-        return max(machine, key=lambda a: (number(a), a.endswith("a"))).removesuffix("+PTX")
-    portable = [a for a in architectures if a.endswith("+PTX") and number(a) <= (major, minor)]
-    return max(portable, key=number, default="")
+    def fits(architecture: str, *, as_ptx: bool) -> bool:
+        name = architecture.removesuffix("+PTX")
+        there, suffix = _number(name.rstrip("af")), name[-1]
+        if suffix == "a":
+            return there == here
+        return there <= here and (there[0] == here[0] or (as_ptx and suffix != "f"))
+
+    def newest(names: list[str]) -> str:
+        return max(names, key=lambda name: (_number(name.rstrip("af")), name[-1] == "a"), default="")
+
+    machine = newest([a.removesuffix("+PTX") for a in architectures if fits(a, as_ptx=False)])
+    ptx = newest([a.removesuffix("+PTX") for a in architectures if a.endswith("+PTX") and fits(a, as_ptx=True)])
+    return machine or (f"{ptx}+PTX" if ptx else "")
+
+
+def _number(architecture: str) -> tuple[int, int]:
+    major, _, minor = architecture.partition(".")
+    return int(major), int(minor)
 
 
 @cache

@@ -7,7 +7,9 @@ from loss_checks import check_attention, check_golden, check_one_rank_of_two
 from problems import GOLDEN_FILES, assert_close, check_rows_of_any_norm, features, loss_and_grad
 from triton_device import DEVICE, pytestmark  # noqa: F401
 
-from bam_kernels import bam_loss, bam_targets, reference
+from bam_kernels import BAMLoss, backends, bam_loss, bam_targets, reference
+from bam_kernels.verification import trust
+from bam_kernels.ways import WAYS
 
 # The interpreter takes a second for each: there those of one rank alone.
 FILES = [path for path in GOLDEN_FILES if DEVICE.type != "cpu" or path.stem.endswith("_w1")]
@@ -36,6 +38,18 @@ def test_rows_of_any_norm(engine, R):
     """float32 scores, and those of fp16 rows."""
     check_rows_of_any_norm(torch.float32, R, DEVICE, (1e-6, 2e-6), engine=engine, **EXACT)
     check_rows_of_any_norm(torch.bfloat16, R, DEVICE, (2e-4, 2**-8), engine=engine, backend="triton")
+
+
+@pytest.mark.parametrize("way", ["triton", "flash"])
+def test_auto_uses_what_is_verified(way, monkeypatch):
+    """Bit for bit as if the backend and engine had been named."""
+    monkeypatch.setattr(backends, "GPU", DEVICE.type)
+    monkeypatch.setattr(trust, "_trust", {0: trust.Trust((way,))})
+    student = features(3, 7, 9).to(DEVICE)
+    named = loss_and_grad(bam_loss, student, engine=WAYS[way].engine, **EXACT)
+    assert BAMLoss(precision="exact").way(student) == f"triton {WAYS[way].engine}"
+    for found, expected in zip(loss_and_grad(bam_loss, student, precision="exact"), named, strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_flash_engine_says_what_it_cannot():

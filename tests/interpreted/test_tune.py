@@ -1,13 +1,18 @@
 """The tuning run at toy size: what it times, drops and keeps, and that the kernels then take it."""
 
+from collections import Counter
+from dataclasses import replace
+
 import pytest
 import torch
 from triton_device import DEVICE, pytestmark  # noqa: F401
 
 from bam_kernels import tune, tuned
+from bam_kernels.backends import cuda, triton
 from bam_kernels.backends.triton import tiles
-from bam_kernels.engine.cost import H200, rates
+from bam_kernels.engine.cost import H200, fastest_rows, rates
 from bam_kernels.tuned import Tuning
+from bam_kernels.ways import WAYS
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +77,35 @@ def test_a_whole_run(file, monkeypatch, capsys):
     found = whole.rates
     assert found["product_flops"] == pytest.approx(2 * 64**3 * 1e6)
     assert found["memory_bytes"] == pytest.approx(2 * 4 * 64**2 * 1e6)
-    assert found.keys() == set(tuned.RATES)
+    assert found.keys() == set(tuned.RATES) | (set() if cuda.unavailable(DEVICE) else set(tuned.CUDA_RATES))
+
+
+def test_rates_of_the_cuda_kernels_are_measured_where_they_can_run(file, monkeypatch):
+    """Each backend's row kernels by themselves; the file that keeps the rates gives them back."""
+    kernels, calls = triton.kernels(), Counter()
+
+    class CudaKernels:
+        """Triton's kernels, which have the same interface, in place of the CUDA kernels."""
+
+        def column_lse(self, *args):
+            calls["columns"] += 1
+            kernels.column_lse(*args)
+
+        def sinkhorn_pass(self, *args):
+            calls["passes"] += 1
+            kernels.sinkhorn_pass(*args)
+
+    monkeypatch.setattr(cuda, "unavailable", lambda device: None)
+    monkeypatch.setattr(cuda, "kernels", CudaKernels)
+    times = iter((1.0, 2.0, 3.0, 4.0, 8.0))
+    with tuned.use_tiles({}):
+        found = tune.measured_rates(DEVICE, lambda run: (run(), next(times))[1], size=64)
+    assert calls == {"columns": 1, "passes": 2}
+    assert found["exponentials"] == pytest.approx(3 * 16 * 64 / 4e-3)
+    assert found["cuda_exponentials"] == pytest.approx(3 * 16 * 64 / 8e-3)
+    tuned.save(Tuning(found), file)
+    assert rates() == replace(H200, **found)
+    assert fastest_rows(("cuda", "triton")) == WAYS["triton"]
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"rates": {}, "tiles": {}}', '{"rates": 3}'])

@@ -121,7 +121,7 @@ EXECUTION = {
         ['backend="triton" cannot run here', "TRITON_INTERPRET"],
     ),
     "cuda": ({"backend": "cuda"}, torch.float32, ValueError, ['backend="cuda" cannot run here', "cpu"]),
-    "fp8": ({"precision": "fp8"}, torch.float32, ValueError, ['precision="fp8"', 'backend="cpu"']),
+    "fp8": ({"precision": "fp8"}, torch.float32, ValueError, ['precision="fp8"', 'backend="auto"']),
     "fp8 on cpu": ({"precision": "fp8", "backend": "cpu"}, torch.float32, ValueError, ["fp8", 'backend="cpu"']),
     "fp8 in the reference": ({"precision": "fp8", "backend": "reference"}, torch.float32, ValueError, ["fp8"]),
 }

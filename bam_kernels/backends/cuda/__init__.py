@@ -1,7 +1,4 @@
-"""The CUDA C++ row kernels of csrc/cuda, for Ampere and later.
-
-They run with `backend="cuda"`; `backend="auto"` does not choose them.
-"""
+"""The CUDA C++ row kernels of csrc/cuda, for Ampere and later."""
 
 from functools import cache
 from typing import TYPE_CHECKING

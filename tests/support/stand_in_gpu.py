@@ -1,0 +1,77 @@
+"""A GPU that is not there, and small programs in place of those that try kernels on it."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bam_kernels.backends import cuda, triton
+from bam_kernels.verification import identity, trial, trust
+
+# Precedes each program, which has: way, here (the identity), report, begin. Its standard library alone starts quickly.
+PRELUDE = f"""
+import json, os, signal, subprocess, sys, threading, time
+way, here = sys.argv[1], json.loads(sys.argv[2])
+
+def report(**fields):
+    os.write(1, b"\\n{trial.REPORT}" + json.dumps(fields).encode() + b"\\n")
+
+def begin(stage="running", at="teacher"):
+    report(identity=here)
+    report(stage=stage, at=at)
+"""
+PASSES = "begin(); report(status='verified')"
+WRONG = """
+begin(at='top-k'); print('top-k')
+report(status='failed', reason='top-k: 3 of 96 numbers of the loss are wrong')
+"""
+CRASHES = "begin(); print('before it'); sys.stdout.flush(); os.kill(os.getpid(), signal.SIGSEGV)"
+HANGS = "begin(); time.sleep(1000)"
+NO_MEMORY = "report(identity=here); report(status='unknown', reason='OutOfMemoryError: CUDA out of memory')"
+
+
+class StandInGpu:
+    """Torch sees one GPU, on which CUDA and Triton kernels can run; verdicts are kept below `folder`.
+
+    children: the program that tries each way, by default one that finds nothing wrong.
+    """
+
+    def __init__(self, patch: pytest.MonkeyPatch, folder: Path, name: str = "Stand-in H100") -> None:
+        self.folder = folder
+        self.children = dict.fromkeys(trust.GPU_WAYS, PASSES)
+        self.properties = SimpleNamespace(name=name, major=9, minor=0, multi_processor_count=132, gcnArchName="gfx942")
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "device_count", lambda: 1)
+        patch.setattr(torch.cuda, "current_device", lambda: 0)
+        patch.setattr(torch.cuda, "get_device_properties", lambda device=None: self.properties)
+        for backend in (cuda, triton):
+            patch.setattr(backend, "unavailable", lambda device: None)
+        patch.setattr(trial, "command", self.command)
+        patch.setattr(trust, "_trust", {})
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        patch.setenv(trust.MODE, "auto")
+
+    def command(self, way: str, index: int) -> list[str]:
+        """Command of a child, in place of trial.command, that is noted as tried."""
+        with (self.folder / "tried").open("a") as opened:
+            opened.write(f"{way}\n")
+        here = json.dumps(identity.identity(index))
+        return [sys.executable, "-I", "-S", "-c", PRELUDE + self.children[way], way, here]
+
+    def tried(self) -> list[str]:
+        """Ways that were tried by all processes that share `folder`, in the order of starting."""
+        file = self.folder / "tried"
+        return file.read_text().split() if file.exists() else []
+
+    def kept(self) -> list[Path]:
+        """Files with verdicts."""
+        return sorted((self.folder / "bam_kernels" / "verdicts").glob("*.json"))
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path) -> StandInGpu:
+    """A GPU of which nothing is known yet."""
+    return StandInGpu(monkeypatch, tmp_path)
