@@ -33,9 +33,10 @@ from driver.config import Config
 from driver.data import make_images
 from driver.data.images import Crops, virtual_batch
 from driver.distributed import World
+from driver.loss import TEACHER_VIEWS, make_loss
 from driver.model import follow
 from driver.optim import Arithmetic, Schedules, make_optimizer
-from driver.train import TEACHER_VIEWS, make_loss, make_networks
+from driver.train import make_networks
 
 PARTS = ("data", "backbone", "teacher", "head", "loss", "optimiser")
 
@@ -64,7 +65,7 @@ class Step:
         self.schedules = Schedules(options, self.images.training // self.G, self.G)
         self.arithmetic = Arithmetic.of(options.run.dtype, device)
         self.network, self.teacher = make_networks(options, self.images.channels, device, self.arithmetic.weights)
-        bam = make_loss(options.loss, self.schedules, device, self.arithmetic.weights)
+        bam = make_loss(options.loss, self.schedules, device, self.arithmetic.weights, world)
         self.criterion = lambda *embeddings: bam(*embeddings, step=0)
         self.optimizer = make_optimizer(self.network, options.optim)
         self.views = options.data.views + options.data.local_views

@@ -65,6 +65,7 @@ class State:
     """Files step-N.pt to keep. Files of steps after the checkpoint from which the run went on are not in it."""
 
     def content(self, config: dict[str, Any]) -> dict[str, Any]:
+        computed = self.history.last("backend")
         return {
             "network": self.network.state_dict(),
             "teacher": None if self.teacher is None else self.teacher.state_dict(),
@@ -80,6 +81,7 @@ class State:
             "step": self.step,
             "history": self.history.rows,
             "config": config,
+            "backend": None if computed is None else computed["way"],
         }
 
 

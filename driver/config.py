@@ -195,7 +195,8 @@ class Loss:
     top_k: int = 0
     """Columns kept in each row of the target: the ones with the largest weights. 0: all."""
     backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
-    """Backend of the library that computes the loss. A named backend that cannot run here is an error."""
+    """Backend of the library that computes the loss. `auto`: kernels that are verified here, else the reference. A
+    named backend that cannot run here is an error."""
 
 
 @helpful

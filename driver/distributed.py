@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar, cast
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .config import UserError
-from .messages.text import first_line
+from .messages.text import first_line, listed
 
 T = TypeVar("T")
+POLL_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,26 @@ class World:
             world_size=self.size,
             device_id=device if nccl else None,
         )
+
+    def meet(self, name: str, seconds: float) -> None:
+        """Wait until all ranks are at this place, whatever the time-out of the process group.
+
+        Raises: UserError where a rank has failed, or is not here after `seconds`.
+        """
+        if self.store is None:
+            return
+        ranks, until = range(self.size), time.monotonic() + seconds
+        try:
+            self.store.set(f"{name} {self.rank}", "")
+            while not self.store.check([f"{name} {rank}" for rank in ranks]):
+                if self.failed():
+                    raise UserError(f"{name}: another rank has failed")
+                if time.monotonic() > until:
+                    late = [rank for rank in ranks if not self.store.check([f"{name} {rank}"])]
+                    raise UserError(f"{name}: after {seconds:.0f} s some ranks are not ready: {listed(late)}")
+                time.sleep(POLL_S)
+        except dist.DistError as error:
+            raise UserError(f"{name}: rank 0 has ended") from error
 
     def end(self) -> None:
         """Wait for all ranks, then leave the process group: gloo may abort where one rank leaves before the others.

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from textwrap import shorten
@@ -69,6 +70,7 @@ def exit_code(run: Callable[[World], int], interrupted: str = "interrupted") -> 
 def _exit_code(run: Callable[[World], int], world: World, interrupted: str) -> int:
     if not world.first:
         sys.stdout = open(os.devnull, "w", errors="backslashreplace")
+        warnings.filterwarnings("ignore", "bam_kernels: ")  # on the choice of kernels, which all ranks make alike
     try:
         code = run(world)
         sys.stdout.flush()

@@ -5,6 +5,7 @@ Each row has `kind`, `step` and `epoch` (a fraction within one):
 train       means over the steps since the last such row, and over ranks
 evaluation  results of `evaluate` for the features of the network
 pixels      results of `evaluate` for raw pixels, once
+backend     `way`, the backend and engine that compute the loss, seen at the first step after a log line; not repeated
 collapse    written once, at the step by which the features were seen to have collapsed
 ceiling     written once, at the step by which the loss was seen at its ceiling or above, with features that differ
 """
@@ -37,8 +38,8 @@ class History:
         self.rows: list[Row] = list(rows or [])
         self.sinks: list[Sink] = []
 
-    def add(self, kind: str, step: int, epoch: float, **numbers: float) -> Row:
-        known = {name: x if math.isfinite(x) else None for name, x in numbers.items()}
+    def add(self, kind: str, step: int, epoch: float, **values: float | str) -> Row:
+        known = {name: x if isinstance(x, str) or math.isfinite(x) else None for name, x in values.items()}
         row = {"kind": kind, "step": step, "epoch": epoch, **known}
         self.rows.append(row)
         for sink in self.sinks:

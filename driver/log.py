@@ -94,9 +94,22 @@ class Log:
         self.pending.clear()
         self.restart_clock()
 
-    def note(self, kind: str, **numbers: float) -> Row:
-        """Add a row with these numbers to the history, at the current step."""
-        return self.state.history.add(kind, self.state.step, self.state.step / self.steps, **numbers)
+    def note(self, kind: str, **values: float | str) -> Row:
+        """Add a row with these values to the history, at the current step."""
+        return self.state.history.add(kind, self.state.step, self.state.step / self.steps, **values)
+
+    def computed_by(self, way: str) -> None:
+        """Add a row to the history where the way in which the loss is computed changes, or is new to the history.
+
+        After a change, rank 0 prints a line.
+        """
+        before = self.state.history.last("backend")
+        if before is not None and before["way"] == way:
+            return
+        self.note("backend", way=way)
+        if before is not None and self.world.first:
+            text = f"note: the loss is computed by {way} from step {self.state.step} on, by {before['way']} until then"
+            self.bar.write(f"{text}; their results differ by rounding", file=sys.stderr)
 
     def settle(self) -> None:
         """Name the images that could not be read since the last call. Raises: UserError on every rank if too many."""

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bam_kernels import BAMLoss, GradientCache
+from bam_kernels import GradientCache
 
 from . import checkpoint, cli, config, contrastive_crop, history
-from .config import Config, Loss, Run, UserError
+from .config import Config, Run, UserError
 from .data import make_images
 from .data.images import Crops, virtual_batch
 from .data.inventory import Inventory
@@ -25,14 +25,12 @@ from .exits import Stopped, StopSignal
 from .files import obstacle
 from .history import File, Sink
 from .log import Log
+from .loss import TEACHER_VIEWS, make_loss, step_embeddings
 from .model import Network, follow, make_teacher, synchronised
 from .optim import Arithmetic, Schedules, make_optimizer
 from .reporting import outputs
 from .reporting.trackers import TensorBoard, Wandb
 from .weights import load_backbone, load_pretrained
-
-TEACHER_VIEWS = 2
-"""Views that a teacher sees with --model.teacher-views global."""
 
 
 def pretrain(options: Config, world: World | None = None) -> Path:
@@ -84,7 +82,7 @@ class Training:
         if options.boxes.every:
             with self.arithmetic.context():
                 contrastive_crop.check(self.network, self.images.channels, data.size)
-        self.bam = make_loss(options.loss, self.schedules, device, self.arithmetic.weights)
+        self.bam = make_loss(options.loss, self.schedules, device, self.arithmetic.weights, world)
         self.optimizer = make_optimizer(self.network, optim)
 
         inventory = Inventory.of(self.images.source) if world.first else None
@@ -104,7 +102,7 @@ class Training:
         self.last_epoch = min(optim.epochs, run.stop_after or optim.epochs)
         print(
             f"{self.directory}: {self.images.training} training images, {self.images.tested} held out; "
-            f"{self.steps} steps an epoch; {device}"
+            f"{self.steps} steps an epoch; {device}; loss backend: {self.expected_way()}"
         )
         if optim.lr_end > self.schedules.peak:
             print(
@@ -175,10 +173,19 @@ class Training:
 
     def criterion(self, *embeddings: Tensor) -> Any:
         """BAM loss and statistics of the current step. An error of the loss becomes the error that ends the run."""
+        step = self.state.step
         try:
-            return self.bam(*embeddings, step=self.state.step)
+            if not self.log.pending:  # the first step after a log line, or of this process
+                self.log.computed_by(self.bam.way(*embeddings, step=step))
+            return self.bam(*embeddings, step=step)
         except ValueError as error:
-            raise self.log.stopped(self.state.step, str(error)) from error
+            raise self.log.stopped(step, str(error)) from error
+
+    def expected_way(self) -> str:
+        """Backend and engine by which the library computes the loss of the next step, as `BAMLoss.way` names them."""
+        share = self.G // self.world.size
+        embeddings = step_embeddings(self.options, self.network, self.teacher is not None, self.arithmetic, share)
+        return self.bam.way(*embeddings, step=self.state.step)
 
     def teach(self, crops: Crops) -> Tensor:
         """Teacher's embeddings of the views that it sees."""
@@ -257,27 +264,6 @@ def make_sinks(state: checkpoint.State, options: Config, directory: Path) -> lis
     if options.run.wandb is not None:
         sinks.append(Wandb(options.run.wandb, directory, options))
     return sinks
-
-
-def make_loss(loss: Loss, schedules: Schedules, device: torch.device, dtype: torch.dtype) -> BAMLoss:
-    """BAM loss with these options, after a trial on two images, at the first and the last step's epsilon.
-
-    Raises: UserError where the loss cannot run here, so that nothing has been written yet.
-    """
-    try:
-        bam = BAMLoss(
-            temperature=loss.temperature,
-            epsilon=schedules.epsilon,
-            iterations=loss.iterations,
-            top_k=loss.top_k,
-            backend=loss.backend,
-            return_stats=True,
-        )
-        for step in (0, schedules.total):
-            bam(torch.eye(4, device=device, dtype=dtype).view(2, 2, 4), step=step)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"--loss: {error}") from error
-    return bam
 
 
 def fresh_directory(name: str, parent: Path = Path("runs")) -> Path:

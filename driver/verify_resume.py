@@ -34,7 +34,7 @@ from driver.cli import check_bounds
 from driver.config import helpful
 from driver.exits import STOPPED, exit_code
 
-PARTS = ("network", "teacher", "optimizer", "scaler", "boxes", "images", "epoch", "step")
+PARTS = ("network", "teacher", "optimizer", "scaler", "boxes", "images", "epoch", "step", "backend")
 RUNS = "runs"
 SMALL = "--model.width 8 --optim.epochs 3 --run.eval-every 0 --run.save-every 1"
 

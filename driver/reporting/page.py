@@ -73,6 +73,7 @@ def page(
         why=why.capitalize(),
         command=command,
         configuration=as_plain(options),
+        computed_by=summary.computed_by(history),
     )
 
 

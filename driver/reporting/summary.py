@@ -104,6 +104,11 @@ def accuracies(history: History, trained: str) -> dict[str, list[float]]:
     return {name: [row[column] for column in ACCURACIES] for name, row in rows.items()}
 
 
+def computed_by(history: History) -> str:
+    """Backends and engines that computed the loss, such as `cuda slab`; empty for a run that does not know them."""
+    return ", ".join(dict.fromkeys(row["way"] for row in history.of("backend")))
+
+
 def table(history: History, tested: int) -> str:
     """The accuracies on `tested` held-out images as lines of text; empty where none was measured."""
     lines = [

@@ -8,12 +8,12 @@ from ..config import Config, UserError, as_plain, missing
 from ..files import replacing
 from ..history import Row
 
-NOT_SCALARS = ("kind", "step")
-"""Entries of a history row that name and date its numbers."""
+NOT_VALUES = ("kind", "step")
+"""Entries of a history row that name and date its values."""
 
 
 class TensorBoard:
-    """Writer of TensorBoard scalars into RUN_DIR/tensorboard.
+    """Writer of TensorBoard scalars and texts into RUN_DIR/tensorboard.
 
     `step` is where a resumed run begins: scalars of later steps, written before the run ended, are dropped.
     """
@@ -26,8 +26,9 @@ class TensorBoard:
         self.writer = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1 if step else None)
 
     def __call__(self, row: Row) -> None:
-        for name, value in scalars(row).items():
-            self.writer.add_scalar(name, value, row["step"])
+        for name, value in values(row).items():
+            add = self.writer.add_text if isinstance(value, str) else self.writer.add_scalar
+            add(name, value, row["step"])
         self.writer.flush()
 
     def close(self) -> None:
@@ -62,12 +63,12 @@ class Wandb:
             raise UserError(f"--run.wandb {project}: {error}") from error
 
     def __call__(self, row: Row) -> None:
-        self.run.log(scalars(row), step=row["step"])
+        self.run.log(values(row), step=row["step"])
 
     def close(self) -> None:
         self.run.finish()
 
 
-def scalars(row: Row) -> dict[str, float]:
-    """Finite numbers of a history row, named kind/number."""
-    return {f"{row['kind']}/{name}": x for name, x in row.items() if name not in NOT_SCALARS and x is not None}
+def values(row: Row) -> dict[str, float | str]:
+    """Finite numbers and texts of a history row, named kind/name."""
+    return {f"{row['kind']}/{name}": x for name, x in row.items() if name not in NOT_VALUES and x is not None}

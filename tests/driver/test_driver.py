@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from driver_runs import ROOT, content, pretrain, rows
 from photographs import write_images
 
+from bam_kernels import BAMLoss
 from driver import checkpoint, cli, config, history, model, optim, train
 from driver.config import UserError
 from driver.data import make_images, views_of_digits
@@ -104,14 +105,14 @@ def test_non_finite_loss_stops_and_keeps_the_checkpoint():
 def test_nan_without_an_error_is_not_saved(monkeypatch, what, message):
     """As on a GPU, where the library does not look at values. Step 3 is the last one before the second checkpoint."""
 
-    class NanAtStep3(train.BAMLoss):
+    class NanAtStep3(BAMLoss):
         def forward(self, student, teacher=None, step=None):
             if step == 3 and what == "gradient":
                 student.register_hook(lambda gradient: gradient * float("nan"))
             loss, stats = super().forward(student, teacher, step)
             return loss * (float("nan") if step == 3 and what == "loss" else 1.0), stats
 
-    monkeypatch.setattr(train, "BAMLoss", NanAtStep3)
+    monkeypatch.setattr("driver.loss.BAMLoss", NanAtStep3)
     with pytest.raises(UserError, match=message + ".*last good checkpoint is runs/digits-001/"):
         pretrain("--optim.epochs=3", "--run.save-every=1", "--run.log-every=50")
     saved = content(Path("runs/digits-001"))

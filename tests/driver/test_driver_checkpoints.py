@@ -22,7 +22,7 @@ from driver.config import UserError
 from driver.data import inventory
 from driver.verify_resume import same
 
-PARTS = ("network", "teacher", "optimizer", "scaler", "boxes", "images", "epoch", "step")
+PARTS = ("network", "teacher", "optimizer", "scaler", "boxes", "images", "epoch", "step", "backend")
 
 
 # Broken runs

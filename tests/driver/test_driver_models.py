@@ -15,6 +15,7 @@ import timm
 from driver_runs import TINY, content, pretrain, rows
 from photographs import write_classes
 
+from bam_kernels import BAMLoss
 from driver import backbones, checkpoint, cli, config, contrastive_crop, model, optim, recipes, train
 from driver.config import UserError
 
@@ -251,14 +252,13 @@ def test_schedules_with_both_ends():
 
 def test_epsilon_reaches_the_loss(monkeypatch):
     seen = []
-    original = train.BAMLoss
 
-    class Recorded(original):
+    class Recorded(BAMLoss):
         def forward(self, student, teacher=None, step=None):
             seen.append(self.epsilon(step))
             return super().forward(student, teacher, step)
 
-    monkeypatch.setattr(train, "BAMLoss", Recorded)
+    monkeypatch.setattr("driver.loss.BAMLoss", Recorded)
     pretrain("--optim.epochs=2", "--loss.epsilon=0.2", "--loss.epsilon-end=0.1")
     assert seen[-4:] == pytest.approx([0.2 - 0.05 * (1 - math.cos(math.pi * step / 4)) for step in range(4)])
 

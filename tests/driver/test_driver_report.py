@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from driver_runs import pretrain
+from driver_runs import content, pretrain
 from matplotlib.figure import Figure
 from photographs import write_classes, write_images
 
@@ -230,7 +230,12 @@ def test_page_escapes_and_says_collapse():
     better = record(0.0, 1.0)
     better.add("collapse", 10, 1.0, collapse_gap=0.0)
     assert "It recovered" in page.page("run", better, config.Config(), "none", 450, Path())
-    assert 'class="warning"' not in page.page("run", record(1.0), config.Config(), "none", 450, Path())
+    good = record(1.0)
+    text = page.page("run", good, config.Config(), "none", 450, Path())
+    assert 'class="warning"' not in text and "<p>Recipe <b>digits</b></p>" in text
+    good.add("backend", 10, 1.0, way="cuda slab")
+    named = "<p>Recipe <b>digits</b>; loss computed by <b>cuda slab</b></p>"
+    assert named in page.page("run", good, config.Config(), "none", 450, Path())
 
 
 @pytest.mark.slow
@@ -338,6 +343,8 @@ def test_tensorboard_has_the_curves(monkeypatch):
     rows = history.read(directory).of("train")
     assert losses == [(row["step"], pytest.approx(row["loss"])) for row in rows] and len(losses) == 2
     assert [event.step for event in events.Scalars("evaluation/knn")] == [0, 2, 4]
+    (way,) = events.Tensors("backend/way/text_summary")
+    assert way.tensor_proto.string_val == [content(directory)["backend"].encode()]
 
 
 class FakeWandb(types.ModuleType):
@@ -368,6 +375,8 @@ def test_wandb_gets_the_curves_and_goes_on_in_the_same_run(monkeypatch):
     assert first["id"] == second["id"] and first["project"] == "project" and first["resume"] == "allow"
     assert first["config"]["loss"]["epsilon"] == 0.025 and wandb.finished == 2
     assert [step for step, scalars in wandb.logged if "train/loss" in scalars] == [2, 4]
+    ways = [(step, scalars["backend/way"]) for step, scalars in wandb.logged if "backend/way" in scalars]
+    assert ways == [(0, content(directory)["backend"])]
     assert "project" not in (directory / "wandb-id.txt").read_text()
 
 
