@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import probe
+from earlier_run import remove
 from rows import Row, read
 from steps import (
     BASE,
@@ -34,6 +35,7 @@ from steps import (
 )
 
 TESTS = REPOSITORY / "tests"
+VERIFIED = "verify.json"  # what the step verify writes
 # Tests of kernels on given operands, for rows over blocks, clusters and long rows, small enough for a memory checker.
 CHECKED_TESTS = "(cluster or long) and (pass or blocks or 132)"
 CHECKED_FILES = [TESTS / "kernels" / "test_cuda_kernels.py", TESTS / "kernels" / "test_cuda_match.py"]
@@ -172,6 +174,14 @@ class Contact:
             steps += [Step(f"ranks-gloo-{backend}", gloo, 120, self.environment())]
         return steps
 
+    def verify(self) -> Step:
+        """A step that tries the kernels as `backend="auto"` does.
+
+        With a cache folder of its own it neither uses nor leaves verdicts on this machine.
+        """
+        command = [PYTHON, "-m", "bam_kernels.verify", "--json", str(self.out / VERIFIED)]
+        return Step("verify", command, 150, self.environment(XDG_CACHE_HOME=str(self.out / "cache")), self.no_gpu)
+
     def driver(self) -> list[Step]:
         """First steps of the digits recipe on each backend, on the reference, and as the truth in float64."""
         missing = [name for name in ("tyro", "docstring_parser") if importlib.util.find_spec(name) is None]
@@ -206,6 +216,7 @@ class Contact:
         return Step("predictions", [*command, "--results", str(self.out / "rows.jsonl")], 30, self.environment())
 
     def run(self, run: Run) -> None:
+        remove(run, {"verify": (VERIFIED,)})
         facts = run.steps([self.facts()])
         probes = self.probes("triton") + self.probes("cuda")
         if any(step.status == "failed with 1" for step in facts):  # 2 would mean that there is no GPU
@@ -214,7 +225,7 @@ class Contact:
         probed = run.steps([*probes, *self.probes_for_older()], at_once=8 if not self.toy else 2)
         run.steps(self.bounded_probes(probed), at_once=6)
         checks = [*self.tests(), *self.memory_checks(), *self.ranks(), *self.driver()]
-        checks.append(Step("doctor", [PYTHON, "-m", "bam_kernels"], 90, self.environment()))
+        checks += [self.verify(), Step("doctor", [PYTHON, "-m", "bam_kernels"], 90, self.environment())]
         run.steps(checks, at_once=7 if not self.toy else 2)
         run.steps([self.curves()])
         run.steps(self.times())

@@ -15,7 +15,8 @@ class EarlierRun:
         if source is None:
             return
         if source.is_dir():
-            self.files = {file.name: file.read_text() for file in source.glob("*.json*")}
+            files = [file for file in source.iterdir() if ".json" in file.suffix]  # not traces, .json.gz
+            self.files = {file.name: file.read_text() for file in files}
             return
         with tarfile.open(source) as tar:
             for member in tar.getmembers():

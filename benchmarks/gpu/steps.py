@@ -13,8 +13,9 @@ import subprocess
 import sys
 import tarfile
 import time
+import uuid
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from types import TracebackType
@@ -61,6 +62,7 @@ class Run:
         self.begin, self.end = time.monotonic(), time.monotonic() + seconds
         self.outcomes: list[Outcome] = []
         self.known: list[str] = []
+        self.id = uuid.uuid4().hex[:8]  # tells steps of this run from those that an earlier one left in OUT
         self._archived = 0.0
         self.out.mkdir(parents=True, exist_ok=True)
         if archive is not None:
@@ -118,7 +120,8 @@ class Run:
         print(line[:400], flush=True)
         file = self.out / "steps.json"
         ended = json.loads(file.read_text()) if file.exists() else {}
-        ended[outcome.name] = {"status": outcome.status, "seconds": outcome.seconds, "last_line": outcome.last_line}
+        fields = asdict(outcome)
+        ended[fields.pop("name")] = fields | {"run": self.id}
         file.write_text(json.dumps(ended, indent=1) + "\n")
         return outcome
 

@@ -127,8 +127,11 @@ def test_a_build_that_is_not_there_runs_under_no_name(tmp_path):
 class Recorded:
     """Stands for a run: what it is given, in order; facts has failed, all else has passed."""
 
-    def __init__(self, facts: str) -> None:
-        self.facts, self.steps_given = facts, []
+    def __init__(self, facts: str, out: Path) -> None:
+        self.facts, self.out, self.steps_given = facts, out, []
+
+    def chosen(self, name):
+        return True
 
     def steps(self, steps, at_once=1):
         self.steps_given += steps
@@ -137,7 +140,7 @@ class Recorded:
 
 @pytest.mark.parametrize("facts", ["passed", "failed with 1", "failed with 2"])
 def test_an_extension_that_does_not_load_is_built_there(tmp_path, facts):
-    run, made = Recorded(facts), contact.Contact(tmp_path / "out", tmp_path / "carried", toy=False)
+    run, made = Recorded(facts, tmp_path), contact.Contact(tmp_path / "out", tmp_path / "carried", toy=False)
     made.run(run)
     names = [step.name for step in run.steps_given]
     assert ("build" in names) == (facts == "failed with 1") and len(names) == len(set(names))
@@ -155,6 +158,28 @@ def test_a_hung_probe_is_repeated_with_waits_that_end(tmp_path):
     again = contact.Contact(tmp_path, tmp_path, toy=False).bounded_probes(probed)
     assert [step.name for step in again] == ["probe-cuda-pass-block-bounded"] and again[0].needs is None
     assert again[0].environment["BAM_KERNELS_EXTENSION"].endswith("bounded/_C.so")
+
+
+def test_the_kernels_are_tried_as_auto_does_without_a_trace_on_the_machine(tmp_path):
+    """Verdicts are kept below OUT alone, and a result of an earlier run goes before anything runs."""
+    (tmp_path / "verify.json").write_text("of an earlier run")
+    run = Recorded("passed", tmp_path)
+    contact.Contact(tmp_path, None, toy=False).run(run)
+    (step,) = [step for step in run.steps_given if step.name == "verify"]
+    assert step.command[1:] == ["-m", "bam_kernels.verify", "--json", str(tmp_path / "verify.json")]
+    assert step.environment["XDG_CACHE_HOME"] == str(tmp_path / "cache") and step.needs is None
+    names = [step.name for step in run.steps_given]
+    assert names.index("ranks-gloo-triton") < names.index("verify") < names.index("times")
+    assert not (tmp_path / "verify.json").exists()
+    assert contact.Contact(tmp_path, None, toy=True).verify().needs == "a toy run has no GPU"
+
+
+def test_steps_say_of_which_run_they_are(tmp_path):
+    for only in (["a", "b"], ["b"]):
+        with Run(tmp_path, None, only=only) as run:
+            run.steps([Step("a", program(""), 9), Step("b", program(""), 9)])
+    ended = json.loads((tmp_path / "steps.json").read_text())
+    assert ended["b"]["run"] == run.id != ended["a"]["run"]
 
 
 @needs_compiler
