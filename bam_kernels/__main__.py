@@ -18,8 +18,7 @@ from typing import Any
 
 import torch
 
-from . import __version__, reference
-from . import verify as trials
+from . import __version__, reference, verify
 from .backends import cpu, cuda, triton
 from .loss import bam_loss
 from .verification import trust
@@ -48,7 +47,7 @@ def main(args: Sequence[str] = ()) -> int:
         _report("triton", _gpu_unavailable(triton), "cuda", partial(bam_loss, backend="triton")),
         _report("cuda", _gpu_unavailable(cuda), "cuda", partial(bam_loss, backend="cuda")),
     ]
-    for index in range(trials.device_count()):
+    for index in range(verify.device_count()):
         print(f"\n{_auto_lines(index)}")
     print("\nall backends that can run here agree" if all(verdicts) else "\nA BACKEND DISAGREES WITH THE REFERENCE")
     return 0 if all(verdicts) and tried else 1
@@ -57,8 +56,8 @@ def main(args: Sequence[str] = ()) -> int:
 def _try_all() -> bool:
     """Try the kernels on every GPU. Returns False if a way that can run is not verified."""
     statuses = []
-    for index in range(trials.device_count()):
-        statuses.append(trials.exit_status(trials.verify(index)[1]))
+    for index in range(verify.device_count()):
+        statuses.append(verify.exit_status(verify.verify(index)[1]))
         print()
     return 1 not in statuses
 
@@ -77,8 +76,8 @@ def _auto_lines(index: int) -> str:
         elif way in known:
             text = f"{known[way]}{f' ({known[way].date}, on this machine)' if known[way].date else ''}"
         lines.append(f"{way:<12}{text}")
-    used = ", ".join(way for way in GPU_WAYS if way in known and known[way].status == "verified")
-    uses = f"of {used} the fastest for each shape" if used else "the slow PyTorch reference"
+    used = [way for way in GPU_WAYS if way in known and known[way].status == "verified"]
+    uses = f"{' or '.join(used)}{', by shape' * (len(used) > 1)}" if used else "the slow PyTorch reference"
     if mode == "force" or (left and mode == "auto"):
         uses = "what is found right when a program first uses it, by trying the kernels in other processes"
     return "\n".join([*lines, f"{'it uses':<12}{uses}"])

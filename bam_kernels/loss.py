@@ -340,7 +340,8 @@ class BAMLoss(nn.Module):
         loss = criterion(student, teacher, step=step)
 
     epsilon: a float, or a schedule: a callable from the step to a float; `forward` then needs `step`.
-    return_stats, options: as `bam_loss`.
+    return_stats, options: as `bam_loss`. With backend="auto" and a CUDA context, GPU kernels that are not known yet are
+    tried at construction, for minutes.
     Raises: ValueError or TypeError as `bam_loss`, for options already at construction.
     """
 

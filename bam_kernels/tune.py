@@ -219,6 +219,7 @@ def tune(shapes: list[tuple[int, int, int]], device: torch.device, timer: Timer,
                 print(f"{' '.join(map(str, job.key)):<28} {default_ms:>9.4f} ms -> {ms:>9.4f} ms  {kept}", flush=True)
                 if kept != "default":
                     chosen[job.key] = tile
+    with tuned.use_tiles(chosen):
         measured = measured_rates(device, timer, size)
     for name, rate in measured.items():
         print(f"{name:<28} {rate:>12.3g} a second")

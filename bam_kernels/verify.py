@@ -32,7 +32,7 @@ def main(args: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bam_kernels.verify", description=__doc__.splitlines()[0])
     parser.add_argument("--device", type=int, default=0, help="index of the GPU (default: 0)")
     parser.add_argument("--ways", nargs="+", choices=GPU_WAYS, default=GPU_WAYS, help="ways to try (default: all)")
-    parser.add_argument("--json", type=Path, help="file for the identity of GPU and software, and the verdicts")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file for all that was found")
     options = parser.parse_args(args)
     count = device_count()
     if count == 0:
@@ -63,7 +63,7 @@ def verify(index: int, ways: Iterable[str] = GPU_WAYS) -> tuple[Identity, dict[s
         list(ways), index, here, lambda text: print(text, flush=True), afresh=True, watch=Progress()
     )
     for way, verdict in verdicts.items():
-        if verdict.output:
+        if verdict.output and verdict.status != "verified":
             print(f"\nlast lines of {way}:", *verdict.output.splitlines(), sep="\n    ")
     print()
     for way, verdict in verdicts.items():

@@ -1,4 +1,4 @@
-"""BAM loss of a run, after a trial, and the embeddings of a step by which the library chooses kernels.
+"""BAM loss of a run, called before anything is written, and embeddings of a step, by which the library picks kernels.
 
 V views of the student, R of a teacher; n images of this rank in a step, over all its micro-batches; D features.
 """
@@ -16,11 +16,11 @@ from .optim import Arithmetic, Schedules
 TEACHER_VIEWS = 2
 """Views that a teacher sees with --model.teacher-views global."""
 PATIENCE_S = 1800.0
-"""Seconds that a rank waits for others, which may try GPU kernels: more than the limits of such a trial add up to."""
+"""Seconds that a rank waits for others, which may try GPU kernels: more than the limits of trials add up to."""
 
 
 def make_loss(loss: Loss, schedules: Schedules, device: torch.device, dtype: torch.dtype, world: World) -> BAMLoss:
-    """BAM loss with these options, after a trial on two images, at the first and the last step's epsilon.
+    """BAM loss with these options, called on two images with the epsilon of the first and of the last step.
 
     Raises: UserError where the loss cannot run here, so that nothing has been written yet.
     """

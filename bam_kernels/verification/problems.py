@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import threading
+import traceback
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ def report(**fields: Any) -> None:
     os.write(1, f"\n{REPORT}{json.dumps(fields)}\n".encode())
 
 
+SHOWN = 4  # wrong numbers of a result that are printed, spread over all of them
 NO_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 NO_COMPILER = "Failed to find C compiler"  # of Triton, for the launchers of kernels
 
@@ -43,29 +45,44 @@ class Wrong(Exception):
     """A result that is not right."""
 
 
-def run_case(case: cases.Case, device: torch.device) -> None:
-    """Compute each run of a case twice and compare with float64. Raises: Wrong naming what is not right."""
-    truth = case.truth()
+def run_case(case: cases.Case, device: torch.device) -> float:
+    """Compute each run of a case twice and compare with float64; returns the largest error, as a share of its bound.
+
+    Raises: Wrong naming the first result that is not right, once all results of that run are printed.
+    """
+    truth, largest = case.truth(), 0.0
     for run in case.runs:
         print(f"  {run.label}", flush=True)
         poison(device)
         found, again = run.compute(), run.compute()
+        faults = []
         for what, expected in truth.items():
-            wrong = count_wrong(what, found[what], expected, run.bounds[what])
+            wrong, error = compare(what, found[what], expected, run.bounds[what])
+            largest = max(largest, error)
             if wrong:
-                raise Wrong(f"{wrong} of {expected.numel()} numbers of the {what} are wrong ({run.label})")
-            if not torch.equal(found[what], again[what]):
-                raise Wrong(f"numbers of the {what} differ from run to run ({run.label})")
+                faults.append(f"{wrong} of {expected.numel()} numbers of the {what} are wrong ({run.label})")
+            elif not torch.equal(found[what], again[what]):
+                faults.append(f"numbers of the {what} differ from run to run ({run.label})")
+        if faults:
+            raise Wrong(faults[0])
+    return largest
 
 
-def count_wrong(what: str, found: Tensor, truth: Tensor, bound: Bound) -> int:
-    """Number of results outside their bound. A result that is exactly 0 in float64 must be 0; NaN is wrong."""
+def compare(what: str, found: Tensor, truth: Tensor, bound: Bound) -> tuple[int, float]:
+    """Number of results outside their bound, and the largest error as a share of its bound; prints both.
+
+    A result that is exactly 0 in float64 must be 0; NaN is wrong.
+    """
     found = found.cpu().double()
     allowed = bound.relative * truth.abs() + bound.floor * truth.abs().max()
     allowed.masked_fill_(truth == 0, 0.0)
     error = torch.where(found == truth, 0.0, (found - truth).abs() / allowed)
-    print(f"    {what:<21} largest error {error.max().item():.2g} of its bound", flush=True)
-    return int((~(error <= 1)).sum())
+    largest = error.max().item()
+    print(f"    {what:<21} largest error {largest:.2g} of its bound", flush=True)
+    wrong = (~(error <= 1)).nonzero()
+    for place in wrong[:: max(1, len(wrong) // SHOWN)][:SHOWN].tolist():
+        print(f"      {place}: {found[tuple(place)].item():.9g}, not {truth[tuple(place)].item():.9g}", flush=True)
+    return len(wrong), largest
 
 
 def poison(device: torch.device) -> None:
@@ -122,7 +139,7 @@ def end_with_parent() -> None:
 def try_way(way: str, device: torch.device, toy: bool) -> dict[str, str]:
     """Run all problems of a way; returns the fields of the last report."""
     global at
-    compiles = False
+    compiles, right = False, []
     if device.type == "cuda":
         torch.cuda.set_device(device)
         (torch.zeros(1, dtype=torch.float32, device=device) + 1).item()
@@ -141,14 +158,15 @@ def try_way(way: str, device: torch.device, toy: bool) -> dict[str, str]:
             at = name
             print(name, flush=True)
             report(stage="compiling" if compiles else "running", at=at)
-            for case in cases.cases(name, way, device, toy=toy):
-                run_case(case, device)
+            largest = [run_case(case, device) for case in cases.cases(name, way, device, toy=toy)]
+            right.append(f"{name}: right, largest error {max(largest):.2g} of its bound")
         if device.type == "cuda":
             at = "replay of a CUDA graph"
             report(stage="running", at=at)
             replay(way, device)
     except Wrong as wrong:
         return {"status": "failed", "reason": f"{at}: {wrong}"}
+    print(*right, sep="\n", flush=True)  # the end of what is printed is kept
     return {"status": "verified"}
 
 
@@ -188,7 +206,7 @@ def main(args: list[str] | None = None) -> int:
         result = try_way(options.way, device, options.toy)
     except Exception as error:
         result = meaning(error)
-        print(f"{type(error).__name__}: {error}", flush=True)
+        print(traceback.format_exc(), flush=True)
     report(**result)
     return 0
 

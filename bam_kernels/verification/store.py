@@ -34,7 +34,7 @@ class Verdict:
     reason   why it is not verified, for people
     seconds  how long it took, compilation included
     date     day and time of the trial
-    output   last lines that the process printed, if it failed
+    output   last lines that the process printed
     """
 
     status: str

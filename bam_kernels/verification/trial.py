@@ -188,10 +188,8 @@ class Trial:
         status, reason = self._meaning()
         if status != "unknown" and self._found != self._here:
             status, reason = "unknown", self._difference()
-        output = "\n".join(self._lines) if status == "failed" else ""
-        return Verdict(
-            status, reason, round(sum(self._spent_s.values()), 1), time.strftime("%Y-%m-%d %H:%M:%S"), output
-        )
+        seconds, date = round(sum(self._spent_s.values()), 1), time.strftime("%Y-%m-%d %H:%M:%S")
+        return Verdict(status, reason, seconds, date, "\n".join(self._lines))
 
     def _meaning(self) -> tuple[str, str]:
         last = f": {self._lines[-1]}" if self._lines else ""

@@ -104,8 +104,8 @@ def reason(trust: Trust, engine: str) -> str:
     if not torch.cuda.is_available():
         return "torch sees no GPU"
     if own := _with_engine(trust.ways, engine):
-        verified = f"kernels ({', '.join(own)}) are verified on the GPU of this rank, but none on those of all ranks"
-        return f"{verified}; `{COMMAND}` on each machine tries them"
+        here = f"kernels ({', '.join(own)}) are verified on the GPU of this rank, but none on those of all ranks"
+        return f"{here}; `{COMMAND}` on each machine tries them"
     if not trust.settled:
         return (
             "no kernels are verified on this GPU, and they are not tried while a graph is captured or compiled, or in "

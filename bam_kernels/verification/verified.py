@@ -1,4 +1,4 @@
-"""Kernels that this project has verified on hardware: verified.json, which benchmarks/gpu/verified.py writes.
+"""Kernels that this project has verified on hardware: verified.json, which benchmarks/gpu/add_verified.py writes.
 
 An entry names a way, the GPU's compute capability, the code that ran there, minor versions of torch and of the kernels'
 compiler, and a hash of the sources. After any change of a source it no longer holds.

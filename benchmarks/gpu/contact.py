@@ -35,7 +35,9 @@ from steps import (
 )
 
 TESTS = REPOSITORY / "tests"
-VERIFIED = "verify.json"  # what the step verify writes
+# Steps that try the kernels of a way; each writes NAME.json. This process imports no library, which might crash it.
+VERIFY = {way: f"verify-{way}" for way in ("cuda", "triton", "flash")}
+VERIFY_S = 200.0  # Triton compiles some 190 kernels for its first way, beside all other steps
 # Tests of kernels on given operands, for rows over blocks, clusters and long rows, small enough for a memory checker.
 CHECKED_TESTS = "(cluster or long) and (pass or blocks or 132)"
 CHECKED_FILES = [TESTS / "kernels" / "test_cuda_kernels.py", TESTS / "kernels" / "test_cuda_match.py"]
@@ -174,13 +176,17 @@ class Contact:
             steps += [Step(f"ranks-gloo-{backend}", gloo, 120, self.environment())]
         return steps
 
-    def verify(self) -> Step:
-        """A step that tries the kernels as `backend="auto"` does.
+    def verify(self) -> list[Step]:
+        """Steps that try the kernels as `backend="auto"` does: one for each way, so that each keeps its own verdict.
 
-        With a cache folder of its own it neither uses nor leaves verdicts on this machine.
+        With a cache folder of its own a step waits for no other, and neither uses nor leaves verdicts on this machine.
         """
-        command = [PYTHON, "-m", "bam_kernels.verify", "--json", str(self.out / VERIFIED)]
-        return Step("verify", command, 150, self.environment(XDG_CACHE_HOME=str(self.out / "cache")), self.no_gpu)
+        steps = []
+        for way, name in VERIFY.items():
+            command = [PYTHON, "-m", "bam_kernels.verify", "--ways", way, "--json", f"{self.out / name}.json"]
+            environment = self.environment(XDG_CACHE_HOME=str(self.out / "cache" / way))
+            steps.append(Step(name, command, VERIFY_S, environment, self.no_gpu))
+        return steps
 
     def driver(self) -> list[Step]:
         """First steps of the digits recipe on each backend, on the reference, and as the truth in float64."""
@@ -216,7 +222,7 @@ class Contact:
         return Step("predictions", [*command, "--results", str(self.out / "rows.jsonl")], 30, self.environment())
 
     def run(self, run: Run) -> None:
-        remove(run, {"verify": (VERIFIED,)})
+        remove(run, {name: (f"{name}.json",) for name in VERIFY.values()})
         facts = run.steps([self.facts()])
         probes = self.probes("triton") + self.probes("cuda")
         if any(step.status == "failed with 1" for step in facts):  # 2 would mean that there is no GPU
@@ -224,8 +230,8 @@ class Contact:
             probes = self.probes("cuda")
         probed = run.steps([*probes, *self.probes_for_older()], at_once=8 if not self.toy else 2)
         run.steps(self.bounded_probes(probed), at_once=6)
-        checks = [*self.tests(), *self.memory_checks(), *self.ranks(), *self.driver()]
-        checks += [self.verify(), Step("doctor", [PYTHON, "-m", "bam_kernels"], 90, self.environment())]
+        checks = [*self.verify(), *self.tests(), *self.memory_checks(), *self.ranks(), *self.driver()]
+        checks += [Step("doctor", [PYTHON, "-m", "bam_kernels"], 90, self.environment())]
         run.steps(checks, at_once=7 if not self.toy else 2)
         run.steps([self.curves()])
         run.steps(self.times())

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from bam_kernels.backends.extension import _C
+from bam_kernels.ways import GPU_WAYS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPTS = REPOSITORY / "benchmarks" / "gpu"
@@ -161,17 +162,21 @@ def test_a_hung_probe_is_repeated_with_waits_that_end(tmp_path):
 
 
 def test_the_kernels_are_tried_as_auto_does_without_a_trace_on_the_machine(tmp_path):
-    """Verdicts are kept below OUT alone, and a result of an earlier run goes before anything runs."""
-    (tmp_path / "verify.json").write_text("of an earlier run")
+    """Each way by itself, early; verdicts are kept below OUT alone, and results of an earlier run go first."""
+    for way in GPU_WAYS:
+        (tmp_path / f"verify-{way}.json").write_text("of an earlier run")
     run = Recorded("passed", tmp_path)
     contact.Contact(tmp_path, None, toy=False).run(run)
-    (step,) = [step for step in run.steps_given if step.name == "verify"]
-    assert step.command[1:] == ["-m", "bam_kernels.verify", "--json", str(tmp_path / "verify.json")]
-    assert step.environment["XDG_CACHE_HOME"] == str(tmp_path / "cache") and step.needs is None
+    steps = [step for step in run.steps_given if step.name.startswith("verify-")]
+    assert len(steps) == len({step.environment["XDG_CACHE_HOME"] for step in steps}) == len(GPU_WAYS)
+    for way, step in zip(GPU_WAYS, steps, strict=True):
+        file = tmp_path / f"verify-{way}.json"
+        assert step.command[1:] == ["-m", "bam_kernels.verify", "--ways", way, "--json", str(file)]
+        assert Path(step.environment["XDG_CACHE_HOME"]).is_relative_to(tmp_path) and step.needs is None
+        assert not file.exists()
     names = [step.name for step in run.steps_given]
-    assert names.index("ranks-gloo-triton") < names.index("verify") < names.index("times")
-    assert not (tmp_path / "verify.json").exists()
-    assert contact.Contact(tmp_path, None, toy=True).verify().needs == "a toy run has no GPU"
+    assert names.index("probe-cuda-stats") < names.index("verify-cuda") < names.index("tests-triton")
+    assert {step.needs for step in contact.Contact(tmp_path, None, toy=True).verify()} == {"a toy run has no GPU"}
 
 
 def test_steps_say_of_which_run_they_are(tmp_path):

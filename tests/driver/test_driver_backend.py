@@ -20,7 +20,7 @@ import bam_kernels.loss
 from bam_kernels import BAMLoss
 from bam_kernels.backends import cpu
 from driver import checkpoint, cli, exits, history, loss, optim, train, verify_resume
-from driver.config import UserError
+from driver.config import Config, UserError
 from driver.distributed import World
 from driver.files import replacing
 from driver.reporting import summary
@@ -177,24 +177,24 @@ def in_sight(gpu, monkeypatch):  # noqa: F811
     return gpu
 
 
-def loss_of(options: list[str], world: World) -> BAMLoss:
-    chosen = cli.parse(options)
+def loss_of(world: World, chosen: Config | None = None) -> BAMLoss:
+    chosen = chosen or cli.parse([])
     return loss.make_loss(chosen.loss, optim.Schedules(chosen, 2, 512), CPU, torch.float32, world)
 
 
 def test_kernels_are_tried_before_the_loss_and_said_on_standard_error(in_sight, capsys):
-    loss_of([], World())
+    loss_of(World())
     said = capsys.readouterr()
     assert said.out == "" and sorted(in_sight.tried()) == sorted(stand_in_gpu.trust.GPU_WAYS)
     assert said.err.count("bam_kernels: trying the kernels (") == said.err.count("verified; ") // 2 == 1
-    loss_of([], World())
+    loss_of(World())
     assert capsys.readouterr().err == "" and len(in_sight.tried()) == len(stand_in_gpu.trust.GPU_WAYS)
 
 
 def test_a_wrong_value_of_the_variable_is_one_clear_line(in_sight, monkeypatch, capsys):
     monkeypatch.setenv("BAM_KERNELS_VERIFY", "perhaps")
     monkeypatch.setattr(exits.World, "from_environment", World)
-    assert exits.exit_code(lambda world: loss_of([], world) and 0) == 1
+    assert exits.exit_code(lambda world: loss_of(world) and 0) == 1
     said = capsys.readouterr().err.strip()
     assert said == "error: --loss: BAM_KERNELS_VERIFY must be auto, off or force, got 'perhaps'"
     assert in_sight.tried() == []
@@ -206,6 +206,7 @@ def test_a_wrong_value_of_the_variable_is_one_clear_line(in_sight, monkeypatch, 
 def test_ranks_wait_for_one_that_tries_kernels(monkeypatch):
     """The loss is not called on any rank before all have made their decision."""
     store, order = dist.HashStore(), []
+    chosen = cli.parse([])  # not in the threads: tyro's cache is for one
 
     def decide() -> None:
         time.sleep(0.3 if threading.current_thread().name == "1" else 0)
@@ -215,7 +216,8 @@ def test_ranks_wait_for_one_that_tries_kernels(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(BAMLoss, "forward", lambda *_, step: order.append("called"))
     ranks = [
-        threading.Thread(target=loss_of, args=([], World(rank, 3, rank, store)), name=str(rank)) for rank in range(3)
+        threading.Thread(target=loss_of, args=(World(rank, 3, rank, store), chosen), name=str(rank), daemon=True)
+        for rank in range(3)
     ]
     for rank in ranks:
         rank.start()

@@ -80,6 +80,13 @@ def test_a_whole_run(file, monkeypatch, capsys):
     assert found.keys() == set(tuned.RATES) | (set() if cuda.unavailable(DEVICE) else set(tuned.CUDA_RATES))
 
 
+def test_rates_are_measured_with_the_tiles_that_are_kept(file, monkeypatch):
+    """The tiles with which "auto" will run Triton's kernels, since it compares their rate with that of CUDA kernels."""
+    monkeypatch.setattr(tune, "best", lambda job, timer: ((7, *job.default[1:]), 1.0, 2.0))
+    monkeypatch.setattr(tune, "measured_rates", lambda *_: {"exponentials": tuned.tile_of("column", 8, 16)[0]})
+    assert tune.tune([(8, 16, 600)], DEVICE, lambda run: 1.0).rates == {"exponentials": 7}
+
+
 def test_rates_of_the_cuda_kernels_are_measured_where_they_can_run(file, monkeypatch):
     """Each backend's row kernels by themselves; the file that keeps the rates gives them back."""
     kernels, calls = triton.kernels(), Counter()

@@ -24,9 +24,15 @@ def begin(stage="running", at="teacher"):
     report(stage=stage, at=at)
 """
 PASSES = "begin(); report(status='verified')"
-WRONG = """
-begin(at='top-k'); print('top-k')
-report(status='failed', reason='top-k: 3 of 96 numbers of the loss are wrong')
+WRONG_LINES = """\
+one launch
+  B=65, W=1, float16
+    gradient              largest error 3.1 of its bound
+      [0, 7, 12]: 0.00213242229, not 0.00214552237"""
+WRONG_REASON = "one launch: 65 of 12480 numbers of the gradient are wrong (B=65, W=1, float16)"
+WRONG = f"""
+begin(at='one launch'); print({WRONG_LINES!r}, flush=True)
+report(status='failed', reason={WRONG_REASON!r})
 """
 CRASHES = "begin(); print('before it'); sys.stdout.flush(); os.kill(os.getpid(), signal.SIGSEGV)"
 HANGS = "begin(); time.sleep(1000)"

@@ -160,6 +160,37 @@ def test_a_fault_is_found(problem, kernel, fault, result, kernels, monkeypatch):
     assert re.match(rf"{problem}: .*numbers of the {result} (are wrong|differ from run to run) \(", found["reason"])
 
 
+def test_what_is_printed_tells_where_and_how_a_kernel_is_wrong(kernels, monkeypatch, capsys):
+    """All results of the run that is wrong, some wrong numbers beside the right ones, and what was right before."""
+    method = kernels.symmetrize_
+    monkeypatch.setattr(kernels, "symmetrize_", lambda G: gradient_of_an_image_off(method, G))
+    assert try_problems(monkeypatch, "one launch")["status"] == "failed"
+    printed = capsys.readouterr().out
+    *_, targets = printed.splitlines()
+    assert targets.startswith("    targets               largest error 0.")
+    wrong = re.findall(r"^      \[\d, \d, \d+\]: (\S+), not (\S+)$", printed, re.MULTILINE)
+    assert len(wrong) == problems.SHOWN and all(found != right for found, right in wrong)
+
+
+def test_what_was_right_is_printed_last(kernels, monkeypatch, capsys):
+    assert try_problems(monkeypatch, "one view", "attention") == {"status": "verified"}
+    one_view, attention = capsys.readouterr().out.splitlines()[-2:]
+    assert re.fullmatch(r"one view: right, largest error 0\.\d+ of its bound", one_view)
+    assert attention.startswith("attention: right, ")
+
+
+def test_an_error_is_printed_with_its_place(monkeypatch, capsys):
+    monkeypatch.setattr(problems, "at", "teacher")
+
+    def launch_wrongly(*_):
+        raise RuntimeError("CUDA error: invalid argument")
+
+    monkeypatch.setattr(problems, "try_way", launch_wrongly)
+    assert problems.main(["cuda", "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert "in launch_wrongly" in printed and printed.rstrip().endswith("RuntimeError: CUDA error: invalid argument")
+
+
 @pytest.mark.parametrize("name", [name for name, problem in cases.PROBLEMS.items() if problem.top_k])
 def test_rounding_does_not_decide_which_weights_are_kept(name):
     for case in itertools.chain.from_iterable(cases.cases(name, "cuda", DEVICE, toy=toy) for toy in (True, False)):

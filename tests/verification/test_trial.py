@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from stand_in_gpu import CRASHES, HANGS, NO_MEMORY, PASSES, WRONG
+from stand_in_gpu import CRASHES, HANGS, NO_MEMORY, PASSES, WRONG, WRONG_REASON
 
 from bam_kernels.verification import store, trial
 from bam_kernels.verification.identity import identity
@@ -17,13 +17,13 @@ WAY = "triton"
 # The program, the status, and the whole reason.
 ENDS = {
     "passes": (PASSES, "verified", ""),
-    "wrong": (WRONG, "failed", "top-k: 3 of 96 numbers of the loss are wrong"),
+    "wrong": (WRONG, "failed", WRONG_REASON),
     "segmentation fault": (CRASHES, "failed", 'crashed with SIGSEGV in problem "teacher"'),
     "abort": ("begin(); os.abort()", "failed", 'crashed with SIGABRT in problem "teacher"'),
     "crash of the compiler": (
-        "begin('compiling', 'top-k (match)'); os.kill(os.getpid(), signal.SIGFPE)",
+        "begin('compiling', 'one launch (match)'); os.kill(os.getpid(), signal.SIGFPE)",
         "failed",
-        'crashed with SIGFPE in problem "top-k (match)"',
+        'crashed with SIGFPE in problem "one launch (match)"',
     ),
     "result, then crash": (PASSES + "; os.abort()", "failed", 'crashed with SIGABRT in problem "teacher"'),
     "result, then error": (
@@ -96,7 +96,7 @@ LIMITS = {
         "unknown",
         "starting took longer than 1 s: importing",
     ),
-    "compiling": ("begin('compiling', 'top-k'); time.sleep(1000)", "unknown", "compiling took longer than 0 s"),
+    "compiling": ("begin('compiling', 'one launch'); time.sleep(1000)", "unknown", "compiling took longer than 0 s"),
     "running": (HANGS, "failed", 'did not end within 0 s, in problem "teacher"'),
     "result, then hang": (PASSES + "; time.sleep(1000)", "failed", 'did not end within 0 s, in problem "teacher"'),
     "stopped": (

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from pages import blocks, text
-from stand_in_gpu import CRASHES, NO_MEMORY, WRONG
+from stand_in_gpu import CRASHES, NO_MEMORY, PASSES, WRONG, WRONG_LINES, WRONG_REASON
 
 from bam_kernels import __main__ as doctor
 from bam_kernels import verify
@@ -17,9 +17,10 @@ from bam_kernels.verification.store import Verdict
 
 LACKS = "Triton is not installed (No module named 'triton'); pip install triton"
 CANNOT = f"report(identity=here); report(status='unknown', reason={f'cannot run here: {LACKS}'!r})"
+NO_START = "raise SystemExit('no such file')"
 SLOW = """
 begin('compiling', 'teacher (_pass)'); time.sleep(0.6)
-begin('running', 'top-k'); time.sleep(0.6)
+begin('running', 'one launch'); time.sleep(0.6)
 report(status='verified')
 """
 
@@ -46,22 +47,29 @@ def test_all_ways_are_verified(gpu, capsys, tmp_path):
 @pytest.mark.parametrize(
     "child, line, kept",
     [
-        (WRONG, "failed: top-k: 3 of 96 numbers of the loss are wrong", True),
+        (WRONG, f"failed: {WRONG_REASON}", True),
         (CRASHES, 'failed: crashed with SIGSEGV in problem "teacher"', True),
         (NO_MEMORY, "unknown: OutOfMemoryError: CUDA out of memory", False),
-        ("raise SystemExit('no such file')", "unknown: ended with status 1 and no result while starting: no", False),
+        (NO_START, "unknown: ended with status 1 and no result while starting: no", False),
     ],
     ids=["wrong", "crash", "no memory", "no start"],
 )
 def test_a_way_that_is_not_verified_has_its_reason(gpu, capsys, child, line, kept):
-    gpu.children["triton"] = child
+    gpu.children |= {"triton": child, "cuda": f"print('right', flush=True); {PASSES}"}
     assert verify.main([]) == 1
     out = capsys.readouterr().out
     ended = out.split("\n\n")[-1].splitlines()
     assert ended[0] == "cuda    verified" and ended[1].startswith(f"triton  {line}") and ended[2] == "flash   verified"
     assert ("triton" in store.load(identity(0))) == kept
-    printed = {WRONG: "top-k", CRASHES: "before it"}.get(child)
+    printed = {WRONG: WRONG_LINES.replace("\n", "\n    "), CRASHES: "before it", NO_START: "no such file"}.get(child)
     assert (f"\nlast lines of triton:\n    {printed}\n" in out) if printed else ("last lines" not in out)
+    assert "last lines of cuda" not in out  # although it has printed some
+
+
+def test_the_file_has_what_a_verified_way_has_printed(gpu, tmp_path):
+    gpu.children["cuda"] = f"print('teacher: right', flush=True); {PASSES}"
+    assert verify.main(["--ways", "cuda", "--json", str(tmp_path / "found.json")]) == 0
+    assert json.loads((tmp_path / "found.json").read_text())["verdicts"]["cuda"]["output"] == "teacher: right"
 
 
 def test_a_way_that_cannot_run_is_no_failure_unless_it_is_the_only_one(gpu, capsys):
@@ -137,7 +145,7 @@ def test_a_trial_says_what_it_does(gpu, capsys, monkeypatch):
     gpu.children["triton"] = SLOW
     assert verify.main(["--ways", "cuda", "triton"]) == 0
     said = [line.partition(" s: ")[2] for line in capsys.readouterr().out.splitlines() if line.startswith("    ")]
-    assert said[-2:] == ["cuda ended; triton compiling teacher (_pass)", "cuda ended; triton running top-k"]
+    assert said[-2:] == ["cuda ended; triton compiling teacher (_pass)", "cuda ended; triton running one launch"]
 
 
 def test_the_process_itself_finds_that_a_way_cannot_run(gpu, monkeypatch):
@@ -177,7 +185,7 @@ def test_the_doctor_shows_what_is_known_and_tries_nothing(gpu, monkeypatch):
     assert said["cuda"] == "verified (2026-11-27, on this machine)"
     assert said["triton"] == "failed: did not end within 60 s in teacher (2026-11-26, on this machine)"
     assert said["flash"] == "verified: by this project"
-    assert said["it uses"] == "of cuda, flash the fastest for each shape"
+    assert said["it uses"] == "cuda or flash, by shape"
     monkeypatch.setenv(trust.MODE, "force")
     assert auto()["it uses"] == NOT_TRIED
     assert gpu.tried() == []
@@ -202,7 +210,7 @@ def test_the_doctor_tries_all_gpus_where_it_is_asked_to(gpu, backends_agree, cap
     assert doctor.main() == 0 and gpu.tried() == []
     assert doctor.main(["--verify"]) == 0 and len(gpu.tried()) == 6
     out = capsys.readouterr().out
-    assert out.count("it uses     of cuda, triton, flash the fastest for each shape") == 2
+    assert out.count("it uses     cuda or triton or flash, by shape") == 2
     gpu.children["flash"] = WRONG
     assert doctor.main(["--verify"]) == 1
     assert doctor.main() == 0  # what was found before is shown, and is no fault of a backend
@@ -239,7 +247,7 @@ def test_the_lines_of_a_program_are_those_of_the_page(example, capsys):
 
 def test_the_lines_of_the_command_are_those_of_the_page(example, capsys, monkeypatch):
     assert verify.main([]) == 1
-    ended = "cuda ended; triton running top-k; flash ended"
+    ended = "cuda ended; triton running one launch; flash ended"
     monkeypatch.setattr(verify, "PROGRESS_S", 0.0)
     printed = capsys.readouterr().out.splitlines(keepends=True)
     verify.Progress()({way: Doing(does) for way, does in (word.split(" ", 1) for word in ended.split("; "))})
@@ -249,8 +257,9 @@ def test_the_lines_of_the_command_are_those_of_the_page(example, capsys, monkeyp
 
 def test_the_lines_of_the_doctor_are_those_of_the_page(example):
     date = "2026-11-27 12:00:00"
-    wrong = Verdict("failed", "top-k: 3 of 96 numbers of the loss are wrong", 90.0, date)
-    store.save(identity(0), {"cuda": Verdict("verified", "", 5.0, date), "triton": wrong})
+    wrong = Verdict("failed", WRONG_REASON, 90.0, date)
+    right = {way: Verdict("verified", "", 5.0, date) for way in ("cuda", "flash")}
+    store.save(identity(0), {"triton": wrong, **right})
     assert ["$ python -m bam_kernels", *doctor._auto_lines(0).splitlines()] == EXAMPLES[2].splitlines()
 
 

@@ -1,9 +1,9 @@
 """Adds what a contact run has shown to be right to the table of kernels that this project has verified.
 
-    python benchmarks/gpu/verified.py contact.tar.gz
+    python benchmarks/gpu/add_verified.py contact.tar.gz
 
-A way is added if that run's step `verify` has verified it, and every probe, test, memory check and check of ranks of
-its backend has passed in the same run. The run must be of this checkout's sources. An entry replaces those of other
+A way is added if that run's step `verify-WAY` has verified it, and every probe, test, memory check and check of ranks
+of its backend has passed in the same run. The run must be of this checkout's sources. An entry replaces those of other
 sources. Exit status 0 if every way is in the table afterwards, 1 if one is not.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from contact import Contact
+from contact import VERIFY, Contact
 from earlier_run import EarlierRun
 from steps import REPOSITORY, Step
 
@@ -38,17 +38,17 @@ def required(backend: str) -> list[Step]:
     return [step for step in steps if not any(word in step.name for word in OTHERS[backend])]
 
 
-def shortfalls(run: EarlierRun, backend: str) -> list[str]:
-    """Why steps of a run do not show that kernels of a backend are right."""
+def shortfalls(run: EarlierRun, way: str) -> list[str]:
+    """Why steps of the run that has tried a way do not show that the kernels of its backend are right."""
     ended: dict[str, Any] = json.loads(run.files.get("steps.json", "{}"))
-    of_run = ended.get("verify", {}).get("run")
+    of_run = ended.get(VERIFY[way], {}).get("run")
     found = []
-    for step in required(backend):
+    for step in required(WAYS[way].backend):
         outcome = ended.get(step.name, {"status": "not run"})
         if outcome["status"] != "passed":
             found.append(f"{step.name} {outcome['status']}")
         elif of_run is None or outcome.get("run") != of_run:
-            found.append(f"{step.name} is of another run than verify")
+            found.append(f"{step.name} is of another run than {VERIFY[way]}")
         elif "pytest" in step.command and '"outcome": "passed"' not in run.files.get(f"{step.name}.tests.jsonl", ""):
             found.append(f"{step.name} has no test that passed")
     return found
@@ -63,27 +63,27 @@ def sources(way: str) -> str:
 
 
 def candidates(run: EarlierRun) -> dict[str, Entry | str]:
-    """For each way that the step `verify` has tried: its entry, or why it has none.
+    """For each way: its entry, or why it has none. Raises: ValueError if the run has tried no way."""
+    if not any(f"{name}.json" in run.files for name in VERIFY.values()):
+        raise ValueError(f"it has none of {', '.join(f'{name}.json' for name in VERIFY.values())}")
+    return {way: _candidate(run, way) for way in VERIFY}
 
-    Raises: ValueError if the run has no result of that step.
-    """
+
+def _candidate(run: EarlierRun, way: str) -> Entry | str:
+    file = f"{VERIFY[way]}.json"
     try:
-        found: Any = json.loads(run.files.get("verify.json") or "null")
-        verdicts = {way: (verdict["status"], verdict["reason"]) for way, verdict in found["verdicts"].items()}
-        entries = {way: verified.entry(way, found["identity"]) for way in verdicts}
-        return {way: _candidate(run, way, *verdicts[way], entries[way]) for way in verdicts}
+        found: Any = json.loads(run.files.get(file) or "null")
+        status, reason = (found["verdicts"][way][name] for name in ("status", "reason"))
+        entry = verified.entry(way, found["identity"])
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"it has no verify.json that the step verify completed ({error!r})") from error
-
-
-def _candidate(run: EarlierRun, way: str, status: str, reason: str, entry: Entry | None) -> Entry | str:
+        return f"there is no {file} that {VERIFY[way]} completed ({error!r})"
     if status != "verified":
         return f"{status}: {reason}"
     if entry is None:
         return "the run had no CUDA kernels for this GPU"
     if entry["sources"] != sources(way):
         return f"it ran other sources, {entry['sources']}; this checkout has {sources(way)}"
-    return "; ".join(shortfalls(run, WAYS[way].backend)) or entry
+    return "; ".join(shortfalls(run, way)) or entry
 
 
 def key(entry: Entry) -> Entry:

@@ -1,4 +1,4 @@
-"""benchmarks/gpu/verified.py on made-up archives: which ways come into the table, and why others do not."""
+"""benchmarks/gpu/add_verified.py on made-up archives: which ways come into the table, and why others do not."""
 
 import io
 import json
@@ -12,10 +12,12 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.append(str(REPOSITORY / "benchmarks" / "gpu"))
 
-import verified as script  # noqa: E402
+import add_verified as script  # noqa: E402
+from contact import VERIFY  # noqa: E402
 from earlier_run import EarlierRun  # noqa: E402
 
 from bam_kernels.verification import identity, verified  # noqa: E402
+from bam_kernels.ways import GPU_WAYS  # noqa: E402
 
 CSRC = script.sources("cuda").split()[1]
 HERE = {
@@ -55,7 +57,7 @@ class Archive:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         steps = {step.name: step for backend in script.OTHERS for step in script.required(backend)}
-        self.steps = {name: {"status": "passed", "run": "r1"} for name in [*steps, "verify", "times"]}
+        self.steps = {name: {"status": "passed", "run": "r1"} for name in [*steps, *VERIFY.values(), "times"]}
         self.verdicts = {way: {"status": "verified", "reason": ""} for way in ("cuda", "triton", "flash")}
         self.here = dict(HERE)
         passed = json.dumps({"test": "a", "outcome": "passed"}) + "\n"
@@ -63,7 +65,8 @@ class Archive:
 
     def write(self) -> Path:
         files = {"steps.json": json.dumps(self.steps), **self.files}
-        files.setdefault("verify.json", json.dumps({"identity": self.here, "verdicts": self.verdicts}))
+        for way, verdict in self.verdicts.items():
+            files.setdefault(f"{VERIFY[way]}.json", json.dumps({"identity": self.here, "verdicts": {way: verdict}}))
         with tarfile.open(self.folder / "contact.tar.gz", "w:gz") as tar:
             for name, text in files.items():
                 member = tarfile.TarInfo(name)
@@ -121,7 +124,7 @@ def test_entries_of_other_sources_are_replaced_and_others_stay(archive, table, c
         ("memcheck", {"status": "not run: compute-sanitizer is not here", "run": "r1"}, ["cuda"]),
         ("ranks-gloo-triton", {"status": "passed", "run": "r0"}, ["triton", "flash"]),
         ("ranks-nccl-cuda", {"status": "passed"}, ["cuda"]),
-        ("verify", {"status": "passed"}, ["cuda", "triton", "flash"]),
+        ("verify-triton", {"status": "passed"}, ["triton"]),
         ("times", {"status": "failed with 1", "run": "r1"}, []),
     ],
 )
@@ -132,7 +135,7 @@ def test_a_step_that_does_not_count_keeps_the_ways_of_its_backend_out(archive, t
     status, said = add(archive, capsys)
     assert status == bool(left_out) and [way for way in said if said[way].startswith("left out")] == left_out
     reason = f"{step} is of another run" if outcome and outcome["status"] == "passed" else step
-    assert step == "verify" or all(reason in said[way] for way in left_out)
+    assert step.startswith("verify") or all(reason in said[way] for way in left_out)
     assert {entry["way"] for entry in json.loads(table.read_text())} == {"cuda", "triton", "flash"} - set(left_out)
 
 
@@ -167,12 +170,21 @@ def test_a_run_of_other_sources_adds_nothing(archive, table, capsys, field, valu
     assert all(reason in said[way] for way in left_out)
 
 
-@pytest.mark.parametrize("text", ["", '{"identity": {', '{"verdicts": {"cuda": 3}}', "[]"])
-def test_a_run_without_the_result_of_its_trial_is_refused(archive, table, capsys, text):
-    archive.files["verify.json"] = text
+@pytest.mark.parametrize("text", ["", '{"identity": {', '{"verdicts": {"triton": 3}}', "[]"])
+def test_a_way_without_the_result_of_its_trial_is_left_out(archive, table, capsys, text):
+    """A trial that a limit has ended leaves an empty file. Other ways keep their verdicts."""
+    archive.files["verify-triton.json"] = text
+    status, said = add(archive, capsys)
+    assert status == 1 and said["triton"].startswith("left out: there is no verify-triton.json that verify-triton comp")
+    assert {entry["way"] for entry in json.loads(table.read_text())} == {"cuda", "flash"}
+
+
+def test_a_run_that_has_tried_no_way_is_refused(archive, table, capsys):
+    archive.verdicts.clear()
     with pytest.raises(SystemExit):
         script.main([str(archive.write())])
-    assert "contact.tar.gz: it has no verify.json that the step verify completed" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "contact.tar.gz: it has none of verify-cuda.json, verify-triton.json, verify-flash.json" in said
     with pytest.raises(SystemExit):
         script.main([str(archive.folder / "missing.tar.gz")])
     assert "missing.tar.gz: " in capsys.readouterr().err
@@ -196,7 +208,7 @@ def test_the_steps_of_each_backend():
     assert {"tests-cuda", "tests-sm80", "memcheck", "memcheck-rows", "ranks-nccl-cuda"} < names["cuda"]
     assert {"tests-triton", "ranks-gloo-triton", "probe-triton-flash", "probe-triton-step"} < names["triton"]
     run = SimpleNamespace(files={"steps.json": "{}"})
-    assert f"{min(names['cuda'])} not run" in script.shortfalls(run, "cuda")
+    assert tuple(VERIFY) == GPU_WAYS and f"{min(names['cuda'])} not run" in script.shortfalls(run, "cuda")
 
 
 def test_the_table_of_the_project_is_in_order():
