@@ -56,6 +56,8 @@ def main(args: Sequence[str] = ()) -> int:
 def _try_all() -> bool:
     """Try the kernels on every GPU. Returns False if a way that can run is not verified."""
     statuses = []
+    if not verify.device_count():
+        print("nothing to try: torch sees no GPU\n")
     for index in range(verify.device_count()):
         statuses.append(verify.exit_status(verify.verify(index)[1]))
         print()

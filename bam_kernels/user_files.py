@@ -22,14 +22,15 @@ def cache_folder() -> Path:
     return Path(home) / ".cache" / "bam_kernels"
 
 
-def private_folder() -> Path:
-    """Folder of this user in the folder for temporary files, made if it is missing.
+def private_folder(*, make: bool = True) -> Path:
+    """Folder of this user in the folder for temporary files.
 
-    Raises: OSError if it cannot be made, is another user's, or can be written by others.
+    make: make it if it is missing. Raises: OSError if it is missing, is another user's, or can be written by others.
     """
     folder = Path(tempfile.gettempdir()) / f"bam_kernels-{os.getuid()}"
-    with suppress(FileExistsError):
-        folder.mkdir(mode=0o700)
+    if make:
+        with suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
         raise OSError(f"{folder} is not a folder that only this user can write to")

@@ -105,9 +105,15 @@ def _automatic(
 
 @constant_in_graphs
 def decide_early() -> None:
-    """Decide what "auto" uses on the current GPU, if this process has a CUDA context already."""
-    if torch.cuda.is_initialized():
-        trust.of_device(torch.device(GPU, torch.cuda.current_device()))
+    """Decide what "auto" uses on the current GPU, if this process has a CUDA context on it already.
+
+    A rank that has not selected its GPU yet must get no context on the first one.
+    """
+    if not torch.cuda.is_initialized():
+        return
+    index = torch.cuda.current_device()
+    if torch._C._cuda_hasPrimaryContext(index):  # type: ignore[attr-defined]
+        trust.of_device(torch.device(GPU, index))
 
 
 def _reason_against(backend: str, device: torch.device) -> str | None:

@@ -43,18 +43,23 @@ def software() -> Identity:
     """Identity of the software alone."""
     return {
         "driver": _driver(),
-        "torch": torch.__version__,
+        "torch": f"{torch.__version__} for {_toolkit()}",  # not every build's version names it
         "triton": triton_version(),
         "library": __version__,
         "sources": python_hash(),
         "extension": f"{built_from()} for {_C.cuda_architectures()}" if _C is not None and _C.with_cuda else "",
-        "python": sys.implementation.cache_tag + sys.abiflags,
+        "python": sys.implementation.cache_tag + getattr(sys, "abiflags", ""),
     }
+
+
+def _toolkit() -> str:
+    """CUDA or HIP that torch was built for."""
+    return f"HIP {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
 
 
 def _driver() -> str:
     """Version of the GPU driver, as the kernel module says it; and the version of CUDA that the driver offers."""
-    interface = f"HIP {torch.version.hip}" if torch.version.hip else f"CUDA {_cuda_of_driver()}"
+    interface = _toolkit() if torch.version.hip else f"CUDA {_cuda_of_driver()}"
     for file in DRIVERS:
         try:
             return f"{file.read_text().splitlines()[0].strip()}; {interface}"
@@ -75,7 +80,9 @@ def _cuda_of_driver() -> int:
 
 @cache
 def triton_version() -> str:
-    """Version of the installed Triton, read from its source without importing it; "" without Triton."""
+    """Version of Triton, "" without it: of the imported module, else read from its source without importing it."""
+    if version := getattr(sys.modules.get("triton"), "__version__", ""):
+        return str(version)
     try:
         spec = importlib.util.find_spec("triton")
         text = Path(spec.origin).read_text(encoding="utf-8") if spec is not None and spec.origin is not None else ""
@@ -87,9 +94,9 @@ def triton_version() -> str:
 
 @cache
 def python_hash() -> str:
-    """Hash of the Python sources that launch kernels, or are compiled by Triton."""
+    """Hash of the Python sources that launch kernels, or are compiled by Triton; programs in one file have none."""
     digest, root = hashlib.sha256(), len(str(PACKAGE)) + 1
-    files = [os.path.join(PACKAGE, source) for source in SOURCES if source.endswith(".py")]
+    files = [os.path.join(PACKAGE, source) for source in SOURCES if os.path.isfile(os.path.join(PACKAGE, source))]
     for folder in SOURCES:  # os.walk takes less than half the time of Path.rglob, and yields nothing of a file
         files += [os.path.join(at, name) for at, _, names in os.walk(PACKAGE / folder) for name in names]
     for file in sorted(file for file in files if file.endswith(".py")):
@@ -102,3 +109,6 @@ def python_hash() -> str:
 def built_from() -> str:
     """Hash of the sources of the compiled extension, and the compiler of its CUDA kernels."""
     return getattr(_C, "built_from", "")
+
+
+python_hash()  # now, when the sources are imported: they may change while this process runs

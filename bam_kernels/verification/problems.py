@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -30,15 +31,17 @@ from .identity import capability, identity
 from .trial import CANNOT_RUN, REPORT
 from .verified import code_for
 
+# Parts of messages about a machine that lacks something at that moment. cuBLAS says that it is not initialised where
+# memory is short.
+LACKS = {"out of memory", "BLAS_STATUS_ALLOC_FAILED", "BLAS_STATUS_NOT_INITIALIZED", "DefaultCPUAllocator"}
+LACKS |= {"busy or unavailable", "ECC error", "Failed to find C compiler", "libcuda.so cannot found"}
+SHOWN = 4  # wrong numbers of a result that are printed, spread over all of them
+at = ""  # the problem that runs
+
 
 def report(**fields: Any) -> None:
     """Print one report at the start of a line, at once."""
     os.write(1, f"\n{REPORT}{json.dumps(fields)}\n".encode())
-
-
-SHOWN = 4  # wrong numbers of a result that are printed, spread over all of them
-NO_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-NO_COMPILER = "Failed to find C compiler"  # of Triton, for the launchers of kernels
 
 
 class Wrong(Exception):
@@ -122,9 +125,6 @@ def report_compilation() -> None:
     JITFunction.run = launch_and_report
 
 
-at = ""  # the problem that runs
-
-
 def end_with_parent() -> None:
     """End this process once the process that started it has ended, which closes standard input."""
 
@@ -134,6 +134,11 @@ def end_with_parent() -> None:
         os._exit(3)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def leave_no_core_file() -> None:
+    """Keep a crash from writing this process's memory, gigabytes, into the user's working directory."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
 
 
 def try_way(way: str, device: torch.device, toy: bool) -> dict[str, str]:
@@ -214,17 +219,18 @@ def main(args: list[str] | None = None) -> int:
 def meaning(error: Exception) -> dict[str, str]:
     """Result of a trial that an error ended.
 
-    Unknown before the first problem, without memory, and if a file or program is missing, as for compilation; else
-    failed, also if a kernel needs more than this GPU has.
+    Unknown before the first problem, without memory, and if a file, library or program is missing, as for compilation;
+    else failed, also if a kernel needs more than this GPU has.
     """
     text = f"{at}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}".removeprefix(": ")
-    lacks_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(s in str(error) for s in NO_MEMORY)
-    lacks_files = isinstance(error, (OSError, subprocess.SubprocessError)) or NO_COMPILER in str(error)
-    return {"status": "unknown" if lacks_memory or lacks_files or not at else "failed", "reason": text}
+    of_machine = (MemoryError, torch.OutOfMemoryError, OSError, ImportError, subprocess.SubprocessError)
+    lacks = isinstance(error, of_machine) or any(part in str(error) for part in LACKS)
+    return {"status": "unknown" if lacks or not at else "failed", "reason": text}
 
 
 if __name__ == "__main__":
     end_with_parent()
+    leave_no_core_file()
     status = main()
     sys.stdout.flush()
     os._exit(status)  # nothing is left to clean up, and a driver may hang in it

@@ -4,7 +4,6 @@ Where that folder cannot be written, a folder of this user among the temporary f
 kept at all holds for one process. A damaged file, or one about something else, counts as no file.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -14,6 +13,11 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # not on Linux: nothing is tried, see trust.py
+    pass
 
 from ..user_files import cache_folder, private_folder, read, write
 from ..ways import GPU_WAYS
@@ -50,7 +54,7 @@ class Verdict:
 def load(here: Identity) -> dict[str, Verdict]:
     """Kept verdicts on exactly this identity, by way; the latest, should several folders have one."""
     kept: dict[str, Verdict] = {}
-    for folder in _folders():
+    for folder in _folders(make=False):
         with suppress(*UNREADABLE):
             for way, verdict in _decode(read(_file(folder(), here), MOST_BYTES), here, KEPT).items():
                 if way not in kept or kept[way].date < verdict.date:
@@ -75,8 +79,8 @@ def save(here: Identity, found: dict[str, Verdict]) -> Path | None:
     return None
 
 
-def _folders() -> tuple[Callable[[], Path], ...]:
-    return (lambda: cache_folder() / "verdicts", private_folder)
+def _folders(*, make: bool = True) -> tuple[Callable[[], Path], ...]:
+    return (lambda: cache_folder() / "verdicts", lambda: private_folder(make=make))
 
 
 def _file(folder: Path, here: Identity) -> Path:
@@ -172,7 +176,9 @@ class Lock:
         return b""
 
     def _touched(self) -> int:
-        return os.fstat(self._handle).st_mtime_ns if self._handle is not None else 0
+        with suppress(OSError):  # on a file server, a file that has been deleted
+            return os.fstat(self._handle).st_mtime_ns if self._handle is not None else 0
+        return 0
 
     def release(self) -> None:
         if self._handle is not None:

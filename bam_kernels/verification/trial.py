@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from importlib.machinery import PathFinder
 from typing import Any
 
 from .identity import PACKAGE, Identity
@@ -26,14 +27,18 @@ from .store import Verdict
 REPORT = "@bam "
 CANNOT_RUN = "cannot run here: "  # begins the reason of a way that needs no verdict on this machine
 MODE = "BAM_KERNELS_VERIFY"
-CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGSYS}
-KILLED_S = 3.0  # time in which a killed process must end
+CRASHES = {"SIGSEGV", "SIGBUS", "SIGABRT", "SIGFPE", "SIGILL", "SIGTRAP", "SIGSYS"}
+KILLED_S = 3.0  # time in which killed processes must end
 # Processes that wait for a verdict do so for 60 s after the compilation: all of "running", and the end, must fit in.
 LIMITS_S = {"starting": 180.0, "compiling": 600.0, "running": 55.0}
 POLL_S = 0.05
+SILENT_SHARE = 1 / 3  # of the limit of "running": a process that has printed since then is slow, and does not hang
 STEP_S = 1.0  # the most that counts between two looks: more passes only while this process itself is stopped
 LINES, LINE_CHARACTERS = 40, 400  # of the output that a verdict keeps
 LINE_BYTES = 1 << 16  # of a line that has not ended; the rest is left out
+# Variables that are not passed on: ranks of a group, and switches that make right kernels slow, wrong or an error.
+NOT_PASSED = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "PYTHONWARNINGS", "PYTHONOPTIMIZE", "TRITON_INTERPRET"}
+NOT_PASSED |= {"NVIDIA_TF32_OVERRIDE", "CUDA_LAUNCH_BLOCKING", "PYTORCH_NO_CUDA_MEMORY_CACHING"}
 
 
 def command(way: str, index: int) -> list[str]:
@@ -45,10 +50,18 @@ def command(way: str, index: int) -> list[str]:
 
 def environment() -> dict[str, str]:
     """Environment of that process: it imports what this process would, is no rank of a group, and tries nothing."""
-    own = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    own = {name: value for name, value in os.environ.items() if name not in NOT_PASSED}
     folders = [folder for folder in sys.path if isinstance(folder, str) and folder]
-    path = os.pathsep.join([str(PACKAGE.parent), *folders])
-    return own | {"PYTHONPATH": path, "PYTHONFAULTHANDLER": "1", "OMP_NUM_THREADS": "1", MODE: "off"}
+    found = PathFinder.find_spec(PACKAGE.name, folders)
+    if found is None or os.path.realpath(found.origin or "") != str(PACKAGE / "__init__.py"):
+        folders.insert(0, str(PACKAGE.parent))  # only then: other packages in it may have names of Python's own modules
+    return own | {
+        "PYTHONPATH": os.pathsep.join(folders),
+        "PYTHONFAULTHANDLER": "1",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_MPS_PIPE_DIRECTORY": os.devnull,  # with MPS, a crash would end all programs on the GPU
+        MODE: "off",
+    }
 
 
 def run(
@@ -68,8 +81,9 @@ def run(
     finally:
         for trial in trials.values():
             trial.kill()
+        until = time.monotonic() + KILLED_S
         for trial in trials.values():
-            trial.close()
+            trial.close(until)
     return {way: trial.verdict() for way, trial in trials.items()}
 
 
@@ -82,6 +96,7 @@ class Trial:
         self._found: dict[str, Any] = {}
         self._result: tuple[str, str] | None = None
         self._spent_s = dict.fromkeys(LIMITS_S, 0.0)
+        self._heard_s = 0.0  # spent on running when the process last printed something
         self._since = time.monotonic()
         self._over = self._ended = False
         self._lines: deque[str] = deque(maxlen=LINES)
@@ -134,6 +149,8 @@ class Trial:
             data = os.read(self.output, 1 << 20)  # no pipe holds more
         except BlockingIOError:
             return
+        if data:
+            self._heard_s = self._spent_s["running"]
         *lines, rest = (self._rest + data).split(b"\n")
         self._rest = rest[:LINE_BYTES]
         for line in lines:
@@ -172,12 +189,12 @@ class Trial:
             with suppress(OSError):
                 os.killpg(self._process.pid, signal.SIGKILL)
 
-    def close(self) -> None:
-        """Take the end of a killed process; one that does not end within KILLED_S is left behind."""
+    def close(self, until: float) -> None:
+        """Take the end of a killed process; one that has not ended at the monotonic time `until` is left behind."""
         if self._process is None:
             return
         with suppress(subprocess.TimeoutExpired):
-            self._process.wait(KILLED_S)
+            self._process.wait(max(0.0, until - time.monotonic()))
         self._read()
         self._take_line(self._rest)
         self._process.stdin.close()
@@ -197,13 +214,15 @@ class Trial:
             return "unknown", f"no process could be started{last}"
         doing = f'in problem "{self.at}"' if self.at else f"while {self.stage}"
         if self._over and self.stage == "running":
+            if self._spent_s["running"] - self._heard_s < SILENT_SHARE * LIMITS_S["running"]:
+                return "unknown", f"was too slow: still at work after {LIMITS_S['running']:.0f} s, {doing}"
             return "failed", f"did not end within {LIMITS_S['running']:.0f} s, {doing}"
         if self._over:
             return "unknown", f"{self.stage} took longer than {LIMITS_S[self.stage]:.0f} s{last}"
         code = self._process.returncode
         if code is not None and code < 0:
             name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-            if -code in CRASHES and self.stage != "starting":
+            if name in CRASHES and self.stage != "starting":
                 return "failed", f"crashed with {name} {doing}"
             return "unknown", f"was ended by {name} {doing}"
         if code != 0 or self._result is None:

@@ -85,7 +85,7 @@ def of_device(device: torch.device) -> Trust:
     trust = _trust.get(index)
     if trust is not None:
         return trust
-    if not torch.cuda.is_available():  # tensors without memory, on a machine without a GPU
+    if not torch.cuda.is_available() or os.name != "posix":  # tensors without memory; Windows
         return Trust((), settled=False)
     if _must_not_wait():
         return _keep(index, decide(index, may_try=False))
@@ -103,6 +103,8 @@ def reason(trust: Trust, engine: str) -> str:
     """Why "auto" uses no way with this engine, and what to type."""
     if not torch.cuda.is_available():
         return "torch sees no GPU"
+    if os.name != "posix":
+        return "kernels are not tried on this operating system; those of a backend that is named run untried"
     if own := _with_engine(trust.ways, engine):
         here = f"kernels ({', '.join(own)}) are verified on the GPU of this rank, but none on those of all ranks"
         return f"{here}; `{COMMAND}` on each machine tries them"
@@ -205,7 +207,9 @@ def _try(
 
 def print_line(text: str) -> None:
     """Print a line about a trial to standard error, if it can be written to."""
-    with suppress(OSError, ValueError):
+    if sys.stderr is None:  # print would take standard output
+        return
+    with suppress(Exception):  # whatever a program has put in its place
         print(f"bam_kernels: {text}", file=sys.stderr, flush=True)
 
 

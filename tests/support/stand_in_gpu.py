@@ -52,10 +52,12 @@ class StandInGpu:
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(torch.cuda, "device_count", lambda: 1)
         patch.setattr(torch.cuda, "current_device", lambda: 0)
+        patch.setattr(torch._C, "_cuda_hasPrimaryContext", lambda device: True, raising=False)
         patch.setattr(torch.cuda, "get_device_properties", lambda device=None: self.properties)
         for backend in (cuda, triton):
             patch.setattr(backend, "unavailable", lambda device: None)
         patch.setattr(trial, "command", self.command)
+        patch.setattr(trial, "POLL_S", 0.005)  # programs of tests end soon
         patch.setattr(trust, "_trust", {})
         patch.setenv("XDG_CACHE_HOME", str(folder))
         patch.setenv(trust.MODE, "auto")

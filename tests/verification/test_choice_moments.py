@@ -175,21 +175,6 @@ def test_a_data_worker(kept, during, undecided, monkeypatch):
     assert tried == ([] if kept else [GPU_WAYS])
 
 
-def test_the_module_decides_when_it_is_made(undecided, monkeypatch):
-    """With a CUDA context; without one, a process may still mean to fork, or to use no GPU."""
-    tried = allow_trials(monkeypatch)
-    BAMLoss()
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    for backend in ("reference", "cpu", "triton"):
-        BAMLoss(backend=backend)
-    assert not tried and not trust._trust
-    criterion = BAMLoss()
-    assert tried == [GPU_WAYS] and trust._trust[0].ways == GPU_WAYS
-    criterion(Z)
-    assert undecided.taken() == ["cuda slab"] and tried == [GPU_WAYS]
-
-
 def test_a_wrong_variable_is_an_error_of_the_first_call(undecided, monkeypatch):
     monkeypatch.setenv(trust.MODE, "no")
     for call in (bam_loss, captured):

@@ -119,27 +119,39 @@ def test_a_changed_source_changes_the_hash(file, tmp_path, monkeypatch):
     assert python_hash.__wrapped__() != before
 
 
-@pytest.mark.parametrize("imports", ["", "triton"])
-def test_a_new_process_sees_the_same_software(imports):
-    if imports:
-        pytest.importorskip(imports)
-    program = f"""import json
-{f"import {imports}" if imports else ""}
-from bam_kernels.verification.identity import software
-print(json.dumps(software()))"""
+def test_a_new_process_sees_the_same_software():
+    """Whether it has imported Triton or not, and though sources may change once they are imported."""
+    program = """import json, sys
+from bam_kernels.verification import identity
+identity.PACKAGE = None
+found = identity.software()
+assert "triton" not in sys.modules
+print(json.dumps(found))"""
     root = str(module.PACKAGE.parent)
     result = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
     assert json.loads(result.stdout) == software()
 
 
-def test_the_version_of_triton_is_that_of_its_module():
+def test_the_version_of_triton_is_that_of_its_module(monkeypatch):
     triton = pytest.importorskip("triton")
+    monkeypatch.delitem(sys.modules, "triton")
     assert triton_version.__wrapped__() == triton.__version__
 
 
 def test_no_triton_has_no_version(monkeypatch):
+    monkeypatch.delitem(sys.modules, "triton", raising=False)
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
     assert triton_version.__wrapped__() == ""
+
+
+def test_an_imported_triton_counts_whatever_is_installed_meanwhile(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="1.2.3"))
+    assert triton_version.__wrapped__() == "1.2.3"
+
+
+def test_a_program_in_one_file_has_no_sources(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "PACKAGE", tmp_path / "program" / "bam_kernels")
+    assert len(python_hash.__wrapped__()) == 16
 
 
 def test_a_device_adds_its_own(monkeypatch):
@@ -159,6 +171,16 @@ def test_the_driver_is_the_first_line_of_the_kernel_module_and_its_version_of_cu
     assert module._driver() == "NVRM version: 580.1; CUDA 13000"
     version.write_text("")
     assert module._driver() == "CUDA 13000"
+
+
+def test_torch_for_another_cuda_is_another_torch(monkeypatch):
+    """A conda build's version does not name it."""
+    found = []
+    for cuda in ("12.9", "13.0"):
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        found.append(module.software.__wrapped__()["torch"])
+    assert found == [f"{torch.__version__} for CUDA 12.9", f"{torch.__version__} for CUDA 13.0"]
+    assert verified.entry("triton", HERE | {"torch": found[0]})["torch"] == ".".join(torch.__version__.split(".")[:2])
 
 
 def test_the_version_of_cuda_comes_from_the_driver_if_there_is_one(tmp_path, monkeypatch):

@@ -204,3 +204,11 @@ def test_rounding_does_not_decide_which_weights_are_kept(name):
 def weights(_loss, targets, z, y, group, options):
     """Mean over views of the weights of all keys, for each image."""
     return targets(z, y, group=group, **options).unflatten(0, (-1, z.shape[1])).mean(0)
+
+
+def test_a_crash_leaves_no_core_file(monkeypatch):
+    limits = []
+    monkeypatch.setattr(problems.resource, "getrlimit", lambda kind: (5, 7))
+    monkeypatch.setattr(problems.resource, "setrlimit", lambda *kind_and_limits: limits.append(kind_and_limits))
+    problems.leave_no_core_file()
+    assert limits == [(problems.resource.RLIMIT_CORE, (0, 7))]

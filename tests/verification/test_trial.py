@@ -104,6 +104,11 @@ LIMITS = {
         "failed",
         'did not end within 0 s, in problem "teacher"',
     ),
+    "slow": (
+        "begin()\nfor i in range(99): print('one more', flush=True); time.sleep(0.02)",
+        "unknown",
+        'was too slow: still at work after 0 s, in problem "teacher"',
+    ),
     "output closed": (
         "begin(); os.close(1); os.close(2); time.sleep(1000)",
         "failed",
@@ -133,7 +138,7 @@ def test_only_the_time_at_work_counts_and_all_of_it(gpu, monkeypatch):
     compiles = "report(stage='compiling'); time.sleep(0.3); report(stage='running'); "
     assert try_(gpu, f"begin(); {compiles * 2} report(status='verified')").status == "verified"
     works = "report(stage='compiling'); report(stage='running'); time.sleep(0.2); "
-    assert try_(gpu, f"begin(); {works * 4} report(status='verified')").status == "failed"
+    assert try_(gpu, f"begin(); {works * 4} report(status='verified')").reason.startswith("was too slow: still at work")
 
 
 def test_time_in_which_this_process_is_stopped_does_not_count(gpu, monkeypatch):
@@ -177,7 +182,8 @@ FLOOD = {
 
 
 @pytest.mark.parametrize("flood", FLOOD.values(), ids=FLOOD)
-def test_flood_of_output(gpu, flood):
+def test_flood_of_output(gpu, flood, monkeypatch):
+    monkeypatch.setattr(trial, "POLL_S", 0.05)
     found = try_(gpu, f"begin()\n{flood}\nsys.stdout.flush()\nprint('\\nlast', flush=True)\nos.abort()")
     assert (found.status, found.reason) == ("failed", 'crashed with SIGABRT in problem "teacher"')
     assert found.seconds < 8  # a pipe's 64 KiB at each POLL_S would take longer
@@ -243,6 +249,22 @@ def test_a_process_that_has_left_the_session_is_not_waited_for(gpu, monkeypatch)
     assert found.status == "verified" and time.monotonic() - begin < trial.KILLED_S
 
 
+def test_processes_that_cannot_be_killed_are_left_behind_together(gpu, monkeypatch):
+    monkeypatch.setitem(trial.LIMITS_S, "running", 0.1)
+    monkeypatch.setattr(trial, "KILLED_S", 0.4)
+    gpu.children, left = dict.fromkeys(gpu.children, HANGS), []
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "killpg", lambda *process_and_signal: left.append(process_and_signal))
+        begin = time.monotonic()
+        found = trial.run(gpu.children, 0, identity(0))
+        seconds = time.monotonic() - begin
+    for process, kill in left:
+        os.killpg(process, kill)
+        os.waitpid(process, 0)
+    assert {verdict.status for verdict in found.values()} == {"failed"} and len(left) == 3
+    assert 0.4 < seconds < 1.0
+
+
 def descriptors() -> list[str]:
     return sorted(os.listdir("/proc/self/fd"))
 
@@ -291,16 +313,32 @@ def test_no_interpreter(monkeypatch, executable):
     )
 
 
-def test_environment(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "path", [str(tmp_path), tmp_path, "", *sys.path])
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+def test_environment(monkeypatch):
+    """Debugging switches of the program must not make right kernels fail, nor MPS carry a crash to other programs."""
+    dropped = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "PYTHONWARNINGS", "PYTHONOPTIMIZE", "TRITON_INTERPRET"}
+    dropped |= {"NVIDIA_TF32_OVERRIDE", "CUDA_LAUNCH_BLOCKING", "PYTORCH_NO_CUDA_MEMORY_CACHING"}
+    for name in dropped:
         monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     monkeypatch.setenv(trial.MODE, "force")
     found = trial.environment()
-    assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & set(found) and found[trial.MODE] == "off"
-    folders = found["PYTHONPATH"].split(os.pathsep)
-    assert folders.count(str(tmp_path)) == 1 and "" not in folders
-    assert (Path(folders[0]) / "bam_kernels" / "__init__.py").exists()
+    assert not dropped & set(found) and found[trial.MODE] == "off" and found["CUDA_VISIBLE_DEVICES"] == "3"
+    assert found["CUDA_MPS_PIPE_DIRECTORY"] == os.devnull
+
+
+@pytest.mark.parametrize("found_by", ["its folder", "a link to its folder", "other means", "before another came"])
+def test_modules_are_found_in_the_same_order(found_by, monkeypatch, tmp_path):
+    """Site-packages may hold packages with names of Python's own modules, so they come after these as ever."""
+    package, link, other = str(trial.PACKAGE.parent), tmp_path / "link", tmp_path / "bam_kernels" / "__init__.py"
+    link.symlink_to(package)
+    other.parent.mkdir()
+    other.touch()
+    own = {"its folder": [package], "a link to its folder": [str(link)], "other means": []}
+    own = own.get(found_by, [str(tmp_path), package])
+    monkeypatch.setattr(sys, "path", ["", "/standard library", tmp_path, *own, "/other"])
+    first = [package] if len(own) != 1 else []
+    expected = [*first, "/standard library", *own, "/other"]
+    assert trial.environment()["PYTHONPATH"].split(os.pathsep) == expected
 
 
 def test_ignored_ends_of_children(gpu):

@@ -1,8 +1,10 @@
 """The decision about a GPU: what is tried when, what is said, and that processes and threads try once."""
 
+import importlib.util
 import inspect
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -17,7 +19,6 @@ from stand_in_gpu import CRASHES, HANGS, NO_MEMORY, PASSES, WRONG, WRONG_REASON,
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bam_kernels import BAMLoss, backends
-from bam_kernels.constant import constant_in_graphs
 from bam_kernels.options import Options
 from bam_kernels.verification import problems, store, trial, trust, verified
 from bam_kernels.verification.identity import identity
@@ -143,39 +144,30 @@ def test_the_project_counts_unless_this_machine_has_failed(gpu, monkeypatch):
     assert decided.known["cuda"].reason == "by this project"
 
 
+def test_another_operating_system(gpu, monkeypatch):
+    monkeypatch.setattr(trust, "os", SimpleNamespace(name="nt"))
+    why = "kernels are not tried on this operating system; those of a backend that is named run untried"
+    assert trust.ways("bam_loss", DEVICE, "auto", (1, 0, "")) == ((), why) and gpu.tried() == []
+
+
+@pytest.mark.parametrize("name", ["identity", "store", "trial", "trust", "verified"])
+def test_import_on_another_operating_system(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setitem(sys.modules, "resource", None)
+    for signal_name in ("SIGBUS", "SIGTRAP", "SIGSYS", "SIGKILL"):
+        monkeypatch.delattr(signal, signal_name)
+    for attribute in ("getuid", "waitid", "killpg", "O_NONBLOCK"):
+        monkeypatch.delattr(os, attribute)
+    file = Path(trust.__file__).with_name(f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"bam_kernels.verification.{name}_elsewhere", file)
+    monkeypatch.setitem(sys.modules, spec.name, importlib.util.module_from_spec(spec))
+    spec.loader.exec_module(sys.modules[spec.name])
+
+
 def test_no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert trust.of_device(DEVICE) == trust.Trust((), settled=False)
     assert trust.reason(trust.of_device(DEVICE), "auto") == "torch sees no GPU"
-
-
-def choose_in_a_graph(patch) -> int:
-    """Choose as a traced call does; the tracer itself would ask a GPU that torch sees for its random numbers."""
-    with patch.context() as while_choosing:
-        while_choosing.setattr(torch.cuda, "is_available", lambda: True)
-        return len(backends.choose("bam_loss", Options(), DEVICE, torch.float32))
-
-
-class Model(torch.nn.Module):
-    """A model whose forward pass chooses."""
-
-    def __init__(self, patch) -> None:
-        super().__init__()
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        self.choose = constant_in_graphs(lambda: choose_in_a_graph(patch))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * self.choose()
-
-
-def compiled(patch) -> None:
-    model = Model(patch)
-    torch.compiler.reset()  # traced anew, whatever other tests have compiled
-    torch.compile(model, backend="eager", fullgraph=True)(torch.ones(1))
-
-
-def exported(patch) -> None:
-    torch.export.export(Model(patch), (torch.ones(1),))
 
 
 def faked(patch) -> None:
@@ -194,7 +186,7 @@ def captured(patch) -> None:
     backends.choose("bam_loss", Options(), DEVICE, torch.float32)
 
 
-@pytest.mark.parametrize("moment", [compiled, exported, faked, of_worker, captured])
+@pytest.mark.parametrize("moment", [faked, of_worker, captured])
 @pytest.mark.parametrize("mode", ["auto", "force"])
 def test_moments_at_which_nothing_is_tried(gpu, monkeypatch, moment, mode):
     monkeypatch.setenv(trust.MODE, mode)
@@ -217,14 +209,19 @@ def test_a_kept_verdict_counts_at_any_moment(gpu, monkeypatch):
     assert again(monkeypatch).ways == ALL and trust._trust[0].settled
 
 
-@pytest.mark.parametrize("initialized", [False, True])
-def test_construction_of_the_loss(gpu, monkeypatch, initialized):
+@pytest.mark.parametrize(
+    ("initialized", "context_on"), [(False, None), (True, 0), (True, 3)], ids=["no CUDA", "this GPU", "another GPU"]
+)
+def test_construction_of_the_loss(gpu, monkeypatch, initialized, context_on):
+    """A rank that has a model on GPU 3, and has not selected it, leaves GPU 0 alone."""
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: initialized)
+    monkeypatch.setattr(torch._C, "_cuda_hasPrimaryContext", lambda index: index == context_on, raising=False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    BAMLoss(backend="triton")
+    for backend in ("reference", "triton"):
+        BAMLoss(backend=backend)
     assert gpu.tried() == []
     BAMLoss()
-    assert gpu.tried() == (list(ALL) if initialized else [])
+    assert gpu.tried() == (list(ALL) if context_on == 0 else [])
 
 
 def test_one_warning_that_says_what_to_type(gpu):
@@ -259,6 +256,15 @@ def test_standard_error_that_is_closed(gpu, monkeypatch):
         os.dup2(os.open(os.devnull, os.O_WRONLY), write)
 
 
+@pytest.mark.parametrize("stream", [None, SimpleNamespace(write=len), object()], ids=["none", "no flush", "no write"])
+def test_standard_error_that_is_no_file(gpu, monkeypatch, capsys, stream):
+    """As in a program without a console, or one that collects its output by itself."""
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", stream)
+        assert trust.of_device(DEVICE).ways == ALL
+    assert capsys.readouterr() == ("", "")
+
+
 def test_threads_try_once(gpu):
     found = []
     threads = [threading.Thread(target=lambda: found.append(trust.of_device(DEVICE))) for _ in range(8)]
@@ -289,9 +295,8 @@ def wait_until(true, seconds: float = 20) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("local_rank", ["0", "3"])
 @pytest.mark.parametrize("end", [PASSES, WRONG, NO_MEMORY], ids=["verified", "failed", "unknown"])
-@pytest.mark.parametrize("afresh", [False, True])
+@pytest.mark.parametrize(("afresh", "local_rank"), [(False, "0"), (True, "3")])
 def test_who_waits_takes_what_was_found(gpu, monkeypatch, tmp_path, end, afresh, local_rank):
     monkeypatch.setenv("LOCAL_RANK", local_rank)
     gpu.children = {"triton": f"while not os.path.exists({str(tmp_path / 'go')!r}): time.sleep(0.01)\n{end}"}
@@ -342,6 +347,7 @@ from bam_kernels.verification import trust
 patch = pytest.MonkeyPatch()
 gpu = StandInGpu(patch, Path(sys.argv[1]))
 gpu.children = dict.fromkeys(gpu.children, sys.argv[2])
+input()  # until it may begin
 print(trust.of_device(torch.device("cuda", 0)).ways, flush=True)
 """
 
@@ -350,32 +356,26 @@ def start(gpu: StandInGpu, child: str) -> subprocess.Popen:
     path = os.pathsep.join([str(Path(__file__).parents[1] / "support"), *filter(None, sys.path)])
     environment = os.environ | {"PYTHONPATH": path}
     command = [sys.executable, "-c", PROCESS, str(gpu.folder), child]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    return subprocess.Popen(command, env=environment, text=True, **pipes)
 
 
-def test_a_killed_process_leaves_no_child_no_lock_and_no_file(gpu):
+def test_a_process_that_waits_takes_over_from_one_that_is_killed(gpu, monkeypatch):
+    """The killed process leaves no child, no lock and no verdict; the other keeps what it has found."""
     ends = inspect.getsource(problems.end_with_parent)
-    process = start(
-        gpu,
-        f"{ends}\nend_with_parent()\nopen({str(gpu.folder / 'child')!r} + way, 'w').write(str(os.getpid()))\n{HANGS}",
-    )
-    with process:
-        wait_until(lambda: len(list(gpu.folder.glob("child*"))) == 3)
-        process.kill()
+    note = f"open({str(gpu.folder / 'child')!r} + way, 'w').write(str(os.getpid()))"
+    killed, other = start(gpu, f"{ends}\nend_with_parent()\n{note}\n{HANGS}"), start(gpu, PASSES)
+    try:
+        print(file=killed.stdin, flush=True)
+        wait_until(lambda: len([file for file in gpu.folder.glob("child*") if file.read_text()]) == 3)
+        print(file=other.stdin, flush=True)
+        assert "another process tries the kernels on Stand-in H100; waiting" in other.stderr.readline()
+        assert gpu.kept() == []
+        killed.kill()
+        assert other.stdout.readline() == f"{ALL}\n"
+    finally:
+        for process in (killed, other):
+            process.kill()
+            process.communicate()
     wait_until(lambda: not any(Path(f"/proc/{file.read_text()}").exists() for file in gpu.folder.glob("child*")))
-    assert gpu.kept() == []
-    assert trust.of_device(DEVICE).ways == ALL
-
-
-def test_another_process_waits_and_reads_the_verdict(gpu):
-    go = gpu.folder / "go"
-    gpu.children = dict.fromkeys(ALL, f"while not os.path.exists({str(go)!r}): time.sleep(0.01)\n{PASSES}")
-    holder = threading.Thread(target=trust.of_device, args=[DEVICE])
-    holder.start()
-    wait_until(lambda: len(gpu.tried()) == 3)
-    with start(gpu, WRONG) as process:
-        said = process.stderr.readline()
-        go.touch()
-        assert process.stdout.read() == f"{ALL}\n"
-    holder.join()
-    assert "another process tries the kernels on Stand-in H100; waiting" in said and len(gpu.tried()) == 3
+    assert again(monkeypatch).ways == ALL and len(gpu.tried()) == 6
