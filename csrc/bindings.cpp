@@ -135,7 +135,7 @@ extern const char* const built_from;
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "bam_kernels: compiled kernels, called with addresses; see csrc/bam.h";
-  // Hash of csrc/, which is equal on every machine, and after a space the compiler of the CUDA kernels, if there are any.
+  // Hash of csrc/, equal on every machine; after a space the compiler of the CUDA kernels, if there are any.
   m.attr("built_from") = std::string(bam::built_from);
   bind_cpu(m);
   bam::bindings::bind_cuda(m);
