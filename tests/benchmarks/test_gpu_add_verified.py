@@ -192,7 +192,7 @@ def test_a_run_that_has_tried_no_way_is_refused(archive, table, capsys):
 
 
 def test_a_folder_is_read_like_its_archive(archive, table, tmp_path):
-    """Beside compressed time lines, whose bytes are no text."""
+    """The folder also holds a compressed trace, which is not text and must not be read as text."""
     folder = tmp_path / "out"
     with tarfile.open(archive.write()) as tar:
         tar.extractall(folder, filter="data")

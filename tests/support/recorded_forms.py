@@ -27,7 +27,7 @@ def device(shared_kib: int, multiprocessors: int, clusters: tuple[int, int, int,
     )
 
 
-# Of code for 9.0a on a Hopper, and for 8.0 on an A100 and on consumer cards.
+# Limits that three GPUs have for the code that they run: for 9.0a on a Hopper, for 8.0 on an A100 and a consumer card.
 DEVICES = {
     "Hopper": device(227, 132, (66, 33, 16, 8)),
     "A100": device(163, 108, (0, 0, 0, 0)),
