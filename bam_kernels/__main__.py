@@ -22,7 +22,7 @@ from . import __version__, reference, verify
 from .backends import cpu, cuda, triton
 from .loss import bam_loss
 from .verification import trust
-from .verification.identity import identity
+from .verification.trial import CANNOT_RUN
 from .ways import GPU_WAYS
 
 TOLERANCE = 1e-5
@@ -66,19 +66,18 @@ def _try_all() -> bool:
 
 def _auto_lines(index: int) -> str:
     """Lines about what backend="auto" uses on GPU `index`, and why; nothing is tried."""
-    here = identity(index)
-    known, mode = trust.known_verdicts(here), os.environ.get(trust.MODE) or "auto"
-    unavailable = trust.unavailable_ways([way for way in GPU_WAYS if way not in known], torch.device("cuda", index))
-    left = [way for way in GPU_WAYS if way not in known and way not in unavailable]
+    here, known, left = trust.survey(index)
+    mode = os.environ.get(trust.MODE) or "auto"
     lines = [f'backend="auto" on GPU {index}, {here["gpu"]}; {trust.MODE}={mode}']
     for way in GPU_WAYS:
-        text = f"cannot run here: {unavailable.get(way)}"
         if way in left:
             text = f"not tried: {trust.COMMAND}{f' --device {index}' if index else ''}"
-        elif way in known:
+        elif known[way].status == "unknown":
+            text = f"{CANNOT_RUN}{known[way].reason}"
+        else:
             text = f"{known[way]}{f' ({known[way].date}, on this machine)' if known[way].date else ''}"
         lines.append(f"{way:<12}{text}")
-    used = [way for way in GPU_WAYS if way in known and known[way].status == "verified"]
+    used = [way for way in GPU_WAYS if way not in left and known[way].status == "verified"]
     uses = f"{' or '.join(used)}{', by shape' * (len(used) > 1)}" if used else "the slow PyTorch reference"
     if mode == "force" or (left and mode == "auto"):
         uses = "what is found right when a program first uses it, by trying the kernels in other processes"

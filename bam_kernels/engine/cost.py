@@ -171,8 +171,7 @@ def choose_way(
     layout = x.layout
     slab_ways = tuple(way for way in ways if WAYS[way].engine == "slab")
     if not slab_ways or "flash" not in ways or not flash_supports(layout, top_k, x.regather):
-        slab_ways = slab_ways or ways
-        return slab_ways[0] if len(slab_ways) == 1 else fastest_rows_of(slab_ways, rates)
+        return fastest_rows_of(slab_ways or ways, rates)
     if budget is None and layout.W > 1:
         budget = sys.maxsize
     try:

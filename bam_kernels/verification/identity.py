@@ -22,20 +22,17 @@ Identity = dict[str, str]
 
 
 def identity(index: int) -> Identity:
-    """Identity of CUDA or ROCm device `index` with the software of this process."""
+    """Identity of CUDA or ROCm device `index` with the software of this process.
+
+    Its capability is a compute capability, such as 9.0, or on ROCm the name of an architecture.
+    """
     device = torch.cuda.get_device_properties(index)
     return {
         "gpu": device.name,
-        "capability": capability(index),
+        "capability": device.gcnArchName if torch.version.hip else f"{device.major}.{device.minor}",
         "multiprocessors": str(device.multi_processor_count),  # of a part of a GPU, fewer
         **software(),
     }
-
-
-def capability(index: int) -> str:
-    """Compute capability of a device, e.g. 9.0; on ROCm the name of its architecture."""
-    device = torch.cuda.get_device_properties(index)
-    return device.gcnArchName if torch.version.hip else f"{device.major}.{device.minor}"
 
 
 @cache

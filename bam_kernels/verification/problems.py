@@ -25,11 +25,10 @@ from ..backends import cuda, triton
 from ..loss import bam_loss
 from ..ranks import ONE_RANK
 from ..ways import GPU_WAYS, WAYS
-from . import cases
+from . import cases, verified
 from .cases import Bound
-from .identity import capability, identity
+from .identity import identity
 from .trial import CANNOT_RUN, REPORT
-from .verified import code_for
 
 # Parts of messages about a machine that lacks something at that moment. cuBLAS says that it is not initialised where
 # memory is short.
@@ -154,8 +153,8 @@ def try_way(way: str, device: torch.device, toy: bool) -> dict[str, str]:
         if why_not:
             return {"status": "unknown", "reason": f"{CANNOT_RUN}{why_not}"}
         if way == "cuda":
-            architectures = here["extension"].partition(" for ")[2].split()
-            compiles = code_for(capability(device.index), architectures).endswith("+PTX")  # by the driver, at first use
+            entry = verified.entry(way, here)
+            compiles = entry is not None and entry["code"].endswith("+PTX")  # by the driver, at first use
         else:
             report_compilation()
     try:

@@ -121,17 +121,25 @@ def reason(trust: Trust, engine: str) -> str:
 def decide(index: int, may_try: bool) -> Trust:
     """Decide for device `index`; may_try: kernels may be tried if a way is not known."""
     mode = _mode()
-    here = identity(index)
-    known = known_verdicts(here)
-    left = [way for way in GPU_WAYS if way not in known or mode == "force"]
-    unavailable = unavailable_ways(left, torch.device("cuda", index))
-    left = [way for way in left if way not in unavailable]
+    here, known, left = survey(index, afresh=mode == "force")
     settled = may_try or mode == "off" or not left
     if left and mode != "off" and may_try:
         known |= try_together(left, index, here, print_line, afresh=mode == "force")
-    known |= {way: Verdict("unknown", why) for way, why in unavailable.items()}
     trusted = tuple(way for way in GPU_WAYS if way in known and known[way].status == "verified")
     return Trust(trusted, known, settled)
+
+
+def survey(index: int, *, afresh: bool = False) -> tuple[Identity, dict[str, Verdict], list[str]]:
+    """Identity of device `index`, what is known of its ways, and the ways that a trial would try; nothing is tried.
+
+    A way that cannot run is known as "unknown", with the reason. afresh: verdicts do not spare a way its trial.
+    """
+    here = identity(index)
+    known = known_verdicts(here)
+    left = [way for way in GPU_WAYS if way not in known or afresh]
+    unavailable = unavailable_ways(left, torch.device("cuda", index))
+    known |= {way: Verdict("unknown", why) for way, why in unavailable.items()}
+    return here, known, [way for way in left if way not in unavailable]
 
 
 def known_verdicts(here: Identity) -> dict[str, Verdict]:
@@ -164,8 +172,8 @@ def try_together(
     """Try ways on device `index` and keep the verdicts; of several processes of this machine one tries, others wait.
 
     here: identity of the device. say: gets a line before and after. afresh: kept verdicts do not count, only those
-    that another process tells at the end of the wait for it. watch: as in `trial.run`; given by hand, by who
-    prints the verdicts.
+    that another process tells at the end of the wait for it. watch: as in `trial.run`, for a trial that a person
+    started; its caller prints the verdicts.
     """
     with store.Lock(here) as lock:
         told: dict[str, Verdict] | None = {}
