@@ -3,12 +3,11 @@
     python -m bam_kernels               tries no kernels for `auto`, and shows what is known of them
     python -m bam_kernels --verify      first tries them on every GPU: python -m bam_kernels.verify
 
-Exit status 0 if every backend that can run on this machine agrees with the float64 reference, and every way that was
-tried is verified.
+Exit status 0 if every backend that can run on this machine agrees with the float64 reference, every way that was tried
+is verified, and the tuning file, if there is one, can be read.
 """
 
 import argparse
-import os
 import platform
 import sys
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 
-from . import __version__, reference, verify
+from . import __version__, reference, tuned, verify
 from .backends import cpu, cuda, triton
 from .loss import bam_loss
 from .verification import trust
@@ -40,6 +39,11 @@ def main(args: Sequence[str] = ()) -> int:
     for device in map(cuda.query_device, range(cuda.device_count())):
         capability = "".join(map(str, device.capability))
         print(f"GPU         {device.name}, sm_{capability}, {device.memory_bytes >> 20} MiB; {device.forms()}")
+    try:
+        tuned.tuning()
+    except ValueError as error:
+        print(f"\ntuning file {error}")
+        return 1
     print("\nbackend     against the float64 reference (relative error of the gradient)")
     verdicts = [
         _report("reference", None, "cpu", reference.bam_loss),
@@ -66,8 +70,11 @@ def _try_all() -> bool:
 
 def _auto_lines(index: int) -> str:
     """Lines about what backend="auto" uses on GPU `index`, and why; nothing is tried."""
+    try:
+        mode = trust.trial_mode()
+    except ValueError as error:
+        return f'backend="auto" on GPU {index}: {error}'
     here, known, left = trust.survey(index)
-    mode = os.environ.get(trust.MODE) or "auto"
     lines = [f'backend="auto" on GPU {index}, {here["gpu"]}; {trust.MODE}={mode}']
     for way in GPU_WAYS:
         if way in left:

@@ -7,7 +7,6 @@ whatever W is. Keys travel in blocks of one rank, so that a product can start wi
 next block is under way. Key gradients are added up on their way round the ring.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from weakref import ref
@@ -16,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .environment import is_on
 from .header import HEADER_BYTES, Header, ways_header
 
 CHECK_EVERY_CALL = "BAM_KERNELS_CHECK_RANKS"
@@ -44,7 +44,7 @@ class GroupRanks:
         On GPUs, reading the gathered headers waits for the device; BAM_KERNELS_CHECK_RANKS=1 compares at every call.
         """
         encoded, kind = header.encoded(), header.kind()
-        every_call = device.type == "cpu" or os.environ.get(CHECK_EVERY_CALL) == "1"
+        every_call = is_on(CHECK_EVERY_CALL) or device.type == "cpu"
         if kind in self._agreed_kinds and not every_call:
             return
         header.check(self._gather_headers(header, encoded, device))

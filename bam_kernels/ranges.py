@@ -4,14 +4,15 @@ Ranges are off, and nvtx is not imported, unless the environment has BAM_KERNELS
 that is on costs about a microsecond.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import ContextDecorator
 from functools import cache
 from typing import Any, TypeVar
 
+from .environment import is_on
+
 T = TypeVar("T")
-_enabled = os.environ.get("BAM_KERNELS_NVTX") == "1"
+_enabled = is_on("BAM_KERNELS_NVTX")
 
 
 def enable() -> None:

@@ -24,6 +24,7 @@ from .backends.triton import tiles
 from .layout import Layout
 from .precision import multiply
 from .tuned import Key, Tuning
+from .whole_files import check_file
 
 GAIN = 0.98  # largest share of the default's time for a tile that is kept: a smaller gain is noise
 AGREEMENT = 1e-3  # largest relative difference between tiles, which add in different orders
@@ -245,8 +246,16 @@ def main(args: list[str] | None = None) -> int:
 
     from triton.testing import do_bench
 
+    try:
+        check_file(file)
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"{file} cannot be written: {error.strerror}")
     tuning = tune(options.shapes, device, lambda run: do_bench(run, return_mode="median"))
-    tuned.save(tuning, file)
+    try:
+        tuned.save(tuning, file)
+    except OSError as error:
+        parser.exit(1, f"{parser.prog}: {file}: not written ({error.strerror}); what was there stays whole\n")
     print(f"written: {file}")
     return 0
 

@@ -6,6 +6,8 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+from .whole_files import replacing
+
 
 def cache_folder() -> Path:
     """Folder of kept files, which may not exist: XDG_CACHE_HOME/bam_kernels or ~/.cache/bam_kernels.
@@ -51,19 +53,7 @@ def read(file: Path, most_bytes: int) -> str:
 
 
 def write(file: Path, text: str) -> None:
-    """Write a file under a name of its own and rename it, so that readers never see half a file.
-
-    Makes the folder if it is missing. If this raises, `file` is as before. Raises: OSError.
-    """
+    """Write a file whole, as `replacing` does. Makes its folder if that is missing. Raises: OSError."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f"{file.name}.", suffix=".writing", dir=file.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as opened:
-            opened.write(text)
-            opened.flush()
-            os.fsync(handle)
-        os.replace(temporary, file)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise
+    with replacing(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -18,11 +18,13 @@ from pathlib import Path
 
 import torch
 
+from .user_files import write
 from .verification import trust
 from .verification.identity import Identity, identity
 from .verification.store import Verdict
 from .verification.trial import CANNOT_RUN, Trial
 from .ways import GPU_WAYS
+from .whole_files import check_file
 
 PROGRESS_S = 10.0  # between two lines about what the trials do
 NOTHING_TO_TRY = 2
@@ -41,13 +43,14 @@ def main(args: list[str] | None = None) -> int:
         parser.error(f"--device {options.device}: torch sees {count} GPU{'s' * (count > 1)}, numbered from 0")
     if options.json is not None:
         try:
+            check_file(options.json)
             options.json.open("a").close()  # a file that cannot be written is an error before minutes of work
         except OSError as error:
             parser.error(f"--json {options.json}: {error.strerror}")
     here, verdicts = verify(options.device, dict.fromkeys(options.ways))
     if options.json is not None:
         plain = {"identity": here, "verdicts": {way: asdict(verdict) for way, verdict in verdicts.items()}}
-        options.json.write_text(json.dumps(plain, indent=1) + "\n")
+        write(options.json, json.dumps(plain, indent=1) + "\n")
     return exit_status(verdicts)
 
 

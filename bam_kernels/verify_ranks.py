@@ -80,12 +80,28 @@ def main(args: list[str] | None = None) -> int:
     if options.world * options.images < 2:
         parser.error("two images are needed over all ranks")
     try:
+        check_environment()
         place = group_place(options.device, options.group_backend, ranks_on_machine(options.world))
     except ValueError as error:
         parser.error(str(error))
     if "RANK" in os.environ:
         return verify(options.images, options.features, options.backend, options.cases, *place)
     return _start(options.world, sys.argv[1:] if args is None else args)
+
+
+def check_environment() -> None:
+    """Check the variables that a launcher sets for ranks, if it has set RANK. Raises: ValueError naming a wrong one."""
+    if "RANK" not in os.environ:
+        return
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        required = name in ("RANK", "WORLD_SIZE")
+        if not os.environ.get(name, "" if required else "0").isdecimal():
+            raise ValueError(f"{name} must be a number, as torchrun sets it, got {os.environ.get(name)!r}")
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if rank >= size:
+        raise ValueError(f"RANK must be less than WORLD_SIZE, got {rank} and {size}")
+    if RENDEZVOUS not in os.environ and not (os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")):
+        raise ValueError("RANK is set, but MASTER_ADDR or MASTER_PORT is not; torchrun sets all of them")
 
 
 def ranks_on_machine(to_start: int) -> int:

@@ -74,6 +74,8 @@ def save(here: Identity, found: dict[str, Verdict]) -> Path | None:
     for folder in _folders():
         with suppress(OSError):
             file = _file(folder(), here)
+            if not file.is_file() and not file.is_dir():  # a pipe or a device counts as no file
+                file.unlink(missing_ok=True)
             write(file, text)
             return file
     return None

@@ -120,7 +120,7 @@ def reason(trust: Trust, engine: str) -> str:
 
 def decide(index: int, may_try: bool) -> Trust:
     """Decide for device `index`; may_try: kernels may be tried if a way is not known."""
-    mode = _mode()
+    mode = trial_mode()
     here, known, left = survey(index, afresh=mode == "force")
     settled = may_try or mode == "off" or not left
     if left and mode != "off" and may_try:
@@ -231,7 +231,8 @@ def _must_not_wait() -> bool:
     )
 
 
-def _mode() -> str:
+def trial_mode() -> str:
+    """Value of BAM_KERNELS_VERIFY. Raises: ValueError for a value without a meaning."""
     mode = os.environ.get(MODE) or "auto"
     if mode not in MODES:
         raise ValueError(f"{MODE} must be {', '.join(MODES[:-1])} or {MODES[-1]}, got {mode!r}")

@@ -304,3 +304,23 @@ def test_subgroups(three):
     assert (ranks[0]["loss"] + ranks[2]["loss"]) / 2 == pytest.approx(whole, rel=1e-6)
     assert ranks[1]["loss"] == pytest.approx(whole, rel=1e-6)
     assert "this process is not a member of group" in ranks[1]["message"]
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"RANK": "one"}, "RANK must be a number, as torchrun sets it, got 'one'"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE must be a number, as torchrun sets it, got ''"),
+        ({"RANK": "2"}, "RANK must be less than WORLD_SIZE, got 2 and 2"),
+        ({"LOCAL_WORLD_SIZE": "two"}, "LOCAL_WORLD_SIZE must be a number, as torchrun sets it, got 'two'"),
+        ({"MASTER_PORT": ""}, "RANK is set, but MASTER_ADDR or MASTER_PORT is not; torchrun sets all of them"),
+    ],
+)
+def test_verify_ranks_says_which_variable_has_no_meaning(changes, words, monkeypatch, capsys):
+    known = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in (known | changes).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(verify_ranks, "verify", lambda *_: pytest.fail("went on"))
+    with pytest.raises(SystemExit) as end:
+        verify_ranks.main([])
+    assert end.value.code == 2 and capsys.readouterr().err.splitlines()[-1].endswith(f"error: {words}")

@@ -19,6 +19,7 @@ from stand_in_gpu import CRASHES, HANGS, NO_MEMORY, PASSES, WRONG, WRONG_REASON,
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bam_kernels import BAMLoss, backends
+from bam_kernels import __main__ as doctor
 from bam_kernels.options import Options
 from bam_kernels.verification import problems, store, trial, trust, verified
 from bam_kernels.verification.identity import identity
@@ -125,6 +126,7 @@ def test_wrong_mode(gpu, monkeypatch):
     with pytest.raises(ValueError, match=r"^BAM_KERNELS_VERIFY must be auto, off or force, got 'no'$"):
         trust.of_device(DEVICE)
     assert gpu.tried() == []
+    assert doctor._auto_lines(0) == "backend=\"auto\" on GPU 0: BAM_KERNELS_VERIFY must be auto, off or force, got 'no'"
 
 
 def test_force_without_memory_keeps_what_is_kept(gpu, monkeypatch):
