@@ -15,17 +15,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from bam_kernels.whole_files import replacing
+
 from . import weights
 from .config import PARTS, Config, UserError, as_plain
 from .data.images import Images
 from .data.inventory import Inventory
 from .distributed import World
-from .files import replacing
-from .history import History
+from .history import History, fault_of
 from .messages.text import typed
+from .weights import run_contents
+from .weights.run_contents import WrongPart, require
+from .weights.way_back import FILE, STEP_FILES, damaged
 
-FILE = "checkpoint.pt"
-STEP_FILES = f"step-{'[0-9]' * 9}.pt"
 NEW_RUN = "without --run.resume, --model.weights RUN_DIR starts a new run from its backbone"
 FIXED = {
     "its training images": ("data.held_out",),
@@ -91,12 +93,7 @@ def save(state: State, config: dict[str, Any], directory: Path, keep_last: int =
     Raises: UserError where it cannot be written; the checkpoint before it stays.
     """
     path = directory / FILE
-    try:
-        with replacing(path) as temporary, open(temporary, "wb") as file:
-            torch.save(state.content(config), file)
-    except (OSError, RuntimeError) as error:
-        kept = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was written yet"
-        raise UserError(f"{path}: not written ({error}; {_room(directory)}); {kept}") from error
+    weights.save(state.content(config), path)
     if keep_last > 1:
         newest = directory / _step_file(state.step)
         _keep(path, newest)
@@ -110,18 +107,11 @@ def save(state: State, config: dict[str, Any], directory: Path, keep_last: int =
     return path
 
 
-def _room(directory: Path) -> str:
-    """Free space of the directory in words, since torch's error does not say whether the disk is full."""
-    try:
-        return f"{shutil.disk_usage(directory).free / 1e6:.0f} MB are free there"
-    except OSError as error:
-        return f"{directory}: {error.strerror}"
-
-
 def _keep(path: Path, copy: Path) -> None:
     """Give the file a second name by a hard link; make a copy where the file system has no hard links."""
-    with replacing(copy) as temporary:
+    with replacing(copy, like=path) as temporary:
         try:
+            temporary.unlink()  # a link needs a free name
             os.link(path, temporary)
         except OSError:
             shutil.copy2(path, temporary)
@@ -139,28 +129,20 @@ def load(state: State, options: Config, world: World) -> Path:
     assert options.run.resume is not None
     path, now = file_of(options.run.resume), as_plain(options)
     if not path.is_file():
-        raise UserError(
-            f"--run.resume {options.run.resume}: no {path.name} there; the run ended before its first checkpoint"
-        )
+        raise damaged(path, "no such file", "if the run ended before its first checkpoint, start it anew")
     content = weights.read(path)
     try:
+        run_contents.check_run(content)
+        _check_history(content["history"])
         was = content["config"]
         check_options(was, now)
         _check_images(state, content["images"], path, changes(was, now, "data"), world)
         _check_epochs(content["epoch"], changes(was, now), options)
-        state.network.load_state_dict(content["network"])
-        if state.teacher is not None:
-            state.teacher.load_state_dict(content["teacher"] or content["network"])
-        current = state.optimizer.param_groups
-        state.optimizer.load_state_dict(content["optimizer"])
-        for group, settings in zip(state.optimizer.param_groups, current, strict=True):
-            group.update(settings)  # settings such as momentum come from the current options, not from the checkpoint
-        if state.scaler is not None and content["scaler"]:
-            state.scaler.load_state_dict(content["scaler"])
-        if state.images is not None and content["boxes"] is not None and options.boxes.every:
-            state.images.set_boxes(content["boxes"])
+        _load_states(state, content, options)
     except KeyError as error:
-        raise UserError(f"{path}: not a checkpoint of this driver: no {error} in it") from error
+        raise damaged(path, f"not a checkpoint of this driver: no {error} in it") from error
+    except WrongPart as error:
+        raise damaged(path, str(error)) from error
     except (RuntimeError, ValueError) as error:
         given = ", ".join(changes(was, now, "data", "model").values()) or "the model that the options describe"
         raise UserError(f"{path}: does not fit {given}: {_first_fault(error)}") from error
@@ -168,6 +150,35 @@ def load(state: State, options: Config, world: World) -> Path:
     newest = _step_file(state.step)
     state.kept = {file for file in path.parent.glob(STEP_FILES) if file.name <= newest}
     return path.parent
+
+
+def _load_states(state: State, content: dict[str, Any], options: Config) -> None:
+    """Load the states of networks, optimiser, scaler and boxes, each after a check of its parts."""
+    run_contents.check_module(content["network"], state.network, "network")
+    state.network.load_state_dict(content["network"])
+    if state.teacher is not None:
+        teacher = content["network"] if content["teacher"] is None else content["teacher"]
+        run_contents.check_module(teacher, state.teacher, "teacher")
+        state.teacher.load_state_dict(teacher)
+    current = state.optimizer.param_groups
+    run_contents.check_optimizer(content["optimizer"], state.optimizer)
+    state.optimizer.load_state_dict(content["optimizer"])
+    for group, settings in zip(state.optimizer.param_groups, current, strict=True):
+        group.update(settings)  # settings such as momentum come from the current options, not from the checkpoint
+    if state.scaler is not None and content["scaler"] is not None:
+        run_contents.check_scaler(content["scaler"])
+        state.scaler.load_state_dict(content["scaler"])
+    if state.images is not None and content["boxes"] is not None and options.boxes.every:
+        run_contents.check_boxes(content["boxes"], state.images.training)
+        state.images.set_boxes(content["boxes"])
+
+
+def _check_history(rows: Any) -> None:
+    """Raise a WrongPart where the history of a checkpoint is no list of rows."""
+    require(isinstance(rows, list), "history", "a list of rows", rows)
+    for number, row in enumerate(rows):
+        if fault := fault_of(row):
+            raise WrongPart(f"row {number} of its history {fault}")
 
 
 def file_of(run: Path) -> Path:
@@ -178,8 +189,10 @@ def file_of(run: Path) -> Path:
 def options_in(resume: Path) -> dict[str, Any] | None:
     """Options that the checkpoint which --run.resume names has; None where no such file is readable."""
     try:
-        return weights.read(file_of(resume)).get("config")
-    except UserError:
+        content = weights.read(file_of(resume))
+        run_contents.check_run(content)
+        return content["config"]
+    except (UserError, WrongPart, KeyError):
         return None
 
 

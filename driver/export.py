@@ -5,7 +5,6 @@ python driver/export.py RUN_DIR --format onnx       RUN_DIR/backbone.onnx: image
 python driver/export.py RUN_DIR --whose student     the student's weights, where the teacher's would be the default
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +17,11 @@ import torch
 import tyro
 from torch import nn
 
+from bam_kernels.whole_files import replacing
 from driver import backbones, checkpoint, cli
 from driver.config import FILE, Config, UserError, as_plain, helpful, missing
-from driver.files import replacing
 from driver.model import Standardize
-from driver.weights import ORIGIN, load_backbone
+from driver.weights import exports, load_backbone
 
 
 @helpful
@@ -65,19 +64,10 @@ def export(options: Export) -> Path:
         )
         print(f"{out}: input `images` (n, {channels}, {config.data.size}, {config.data.size}) in [0, 1]")
         return out
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-    except ImportError as error:
-        raise UserError(missing("--format safetensors", "safetensors", error)) from error
     plain = {name: value for name, value in as_plain(config)["model"].items() if name != "weights"}
     # safetensors takes no tensor that shares its memory, as layers of CoaT do.
-    weights = {n: value.clone(memory_format=torch.contiguous_format) for n, value in backbone.state_dict().items()}
-    try:
-        with replacing(out) as temporary:
-            save_file(weights, temporary, {ORIGIN: json.dumps(plain)})
-    except SafetensorError as error:  # also of a full disk
-        raise UserError(f"--out {out}: not written ({error})") from error
+    tensors = {n: value.clone(memory_format=torch.contiguous_format) for n, value in backbone.state_dict().items()}
+    exports.save(tensors, plain, out, f"--out {out}")
     print(f"{out}: weights of {config.model.name}, for\n")
     print("\n".join(f"    {line}" for line in usage(config, channels, out)))
     colours = Standardize.of(config.model, channels)

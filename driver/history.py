@@ -15,10 +15,21 @@ import math
 from pathlib import Path
 from typing import Any, Protocol
 
+from bam_kernels.whole_files import naming, replacing
+
 from .config import UserError
-from .files import naming, replacing
+from .messages.text import NAME_LIMIT
 
 FILE = "history.jsonl"
+ACCURACIES = ("knn", "knn_moved", "linear", "linear_moved")
+"""Names of the accuracies on held-out images, in rows of kinds evaluation and pixels."""
+NUMBERS = {
+    "train": ("collapse_gap", "uniform_loss", "source_entropy"),
+    "collapse": ("collapse_gap",),
+    "ceiling": ("collapse_gap",),
+    "pixels": ACCURACIES,
+}
+"""Numbers that a row must have, by its kind, for the log and the report."""
 
 Row = dict[str, Any]
 
@@ -88,16 +99,51 @@ def _line(row: Row) -> str:
     return json.dumps(row, allow_nan=False) + "\n"
 
 
+def fault_of(row: Any) -> str:
+    """What is wrong with a row of a history; empty where nothing is."""
+    if not isinstance(row, dict):
+        return f"must be values with names, got a {type(row).__name__}"
+    for name, value in row.items():
+        if not isinstance(name, str):
+            return f"must have names that are text, got {type(name).__name__}"
+        number = type(value) in (int, float) and abs(value) < 2**1000  # which excludes NaN and infinity
+        if not number and value is not None and type(value) is not str:
+            return f"must have a finite number or text as {name[:NAME_LIMIT]!r}"
+    kind = row.get("kind")
+    if not isinstance(kind, str):
+        return "must have a kind"
+    if not isinstance(row.get("step"), int) or row["step"] < 0:
+        return "must have a step, a whole number of at least 0"
+    numbers = ("epoch", *NUMBERS.get(kind, ()), *(NUMBERS["pixels"] if "knn" in row else ()))
+    lacking = [name for name in numbers if type(row.get(name)) not in (int, float)]
+    if kind == "backend" and not isinstance(row.get("way"), str):
+        lacking.append("way")
+    return f"of kind {kind[:NAME_LIMIT]!r} must have {lacking[0]}" if lacking else ""
+
+
 def read(directory: Path) -> History:
-    """History in the directory of a run, without a last line that was cut short. Raises: UserError without a file."""
+    """History in the directory of a run, without a last line that was cut short.
+
+    Raises: UserError where the file is missing or damaged.
+    """
+    path = directory / FILE
     try:
-        lines = (directory / FILE).read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     except OSError as error:
         raise UserError(f"{directory}: not the directory of a run ({FILE}: {error.strerror})") from error
     rows = []
-    for line in lines:
+    for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+            fault = fault_of(row)
+        except (ValueError, RecursionError):
+            fault = "is not JSON"
+        if fault and number == len(lines) and not line.endswith("\n"):
             break
+        if fault:
+            raise UserError(
+                f"{path}: line {number} {fault}; the run's checkpoint has a copy of the history, which --run.resume "
+                f"{directory} writes again"
+            )
+        rows.append(row)
     return History(rows)

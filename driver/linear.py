@@ -17,22 +17,25 @@ from typing import Annotated, Any
 
 if __name__ == "__main__":  # the driver is run from its repository, not installed
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    import driver  # noqa: F401 - it sets a variable that torch reads when it is imported
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from driver.bounds import POSITIVE, at_least, each
-from driver.cli import check_bounds, check_folder, run_script
+from bam_kernels.whole_files import replacing
+from driver import weights
+from driver.bounds import POSITIVE, SEED, at_least, each
+from driver.cli import check_folder, run_script
 from driver.config import UserError, helpful
 from driver.data.inventory import Inventory
 from driver.data.labelled import Labelled, Labels
 from driver.distributed import World
 from driver.evaluation.frozen import Backbone, Frozen
-from driver.files import naming, replacing
 from driver.optim import cosine
-from driver.weights import read
+from driver.weights.run_contents import WrongPart, check_module, check_optimizer, is_count, is_option, require
+from driver.weights.way_back import damaged
 
 MOMENTUM = 0.9
 LINES, LAYERS = "linear.jsonl", "linear.pt"
@@ -60,7 +63,7 @@ class Options:
     learning rate."""
     test_every: Annotated[int, at_least(1)] = 10
     """Epochs between tests; the last epoch is always tested."""
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     """Seed of the order of images and of the crops."""
     out: Path | None = None
     """Folder for linear.jsonl (a line per test) and linear.pt (the layers). None: nothing is written."""
@@ -103,7 +106,6 @@ class Norm(nn.BatchNorm1d):
 
 def main(options: Options, world: World) -> dict[float, float]:
     """Print and return the top-1 accuracy for each learning rate. Raises: UserError where the options do not fit."""
-    check_bounds(options)
     if options.resume and options.out is None:
         raise UserError("--resume needs --out, where linear.pt is")
     if (out := options.out) is not None:
@@ -186,15 +188,15 @@ def test(
 def origin_of(options: Options, frozen: Frozen, labelled: Labelled) -> dict[str, Any]:
     """What the layers in linear.pt are trained on, which cannot change between their epochs, by names for messages."""
     images = Inventory.of(labelled.source).digests
-    weights = blake2b(digest_size=16)
+    backbone = blake2b(digest_size=16)
     for value in frozen.model.state_dict().values():
-        weights.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        backbone.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return {
         **{f"--{name}": getattr(options, name) for name in ("blocks", "average", "norm", "seed")},
         "--lr": list(options.lr),
         "--backbone.size": frozen.size,
         "--backbone.heads": options.backbone.options().model.heads,
-        "weights of the backbone": weights.hexdigest(),
+        "weights of the backbone": backbone.hexdigest(),
         "training images": images["training"],
         "test images": images["held_out"],
         "labels": blake2b(labelled.source.labels.numpy(), digest_size=16).hexdigest(),
@@ -202,16 +204,17 @@ def origin_of(options: Options, frozen: Frozen, labelled: Labelled) -> dict[str,
 
 
 def write(out: Path, row: dict[str, Any], trained: dict[str, Any], origin: dict[str, Any] | None) -> None:
-    """Append a line to linear.jsonl and replace linear.pt, which holds the layers and the optimiser."""
+    """Add a line to linear.jsonl, without a last line that was cut short, and replace linear.pt.
+
+    linear.pt holds the layers and the optimiser.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    with naming(out / LINES), (out / LINES).open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    path = out / LINES
+    before = path.read_bytes() if path.exists() else b""
+    with replacing(path) as temporary:
+        temporary.write_bytes(before[: before.rfind(b"\n") + 1] + json.dumps(row).encode() + b"\n")
     states = {name: part.state_dict() for name, part in trained.items()}
-    try:
-        with replacing(out / LAYERS) as temporary, open(temporary, "wb") as file:
-            torch.save({**states, "epoch": row["epoch"], "origin": origin}, file)
-    except RuntimeError as error:  # torch's error does not say whether the disk is full
-        raise UserError(f"{out / LAYERS}: not written ({error}); one that was there stays whole") from error
+    weights.save({**states, "epoch": row["epoch"], "origin": origin}, out / LAYERS)
 
 
 def load(options: Options, heads: Heads, optimizer: torch.optim.Optimizer, origin: dict[str, Any] | None) -> int:
@@ -221,12 +224,15 @@ def load(options: Options, heads: Heads, optimizer: torch.optim.Optimizer, origi
     """
     assert options.out is not None and origin is not None
     path = options.out / LAYERS
-    content = read(path)
+    content = weights.read(path)
     try:
         done, before = content["epoch"], content.get("origin")
+        require(is_count(done), "epoch", "a whole number of at least 0", done)
+        require(before is None or isinstance(before, dict), "origin", "a dict", before)
         if before is None:
             print(f"note: {path} is of an older version and does not know what its layers were trained on")
         for name, was in (before or {}).items():
+            require(is_option(was), "origin", "a dict of numbers, text and lists", was)
             if origin[name] != was:
                 raise UserError(
                     f"{path}: other {name}: {was} then, {origin[name]} now. --resume continues with what it had; "
@@ -234,9 +240,13 @@ def load(options: Options, heads: Heads, optimizer: torch.optim.Optimizer, origi
                 )
         if done > options.epochs:
             raise UserError(f"--epochs {options.epochs}: {path} has {done} epochs behind it; give more than that")
+        check_module(content["heads"], heads, "heads")
         heads.load_state_dict(content["heads"])
+        check_optimizer(content["optimizer"], optimizer)
         optimizer.load_state_dict(content["optimizer"])
         return done
+    except WrongPart as error:
+        raise damaged(path, str(error), "another --out begins anew") from error
     except (KeyError, RuntimeError, ValueError) as error:
         raise UserError(f"{path}: does not fit these options: {error}") from error
 

@@ -27,11 +27,11 @@ if __name__ == "__main__":  # the driver is run from its repository, not install
 import torch
 import tyro
 
-from driver import history
-from driver.bounds import at_least
+from driver import history, weights
+from driver.bounds import PROCESSES, SEED, at_least
 from driver.checkpoint import FILE
 from driver.cli import check_bounds
-from driver.config import helpful
+from driver.config import UserError, helpful
 from driver.exits import STOPPED, exit_code
 
 PARTS = ("network", "teacher", "optimizer", "scaler", "boxes", "images", "epoch", "step", "backend")
@@ -53,22 +53,26 @@ class Verify:
     """Signal that breaks the run. KILL: as by kill -9. TERM or USR1: as a scheduler ends a job."""
     breaks: Annotated[int, at_least(1)] = 2
     """Number of times that the run is broken."""
-    ranks: Annotated[int, at_least(1)] = 1
+    ranks: Annotated[int, at_least(1, PROCESSES)] = 1
     """Processes of the run, started by this script without torchrun."""
     save_steps: Annotated[int, at_least(1)] = 4
     """Steps between checkpoints, from which a run goes on after kill -9."""
-    seed: int | None = None
+    seed: Annotated[int | None, SEED] = None
     """Seed of the steps at which the run is broken. None: other steps each time."""
 
 
 def verify(verify: Verify) -> int:
     """Break and resume the run as the options say, print the result, return the exit code: 0 equal, 1 not.
 
-    Raises: UserError on an option out of bounds; RuntimeError where a run ends in an unexpected way.
+    Raises: UserError on an option out of bounds, or where a run ends in an unexpected way.
     """
     check_bounds(verify)
+    try:
+        own = shlex.split(verify.options)
+    except ValueError as error:
+        raise UserError(f"--options {verify.options}: {error}") from error
     options = [
-        *shlex.split(verify.options),
+        *own,
         "--run.directory",
         RUNS,  # under the temporary directory, whatever the options say
         "--run.deterministic",
@@ -103,7 +107,7 @@ def verify(verify: Verify) -> int:
 def run(folder: Path, options: list[str], ranks: int, stop_at: int | None, number: int) -> bool:
     """Start or resume the run under `folder`; once it has done step `stop_at`, send signal `number` to all its ranks.
 
-    Returns whether the signal ended the run. Raises: RuntimeError where the run ends in any other way.
+    Returns whether the signal ended the run. Raises: UserError where the run ends in any other way.
     """
     folder.mkdir(exist_ok=True)
     directory = newest(folder)
@@ -130,7 +134,7 @@ def run(folder: Path, options: list[str], ranks: int, stop_at: int | None, numbe
         codes = {process.returncode for process in processes}
         if codes not in (({0}, {ended}) if sent else ({0},)):
             output.seek(0)
-            raise RuntimeError(f"{' '.join(command)}: exit codes {codes}\n{output.read()[-3000:]}")
+            raise UserError(f"{' '.join(command)}: exit codes {codes}\n{output.read()[-3000:]}")
     return codes == {ended}
 
 
@@ -156,7 +160,7 @@ def steps_done(folder: Path, resumed: Path | None) -> int:
 
 def content(folder: Path) -> dict[str, Any]:
     """Newest checkpoint of the last run under `folder`."""
-    return torch.load(newest(folder) / FILE, map_location="cpu", weights_only=True)
+    return weights.read(newest(folder) / FILE)
 
 
 def newest(folder: Path) -> Path | None:

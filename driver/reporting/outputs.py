@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+from bam_kernels.whole_files import replacing
+
 from .. import history
 from ..config import Config
 from ..data.images import Images
 from ..evaluation.online import Embed
-from ..files import replacing
 from . import plots, summary
 from .gallery import Gallery, gallery
 from .page import page

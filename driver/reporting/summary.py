@@ -6,15 +6,12 @@ from shlex import quote
 
 from .. import checkpoint
 from ..config import FILE, Config
-from ..history import History, Row
+from ..history import ACCURACIES, History, Row
 
 CLOSE_NATS = 0.01
 """Below this distance, a loss counts as at its ceiling and an entropy as that of uniform attention."""
 LINES = 5
 """Consecutive log lines at the ceiling that make a warning: a single line may be noise."""
-
-ACCURACIES = ("knn", "knn_moved", "linear", "linear_moved")
-"""Names in the history of the accuracies on held-out images."""
 
 ADVICE = {
     "collapse": (

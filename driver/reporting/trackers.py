@@ -4,8 +4,9 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from bam_kernels.whole_files import replacing
+
 from ..config import Config, UserError, as_plain, missing
-from ..files import replacing
 from ..history import Row
 
 NOT_VALUES = ("kind", "step")

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from ..backbones import pretrained_colours
 from ..config import Model, UserError
-from ..messages.text import first_line, listed
+from ..messages.text import first_line, listed, printable
 from ..model import IMAGENET_MEAN
 from .files import read
+from .run_contents import is_count, is_ordinary
 from .search import Found, convert, find, flatten, model_name
 
 
@@ -39,16 +40,27 @@ def _check_origin(written: Any, model: Model, where: str) -> None:
     """
     if not isinstance(written, dict) or "teacher_momentum" not in written:
         return
-    if model.name != "convnet" and (heads := written.get("heads", 0)) != model.heads:
+    heads = written.get("heads", 0)
+    if not is_count(heads):
+        raise UserError(f"{where}: its config.model.heads must be a whole number, got a {type(heads).__name__}")
+    if model.name != "convnet" and heads != model.heads:
         raise UserError(
             f"{where}: its run has --model.heads {heads}, here heads is {model.heads} (0: the model's own number). The "
             f"shapes of the tensors agree, but the features would not; give --model.heads {heads}, or --backbone.heads "
             f"{heads}"
         )
-    if written.get("pretrained") and not model.pretrained:
-        mean, _ = pretrained_colours(written["name"])
+    name = written.get("name")
+    if written.get("pretrained") is True and not model.pretrained and isinstance(name, str) and _is_known(name):
+        mean, _ = pretrained_colours(name)
         if mean != IMAGENET_MEAN:
             print(f"note: the run of {where} standardised images with mean {mean}; here the mean is {IMAGENET_MEAN}")
+
+
+def _is_known(name: str) -> bool:
+    """Whether timm has weights of the model `name`, which a file may say and another version of timm may not know."""
+    import timm
+
+    return timm.get_pretrained_cfg(name) is not None
 
 
 def load_pretrained(backbone: nn.Module, name: str) -> None:
@@ -74,6 +86,9 @@ def load_pretrained(backbone: nn.Module, name: str) -> None:
 def _load(backbone: nn.Module, state: dict[str, Tensor], where: str, whose: str | None) -> None:
     if empty := [name for name, value in state.items() if value.is_meta]:
         raise UserError(f"{where}: holds tensors without values (meta tensors): {listed(empty)}")
+    if other := [name for name, value in state.items() if not is_ordinary(value)]:
+        kinds = {f"{state[name].layout}, {state[name].dtype}" for name in other}
+        raise UserError(f"{where}: holds tensors that are not plain numbers ({listed(sorted(kinds))}): {listed(other)}")
     found = find(state, backbone, where, whose)
     _check_rest(found, backbone, where)
     own = backbone.state_dict()
@@ -87,7 +102,7 @@ def _load(backbone: nn.Module, state: dict[str, Tensor], where: str, whose: str 
         raise UserError(text)
     taken = {name: value for name, value in tensors.items() if name in own}
     for name, value in taken.items():
-        if value.layout != torch.strided or own[name].is_floating_point() > value.is_floating_point():
+        if own[name].is_floating_point() > value.is_floating_point():
             raise UserError(f"{where}: {name} is {value.dtype}, {value.layout}, but must hold plain {own[name].dtype}")
         if not value.isfinite().all():
             raise UserError(f"{where}: {name} holds values that are not finite")
@@ -97,7 +112,7 @@ def _load(backbone: nn.Module, state: dict[str, Tensor], where: str, whose: str 
     parts += [listed(changes)] * bool(changes)
     if rest := _groups(state, found, own):
         parts.append(f"left out: {rest}")
-    print("; ".join(parts))
+    print(printable("; ".join(parts), None))
     _note_on_colours(found, backbone)
 
 

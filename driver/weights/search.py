@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from ..config import UserError
 from ..messages.text import listed
-from .files import StandIn
 
 _TEACHER = {"teacher", "ema", "swa", "averaged"}
 _MOVING = {"momentum", "target", "k", "key"}
@@ -56,14 +55,12 @@ class Found:
 
 
 def flatten(content: Mapping[Any, Any], prefix: str = "") -> dict[str, Tensor]:
-    """All tensors of nested dictionaries and modules, by their keys joined with dots, without wrappers of modules.
+    """All tensors of nested dictionaries, by their keys joined with dots, without wrappers of modules.
 
     Keys that are not text are left out.
     """
     tensors: dict[str, Tensor] = {}
     for key, value in content.items():
-        if isinstance(value, StandIn):
-            value = value.tensors()
         if isinstance(key, str) and isinstance(value, Tensor):
             tensors[_WRAPPERS.sub("", prefix + key)] = value
         elif isinstance(key, str) and isinstance(value, Mapping):

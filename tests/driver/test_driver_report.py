@@ -51,11 +51,12 @@ def test_history_is_on_the_disk_at_each_line_and_resumes_from_the_checkpoint():
     path = Path("history.jsonl")
     rows = history.History()
     rows.sinks.append(history.File(Path(), []))
-    rows.add("train", 1, 0.5, loss=1.5, column_residual=float("nan"))
+    needed = dict.fromkeys(history.NUMBERS["train"], 1.0)
+    rows.add("train", 1, 0.5, loss=1.5, column_residual=float("nan"), **needed)
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
-        {"kind": "train", "step": 1, "epoch": 0.5, "loss": 1.5, "column_residual": None}
+        {"kind": "train", "step": 1, "epoch": 0.5, "loss": 1.5, "column_residual": None} | needed
     ]
-    rows.add("train", 2, 1.0, loss=1.25)
+    rows.add("train", 2, 1.0, loss=1.25, **needed)
     rows.close()
     with path.open("a") as file:
         file.write('{"kind": "train", "st')  # killed while it wrote
@@ -63,7 +64,7 @@ def test_history_is_on_the_disk_at_each_line_and_resumes_from_the_checkpoint():
     # A resumed run starts from the rows of its checkpoint, and the file keeps no others.
     resumed = history.History(rows.rows[:1])
     resumed.sinks.append(history.File(Path(), resumed.rows))
-    resumed.add("train", 2, 1.0, loss=7.0)
+    resumed.add("train", 2, 1.0, loss=7.0, **needed)
     resumed.close()
     assert [row["loss"] for row in history.read(Path()).rows] == [1.5, 7.0]
     assert history.read(Path()).last("train")["loss"] == 7 and history.read(Path()).epoch == 1

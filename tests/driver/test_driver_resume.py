@@ -9,6 +9,7 @@ import torch
 import yaml
 from driver_runs import ROOT, content, pretrain, torchrun
 
+from bam_kernels.whole_files import replacing
 from driver import checkpoint, cli, config, linear, train
 from driver import pretrain as program
 from driver.config import UserError
@@ -16,7 +17,6 @@ from driver.data import inventory
 from driver.data.labelled import Labels
 from driver.distributed import World
 from driver.evaluation.frozen import Backbone
-from driver.files import replacing
 from driver.weights import read
 
 PHOTOGRAPHS = ["--data.root=pets", "--data.size=16", "--data.batch-size=4", "--data.workers=0", "--data.held-out=0.25"]
