@@ -25,14 +25,15 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from driver.bounds import POSITIVE, at_least
-from driver.cli import check_bounds, check_folder, run_script
+from bam_kernels.whole_files import replacing
+from driver.bounds import TEMPERATURE, at_least
+from driver.cli import check_folder, run_script
 from driver.config import UserError, helpful
+from driver.data.decode import open_image
 from driver.distributed import World
 from driver.evaluation.davis_clips import FRAMES, MASKS, Clip, notes, read_clips, read_frame
 from driver.evaluation.davis_metrics import Scores, clip_scores, summary
 from driver.evaluation.frozen import Backbone, Frozen
-from driver.files import replacing
 
 SCORES = "scores.json"
 MULTIPLE = 64
@@ -52,7 +53,7 @@ class Options:
     backbone: Backbone = field(default_factory=Backbone)
     split: str = "val"
     """Name of the list of clips: the file ImageSets/2017/SPLIT.txt."""
-    short_side: Annotated[int, at_least(MULTIPLE)] = 480
+    short_side: Annotated[int, at_least(MULTIPLE, 2**14)] = 480
     """Shorter side of the frames that the network sees, pixels: a multiple of the backbone's patch."""
     last_frames: Annotated[int, at_least(1)] = 7
     """Frames just before the current one that give labels, in addition to the first frame."""
@@ -61,7 +62,7 @@ class Options:
     frame."""
     top_k: Annotated[int, at_least(1)] = 5
     """Number of most similar patches whose labels a patch takes."""
-    temperature: Annotated[float, POSITIVE] = 0.1
+    temperature: Annotated[float, TEMPERATURE] = 0.1
     """Softmax temperature of the cosines that weigh the labels of the similar patches."""
     out: Path | None = None
     """Folder for the masks (PNG of object numbers, as in DAVIS) and scores.json. None: nothing is written."""
@@ -72,7 +73,6 @@ def main(options: Options, world: World) -> Scores | None:
 
     Raises: UserError on bad options or files.
     """
-    check_bounds(options)
     if world.size > 1:
         raise UserError("segment_video runs on one rank")
     if options.out is not None:
@@ -213,13 +213,14 @@ def _resize_nearest(mask: NDArray, shape: tuple[int, int]) -> Tensor:
 def write_masks(found: NDArray[np.uint8], clip: Clip, folder: Path) -> None:
     """Write a clip's masks as PNG files of object numbers, with the palette of its first annotation."""
     folder.mkdir(parents=True, exist_ok=True)
-    with Image.open(clip.annotations[0]) as first:
+    with open_image(clip.annotations[0]) as first:
         palette = first.getpalette()
     for mask, path in zip(found, clip.frames, strict=True):
         image = Image.fromarray(mask)
         if palette is not None:
             image.putpalette(palette + [0] * (768 - len(palette)))  # Pillow cuts numbers to the palette's length
-        image.save(folder / f"{path.stem}.png")
+        with replacing(folder / f"{path.stem}.png") as temporary:
+            image.save(temporary, "PNG")
 
 
 def table(rows: dict[str, Scores]) -> str:

@@ -22,6 +22,8 @@ LONG_HEADERS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDT
 """Types of headers that are followed by the name or the attributes of a member."""
 HEADER_LIMIT = 1 << 20
 """Largest number of bytes of a name or of attributes."""
+NAME_LIMIT = 300
+"""Characters of a member's name that a message shows."""
 MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK": "zip"}
 """First bytes of compressed files, and what compressed them."""
 
@@ -71,8 +73,8 @@ def key_of(path: str) -> str:
 
 
 def place_of(shard: Path, name: str) -> str:
-    """Shard and name of a member, for messages: on one line, with odd characters escaped."""
-    return printable(f"{shard}:{name}", None)
+    """Shard and name of a member, for messages: on one line, with odd characters escaped, a long name cut."""
+    return f"{printable(str(shard), None)}:{printable(name, NAME_LIMIT)}"
 
 
 def in_hidden(path: str) -> bool:
@@ -105,10 +107,11 @@ def list_members(shard: Path, left_out: LeftOut) -> list[Member]:
         elif not info.isdir():
             left_out.name("left out as neither file nor folder", place_of(shard, info.name))
     by_path = {normpath(link.name): link for link in links}
+    ends: dict[str, Member | None] = {}
     for info in links:
         if in_hidden(normpath(info.name)):
             left_out.kinds["hidden"] += 1
-        elif target := _follow(info, by_path, files):
+        elif target := _follow(info, by_path, files, ends):
             found.append(Member.at(info.name, target.offset, target.size))
         else:
             left_out.name(
@@ -120,18 +123,27 @@ def list_members(shard: Path, left_out: LeftOut) -> list[Member]:
     return shown
 
 
-def _follow(link: tarfile.TarInfo, links: dict[str, tarfile.TarInfo], files: dict[str, Member]) -> Member | None:
+def _follow(
+    link: tarfile.TarInfo, links: dict[str, tarfile.TarInfo], files: dict[str, Member], ends: dict[str, Member | None]
+) -> Member | None:
     """File at the end of a chain of links; None where it ends at nothing or goes round.
 
-    A hard link names a path in the archive; a symbolic link counts from its own folder.
+    `ends` keeps where each path ends, so that a chain is followed once, however many of its links are asked for.
     """
-    met: set[str] = set()
-    while True:
-        path = normpath(join(dirname(link.name), link.linkname) if link.issym() else link.linkname)
-        if path in files or path not in links or path in met:
-            return files.get(path)
-        met.add(path)
+    met = []
+    while (path := _target(link)) not in ends:
+        met.append(path)
+        ends[path] = files.get(path)  # None while it is followed: a circle leads to nothing
+        if path in files or path not in links:
+            break
         link = links[path]
+    ends.update(dict.fromkeys(met, ends[path]))
+    return ends[path]
+
+
+def _target(link: tarfile.TarInfo) -> str:
+    """Path in the archive that a link leads to. Hard links name it whole, symbolic links from their own folder on."""
+    return normpath(join(dirname(link.name), link.linkname) if link.issym() else link.linkname)
 
 
 class _Header(tarfile.TarInfo):
@@ -153,10 +165,14 @@ def _headers(shard: Path, left_out: LeftOut) -> Iterator[tarfile.TarInfo]:
     try:
         with open(shard, "rb") as file:
             start: int | None = 0
+            end = file.seek(0, io.SEEK_END)
             while start is not None:
                 file.seek(start)
                 archive, last = tarfile.TarFile(fileobj=file, tarinfo=_Header), -1
                 for info in archive:
+                    if info.isreg() and not (info.issparse() or 0 <= info.size <= end - info.offset_data):
+                        where = f"{printable(info.name, NAME_LIMIT)} has {info.size:,} bytes from byte"
+                        raise tarfile.ReadError(f"{where} {info.offset_data:,} on, the shard ends at {end:,}")
                     if info.offset_data <= last:
                         raise tarfile.ReadError(f"a negative size at byte {last:,}")
                     last = info.offset_data
@@ -191,4 +207,7 @@ def _fault(shard: Path, error: Exception) -> str:
     for magic, program in MAGIC.items():
         if first.startswith(magic):
             return f"compressed by {program}; shards must be uncompressed .tar files: decompress it"
-    return f"not a readable shard, an uncompressed .tar ({error or type(error).__name__}); copy or pack it again"
+    what = printable(str(error), NAME_LIMIT) or type(error).__name__
+    if isinstance(error, RecursionError):  # tarfile calls itself for each
+        what = "hundreds of headers of one member"
+    return f"not a readable shard, an uncompressed .tar ({what}); copy or pack it again"

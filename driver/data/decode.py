@@ -1,13 +1,18 @@
 """Pixels of photographs: from the bytes of an image file to 8-bit RGB."""
 
 import logging
+import os
+import re
+import stat
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from PIL import ExifTags, Image, UnidentifiedImageError, features
-from PIL.TiffImagePlugin import EXTRASAMPLES
+from PIL.TiffImagePlugin import EXTRASAMPLES, TILELENGTH, TILEWIDTH
 
 from . import deep_pixels
 from .foreign import what_it_is
@@ -27,6 +32,13 @@ The content of a file decides its format. PostScript, PDF, films and others are 
 """
 EXTENSIONS = frozenset(name for name, kind in Image.registered_extensions().items() if kind in FORMATS)
 """Lower-case endings of the names of image files, each with its dot."""
+PIXELS = 178_956_970
+"""Most pixels of an image that is decoded: about 1.3 GB of memory in RGB, 4.4 GB with 16 bits per sample.
+
+Pillow has the same limit by default, but any library may change or remove it there.
+"""
+BYTES = 4 << 30
+"""Most bytes of an image file: WebP, AVIF and the members of shards are read whole before they are decoded."""
 
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -54,30 +66,74 @@ class Decoder:
 
         Raises: ValueError where the grey levels would be lost; where the file is damaged, any exception of Pillow.
         """
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of Pillow, on each image of a kind, e.g. with a transparent palette
-            with _open(file) as image:
-                if deep_pixels.is_deep(image):
-                    pixels = deep_pixels.to_eight_bits(image, lambda: _open(file), self.pixel_range)
-                else:
-                    image.load()  # first: only then are palette and EXIF data complete
-                    pixels = image
-                if image.format == "TIFF" and pixels.mode == "RGBA" and EXTRASAMPLES not in image.tag_v2:
-                    pixels = pixels.convert("RGB")  # Pillow takes a fourth sample of no declared meaning for opacity
-                pixels = _on_white(pixels)
-                turn = TURNS.get(_orientation(image)) if self.exif else None
-            return pixels if turn is None else pixels.transpose(turn)
+        with open_image(file) as image:
+            if deep_pixels.is_deep(image):
+                pixels = deep_pixels.to_eight_bits(image, lambda: open_image(file), self.pixel_range)
+            else:
+                image.load()  # first: only then are palette and EXIF data complete
+                pixels = image
+            if image.format == "TIFF" and pixels.mode == "RGBA" and EXTRASAMPLES not in image.tag_v2:
+                pixels = pixels.convert("RGB")  # Pillow takes a fourth sample of no declared meaning for opacity
+            pixels = _on_white(pixels)
+            turn = TURNS.get(_orientation(image)) if self.exif else None
+        return pixels if turn is None else pixels.transpose(turn)
 
 
 DEFAULT = Decoder()
 """Decoder without options."""
 
 
-def _open(file: Path | BinaryIO) -> Any:
-    try:
-        return Image.open(file, formats=FORMATS)
-    except UnidentifiedImageError:
-        raise UnidentifiedImageError(what_it_is(file)) from None
+@contextmanager
+def open_image(file: Path | BinaryIO) -> Iterator[Any]:
+    """Context of an image of one of FORMATS, open but not yet decoded; nothing else in the driver opens images.
+
+    Raises: ValueError where it has too many pixels or bytes; UnidentifiedImageError where it is no image; where it is
+    damaged, any exception of Pillow.
+    """
+    with warnings.catch_warnings(), _regular(file) if isinstance(file, Path) else nullcontext(file) as opened:
+        warnings.simplefilter("ignore")  # of Pillow, on each image of a kind, e.g. with a transparent palette
+        try:
+            image = Image.open(opened, formats=FORMATS)
+        except UnidentifiedImageError:
+            raise UnidentifiedImageError(what_it_is(opened)) from None
+        except Image.DecompressionBombError as error:
+            pixels, limit = map(int, re.findall(r"\d+", str(error)))
+            raise _too_large(f"{pixels:,} pixels", limit) from None
+        with image:
+            _check_pixels(image)
+            yield image
+
+
+@contextmanager
+def _regular(path: Path) -> Iterator[BinaryIO]:
+    """Context of an open file. A pipe that has taken its place since it was listed is an error, and not waited for."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("a pipe or a device, not a file")
+        check_bytes(status.st_size)
+        yield file
+
+
+def check_bytes(size: int) -> None:
+    """Raise a ValueError for an image file of more than BYTES bytes, before it is read."""
+    if size > BYTES:
+        raise ValueError(f"a file of {size:,} bytes, above the limit of {BYTES:,} for an image; write it smaller")
+
+
+def _check_pixels(image: Any) -> None:
+    """Raise a ValueError where an open image, or the tile of a TIFF, which is allocated whole, is above PIXELS."""
+    width, height = image.size
+    if width * height > PIXELS:
+        raise _too_large(f"{width:,} x {height:,} pixels", PIXELS)
+    if image.format == "TIFF":
+        width, height = (image.tag_v2.get(tag, 0) for tag in (TILEWIDTH, TILELENGTH))
+        if width * height > PIXELS:
+            raise _too_large(f"tiles of {width:,} x {height:,} pixels", PIXELS)
+
+
+def _too_large(what: str, limit: int) -> ValueError:
+    return ValueError(f"{what}, above the limit of {limit:,}; scale the image down, or cut it into several")
 
 
 def _orientation(image: Image.Image) -> Any:

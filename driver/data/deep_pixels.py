@@ -4,8 +4,8 @@ Pillow's own conversion clips grey values at 255, and drops the low byte of 16-b
 """
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,8 @@ SIGNED = 2
 """TIFF's sample format of signed integers."""
 SWAPPED = {f"{mode};16{a}": f"{mode};16{b}" for mode in ("RGB", "RGBX", "RGBA") for a, b in ("BL", "LB", "NB")}
 """Pillow's raw modes that keep the high byte of a 16-bit sample, and the raw modes that keep its low byte instead."""
+BLOCK = 1 << 20
+"""Number of bytes of a file, or roughly of values, handled at a time: numpy's copies take up to 8 bytes a value."""
 ADVICE = "give --data.pixel-range LOW HIGH, the values of black and white"
 
 
@@ -74,10 +76,21 @@ def _white(image: Any) -> int:
     if image.format == "JPEG2000":
         place = image.fp.tell()
         image.fp.seek(0)
-        _, size_marker, sizes = image.fp.read().partition(b"\xff\x4f\xff\x51")
+        sizes = _behind(image.fp, b"\xff\x4f\xff\x51", 39)
         image.fp.seek(place)
-        return 2 ** min(16, (sizes[38] & 0x7F) + 1) - 1 if size_marker else 0
+        return 2 ** min(16, (sizes[38] & 0x7F) + 1) - 1 if sizes else 0
     return 0
+
+
+def _behind(file: BinaryIO, marker: bytes, count: int) -> bytes:
+    """The `count` bytes behind the first marker in a file, which is read in blocks; empty where there is none."""
+    window = b""
+    while block := file.read(BLOCK):
+        window = window[-(len(marker) + count) :] + block
+        behind = window.partition(marker)[2]
+        if len(behind) >= count:
+            return behind[:count]
+    return b""
 
 
 def _grey_values(image: Any) -> tuple[NDArray[Any], Range]:
@@ -108,7 +121,9 @@ def _colours(image: Any, reopen: Callable[[], Any], raw_mode: str, pixel_range: 
     white = _white(image) or 65535
     high = _samples(image, raw_mode)
     with reopen() as again:
-        values = high.astype(np.uint16) << 8 | _samples(again, SWAPPED[raw_mode])
+        values = high.astype(np.uint16)
+        values <<= 8
+        values |= _samples(again, SWAPPED[raw_mode])
     colours = _scaled(values[..., :3], (0.0, white), pixel_range)
     return Image.fromarray(np.concatenate([colours, high[..., 3:]], axis=2))  # the range is not one of the opacity
 
@@ -143,16 +158,29 @@ def _scaled(values: NDArray[Any], range_of_type: Range, pixel_range: Range | Non
         raise ValueError(f"{np.isnan(values).sum()} of {values.size} values are NaN; write numbers in their place")
     if pixel_range is None and (least < low or most > high):
         raise ValueError(f"{found}, outside of {low:g} to {high:g}; {ADVICE}")
-    exact = values.astype(np.float32 if values.itemsize <= 2 else np.float64)
-    exact -= low  # in place: an image may be large
-    exact.clip(0, high - low, out=exact)
-    exact *= 255 / (high - low)
-    scaled = exact.round(out=exact).astype(np.uint8)
-    if pixel_range is None and (kept := _levels(scaled)) < LEVELS and kept < 0.75 * (levels := len(np.unique(values))):
+    scaled = np.empty(values.shape, np.uint8)
+    for block, out in zip(_blocks(values), _blocks(scaled), strict=True):
+        exact = block.astype(np.float32 if values.itemsize <= 2 else np.float64)
+        exact -= low
+        exact.clip(0, high - low, out=exact)
+        exact *= 255 / (high - low)
+        out[:] = exact.round(out=exact)
+    if pixel_range is None and (kept := _levels(scaled)) < LEVELS and kept < 0.75 * (levels := _distinct(values)):
         raise ValueError(f"{found}: of {levels} levels, 8 bits for {low:g} to {high:g} would keep {kept}; {ADVICE}")
     return scaled
 
 
 def _levels(pixels: NDArray[np.uint8]) -> int:
     """Number of distinct values."""
-    return int(np.count_nonzero(np.bincount(pixels.ravel(), minlength=256)))
+    return np.count_nonzero(sum(np.bincount(block.ravel(), minlength=256) for block in _blocks(pixels)))
+
+
+def _distinct(values: NDArray[Any]) -> int:
+    """Number of distinct values of any type; sorting one block at a time needs no sorted copy of the image."""
+    return len(np.unique(np.concatenate([np.unique(block) for block in _blocks(values)])))
+
+
+def _blocks(pixels: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    """Views of successive rows, of about BLOCK values each."""
+    rows = max(1, BLOCK * len(pixels) // pixels.size)
+    return (pixels[top : top + rows] for top in range(0, len(pixels), rows))

@@ -54,7 +54,7 @@ class Files(Source):
         return self.decode(Path(self.paths[index]))
 
     def name(self, index: int) -> str:
-        return self.paths[index]
+        return printable(self.paths[index], None)
 
     def entry(self, index: int) -> tuple[str, int]:
         path = self.paths[index]

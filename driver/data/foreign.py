@@ -1,7 +1,5 @@
 """What a file is that is read as no image, in words: often a web page, a pointer or a scan under an image's name."""
 
-import contextlib
-from pathlib import Path
 from typing import BinaryIO
 
 from PIL.TiffImagePlugin import (
@@ -46,13 +44,12 @@ SHOWN = 12
 """Bytes of an unknown file that are shown."""
 
 
-def what_it_is(file: Path | BinaryIO) -> str:
+def what_it_is(file: BinaryIO) -> str:
     """What a file is that no known format of images fits, as text."""
-    with file.open("rb") if isinstance(file, Path) else contextlib.nullcontext(file) as opened:
-        opened.seek(0)
-        start = opened.read(512)
-        if start[:4] in (b"II*\0", b"MM\0*"):
-            return _tiff(opened)
+    file.seek(0)
+    start = file.read(512)
+    if start[:4] in (b"II*\0", b"MM\0*"):
+        return _tiff(file)
     if not start:
         return "an empty file"
     if not start.strip(b"\0"):
@@ -76,7 +73,7 @@ def _tiff(file: BinaryIO) -> str:
         samples, bits = tags.get(SAMPLESPERPIXEL, 1), tags.get(BITSPERSAMPLE, (1,))[0]
         number = NUMBERS.get(tags.get(SAMPLEFORMAT, (1,))[0], "other")
         colour = COLOURS.get(tags.get(PHOTOMETRIC_INTERPRETATION, 0), "other colours")
-    except Exception:  # damaged entries: Pillow raises nearly anything
+        each = f"{amount(int(samples), f'{number} sample')} of {int(bits)} bits per pixel, marked as {colour}"
+    except Exception:  # damaged entries: Pillow raises nearly anything, and numbers may be texts
         return "a damaged TIFF"
-    each = f"{amount(samples, f'{number} sample')} of {bits} bits per pixel, marked as {colour}"
     return f"a TIFF of {each}, is not read; convert it to grey or RGB of 8 or 16 unsigned bits"

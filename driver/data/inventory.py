@@ -5,6 +5,7 @@ The run keeps the inventory beside its checkpoints in images.tsv.gz, a line per 
 
 import gzip
 import os
+import re
 import unicodedata
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..files import replacing
+from bam_kernels.whole_files import replacing
+
 from .images import Source
 
 FILE = "images.tsv.gz"
@@ -24,6 +26,10 @@ PARTS = {"training": "training image", "held_out": "held-out image"}
 THREADS = 16
 """Threads that ask for sizes: on a network disk each answer takes long, and answers come side by side."""
 CHUNK = 1000
+LINE = re.compile(rf"({'|'.join(PARTS)})\t-?[0-9]{{1,20}}\t[^\n\r]*\n".encode())
+"""Line of the inventory: part, size, name."""
+LINE_LIMIT, LIMIT = 4 << 20, 1 << 30
+"""Largest number of bytes of a line and of all lines that are read: a small file may unpack to terabytes."""
 
 
 @dataclass(frozen=True)
@@ -68,12 +74,18 @@ class Inventory:
 
 
 def read(directory: Path) -> Inventory | None:
-    """Inventory that the run in `directory` has kept; None where it is missing or damaged."""
+    """Inventory that the run in `directory` has kept; None where it is missing, damaged or larger than LIMIT."""
+    parts = {part.encode(): bytearray() for part in PARTS}
     try:
-        lines = gzip.decompress((directory / FILE).read_bytes()).splitlines(keepends=True)
+        with gzip.open(directory / FILE) as file:
+            while line := file.readline(LINE_LIMIT):
+                match = LINE.fullmatch(line)
+                if match is None or sum(map(len, parts.values())) > LIMIT:
+                    return None
+                parts[match[1]] += line
     except (OSError, EOFError, zlib.error):
         return None
-    return Inventory(*(b"".join(line for line in lines if line.startswith(f"{part}\t".encode())) for part in PARTS))
+    return Inventory(*map(bytes, parts.values()))
 
 
 def file_size(path: str) -> int:

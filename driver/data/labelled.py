@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from ..bounds import RISING, SHARE, at_least
+from ..bounds import PROCESSES, RISING, SHARE, at_least
 from ..config import Config, Data, UserError, helpful, missing
 from ..distributed import World
 from . import shared_memory
@@ -33,7 +33,7 @@ class Labels:
     some images are held out. None: the data of the run."""
     batch_size: Annotated[int, at_least(1)] = 128
     """Images in a batch of one rank."""
-    workers: Annotated[int, at_least(0)] = 2
+    workers: Annotated[int, at_least(0, PROCESSES)] = 2
     """Worker processes that decode images. 0: the main process decodes them."""
     max_unreadable: Annotated[float | None, SHARE] = None
     """Largest share of the images that may be unreadable, as in pretraining. None: as in the run, or 0.01."""

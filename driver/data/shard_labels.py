@@ -29,10 +29,11 @@ def labels_of(shard: Path, images: Sequence[Member], members: Sequence[Member], 
     for index, image in enumerate(images):
         copies.setdefault(image.path, []).append(index)
     labels: list[Label] = [None] * len(images)
+    lengths = sorted({len(key) for key in files}, reverse=True)
     used = set()
     with open(shard, "rb", buffering=0) as file:
         for path, indices in copies.items():
-            key = _key(path, files)
+            key = _key(path, files, lengths)
             if key is not None:
                 used.add(key)
                 found = [_read(file.fileno(), shard, member) for member in files[key]]
@@ -48,19 +49,18 @@ def labels_of(shard: Path, images: Sequence[Member], members: Sequence[Member], 
     return labels
 
 
-def _key(path: str, files: dict[str, list[Member]]) -> str | None:
+def _key(path: str, files: dict[str, list[Member]], lengths: Sequence[int]) -> str | None:
     """Path, without its ending, of the labels of an image: the longest that equals the image's up to one of its dots.
 
-    So `b.v2.jpg` has the label `b.v2.cls`, or else `b.cls`, which it may share with `b.v1.jpg`.
+    So `b.v2.jpg` has the label `b.v2.cls`, or else `b.cls`, which it may share with `b.v1.jpg`. Only parts as long as a
+    key are compared, the longest first: a hostile name has a million dots.
     """
     folder_end = path.rfind("/") + 1
-    key = path
-    while key not in files:
-        dot = key.rfind(".", folder_end)
-        if dot <= folder_end:
-            return None
-        key = key[:dot]
-    return key
+    for length in lengths:
+        ends = length == len(path) or (length > folder_end and path[length : length + 1] == ".")
+        if ends and path[:length] in files:
+            return path[:length]
+    return None
 
 
 def _read(file: int, shard: Path, member: Member) -> Label:

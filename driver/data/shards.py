@@ -13,7 +13,7 @@ from torch import Tensor
 from ..config import UserError
 from ..messages.text import amount, listed, printable
 from .archive import LeftOut, Member, key_of, list_members, place_of
-from .decode import DEFAULT, EXTENSIONS, Decoder
+from .decode import DEFAULT, EXTENSIONS, Decoder, check_bytes
 from .images import Source
 from .parts import divide
 from .shard_files import find_shards, parts_of_shards
@@ -55,6 +55,7 @@ class Shards(Source):
 
     def read(self, index: int) -> Image.Image:
         shard, offset, size, _ = self.members[index]
+        check_bytes(size)
         with open(shard, "rb") as file:
             file.seek(offset)
             return self.decode(io.BytesIO(file.read(size)))
@@ -103,7 +104,7 @@ def _images(shard: Path, left_out: LeftOut) -> Iterator[_Image]:
         (file for file in files if file.kind in EXTENSIONS), key=lambda file: (key_of(file.path), file.path)
     )
     others = (file.kind for file in files if file.kind not in EXTENSIONS and file.kind != SUFFIX)
-    left_out.kinds.update(kind or "without extension" for kind in others)
+    left_out.kinds.update(printable(kind) or "without extension" for kind in others)
     labels = labels_of(shard, images, files, left_out)
     return (_Image(shard, image, label) for image, label in zip(images, labels, strict=True))
 

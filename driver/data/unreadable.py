@@ -3,14 +3,14 @@
 import errno
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
-from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from ..config import UserError
 from ..distributed import World
+from ..messages.text import printable
 from .images import Source
 from .random_keys import seed_of
 
@@ -23,37 +23,64 @@ FEW_SHARE = 0.25
 """Share of the images up to which fewer unreadable ones than FEW are no error."""
 LONGEST = 300
 """Characters of an error's text that are shown."""
+MEMORY = "take fewer --data.workers or a smaller --data.batch-size, or ask for more memory"
+"""What to do where memory is short."""
+TOO_LITTLE = f"too little memory for it; scale it down if it is large, else {MEMORY}"
 TOO_MANY_FILES = "too many open files: raise the limit (ulimit -n 4096), or take fewer --data.workers"
 
 
-def read(source: Source, indices: list[int], place: int) -> tuple[int, Image.Image | Tensor, list[Report]]:
-    """Read image indices[place]: its index, its pixels, and a report of its fault if it is unreadable.
+def read(
+    source: Source, indices: list[int], place: int, transform: Callable[[Any], Any]
+) -> tuple[int, Any, list[Report]]:
+    """Read image indices[place]: its index, what `transform` makes of it, and a report of its fault if unreadable.
 
     Another image takes the place of an unreadable one. Its choice among `indices` follows from the unreadable index.
-    Raises: UserError where none of 100 images is readable, or the process may open no more files.
+    An image for which memory is too little is unreadable; where it is too little for two of them, the process is short.
+    Raises: UserError where none of 100 images is readable, or the process has no more memory or may open no more files.
     """
     index, reports = indices[place], []
+    short: list[int] = []  # images for which memory was too little
     for attempt in range(TRIES):
         try:
-            return index, source.read(index), reports
+            image = source.read(index)
         except UserError:
             raise
         except Exception as error:  # on damaged files, decoders raise nearly anything
             if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):  # a fault of this process, not the image
                 raise UserError(TOO_MANY_FILES) from error
-            reports = reports or [(index, fault_of(error))]
-            index = indices[seed_of(indices[place], attempt) % len(indices)]
+            fault, lacks = fault_of(error), lacks_memory(error)
+        else:
+            try:
+                return index, transform(image), reports
+            except (MemoryError, RuntimeError) as error:
+                if not lacks_memory(error):
+                    raise
+                fault, lacks = TOO_LITTLE, True
+        reports = reports or [(index, fault)]
+        if lacks and index not in short:
+            short.append(index)
+        if len(short) > 1:
+            first, second = map(source.name, short)
+            raise UserError(f"too little memory to read {first} and, in its place, {second}: {MEMORY}")
+        index = indices[seed_of(indices[place], attempt) % len(indices)]
     raise UserError(
         f"{source.name(reports[0][0])}: not a readable image ({reports[0][1]}), nor are others in its place"
     )
 
 
+def lacks_memory(error: Exception) -> bool:
+    """Whether memory was refused, by Python or by torch, which raises a RuntimeError."""
+    return isinstance(error, MemoryError) or "t allocate memory" in str(error)
+
+
 def fault_of(error: Exception) -> str:
     """The fault of an unreadable image in one line, without addresses in memory."""
+    if lacks_memory(error):
+        return TOO_LITTLE
     text = re.sub(r"<([\w.]+)( object)? at 0x[0-9a-fA-F]+>", r"\1", str(error))
     if not isinstance(error, (OSError, ValueError, SyntaxError)):
         text = f"{type(error).__name__} {text}".rstrip()  # e.g. the text of a KeyError is a key alone
-    return " ".join(text.split())[:LONGEST] or type(error).__name__
+    return printable(" ".join(text.split())[:LONGEST], None) or type(error).__name__
 
 
 class Tally:

@@ -21,6 +21,9 @@ from .random_keys import seed_of, uniform
 CUBIC = {"interpolation": InterpolationMode.BICUBIC, "antialias": True}
 MARGIN = 8 / 7
 """Shorter side over the side of the middle square in the published evaluations: 256 and 224 pixels."""
+LONGEST = 64
+"""Longer side of an image over the shorter one, up to which it is resized as it is; a strip that is longer would take
+gigabytes when its shorter side is enlarged."""
 UNCUT = 64
 """Images of at most so many pixels a side are not cut in the evaluation, since they have no margin."""
 
@@ -134,18 +137,35 @@ class Views:
 
 def centred(size: int) -> v2.Compose:
     """Transform to the middle square of an image."""
-    return v2.Compose([v2.ToImage(), v2.Resize(size, antialias=True), v2.CenterCrop(size)])
+    return v2.Compose([v2.ToImage(), without_ends, v2.Resize(size, antialias=True), v2.CenterCrop(size)])
 
 
 def squeezed(size: int) -> v2.Compose:
     """Transform to the whole image, squeezed to a square."""
-    return v2.Compose([v2.ToImage(), v2.Resize((size, size), antialias=True)])
+    return v2.Compose([v2.ToImage(), shortened, v2.Resize((size, size), antialias=True)])
 
 
 def published_crop(size: int) -> v2.Compose:
     """Test crop of the published evaluations: the shorter side at 8/7 of S, then the middle square of S."""
     side = size if size <= UNCUT else round(size * MARGIN)
-    return v2.Compose([v2.ToImage(), v2.Resize(side, **CUBIC), v2.CenterCrop(size)])
+    return v2.Compose([v2.ToImage(), without_ends, v2.Resize(side, **CUBIC), v2.CenterCrop(size)])
+
+
+def without_ends(image: Tensor) -> Tensor:
+    """The middle of an image, whose longer side is LONGEST times the shorter one at most; its middle square is whole.
+
+    Both ends lose the same number of pixels, so the middle stays where it is.
+    """
+    height, width = image.shape[-2:]
+    top, left = (max(0, side - LONGEST * min(height, width)) // 2 for side in (height, width))
+    return image[..., top : height - top, left : width - left]
+
+
+def shortened(image: Tensor) -> Tensor:
+    """The whole image, whose longer side is scaled down to LONGEST times the shorter one if it is above that."""
+    height, width = image.shape[-2:]
+    size = [min(height, LONGEST * width), min(width, LONGEST * height)]
+    return image if size == [height, width] else functional.resize(image, size, antialias=True)
 
 
 def published_random_crop(size: int) -> v2.Compose:

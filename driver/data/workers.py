@@ -138,11 +138,11 @@ class LabelledImages(ImagesOf):
         self.transform = transform
 
     def make(self, place: int, seed: int | None) -> tuple[Tensor, Tensor, list[Report]]:
-        index, image, reports = read(self.source, self.indices, place)
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None:
                 torch.default_generator.manual_seed(seed)
-            return self.transform(image), self.source.labels[index], reports
+            index, pixels, reports = read(self.source, self.indices, place, self.transform)
+        return pixels, self.source.labels[index], reports
 
     @staticmethod
     def collate(items: list[tuple[Tensor, Tensor, list[Report]]]) -> tuple[Tensor, Tensor, list[Report]]:
@@ -159,9 +159,11 @@ class TrainingViews(ImagesOf):
         self.views, self.seed, self.boxes, self.boxed = views, seed, boxes, boxed
 
     def make(self, place: int, epoch: int | None) -> tuple[list[Tensor], list[Report]]:
-        _, image, reports = read(self.source, self.indices, place)
         box = self.boxes[place] if self.boxed else None
-        return self.views(image, (self.seed, epoch, place), box), reports
+        _, views, reports = read(
+            self.source, self.indices, place, lambda image: self.views(image, (self.seed, epoch, place), box)
+        )
+        return views, reports
 
     @staticmethod
     def collate(items: list[tuple[list[Tensor], list[Report]]]) -> tuple[Crops, list[Report]]:

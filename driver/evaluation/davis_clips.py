@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from bam_kernels import user_files
+
 from ..config import UserError
 from ..data import decode
 from ..data.unreadable import fault_of
@@ -23,6 +25,10 @@ from .davis_metrics import VOID
 
 FRAMES, MASKS = ("JPEGImages", "480p"), ("Annotations", "480p")
 FRAME_SUFFIXES, MASK_SUFFIXES = (".jpg", ".jpeg", ".png"), (".png",)
+LONGEST = 16
+"""Longer side of a frame over the shorter one, at most: the shorter one is enlarged to --short-side."""
+MOST_BYTES = 1 << 16
+"""Largest list of clips. That of DAVIS's own training split has about 800 bytes."""
 SHOWN = 8
 """Most values or names that a message lists."""
 
@@ -63,13 +69,14 @@ def read_clips(davis: Path, split: str) -> list[Clip]:
     if not path.is_file():
         raise UserError(f"--davis {davis}: no {path.relative_to(davis)} there; is it DAVIS 2017?")
     try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        text = user_files.read(path, MOST_BYTES).removeprefix("\ufeff")
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a readable list of clips ({error})") from error
+    names = [line.strip() for line in text.splitlines() if line.strip()]
     if not names:
         raise UserError(f"{path}: there must be at least one clip, a name a line; the file is empty")
     for number, name in enumerate(names):
-        if Path(name).name != name:
+        if Path(name).name != name or not name.isprintable():
             raise UserError(f"{path}: each line must be the name of one clip's folder, got {name!r}")
         if name in names[:number]:
             raise UserError(f"{path}: each clip must be named once, got {name!r} twice")
@@ -82,6 +89,8 @@ def read_clip(davis: Path, name: str) -> Clip:
     annotations = _files(davis.joinpath(*MASKS, name), MASK_SUFFIXES)
     _check_names(name, frames, annotations)
     size = read_frame(frames[0]).size
+    if max(size) > LONGEST * min(size):
+        raise UserError(f"{frames[0]}: a frame's longer side may be {LONGEST} times its shorter one, got {_by(size)}")
     for path in frames[1:]:
         if (found := read_frame(path).size) != size:
             raise UserError(f"{path}: frames must have one size, got {_by(found)} after {_by(size)}")
@@ -102,7 +111,7 @@ def read_frame(path: Path) -> Image.Image:
 
 def read_mask(path: Path) -> NDArray[np.uint8]:
     """Values (H, W) in a mask. Raises: UserError where it is not a PNG of object numbers."""
-    with _readable(path), Image.open(path) as image:
+    with _readable(path), decode.open_image(path) as image:
         if image.format != "PNG" or image.mode not in ("P", "L", "1"):
             raise UserError(
                 f"{path}: a mask must be a palette or 8-bit grey PNG whose values are object numbers, got "

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import backbones, checkpoint, cli
-from ..bounds import at_least
+from ..bounds import PIXELS, SEED, at_least
 from ..config import FILE, Config, Data, Model, UserError, helpful
 from ..distributed import World
 from ..messages.text import first_line
@@ -36,13 +36,13 @@ class Backbone:
     """Take timm's own weights of the model `name`, which may have a tag, as `vit_small_patch16_224.dino`."""
     whose: Literal["student", "teacher"] | None = None
     """Network of the checkpoint whose weights are used. None: the teacher where there is one, else the student."""
-    heads: Annotated[int, at_least(0)] = 0
+    heads: Annotated[int, at_least(0, 2**16)] = 0
     """Attention heads of the model `name`, if it is a ViT. 0: the model's own number."""
-    size: Annotated[int | None, at_least(1)] = None
+    size: Annotated[int | None, PIXELS] = None
     """Side of the images, pixels. None: as in the run; 224 for a model of timm."""
     device: str = "auto"
     """Torch device. auto: the GPU where there is one; under torchrun, one GPU per rank."""
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     """Seed of the random weights."""
 
     def options(self) -> Config:

@@ -214,6 +214,8 @@ FOLDER, FRAMES = "davis/Annotations/480p/squares", "davis/JPEGImages/480p/square
             list_of(b"/JPEGImages/480p/a/00000.jpg /Annotations/480p/a/00000.png"),
             "the name of one clip's folder, got '/J",
         ),
+        (list_of(b"squares\x1b]0;title\x07\n"), "the name of one clip's folder, got 'squares.x1b"),
+        (list_of(b"\n" * 65_537), "not a readable list of clips .*not a plain file of at most 65536 bytes"),
         (list_of(b"circles\n"), "clip circles: no folder davis/JPEGImages/480p/circles"),
         (list_of(b"\xff\xfe\x00"), "val.txt: not a readable list of clips"),
         (lambda: Path("davis/ImageSets/2017/val.txt").unlink(), "no ImageSets/2017/val.txt there; is it DAVIS 2017"),

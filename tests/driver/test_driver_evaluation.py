@@ -243,7 +243,7 @@ def test_crops_are_the_published_ones():
     from driver.data import views
 
     test, train = (crop(224).transforms for crop in (views.published_crop, views.published_random_crop))
-    assert test[1].size == [256] and test[1].interpolation is InterpolationMode.BICUBIC and test[2].size == (224, 224)
+    assert test[2].size == [256] and test[2].interpolation is InterpolationMode.BICUBIC and test[3].size == (224, 224)
     theirs = RandomResizedCrop(224)
     assert train[1].antialias is True  # as Pillow does it
     for name in ("size", "scale", "ratio"):
@@ -281,21 +281,32 @@ def test_augmented_crops_differ_by_epoch_and_not_by_rank():
             linear.Options(frozen.Backbone(run=Path("no"), heads=3)),
             "--backbone.heads 3: --backbone.run has",
         ),
-        (knn.main, knn.Options(k=(0,)), "--k must be one or more numbers, each at least 1, got 0"),
-        (linear.main, linear.Options(lr=(0.0,)), "--lr must be one or more numbers, each positive, got 0.0"),
         (linear.main, linear.Options(resume=True), "--resume needs --out"),
-        (linear.main, linear.Options(epochs=0), "--epochs must be at least 1"),
-        (knn.main, knn.Options(data=labelled.Labels(batch_size=0)), "--data.batch-size must be at least 1, got 0"),
-        (linear.main, linear.Options(data=labelled.Labels(workers=-1)), "--data.workers must be at least 0, got -1"),
-        (knn.main, knn.Options(frozen.Backbone(name="test_vit", size=0)), "--backbone.size must be at least 1, got 0"),
-        (knn.main, knn.Options(frozen.Backbone(name="test_vit", heads=-1)), "--backbone.heads must be at least 0, got"),
-        (segment_video.main, segment_video.Options(Path("no"), radius=-1), "--radius must be at least 0, got -1"),
-        (segment_video.main, segment_video.Options(Path("no"), temperature=0.0), "--temperature must be positive, got"),
     ],
 )
 def test_bad_options(main, options, message):
     with pytest.raises(UserError, match=message):
         main(options, World())
+
+
+@pytest.mark.parametrize(
+    "script, args, message",
+    [
+        (knn, ["--k", "0"], "--k must be one or more numbers, each at least 1 and at most 1000000000, got 0"),
+        (linear, ["--lr", "0.0"], "--lr must be one or more numbers, each positive and at most 1000000000, got 0.0"),
+        (linear, ["--epochs=0"], "--epochs must be at least 1 and"),
+        (knn, ["--data.batch-size=0"], "--data.batch-size must be at least 1 and at most 1000000000, got 0"),
+        (linear, ["--data.workers=-1"], "--data.workers must be at least 0 and at most 1024, got -1"),
+        (knn, ["--backbone.size=0"], "--backbone.size must be at least 1 and at most 16384, got 0"),
+        (knn, ["--backbone.heads=-1"], "--backbone.heads must be at least 0 and at most 65536, got -1"),
+        (segment_video, ["--davis=no", "--radius=-1"], "--radius must be at least 0 and at most 1000000000, got -1"),
+        (segment_video, ["--davis=no", "--temperature=0"], "--temperature must be at least 1e-06 and at most"),
+    ],
+)
+def test_values_out_of_bounds(script, args, message, capsys):
+    """Each script is started as its own command starts it."""
+    assert cli.run_script(script.Options, script.main, args) == 1
+    assert message in capsys.readouterr().err
 
 
 def test_digits_have_no_backbone_for_photographs():
@@ -307,6 +318,16 @@ def test_script_says_errors_once():
     command = [sys.executable, str(ROOT / "driver/knn.py"), "--backbone.run", "nowhere"]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 1 and "nowhere: not the directory of a run" in run.stderr and "Traceback" not in run.stderr
+
+
+def test_an_error_does_not_command_the_terminal(capsys):
+    """A name in it may come from anybody; the lines of a command to type stay lines."""
+
+    def main(options: knn.Options, world: World) -> None:
+        raise UserError("\x1b]0;title\x07.jpg: a fault\x9b31m. Type:\n\n    command")
+
+    assert cli.run_script(knn.Options, main, []) == 1
+    assert capsys.readouterr().err == "\nerror: \\x1b]0;title\\x07.jpg: a fault\\x9b31m. Type:\n\n    command\n"
 
 
 def test_an_interrupted_script_says_so(capsys):

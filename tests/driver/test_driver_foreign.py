@@ -24,6 +24,7 @@ FOREIGN = [
     (b"%PDF-1.4", "a PDF"),
     (b"\xff\xd8\xff\xe0", "a JPEG, damaged or of a kind that is not read"),
     (b"II*\0", "a damaged TIFF"),
+    (b"II*\0\x08\0\0\0\x01\0\x15\x01\x02\0\x02\0\0\0a\0\0\0" + bytes(9), "a damaged TIFF"),  # "a" samples
     (b"junk of its own", "no format of images that is known; it starts with b'junk of its '"),
 ]
 

@@ -1,9 +1,11 @@
 """A run knows its images again: the inventory of their names and sizes, and the first difference from it."""
 
+import gzip
 import io
 import os
 import shutil
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -201,3 +203,41 @@ def test_pixels_without_files():
     cifar.pixels[1][1, 0, 0, 0] = 1
     assert Inventory.of(cifar).training == before.training and Inventory.of(cifar).held_out != before.held_out
     assert cifar.entry(4)[1] == 3072 and isinstance(cifar.read(4), Image.Image)
+
+
+BOMBS = {
+    "zeros": bytes(50 << 20),
+    "one line": b"training\t1\t" + b"a" * (50 << 20),
+    "another part": b"training\t1\ta\nother\t1\ta\n",
+    "no size": b"training\tmany\ta\n",
+    "a size of 5000 digits": b"training\t" + b"9" * 5000 + b"\ta\n",
+    "cut": b"training\t1\ta\ntraining\t1",
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_what_is_no_inventory_is_not_unpacked(name):
+    """A small file that unpacks to much is given up at its first wrong line."""
+    Path(inventory.FILE).write_bytes(gzip.compress(BOMBS[name], 1))
+    tracemalloc.start()
+    assert inventory.read(Path()) is None
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16 << 20
+
+
+def test_an_inventory_above_the_limit_is_not_read(monkeypatch):
+    lines = b"training\t1\ta\n" * 1000
+    Path(inventory.FILE).write_bytes(gzip.compress(lines))
+    assert inventory.read(Path()) == Inventory(lines, b"")
+    monkeypatch.setattr(inventory, "LIMIT", 5000)
+    assert inventory.read(Path()) is None
+
+
+@pytest.mark.parametrize("content", [b"", b"\x1f\x8b", b"no gzip", gzip.compress(b"training\t1\ta\n", mtime=0)[:-6]])
+def test_a_damaged_inventory_names_no_image(content):
+    Path(inventory.FILE).write_bytes(content)
+    found = Inventory(b"training\t1\ta\n", b"").difference(Inventory(b"training\t1\tb\n", b"").digests, Path())
+    assert (
+        found == "the digest of its training images differs, and no images.tsv.gz beside it names the first other one"
+    )

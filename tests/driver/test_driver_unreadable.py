@@ -1,7 +1,6 @@
 """Images that the driver cannot read: which faults count, what is said, how many end a run, what takes their place."""
 
 import io
-import random
 import struct
 import tarfile
 import zlib
@@ -15,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 
 from driver import cli, config, knn
 from driver.config import UserError
-from driver.data import labelled, unreadable
+from driver.data import decode, labelled, unreadable
 from driver.data.decode import FORMATS, Decoder
 from driver.data.images import Source
 from driver.data.sources import make_source
@@ -24,6 +23,10 @@ from driver.data.workers import LabelledImages
 from driver.distributed import World
 from driver.evaluation.frozen import Backbone
 from driver.pretrain import main
+
+
+def as_it_is(image):
+    return image
 
 
 class Faulty(Source):
@@ -51,27 +54,58 @@ FAULTS = [
     (IndexError(), "IndexError"),
     (struct.error("unpack requires 4 bytes"), "error unpack requires 4 bytes"),
     (OverflowError("too large"), "OverflowError too large"),
-    (MemoryError(), "MemoryError"),
+    (MemoryError(), "too little memory for it; scale it down if it is large, else take fewer --data.workers"),
     (ZeroDivisionError("division by zero"), "ZeroDivisionError division by zero"),
     (TypeError("no number"), "TypeError no number"),
     (zlib.error("Error -3"), "error Error -3"),
     (Image.DecompressionBombError("Image size"), "DecompressionBombError Image size"),
     (OSError(), "OSError"),
+    (ValueError("\x1b[31m"), r"\x1b[31m"),
 ]
 
 
 @pytest.mark.parametrize("fault, words", FAULTS, ids=[type(fault).__name__ for fault, _ in FAULTS])
 def test_any_exception_makes_an_image_unreadable(fault, words):
-    index, pixels, reports = read(Faulty([fault], 5), list(range(5)), 0)
+    index, pixels, reports = read(Faulty([fault], 5), list(range(5)), 0, as_it_is)
     assert index > 0 and (pixels == index).all()
     assert reports[0][0] == 0 and reports[0][1].startswith(words) and "0x" not in reports[0][1]
 
 
 def test_errors_of_the_user_and_signals_are_not_faults_of_an_image():
     with pytest.raises(UserError, match="shard is gone"):
-        read(Faulty([UserError("shard is gone")], 5), list(range(5)), 0)
+        read(Faulty([UserError("shard is gone")], 5), list(range(5)), 0, as_it_is)
     with pytest.raises(KeyboardInterrupt):
-        read(Faulty([KeyboardInterrupt()], 5), list(range(5)), 0)
+        read(Faulty([KeyboardInterrupt()], 5), list(range(5)), 0, as_it_is)
+
+
+def refused_by_torch(image):
+    if image[0, 0, 0] in (0, 1):
+        torch.empty(1 << 60)
+    return image
+
+
+def test_an_image_whose_views_take_too_much_memory_is_unreadable():
+    """Torch refuses an exabyte in the transform of images 0 and 1. Any other image is taken instead."""
+    index, pixels, reports = read(Faulty([], 5), [0, 2, 3, 4], 0, refused_by_torch)
+    assert index > 1 and (pixels == index).all() and reports == [(0, unreadable.TOO_LITTLE)]
+    image, label, reports = LabelledImages(Faulty([], 5), torch.tensor([0, 2, 3]), 0, refused_by_torch)[0]
+    assert (image == label).all() and label > 1 and reports == [(0, unreadable.TOO_LITTLE)]
+
+
+def test_a_process_that_lacks_memory_for_two_images_says_so():
+    said = r"^too little memory to read image 0 and, in its place, image 1: take fewer --data.workers or .* memory$"
+    with pytest.raises(UserError, match=said):
+        read(Faulty([], 2), [0, 1, 1, 1, 1, 1, 1], 0, refused_by_torch)
+    with pytest.raises(UserError, match=said):
+        read(Faulty([MemoryError(), MemoryError()], 5), [0, 1, 1, 1, 1, 1, 1], 0, as_it_is)
+
+
+def test_a_fault_of_the_transform_is_none_of_the_image():
+    def broken(image):
+        raise RuntimeError("sizes differ")
+
+    with pytest.raises(RuntimeError, match="sizes differ"):
+        read(Faulty([], 5), list(range(5)), 0, broken)
 
 
 def test_long_faults_are_cut():
@@ -79,21 +113,36 @@ def test_long_faults_are_cut():
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_damaged_files_are_read_or_unreadable(kind):
-    """Bytes changed, removed and added, and files cut short: nothing but exceptions that `read` takes, and RGB."""
+def test_damaged_files_are_read_or_unreadable(kind, monkeypatch, recwarn, capsys):
+    """Bytes changed, removed and added, and files cut short: an image of bounded size, or an exception of one line."""
+    monkeypatch.setattr(decode, "PIXELS", 1 << 20)
+    exif = Image.Exif()
+    exif[274], exif[270] = 6, "a" * 40
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (24, 20, 3), dtype=np.uint8))
     file = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)).save(file, kind)
-    numbers, outcomes = random.Random(0), set()
-    for attempt in range(60):
+    image.save(
+        file,
+        kind,
+        exif=exif,
+        **({"save_all": True, "append_images": [image]} if kind in ("GIF", "PNG", "TIFF", "WEBP") else {}),
+    )
+    numbers, outcomes = np.random.default_rng(0), set()
+    for _ in range(300):
         data = bytearray(file.getvalue())
-        place = numbers.randrange(min(len(data), 400))
-        data[place : place + (0, 1, 9, len(data))[attempt % 4]] = bytes([numbers.randrange(256)] * (attempt % 3))
+        for _ in range(numbers.integers(1, 5)):
+            place, value = numbers.integers(len(data)), numbers.choice([0, 1, 127, 128, 255, numbers.integers(256)])
+            removed = numbers.choice([0, 1, 9, len(data)], p=[0.02, 0.94, 0.02, 0.02])
+            data[place : place + removed] = bytes([value] * numbers.integers(removed > 1, 3 if removed != 1 else 2))
         try:
-            outcomes.add(Decoder()(io.BytesIO(data)).mode)
+            found = Decoder()(io.BytesIO(data))
         except Exception as error:
             outcomes.add("unreadable")
             assert "\n" not in fault_of(error) and " at 0x" not in fault_of(error)
-    assert "unreadable" in outcomes <= {"unreadable", "RGB"}
+        else:
+            outcomes.add(found.mode)
+            assert found.width * found.height <= 1 << 20
+    assert outcomes == {"unreadable", "RGB"}
+    assert not recwarn.list and capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(
@@ -208,9 +257,9 @@ def test_a_set_of_12_bits_names_the_option(capsys):
     [
         (
             ["--data.root=pets", "--data.pixel-range", "5", "5"],
-            "pixel-range must be two finite numbers, the smaller first",
+            "pixel-range must be two numbers from -1e30 to 1e30 and at least 1e-30 apart, the smaller first, got",
         ),
-        (["--data.root=pets", "--data.pixel-range", "0", "nan"], "pixel-range must be two finite numbers"),
+        (["--data.root=pets", "--data.pixel-range", "0", "nan"], "pixel-range must be two numbers from -1e30 to 1e30"),
     ],
 )
 def test_options_that_do_not_fit(options, words):
