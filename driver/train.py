@@ -4,6 +4,7 @@ A step has G images over all ranks and micro-batches, each image in V views; row
 """
 
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,16 @@ from torch import Tensor
 from bam_kernels import GradientCache
 
 from . import checkpoint, cli, config, contrastive_crop, history
-from .config import Config, Run, UserError
+from .config import Config, LostWorker, Run, UserError
 from .data import make_images
 from .data.images import Crops, virtual_batch
+from .data.inventory import FILE as INVENTORY
 from .data.inventory import Inventory
 from .data.random_keys import seed_of
 from .distributed import World
 from .evaluation.online import Embed, Vote, evaluate, features, pixels
 from .exits import Stopped, StopSignal
-from .files import obstacle
+from .files import LOCK, RunLock, obstacle, remove_unfinished
 from .history import File, Sink
 from .log import Log
 from .loss import TEACHER_VIEWS, make_loss, step_embeddings
@@ -32,47 +34,69 @@ from .reporting import outputs
 from .reporting.trackers import TensorBoard, Wandb
 from .weights import load_backbone, load_pretrained
 
+OWN_FILES = "|".join(
+    [*map(re.escape, (checkpoint.FILE, config.FILE, history.FILE, INVENTORY)), r"(step-\d{9}|epoch-\d{4,})\.pt"]
+)
+"""Regular expression of the names of files that only the process which trains a run writes."""
+
 
 def pretrain(options: Config, world: World | None = None) -> Path:
-    """Train as the options say and return the run's directory. Raises: UserError; Stopped once a signal has come."""
-    world = world or World()
-    world.from_first("place", lambda: check_place(options.run))
-    device = world.choose_device(options.run.device)
-    world.start(device)
-    make_deterministic(options.run.deterministic)
-    torch.manual_seed(options.run.seed)
+    """Train as the options say and return the run's directory, which rank 0 has locked meanwhile.
 
-    training = Training(options, device, world)
-    with StopSignal() as signal:
+    An error from outside the run, such as the loss of a rank, gets a note on the checkpoint from which it can go on.
+
+    Raises: UserError, also where another process trains the run; Stopped once a signal has come.
+    """
+    world, training = world or World(), None
+    with RunLock() as lock:
         try:
-            training.begin()
-            while training.state.epoch < training.last_epoch:
-                training.epoch(signal)
-        finally:
-            training.log.close()
-        training.finish()
+            world.from_first("place", lambda: check_place(options.run, lock))
+            device = world.choose_device(options.run.device)
+            world.start(device)
+            make_deterministic(options.run.deterministic)
+            torch.manual_seed(options.run.seed)
+            training = Training(options, device, world, lock)
+            training.run()
+        except BaseException as error:
+            note_checkpoint(error, options.run.resume if training is None else training.saved)
+            raise
     return training.directory
 
 
-def check_place(run: Run) -> Path:
-    """Folder in which the run will be written, after a trial on it. Raises: UserError where it cannot be written."""
+def note_checkpoint(error: BaseException, saved: Path | None) -> None:
+    """Add a note to an error from outside the run: the path by which --run.resume goes on, if a checkpoint is there."""
+    if isinstance(error, Stopped) or (isinstance(error, UserError) and not isinstance(error, LostWorker)):
+        return
+    if saved is None or not checkpoint.file_of(saved).is_file():
+        error.add_note("no checkpoint was written yet")
+    else:
+        error.add_note(f"--run.resume {saved} goes on from the last checkpoint")
+
+
+def check_place(run: Run, lock: RunLock) -> Path:
+    """Folder in which the run will be written, after a trial on it. The directory of a resumed run is locked.
+
+    Raises: UserError where the folder cannot be written, or another process trains the run.
+    """
     if run.resume is None:
         cli.check_new_name(run.name)
         return cli.check_folder(run.directory, f"--run.directory {run.directory}")
-    directory = checkpoint.file_of(run.resume).parent
-    return cli.check_folder(directory, f"--run.resume {run.resume}", checkpoint.FILE, config.FILE, history.FILE)
+    directory, names = checkpoint.file_of(run.resume).parent, (checkpoint.FILE, config.FILE, history.FILE, LOCK)
+    cli.check_folder(directory, f"--run.resume {run.resume}", *names)
+    remove_unfinished(directory, OWN_FILES, at_once=lock.take(directory))
+    return directory
 
 
 class Training:
     """A run: its images, networks, loss, optimiser, schedules and log, and the methods that take epochs and steps."""
 
-    def __init__(self, options: Config, device: torch.device, world: World) -> None:
+    def __init__(self, options: Config, device: torch.device, world: World, lock: RunLock | None = None) -> None:
         """Make all parts of the run, load the checkpoint of a resumed run, and print a line about the run.
 
         Raises: UserError where options, images or checkpoint do not fit.
         """
         data, optim, run = options.data, options.optim, options.run
-        self.device, self.world = device, world
+        self.device, self.world, self.lock = device, world, lock or RunLock()
         self.G = G = virtual_batch(data, world)
         self.images = make_images(data, options.boxes, device, run.seed, world)
         self.steps = self.images.training // G
@@ -92,13 +116,14 @@ class Training:
         if run.resume is not None:
             self.directory = checkpoint.load(self.state, options, world)
         else:
-            self.directory = world.from_first("directory", lambda: fresh_directory(run.name, run.directory))
+            self.directory = world.from_first("directory", lambda: new_directory(run, self.lock))
         # The images per step are saved, so that a run resumed on another number of ranks keeps its objective.
         self.options = replace(options, data=replace(data, virtual_batch=G))
         if world.first:
             config.save(self.options, self.directory)
             inventory.write(self.directory)
             self.state.history.sinks = make_sinks(self.state, self.options, self.directory)
+        self.saved = run.resume  # the path by which the run can be resumed
         self.last_epoch = min(optim.epochs, run.stop_after or optim.epochs)
         print(
             f"{self.directory}: {self.images.training} training images, {self.images.tested} held out; "
@@ -117,6 +142,17 @@ class Training:
             self.arithmetic.scaler,
             views=data.views + data.local_views,
         )
+
+    def run(self) -> None:
+        """Train to the last epoch and write the report; a signal ends this once the state is saved."""
+        with StopSignal() as signal:
+            try:
+                self.begin()
+                while self.state.epoch < self.last_epoch:
+                    self.epoch(signal)
+            finally:
+                self.log.close()
+            self.finish()
 
     def begin(self) -> None:
         """Evaluate raw pixels and the network, before the first step of a new run."""
@@ -204,8 +240,10 @@ class Training:
         self.log.numbers()
         self.log.check_weights()
         if self.world.first:
+            self.lock.keep()
             keep = state.step % self.steps == 0 and due(state.epoch, run.keep_every)
             checkpoint.save(state, config.as_plain(self.options), self.directory, run.keep_last, keep)
+        self.saved = self.directory
         self.log.settle()
         self.log.restart_clock()
 
@@ -218,10 +256,11 @@ class Training:
             raise Stopped(self.directory, self.state.step)
 
     def finish(self) -> None:
-        """Write the report of the run, on rank 0."""
+        """Write the report of the run, on rank 0. The others wait for it."""
         if self.world.first:
             embed = features(self.network.backbone)
             outputs.finish(self.state.history, self.options, self.directory, self.images, embed)
+        self.world.any(False, self.device)
 
 
 def make_deterministic(wanted: bool) -> None:
@@ -264,6 +303,13 @@ def make_sinks(state: checkpoint.State, options: Config, directory: Path) -> lis
     if options.run.wandb is not None:
         sinks.append(Wandb(options.run.wandb, directory, options))
     return sinks
+
+
+def new_directory(run: Run, lock: RunLock) -> Path:
+    """Make, lock and return the directory of a new run. Raises: UserError where no directory can be made there."""
+    directory = fresh_directory(run.name, run.directory)
+    lock.take(directory)
+    return directory
 
 
 def fresh_directory(name: str, parent: Path = Path("runs")) -> Path:

@@ -4,8 +4,8 @@ An index numbers an image in its source; a source gives images by index, labels,
 torchvision is optional: only photographs need it.
 """
 
-import fcntl
 import os
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..config import Data, UserError
+from ..files import lock
 from ..messages.text import printable
 from .decode import DEFAULT, Decoder
 from .folders import Files
@@ -138,6 +139,6 @@ def _cifar(root: Path) -> list[Any]:
         return [CIFAR10(str(root), train=train, download=False) for train in (True, False)]
     except RuntimeError:  # missing, or not yet whole
         root.mkdir(parents=True, exist_ok=True)
-        with open(root / "cifar10.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with FileIO(root / "cifar10.lock", "a") as file:
+            lock(file, root, wait=True)
             return [CIFAR10(str(root), train=train, download=True) for train in (True, False)]

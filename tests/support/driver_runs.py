@@ -41,9 +41,12 @@ def rows(checkpoint: dict, kind: str) -> list[dict]:
     return history.History(checkpoint["history"]).of(kind)
 
 
-def torchrun(W: int, *options: str, script: Path = ROOT / "driver" / "pretrain.py") -> subprocess.CompletedProcess:
+def torchrun(
+    W: int, *options: str, script: Path = ROOT / "driver" / "pretrain.py", restarts: int = 0
+) -> subprocess.CompletedProcess:
     """Run a script on W ranks of one thread each, and keep what it prints."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(W)]
+    command += ["--max-restarts", str(restarts)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command += [str(script), *options]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
