@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar, cast
 
 import torch
@@ -17,10 +18,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .config import UserError
-from .messages.text import first_line, listed
+from .messages.text import amount, first_line, listed, printable
+from .ranks.environment import place_in
+from .ranks.meeting import FAILURES, answer, meet
 
 T = TypeVar("T")
 POLL_S = 0.05
+SILENCE = timedelta(minutes=30)
+"""Longest wait for another rank in a collective: longer than what rank 0 alone does, or a worker's patience."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +40,12 @@ class World:
 
     @classmethod
     def from_environment(cls) -> "World":
-        """Ranks as torchrun describes them in environment variables; without these variables, one process alone."""
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            return cls()
-        store, rank, size = next(dist.rendezvous("env://"))
-        return cls(rank, size, int(os.environ.get("LOCAL_RANK", rank)), store)
+        """World that the variables of torchrun describe, once all its ranks are here; one process without them.
+
+        Raises: UserError where a variable has no meaning, or where the ranks do not meet.
+        """
+        place = place_in(os.environ)
+        return cls() if place is None else cls(place.rank, place.size, place.local_rank, meet(place))
 
     @property
     def first(self) -> bool:
@@ -71,11 +77,23 @@ class World:
                 raise UserError(
                     f"--run.device {name}: one device for {self.size} ranks; give cuda, and each takes its own"
                 )
-            name = f"cuda:{self.local_rank}"
+            name = f"cuda:{self._gpu()}"
         try:
-            return torch.zeros(1, device=name).device
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            raise UserError(f"--run.device {name}: {first_line(error)}") from error
+            trial = torch.zeros(1, device=name)
+            trial.tolist()  # the device `meta` makes tensors but has no numbers
+            return trial.device
+        except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+            raise UserError(f"--run.device {printable(name)}: {printable(first_line(error), 200)}") from error
+
+    def _gpu(self) -> int:
+        """Number of this rank's GPU. Raises: UserError where the machine has too few."""
+        found = torch.cuda.device_count()
+        if self.local_rank >= found > 0:
+            raise UserError(
+                f"LOCAL_RANK is {self.local_rank}, and this rank sees {amount(found, 'GPU')}: start one rank per GPU, "
+                "set LOCAL_RANK=0 where each rank sees its own GPU alone, or give --run.device cpu"
+            )
+        return self.local_rank
 
     def start(self, device: torch.device) -> None:
         """Select the device and, with several ranks, start the process group: NCCL between GPUs, gloo between CPUs."""
@@ -90,6 +108,7 @@ class World:
             rank=self.rank,
             world_size=self.size,
             device_id=device if nccl else None,
+            timeout=SILENCE,
         )
 
     def meet(self, name: str, seconds: float) -> None:
@@ -102,7 +121,7 @@ class World:
         ranks, until = range(self.size), time.monotonic() + seconds
         try:
             self.store.set(f"{name} {self.rank}", "")
-            while not self.store.check([f"{name} {rank}" for rank in ranks]):
+            while not answer(lambda: self.store.check([f"{name} {rank}" for rank in ranks])):
                 if self.failed():
                     raise UserError(f"{name}: another rank has failed")
                 if time.monotonic() > until:
@@ -110,7 +129,7 @@ class World:
                     raise UserError(f"{name}: after {seconds:.0f} s some ranks are not ready: {listed(late)}")
                 time.sleep(POLL_S)
         except dist.DistError as error:
-            raise UserError(f"{name}: rank 0 has ended") from error
+            raise UserError(f"{name}: rank 0 has ended or been stopped") from error
 
     def end(self) -> None:
         """Wait for all ranks, then leave the process group: gloo may abort where one rank leaves before the others.
@@ -125,14 +144,15 @@ class World:
             dist.destroy_process_group()
 
     def abandon(self, code: int) -> None:
-        """End this process at once with exit code `code`, if a process group exists; otherwise return.
+        """End this process at once with exit code `code`, if a process group or a worker is left; otherwise return.
 
         For a run that has failed on some rank: a barrier would wait for ranks that never reach it. The interpreter is
-        not shut down, since gloo's threads may still hold tensors, which would abort the process with SIGABRT.
+        not shut down, since gloo's threads may still hold tensors, which would abort the process with SIGABRT. It would
+        also wait for ever for a worker that hangs in a read, which nothing can end.
         """
-        if not dist.is_initialized():
+        ended = kill_workers()
+        if ended and not dist.is_initialized():
             return
-        kill_workers()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -214,12 +234,19 @@ class World:
 
     def _failures(self, more: int) -> int:
         try:
-            return self.store.add("failures", more)
-        except dist.DistError:  # the store is gone with rank 0, which had it
+            return answer(lambda: self.store.add(FAILURES, more))
+        except dist.DistError:  # the store is gone with rank 0, which had it, or stopped with it
             return 0
 
 
-def kill_workers() -> None:
-    """End the data-loading workers that are left: they block SIGTERM, so a request to end does not reach them."""
-    for worker in multiprocessing.active_children():
+def kill_workers() -> bool:
+    """End the data-loading workers that are left: they block SIGTERM, so a request to end does not reach them.
+
+    Returns whether all have ended.
+    """
+    workers = multiprocessing.active_children()
+    for worker in workers:
         worker.kill()
+    for worker in workers:
+        worker.join(timeout=1)
+    return not any(worker.is_alive() for worker in workers)

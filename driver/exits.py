@@ -5,6 +5,7 @@ Schedulers send SIGTERM or SIGUSR1 before the time is up: the run saves after th
 
 import errno
 import os
+import re
 import signal
 import sys
 import threading
@@ -14,10 +15,14 @@ from pathlib import Path
 from textwrap import shorten
 from types import FrameType
 
+import torch
+import torch.distributed as dist
+
 from .config import UserError
 from .distributed import World
 from .files import FULL
 from .messages.streams import OutputLost, Stream, guarded
+from .messages.text import printable
 
 STOPPED = 75
 """Exit code of a run that has saved because of a signal and can go on: EX_TEMPFAIL of sysexits.h."""
@@ -55,23 +60,26 @@ class StopSignal:
         signal.signal(number, self.before[signal.Signals(number)])
 
 
-def exit_code(run: Callable[[World], int], interrupted: str = "interrupted") -> int:
+def exit_code(run: Callable[[World], int]) -> int:
     """Call `run` and return the exit code of this process: what `run` returns, 1 for an error, 130 for Ctrl-C.
 
-    An error that the user can put right is one message: a UserError, or an OSError about a file or a folder. Only
-    rank 0 prints to standard output; an error is printed once, by the rank that met it first. With several ranks,
-    after an error on one of them, this process ends here with its exit code and does not return: see `World.abandon`.
-    A loss of standard output ends `run`, unless it has called `outlive_output`.
+    An error that the user can put right is one message: a UserError, or an OSError about a file or a folder. Its notes
+    (`BaseException.add_note`) say how to go on. Only rank 0 prints to standard output; an error is printed once, by the
+    rank that met it first. With several ranks, after an error on one of them, this process ends here with its exit code
+    and does not return: see `World.abandon`. A loss of standard output ends `run`, unless it has called
+    `outlive_output`.
     """
     with guarded(_end):
-        return _exit_code(run, World.from_environment(), interrupted)
+        return _exit_code(run)
 
 
-def _exit_code(run: Callable[[World], int], world: World, interrupted: str) -> int:
-    if not world.first:
-        sys.stdout = open(os.devnull, "w", errors="backslashreplace")
-        warnings.filterwarnings("ignore", "bam_kernels: ")  # on the choice of kernels, which all ranks make alike
+def _exit_code(run: Callable[[World], int]) -> int:
+    world = World()
     try:
+        world = World.from_environment()
+        if not world.first:
+            sys.stdout = open(os.devnull, "w", errors="backslashreplace")
+            warnings.filterwarnings("ignore", "bam_kernels: ")  # on the choice of kernels, which all ranks make alike
         code = run(world)
         sys.stdout.flush()
         if not world.failed():
@@ -88,30 +96,52 @@ def _exit_code(run: Callable[[World], int], world: World, interrupted: str) -> i
             raise
         code = 1
         if world.first_to_fail():
-            say(f"error: {text}")
-    except KeyboardInterrupt:
+            say(_with_notes(f"error: {text}", error))
+    except KeyboardInterrupt as error:
         code = 130
         if world.first:
-            say(interrupted)
-    except RuntimeError as error:
-        lost = lost_rank(error)
-        if not world.failed() and lost is None:
+            say(_with_notes("interrupted", error))
+    except (RuntimeError, MemoryError) as error:
+        text = out_of_memory(error) or lost_rank(error)
+        if not world.failed() and text is None:
             raise
-        code = 1  # a collective failed here because another rank has ended; where that rank could, it has printed why
+        code = 1  # or a collective failed because another rank has ended; where that rank could, it has printed why
         if world.first_to_fail():
-            say(f"error: {lost}")
+            say(_with_notes(f"error: {text}", error))
     world.abandon(code)
     return code
 
 
-def lost_rank(error: RuntimeError) -> str | None:
-    """Message for an error of gloo or NCCL where another rank has gone without a word; None for another error."""
+def out_of_memory(error: Exception) -> str | None:
+    """Message for an error of torch, NumPy or Python that could not get memory; None for another error."""
     text = " ".join(str(error).split())
-    if "gloo/transport" not in text and "ncclRemoteError" not in text:
+    if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in text:
         return None
+    reason = f" ({_reason(text, 200)})" if text else ""
+    return f"not enough memory{reason}; smaller batches, smaller images or a smaller network take less"
+
+
+def _reason(text: str, width: int) -> str:
+    """Text of an error of torch in so many characters, without places in torch's sources."""
+    return shorten(re.sub(r"\[[^\]]*\.\w+:\d+\] (err == 0\. )?", "", text), width, placeholder=" ...")
+
+
+def _with_notes(text: str, error: BaseException) -> str:
+    return "; ".join([text, *getattr(error, "__notes__", [])])
+
+
+def lost_rank(error: BaseException) -> str | None:
+    """Message for an error of gloo, NCCL or the store where another rank is lost; None for another error."""
+    text = " ".join(str(error).split())
+    of_network = isinstance(error, (dist.DistNetworkError, dist.DistStoreError))
+    if not of_network and "gloo/transport" not in text and "ncclRemoteError" not in text:
+        return None
+    reason = _reason(text, 150)
+    if "timeout" in text.lower() or "timed out" in text.lower():
+        return f"another rank does not answer: is its process stopped, its machine or the network down? ({reason})"
     return (
-        "another rank has ended without a message, as where the system kills it for want of memory or its machine "
-        f"fails ({shorten(text, 150, placeholder=' ...')}); begin again from the last checkpoint"
+        "another rank has ended. If it left no message, the system may have killed it for want of memory, or its "
+        f"machine failed ({reason})"
     )
 
 
@@ -151,8 +181,10 @@ def _go_on(error: OSError) -> None:
 
 
 def say(text: str) -> None:
-    """Print `text` to standard error, on a line below the progress bar.
+    """Print `text` to standard error, on a line below the progress bar, with odd characters escaped.
 
+    A name in it may come from anybody, and would command the terminal with a control character.
     Text and newlines go out in one write, because several ranks may write to one terminal.
     """
-    sys.stderr.write(f"\n{text}\n")
+    lines = (printable(line, None) for line in text.split("\n"))
+    sys.stderr.write("\n" + "\n".join(lines) + "\n")

@@ -12,13 +12,14 @@ from typing import Annotated
 
 if __name__ == "__main__":  # the driver is run from its repository, not installed
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    import driver  # noqa: F401 - it sets a variable that torch reads when it is imported
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from driver.bounds import POSITIVE, at_least, each
-from driver.cli import check_bounds, run_script
+from driver.bounds import TEMPERATURE, at_least, each
+from driver.cli import run_script
 from driver.config import helpful
 from driver.data.images import Batches
 from driver.data.labelled import Labels
@@ -36,13 +37,12 @@ class Options:
     data: Labels = field(default_factory=Labels)
     k: Annotated[tuple[int, ...], each(at_least(1))] = (10, 20, 100, 200)
     """Numbers of neighbours that vote; one accuracy is printed for each."""
-    temperature: Annotated[float, POSITIVE] = 0.07
+    temperature: Annotated[float, TEMPERATURE] = 0.07
     """Temperature of the votes: a neighbour's vote has the weight exp(cosine / temperature)."""
 
 
 def main(options: Options, world: World) -> dict[int, float]:
     """Print and return the accuracy for each k. Raises: UserError where the options do not fit."""
-    check_bounds(options)
     frozen = options.backbone.load(world)
     world.start(frozen.device)
     labelled = options.data.load(options.backbone.options(), frozen.size, frozen.device, world)

@@ -44,7 +44,7 @@ def main(args: list[str] | None = None) -> int:
             return STOPPED
         return 0
 
-    return exit_code(run, "interrupted; --run.resume RUN_DIR goes on from the last checkpoint")
+    return exit_code(run)
 
 
 if __name__ == "__main__":

@@ -11,29 +11,27 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import cache
 from multiprocessing import connection, forkserver, queues, resource_tracker
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..config import UserError
+from ..config import LostWorker, UserError
 from ..distributed import kill_workers
 from ..exits import StopSignal
 from .images import Source
-from .shared_memory import CURE, PREFETCHED, share
-from .unreadable import TOO_MANY_FILES
+from .shared_memory import CURE, PREFETCHED
+from .unreadable import MEMORY, TOO_MANY_FILES, lacks_memory
+from .watching import Hanging, Watch, WatchedLoader, state_of
 
-PATIENCE_S = 600
-"""Seconds that a worker may spend on one image before it is ended."""
 NO_FILE, NOT_SENT = 71, 72
 """Exit codes of a worker that cannot send a batch to the main process: too many open files, or another fault."""
-MEMORY = "take fewer --data.workers or a smaller --data.batch-size, or ask for more memory"
 CRASH = "a crash in the decoding of this image is likely: repair or remove it"
 ADVICE = {
     NO_FILE: TOO_MANY_FILES,
@@ -41,38 +39,12 @@ ADVICE = {
     255: f"the process that starts workers may be gone, as where memory is short: {MEMORY}",
     -signal.SIGKILL: f"the system does so where memory is short: {MEMORY}",
     -signal.SIGBUS: f"shared memory may be full. {CURE}",
-    -signal.SIGALRM: "one image took too long: is its file system reachable, does it decode?",
     **dict.fromkeys((-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGILL, -signal.SIGFPE), CRASH),
 }
 """What to say of a worker that has ended, by its exit code."""
 
 Key = int | tuple[int, int]
 """Place of an image among the images read; or a number from which random changes follow, and the place."""
-
-
-class Watch:
-    """Index of the image that each worker is busy with, in shared memory, and an alarm that ends a worker there."""
-
-    def __init__(self, workers: int, patience_s: int = PATIENCE_S) -> None:
-        self.workers, self.patience_s = workers, patience_s
-        self.busy_with = torch.full((workers,), -1)
-        if workers:
-            share(self.busy_with)
-
-    @contextmanager
-    def image(self, index: int) -> Iterator[None]:
-        """Context of the work on image `index`; the alarm ends a worker that does not leave it in time."""
-        worker = get_worker_info()
-        if worker is None:
-            yield
-            return
-        self.busy_with[worker.id] = index
-        signal.alarm(self.patience_s)  # its default action ends the process, within C code too
-        try:
-            yield
-        finally:
-            signal.alarm(0)
-            self.busy_with[worker.id] = -1
 
 
 class ImagesOf(Dataset):
@@ -111,7 +83,7 @@ class Loader:
         stay: bool = False,
     ) -> None:
         self.dataset, workers = dataset, dataset.watch.workers
-        self.loader: DataLoader = DataLoader(
+        self.loader: DataLoader = WatchedLoader(
             dataset,
             batch_size,
             sampler=keys,
@@ -137,33 +109,51 @@ class Loader:
         try:
             batches = iter(self.loader)
             yield from batches
-        except (UserError, RuntimeError, OSError, EOFError, MemoryError) as error:
+        except (UserError, Hanging, RuntimeError, OSError, EOFError, MemoryError) as error:
             workers = getattr(batches or self.loader._iterator, "_workers", [])
-            message = self._message(error, workers)
+            found = self._found(error, workers)
             for worker in workers:  # a worker that hangs would keep this process from its end
                 worker.kill()
                 worker.join(timeout=5)
-            if message is None:
+            if found is None:
                 raise
-            raise UserError(message) from error
+            raise found from error
 
-    def _message(self, error: Exception, workers: list[Any]) -> str | None:
-        """What to tell the user about the error; None where it is not for the user to put right."""
+    def _found(self, error: Exception, workers: list[Any]) -> UserError | None:
+        """Error that tells the user what `error` means; None where it is not for the user to put right."""
         text = str(error)
         if isinstance(error, UserError):
-            return text.rsplit("UserError: ", 1)[-1].strip()  # a worker puts its traceback before the message
-        if isinstance(error, MemoryError) or "t allocate memory" in text or "unable to mmap" in text:
-            return f"a data-loading worker has too little memory: {MEMORY}"
+            return UserError(text.rsplit("UserError: ", 1)[-1].strip())  # a worker puts its traceback before it
+        if isinstance(error, Hanging):
+            return LostWorker(self._hanging(workers))
+        if lacks_memory(error) or "unable to mmap" in text:
+            return LostWorker(f"a data-loading worker has too little memory: {MEMORY}")
         if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE) or "open files" in text or "ancdata" in text:
-            return TOO_MANY_FILES
+            return LostWorker(TOO_MANY_FILES)
         if "in DataLoader worker" in text or not workers:
             return None
         # A worker that is ending breaks its connections before it is seen to have ended.
         connection.wait([worker.sentinel for worker in workers], timeout=1)
-        for worker, index in zip(workers, self.dataset.watch.busy_with.tolist(), strict=True):
+        for worker, index in zip(workers, self.dataset.watch.busy_with, strict=True):
             if worker.exitcode is not None:
-                return _obituary(worker.exitcode, None if index < 0 else self.dataset.source.name(index))
+                return LostWorker(_obituary(worker.exitcode, self._name(index)))
         return None
+
+    def _name(self, index: int) -> str | None:
+        return None if index < 0 else self.dataset.source.name(index)
+
+    def _hanging(self, workers: list[Any]) -> str:
+        """Message about workers that make no progress: the ones that are stopped, else those with an image, or all."""
+        watch = self.dataset.watch
+        each = list(zip(workers, watch.busy_with, strict=True))
+        stopped = [pair for pair in each if state_of(pair[0].pid) == "T"]
+        worker, index = next(iter(stopped or [pair for pair in each if pair[1] >= 0] or each))
+        where = f", which reads {self._name(index)}," if index >= 0 else ""
+        why = "was stopped by a signal" if stopped else "hangs: is its file system reachable, does the image decode?"
+        return (
+            f"data-loading workers have made no progress for {watch.patience_s:g} s: "
+            f"worker {each.index((worker, index))} (process {worker.pid}){where} {why}"
+        )
 
 
 def _obituary(code: int, image: str | None) -> str:
@@ -178,6 +168,8 @@ def _obituary(code: int, image: str | None) -> str:
 def _prepare_worker(worker: int) -> None:
     """Make this worker end where it cannot send a batch: Python would drop the batch, and the run wait for ever.
 
+    It ends with the run, too, as where the system kills that: torch's workers watch their parent alone, which here is
+    the server that forks them, and the server waits for their end.
     A thread that hands over shared memory prints no traceback where the run has ended.
     """
 
@@ -191,6 +183,12 @@ def _prepare_worker(worker: int) -> None:
         if not issubclass(kind, (ConnectionError, EOFError)):
             sys.__excepthook__(kind, error, trace)
 
+    def end_with(run: Any) -> None:
+        run.join()
+        os._exit(1)
+
+    if (run := multiprocessing.parent_process()) is not None:
+        threading.Thread(target=end_with, args=[run], daemon=True).start()
     queues.Queue._on_queue_feeder_error = staticmethod(end)  # the hook that Python has for this
     sys.excepthook = show
 

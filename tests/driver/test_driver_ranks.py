@@ -344,7 +344,7 @@ def test_a_rank_that_was_killed_is_one_line_on_the_others(failures, lines, monke
     monkeypatch.setattr(sys, "stdout", sys.stdout)
     assert exits.exit_code(run) == 1
     said = capsys.readouterr().err.strip()
-    assert said.count("another rank has ended without a message") == lines == len(said.splitlines())
+    assert said.count("another rank has ended.") == lines == len(said.splitlines())
 
 
 def test_an_error_of_our_own_on_a_rank_keeps_its_traceback(monkeypatch):

@@ -19,12 +19,11 @@ pytest.importorskip("torchvision")
 
 from driver_runs import ROOT
 from photographs import PHOTOGRAPHS, make, write_classes, write_images
-from torch.utils.data import dataloader
 from torchvision.transforms.v2 import functional
 
 from driver import config, distributed
 from driver.config import UserError
-from driver.data import loading, shared_memory, workers
+from driver.data import loading, shared_memory, watching, workers
 from driver.data.images import floats
 from driver.data.labelled import Labelled
 from driver.data.sources import Files
@@ -40,7 +39,19 @@ IN_WORKERS = dataclasses.replace(PHOTOGRAPHS, workers=1)
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """torch looks for ended workers every 0.2 seconds, instead of every 5."""
-    monkeypatch.setattr(dataloader._MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,))
+    monkeypatch.setattr(watching.WatchedBatches._try_get_data, "__defaults__", (0.2,))
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """The patience with workers is a second, once one of them has reached image 5."""
+    original = watching.Watch.waited
+
+    def waited(watch: watching.Watch, *how) -> None:
+        watch.patience_s = 1 if 5 in watch.busy_with else watching.PATIENCE_S
+        original(watch, *how)
+
+    monkeypatch.setattr(watching.Watch, "waited", waited)
 
 
 class Faulty(Files):
@@ -188,15 +199,15 @@ FAILURES = {
     "SIGSEGV": r"ended by SIGSEGV while it read pets/05.png; a crash in the decoding",
     "SIGABRT": r"ended by SIGABRT while it read pets/05.png; a crash in the decoding",
     "exit": r"ended with exit code 3 while it read pets/05.png; its own message is above",
-    "hang": r"ended by SIGALRM while it read pets/05.png; one image took too long",
+    "hang": r"no progress for 1 s: worker 0 \(process \d+\), which reads pets/05.png, hangs: is its file system",
+    "SIGSTOP": r"no progress for 1 s: worker 0 \(process \d+\), which reads pets/05.png, was stopped by a signal",
     "few files": r"^too many open files: raise the limit \(ulimit -n 4096\)",
 }
 
 
 @pytest.mark.parametrize("fault", FAILURES)
-def test_a_worker_that_fails_is_one_clear_error(fault):
+def test_a_worker_that_fails_is_one_clear_error(fault, impatient):
     images = images_of(faulty(fault))
-    images.loader.dataset.watch.patience_s = 1
     started = time.perf_counter()
     with pytest.raises(UserError, match=FAILURES[fault]) as error:
         list(images.views(0))
@@ -216,7 +227,11 @@ def lack_memory(*_) -> list:
     "views, kind, words",
     [
         (fail, TypeError, r"in fail\n.*\n.*TypeError: a bug"),
-        (lack_memory, UserError, "^a data-loading worker has too little memory: take fewer --data.workers"),
+        (
+            lack_memory,
+            UserError,
+            r"^too little memory to read pets/\d+.png and, in its place, pets/\d+.png: take fewer",
+        ),
     ],
 )
 def test_a_fault_in_making_views_is_none_of_the_image(views, kind, words):
@@ -334,12 +349,14 @@ def test_shared_memory_that_fills_up_is_an_error_of_the_worker(monkeypatch):
         workers.TrainingViews.collate([([torch.zeros(1, 2 * MB, dtype=torch.uint8)], [])])
 
 
-def test_a_rank_that_is_abandoned_kills_its_workers(monkeypatch):
-    """They block SIGTERM, so one that hangs would stay for ever."""
+@pytest.mark.parametrize("ranks, hangs, ends", [(2, False, True), (1, True, True), (1, False, False)])
+def test_a_run_that_is_abandoned_kills_its_workers(ranks, hangs, ends, monkeypatch):
+    """Workers block SIGTERM, and Python would wait for ever for one that hangs in a system call."""
     said = []
     worker = types.SimpleNamespace(kill=lambda: said.append("killed"), terminate=lambda: said.append("asked"))
-    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
+    worker.join, worker.is_alive = lambda timeout: None, lambda: hangs
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: ranks > 1)
     monkeypatch.setattr(distributed.multiprocessing, "active_children", lambda: [worker])
     monkeypatch.setattr(os, "_exit", said.append)
-    World(0, 2).abandon(1)
-    assert said == ["killed", 1]
+    World(0, ranks).abandon(1)
+    assert said == ["killed", 1] if ends else ["killed"]
