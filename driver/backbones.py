@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from .config import Model, UserError, missing
-from .messages.text import typed
+from .messages.text import printable, typed
 
 
 def make(model: Model, channels: int, size: int, several_sizes: bool = False) -> nn.Module:
@@ -50,7 +50,10 @@ def _check_pretrained(model: Model) -> None:
     """Raise UserError where timm has no weights of the model, or an option excludes them."""
     import timm
 
-    config = timm.get_pretrained_cfg(model.name)
+    try:
+        config = timm.get_pretrained_cfg(model.name)
+    except RuntimeError:  # an unknown tag
+        config = None
     if config is None or not config.has_weights:
         near = ", ".join(timm.list_pretrained(f"{model.name[:5]}*")[:5]) or "see timm.list_pretrained()"
         raise UserError(f"--model.pretrained True: timm has no weights of {model.name}; it has, e.g., {near}")
@@ -74,7 +77,7 @@ def from_timm(model: Model, channels: int, size: int, several_sizes: bool = Fals
         raise UserError(missing(f"--model.name {model.name}", "timm", error)) from error
     if not timm.is_model(model.name):
         near = ", ".join(timm.list_models(f"*{model.name}*")[:5]) or "see timm.list_models()"
-        raise UserError(f"--model.name {model.name}: neither convnet nor a model of timm; near: {near}")
+        raise UserError(f"--model.name {printable(model.name)}: neither convnet nor a model of timm; near: {near}")
     arguments: dict[str, Any] = {"num_classes": 0, "in_chans": channels}
     if model.heads:
         arguments["num_heads"] = model.heads
@@ -87,7 +90,7 @@ def from_timm(model: Model, channels: int, size: int, several_sizes: bool = Fals
     for size_arguments in sizes:
         try:
             return timm.create_model(model.name, **arguments, **size_arguments), arguments | size_arguments
-        except (TypeError, AssertionError) as error:  # timm asserts, e.g., that heads divide the width
+        except (TypeError, AssertionError, ValueError) as error:  # timm asserts, e.g., that heads divide the width
             reason = str(error)
         except RuntimeError as error:
             reason = str(error)

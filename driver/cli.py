@@ -7,22 +7,24 @@ script come from the command line alone.
 import argparse
 import os
 import sys
+import unicodedata
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 import tyro
-import yaml
 
-from . import checkpoint
+from bam_kernels.whole_files import check_file
+
+from . import checkpoint, option_files
 from .bounds import bounds_of
 from .config import FILE, PARTS, Config, UserError, as_plain
 from .distributed import World
 from .exits import exit_code
-from .files import check_file, obstacle, try_folder
-from .messages.text import typed
-from .recipes import nearest, recipe
+from .files import obstacle, try_folder
+from .messages.text import can_be_a_name, printable, typed
+from .recipes import recipe
 
 T = TypeVar("T")
 LONGEST_NAME = 200
@@ -49,15 +51,14 @@ def parse(args: list[str] | None = None) -> Config:
         raise UserError(f"--run.directory {given['run.directory']}: does nothing with --run.resume {resume}")
     saved: dict[str, Any] = {}
     if file is not None:
-        saved = read(Path(file), f"--config {file}")
+        saved = option_files.read(Path(file), f"--config {file}")
     elif resume is not None:
         saved = options_of_run(resume)
     base = recipe(name or saved.pop("recipe", "digits" if given["data.root"] is None else "images"))
-    if name is None and not saved and base.recipe == "images":
+    if (file, resume, name) == (None, None, None) and given["data.root"] is not None:
         base = replace(base, run=replace(base.run, name=os.path.basename(os.path.abspath(given["data.root"]))))
-    defaults, config = (
-        tyro.cli(Config, args=[*with_home(as_args(saved)), *more], default=base, config=PLAIN) for more in ([], args)
-    )
+    defaults = with_values(base, saved)
+    config = tyro.cli(Config, args=args, default=defaults, config=PLAIN)
     if resume is None and config.run.resume is not None:
         raise UserError(f"--config {file}: run.resume {config.run.resume} in it; --run.resume alone resumes a run")
     check(config, defaults)
@@ -75,59 +76,33 @@ def options_of_run(resume: str) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"--run.resume {resume}: not the directory of a run (no {path})")
     what = f"--run.resume {resume}: damaged options"
-    plain = read(path, what)
-    defaults = as_plain(Config())
-    lacking = [(part, name) for part in PARTS for name in defaults[part] if name not in plain.get(part, {})]
+    found, defaults = option_files.read(path, what), Config()
+    saved = as_plain(defaults)
+    lacking = [(part, name) for part in PARTS for name in saved[part] if name not in found.get(part, {})]
     if lacking:
         known = checkpoint.options_in(Path(resume))
         for part, name in lacking:
             if known is None or name in known.get(part, {}):
                 raise UserError(f"{what} ({path}: no {part}.{name} in it; each checkpoint has a copy, `config`)")
-            plain.setdefault(part, {})[name] = defaults[part][name]
+            found.setdefault(part, {})[name] = getattr(getattr(defaults, part), name)
         newer = " ".join(typed(f"{part}.{name}") for part, name in lacking)
         print(f"note: the run is older than {newer}: the defaults hold")
-    return plain
-
-
-def read(path: Path, what: str) -> dict[str, Any]:
-    """Options in a YAML file. `what` begins each message. Raises: UserError on a part or option that does not exist."""
-    try:
-        plain = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{what} ({path}: {getattr(error, 'strerror', error)})") from error
-    if not isinstance(plain, dict):
-        raise UserError(f"{what} ({path}: not a mapping of parts to options)")
-    for part, options in plain.items():
-        if part == "recipe":
-            continue
-        if part not in PARTS:
-            raise UserError(f"{what} ({path}: {part} is not a part; {nearest(str(part), ['recipe', *PARTS])})")
-        if not isinstance(options, dict):
-            raise UserError(f"{what} ({path}: {part} must hold options, got {options})")
-        known = [field.name for field in fields(PARTS[part])]
-        for option in options:
-            if option not in known:
-                raise UserError(f"{what} ({path}: {part}.{option} is no option; {nearest(str(option), known)})")
-    return plain
+    return found
 
 
 def with_home(args: list[str] | None) -> list[str]:
     """Arguments, by default those of this process, in which ~ at the start of a value is the home directory.
 
-    Shells fill it in for `--data.root ~/images`, but not for `--data.root=~/images`, nor in a file of options.
+    Shells fill it in for `--data.root ~/images`, but not for `--data.root=~/images`.
     """
     given = sys.argv[1:] if args is None else args
     split = (arg.partition("=") if arg.startswith("--") else ("", "", arg) for arg in given)
     return [f"{name}{equals}{os.path.expanduser(value)}" for name, equals, value in split]
 
 
-def as_args(plain: dict[str, Any]) -> list[str]:
-    """Options of a YAML file as command-line arguments, so that tyro checks their types."""
-    args = []
-    for part, options in plain.items():
-        for name, value in options.items():
-            args += [f"--{part}.{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
-    return args
+def with_values(config: Config, values: dict[str, dict[str, Any]]) -> Config:
+    """Options with some values replaced, which are given by part and name."""
+    return replace(config, **{part: replace(getattr(config, part), **of_part) for part, of_part in values.items()})
 
 
 WITHOUT_EFFECT: dict[str, tuple[str, tuple[Any, ...]]] = {
@@ -167,15 +142,20 @@ def check(config: Config, defaults: Config) -> None:
 
 
 def check_bounds(options: Any, prefix: str = "") -> None:
-    """Raise a UserError where a value in the dataclass `options`, or in a part of it, is out of its option's bound."""
+    """Raise a UserError where a value in the dataclass `options`, or in a part of it, is out of its option's bound.
+
+    Texts and paths are bounded too: the system has no name with a null byte, or with half a pair of surrogates.
+    """
     for name, annotation in get_type_hints(type(options), include_extras=True).items():
         value = getattr(options, name)
         if is_dataclass(value):
             check_bounds(value, f"{prefix}{name}.")
+        if isinstance(value, (str, Path)) and not can_be_a_name(str(value)):
+            raise UserError(f"{typed(prefix + name)} must hold no null byte and no surrogate, got {str(value)!a}")
         for bound in bounds_of(annotation):
             if value is not None and not bound.admits(value):
-                shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
-                raise UserError(f"{typed(prefix + name)} must be {bound.words}, got {shown}")
+                shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+                raise UserError(f"{typed(prefix + name)} must be {bound.words}, got {printable(shown)}")
 
 
 def check_source(config: Config) -> None:
@@ -195,7 +175,7 @@ def check_source(config: Config) -> None:
 
 def check_new_name(name: str) -> None:
     """Raise a UserError where no directory can have the name, or the commands that a run prints could not hold it."""
-    if any(ord(letter) < 32 for letter in name):
+    if any(unicodedata.category(letter) == "Cc" for letter in name):
         raise UserError(f"--run.name must have no line break or other control character, got {name!r}")
     if (length := len(name.encode(errors="surrogateescape"))) > LONGEST_NAME:
         raise UserError(f"--run.name must have at most {LONGEST_NAME} bytes, got {length}: {name}")
@@ -221,8 +201,13 @@ def run_script(options: type[T], main: Callable[[T, World], Any], args: list[str
     where the reader of standard output has gone.
     """
 
+    def checked() -> T:
+        found = tyro.cli(options, args=with_home(args), config=PLAIN)
+        check_bounds(found)
+        return found
+
     def run(world: World) -> int:
-        main(world.from_first("options", lambda: tyro.cli(options, args=with_home(args), config=PLAIN)), world)
+        main(world.from_first("options", checked), world)
         return 0
 
     return exit_code(run)

@@ -12,14 +12,30 @@ import docstring_parser
 import tyro
 import yaml
 
-from .bounds import POSITIVE, RISING, RISING_SHARES, SHARE, SHARE_BELOW_1, at_least, bounds_of
-from .files import replacing
+from bam_kernels.whole_files import replacing
+
+from .bounds import (
+    PIXELS,
+    PROCESSES,
+    RISING,
+    RISING_SHARES,
+    SEED,
+    SHARE,
+    SHARE_BELOW_1,
+    TEMPERATURE,
+    at_least,
+    bounds_of,
+)
 
 FILE = "config.yaml"
 
 
 class UserError(Exception):
     """An error that the user can put right: shown as one message, without a traceback."""
+
+
+class LostWorker(UserError):
+    """Error of a run whose data-loading worker was ended or hangs: the run can go on from its last checkpoint."""
 
 
 def helpful(cls: type) -> type:
@@ -54,19 +70,19 @@ class Data:
     shards in the folder `root` and below it, or the one shard `root`."""
     root: Path | None = None
     """Folder of the images. Given without a recipe or a file of options, it selects the recipe `images`."""
-    size: Annotated[int, at_least(1)] = 8
+    size: Annotated[int, PIXELS] = 8
     """Side of the square images that the network sees, pixels."""
     batch_size: Annotated[int, at_least(2)] = 128
     """Images in one micro-batch of one rank. Each image gives `views` + `local_views` views."""
     virtual_batch: Annotated[int, at_least(0), tyro.conf.arg(aliases=["--virtual-batch"])] = 0
     """Images per optimiser step, over all ranks and micro-batches: a multiple of `batch_size` times the number of
     ranks. The loss is over all these images; the memory is that of one micro-batch. 0: `batch_size` times ranks."""
-    views: Annotated[int, at_least(2)] = 2
+    views: Annotated[int, at_least(2, 1000)] = 2
     """Augmented views of `size` pixels per image. The first two views give targets and keys; further views are matched
     to these targets."""
-    local_views: Annotated[int, at_least(0)] = 0
+    local_views: Annotated[int, at_least(0, 1000)] = 0
     """Additional small views per image, of `local_size` pixels, matched to the targets of the first two views."""
-    local_size: Annotated[int, at_least(1)] = 96
+    local_size: Annotated[int, PIXELS] = 96
     """Side of a local view, pixels."""
     global_scale: Annotated[tuple[float, float], RISING_SHARES] = (0.2, 1.0)
     """Smallest and largest share of the image's area that a view of `size` pixels shows. Digits are moved as a whole
@@ -77,7 +93,7 @@ class Data:
     """Random changes of a view. `digits`: move, gamma, contrast, noise. `simclr`: crop, flip, colour, grey, blur.
     `dino`: as `simclr`, but blur and solarisation depend on the view, as BAM published it: DINO's augmentation with
     stronger saturation."""
-    augment: Annotated[float, at_least(0)] = 1.0
+    augment: Annotated[float, at_least(0, 1000)] = 1.0
     """Strength of the augmentation, a multiple of the built-in strength; crops keep their scales. 0: the images are
     used as they are."""
     blur: Annotated[float, SHARE] = 0.3
@@ -96,7 +112,7 @@ class Data:
     too. None: the range of the values' type, 0 to 1 for floats; an image that would lose its levels is unreadable."""
     exif: bool = True
     """Turn images upright by their EXIF orientation. False: as they are stored; only TIFFs are always turned."""
-    workers: Annotated[int, at_least(0)] = 2
+    workers: Annotated[int, at_least(0, PROCESSES)] = 2
     """Processes that decode and augment images. 0: the main process does it. With `on_device`, workers only decode, at
     the start."""
 
@@ -119,7 +135,7 @@ class Boxes:
     threshold: Annotated[float, SHARE_BELOW_1] = 0.1
     """Attention (ViTs) or feature norm (other models) above which a place is in the image's box. 0 stands for the
     smallest value in the image, 1 for the largest."""
-    alpha: Annotated[float, POSITIVE] = 0.6
+    alpha: Annotated[float, at_least(0.01, 1000)] = 0.6
     """Crop centres are drawn in the box from the distribution Beta(alpha, alpha): values below 1 avoid the middle, 1 is
     uniform."""
 
@@ -141,14 +157,14 @@ class Model:
     """Normalisation in `convnet` and in the projection head. `batch`: by the statistics of one micro-batch of one rank.
     `layer`: by each image's own statistics, so that the run does not depend on ranks and micro-batches. `none`: no
     normalisation. Models of timm keep their own."""
-    width: Annotated[int, at_least(1)] = 32
+    width: Annotated[int, at_least(1, 2**16)] = 32
     """Channels of the first stage of `convnet`; each further stage doubles them, up to 8 times the first."""
     sync_batch_norm: bool = False
     """Take the statistics of batch norms, also in models of timm, over one micro-batch of every rank. GPUs only."""
     stem: Literal["own", "small"] = "own"
     """First layers of the backbone. `own`: as the model has them. `small`: in ResNets a 3x3 convolution of stride 1 and
     no max-pool, for images of 32 pixels."""
-    heads: Annotated[int, at_least(0)] = 0
+    heads: Annotated[int, at_least(0, 2**16)] = 0
     """Attention heads of a ViT. 0: the model's own number."""
     positions: Literal["own", "sincos"] = "own"
     """Position embeddings of a ViT. `own`: as the model has them. `sincos`: fixed 2-D sines and cosines."""
@@ -156,11 +172,11 @@ class Model:
     """Keep the patch projection of a ViT at its initial weights, which steadies training (Chen et al., MoCo v3)."""
     drop_path: Annotated[float, SHARE_BELOW_1] = 0.0
     """Rate of stochastic depth in models of timm."""
-    head_layers: Annotated[int, at_least(1)] = 2
+    head_layers: Annotated[int, at_least(1, 100)] = 2
     """Linear layers of the projection head."""
-    head_width: Annotated[int, at_least(1)] = 512
+    head_width: Annotated[int, at_least(1, 2**20)] = 512
     """Hidden units of the projection head."""
-    head_dim: Annotated[int, at_least(1)] = 128
+    head_dim: Annotated[int, at_least(1, 2**20)] = 128
     """Features that the projection head gives to the loss."""
     activation: Literal["relu", "gelu"] = "relu"
     """Activation between the layers of the projection head."""
@@ -184,15 +200,15 @@ class Model:
 class Loss:
     """Options of the BAM loss; `bam_kernels.bam_loss` explains them."""
 
-    temperature: float = 0.1
+    temperature: Annotated[float, TEMPERATURE] = 0.1
     """Softmax temperature of the self-attention that is trained (the source)."""
-    epsilon: float = 0.025
+    epsilon: Annotated[float, TEMPERATURE] = 0.025
     """Entropic regularisation of the balanced target: smaller is sharper."""
-    epsilon_end: float | None = None
+    epsilon_end: Annotated[float | None, TEMPERATURE] = None
     """Epsilon at the end of the run, reached along a cosine. None: constant."""
-    iterations: int = 3
+    iterations: Annotated[int, at_least(1, 10_000)] = 3
     """Sinkhorn iterations that balance the target."""
-    top_k: int = 0
+    top_k: Annotated[int, at_least(0)] = 0
     """Columns kept in each row of the target: the ones with the largest weights. 0: all."""
     backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
     """Backend of the library that computes the loss. `auto`: kernels that are verified here, else the reference. A
@@ -250,7 +266,7 @@ class Run:
     deterministic: bool = False
     """Use only algorithms that repeat bit for bit, which are slower: for a GPU run that resumes exactly. On CPUs runs
     resume exactly without it."""
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     """Seed of weights, image order and augmentation. The held-out images are the same for every seed."""
     log_every: Annotated[int, at_least(1)] = 20
     """Steps between log lines. The host waits for the device only there, and several ranks react to a signal only

@@ -1,5 +1,6 @@
 """Parts of messages: names on one line, numbers of things, lists that are cut short, options as they are typed."""
 
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,6 +12,14 @@ def printable(text: str, limit: int | None = NAME_LIMIT) -> str:
     """The text on one line that any terminal can show: cut to `limit` characters, with odd characters escaped."""
     short = text if limit is None or len(text) <= limit else text[: limit - 3] + "..."
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in short)
+
+
+def can_be_a_name(text: str) -> bool:
+    """Whether the system could have a file of this name, as far as its characters go."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 def listed(items: Iterable[Any], shown: int = 3, text: Callable[[Any], str] = str) -> str:

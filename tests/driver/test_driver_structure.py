@@ -1,4 +1,4 @@
-"""Structure of the driver and the library: imports without circles, layers, one atomic writer, few files at the top."""
+"""Structure of the driver and the library: imports without circles, layers, few files at the top."""
 
 from graphlib import TopologicalSorter
 
@@ -49,11 +49,6 @@ def test_only_doors_import_doors_and_the_loop():
 )
 def test_layers(package, forbidden):
     assert not {m for m in importers_of(*forbidden) if f"{m}.".startswith(f"{package}.")}
-
-
-def test_the_driver_replaces_files_in_one_place():
-    writers = [path.name for path in (ROOT / "driver").rglob("*.py") if "os.replace" in path.read_text()]
-    assert writers == ["files.py"]
 
 
 def test_few_files_at_the_top_of_the_driver():
