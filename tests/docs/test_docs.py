@@ -1,4 +1,4 @@
-"""README.md, CONTRIBUTING.md, tests/README.md and docs/: links, named files, commands, examples, bad input."""
+"""Pages at the root, tests/README.md and docs/: links, named files, commands, examples, bad input."""
 
 import ast
 import inspect
@@ -56,7 +56,7 @@ def test_named_files_exist(page):
     assert [name for name in named if "NAME" not in name and not list(ROOT.glob(name.rstrip("./")))] == []
 
 
-@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "tests/README.md"])
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "SECURITY.md", "tests/README.md"])
 def test_files_named_without_their_folder_exist(page):
     named = re.findall(r"`([\w*]+\.(?:py|cpp|cu|h))`", text(page))
     assert len(named) > 10
