@@ -20,10 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 from .config import UserError
 from .messages.text import amount, first_line, listed, printable
 from .ranks.environment import place_in
-from .ranks.meeting import FAILURES, answer, meet
+from .ranks.meeting import FAILURES, answer, meet, pause
 
 T = TypeVar("T")
-POLL_S = 0.05
 SILENCE = timedelta(minutes=30)
 """Longest wait for another rank in a collective: longer than what rank 0 alone does, or a worker's patience."""
 
@@ -118,16 +117,17 @@ class World:
         """
         if self.store is None:
             return
-        ranks, until = range(self.size), time.monotonic() + seconds
+        until = time.monotonic() + seconds
         try:
             self.store.set(f"{name} {self.rank}", "")
-            while not answer(lambda: self.store.check([f"{name} {rank}" for rank in ranks])):
+            self.store.add(name, 1)
+            while answer(lambda: self.store.add(name, 0)) < self.size:
                 if self.failed():
                     raise UserError(f"{name}: another rank has failed")
                 if time.monotonic() > until:
-                    late = [rank for rank in ranks if not self.store.check([f"{name} {rank}"])]
+                    late = [rank for rank in range(self.size) if not self.store.check([f"{name} {rank}"])]
                     raise UserError(f"{name}: after {seconds:.0f} s some ranks are not ready: {listed(late)}")
-                time.sleep(POLL_S)
+                time.sleep(pause(self.size))
         except dist.DistError as error:
             raise UserError(f"{name}: rank 0 has ended or been stopped") from error
 

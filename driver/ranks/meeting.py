@@ -25,6 +25,8 @@ ANSWER_S = 30
 ANSWER = timedelta(minutes=30)
 """Longest wait for a key of the store, as for what rank 0 alone does: torch's default for a store of ranks."""
 POLL_S = 0.1
+ASKING_S = 1e-3
+"""Seconds between two questions of any ranks, so that thousands of them do not overload the store of rank 0."""
 FAILURES = "failures"
 """Key of the number of ranks that have failed."""
 MET = "all ranks are here"
@@ -94,6 +96,11 @@ def _unreachable(place: Place) -> str | None:
     return None
 
 
+def pause(ranks: int) -> float:
+    """Seconds for which each of so many ranks waits before it asks the store again."""
+    return max(POLL_S, ASKING_S * ranks)
+
+
 def answer(call: Callable[[], T]) -> T:
     """Result of a call to a store, which is in a thread: torch waits for ever for a program that says nothing.
 
@@ -150,7 +157,7 @@ def _wait(store: dist.Store, place: Place, patience: "_Patience") -> None:
         _linger(place)
         sys.exit(1)
     if place.rank > 0:
-        time.sleep(POLL_S)
+        time.sleep(pause(place.size))
     elif store.check([_key(rank) for rank in ranks]):
         store.set(MET, "")
     else:
