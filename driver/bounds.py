@@ -17,12 +17,13 @@ class Bound:
     """A condition on the value of an option."""
 
     words: str
-    """What the value must be, e.g. `at least 1 and at most 1000`."""
+    """What the value must be, e.g. `from 1 to 1,000`."""
     admits: Callable[[Any], bool]
 
 
 def at_least(low: float, most: float = MOST) -> Bound:
-    return Bound(f"at least {low} and at most {most}", lambda value: low <= value <= most)
+    """Bound of numbers from `low` to `most`."""
+    return Bound(f"from {low} to {most:,}", lambda value: low <= value <= most)
 
 
 def each(bound: Bound) -> Bound:
@@ -35,12 +36,12 @@ PIXELS = at_least(1, 2**14)
 """Side of an image."""
 PROCESSES = 1024
 """Most processes that an option may start."""
-POSITIVE = Bound(f"positive and at most {MOST}", lambda value: 0 < value <= MOST)
+POSITIVE = Bound(f"above 0 and at most {MOST:,}", lambda value: 0 < value <= MOST)
 TEMPERATURE = at_least(1e-6)
 """Divisor of cosines in float32, as in the library; much smaller ones would overflow."""
 SEED = at_least(0, 2**63 - 1)
 """Seeds of torch's generators are 64 bits; `data.random_keys` keeps 63 of them."""
-SHARE = Bound("from 0 to 1", lambda value: 0 <= value <= 1)
+SHARE = at_least(0, 1)
 SHARE_BELOW_1 = Bound("at least 0 and below 1", lambda value: 0 <= value < 1)
 RISING_SHARES = Bound("two numbers above 0 and at most 1, the smaller first", lambda pair: 0 < pair[0] <= pair[1] <= 1)
 RISING = Bound(

@@ -42,7 +42,7 @@ def test_a_broken_run_goes_on_bit_for_bit(name, monkeypatch, capsys):
 
 @pytest.mark.parametrize("option", ["breaks", "ranks", "save_steps"])
 def test_breaking_a_run_less_than_once(option):
-    with pytest.raises(UserError, match=f"--{option.replace('_', '-')} must be at least 1 and at most [0-9]+, got 0"):
+    with pytest.raises(UserError, match=f"--{option.replace('_', '-')} must be from 1 to [0-9,]+, got 0"):
         verify_resume.verify(verify_resume.Verify(**{option: 0}))
 
 

@@ -292,15 +292,15 @@ def test_bad_options(main, options, message):
 @pytest.mark.parametrize(
     "script, args, message",
     [
-        (knn, ["--k", "0"], "--k must be one or more numbers, each at least 1 and at most 1000000000, got 0"),
-        (linear, ["--lr", "0.0"], "--lr must be one or more numbers, each positive and at most 1000000000, got 0.0"),
-        (linear, ["--epochs=0"], "--epochs must be at least 1 and"),
-        (knn, ["--data.batch-size=0"], "--data.batch-size must be at least 1 and at most 1000000000, got 0"),
-        (linear, ["--data.workers=-1"], "--data.workers must be at least 0 and at most 1024, got -1"),
-        (knn, ["--backbone.size=0"], "--backbone.size must be at least 1 and at most 16384, got 0"),
-        (knn, ["--backbone.heads=-1"], "--backbone.heads must be at least 0 and at most 65536, got -1"),
-        (segment_video, ["--davis=no", "--radius=-1"], "--radius must be at least 0 and at most 1000000000, got -1"),
-        (segment_video, ["--davis=no", "--temperature=0"], "--temperature must be at least 1e-06 and at most"),
+        (knn, ["--k", "0"], "--k must be one or more numbers, each from 1 to 1,000,000,000, got 0"),
+        (linear, ["--lr", "0.0"], "--lr must be one or more numbers, each above 0 and at most 1,000,000,000, got 0.0"),
+        (linear, ["--epochs=0"], "--epochs must be from 1 to"),
+        (knn, ["--data.batch-size=0"], "--data.batch-size must be from 1 to 1,000,000,000, got 0"),
+        (linear, ["--data.workers=-1"], "--data.workers must be from 0 to 1,024, got -1"),
+        (knn, ["--backbone.size=0"], "--backbone.size must be from 1 to 16,384, got 0"),
+        (knn, ["--backbone.heads=-1"], "--backbone.heads must be from 0 to 65,536, got -1"),
+        (segment_video, ["--davis=no", "--radius=-1"], "--radius must be from 0 to 1,000,000,000, got -1"),
+        (segment_video, ["--davis=no", "--temperature=0"], "--temperature must be from 1e-06 to"),
     ],
 )
 def test_values_out_of_bounds(script, args, message, capsys):

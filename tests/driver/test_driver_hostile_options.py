@@ -187,7 +187,7 @@ def test_a_network_beyond_all_memory(monkeypatch):
     "options, message",
     [
         ("--data.size '8", "--options --data.size '8: No closing quotation"),
-        ("--optim.epochs=0", "exit codes {1}\n\nerror: --optim.epochs must be at least 1"),
+        ("--optim.epochs=0", "exit codes {1}\n\nerror: --optim.epochs must be from 1 to"),
     ],
 )
 def test_verify_resume_says_what_its_run_says(options, message):

@@ -43,14 +43,14 @@ def test_unknown_or_mistyped_option(options, capsys):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--optim.epochs=0"], "--optim.epochs must be at least 1 and at most 1000000000, got 0"),
+        (["--optim.epochs=0"], "--optim.epochs must be from 1 to 1,000,000,000, got 0"),
         (["--data.held-out=1"], "--data.held-out must be at least 0 and below 1, got 1.0"),
-        (["--optim.lr=nan"], "--optim.lr must be at least 0 and at most 1000000000, got nan"),
+        (["--optim.lr=nan"], "--optim.lr must be from 0 to 1,000,000,000, got nan"),
         (["--run.name=a/b"], "--run.name must be a plain name"),
-        (["--run.stop-after=0"], "--run.stop-after must be at least 1"),
+        (["--run.stop-after=0"], "--run.stop-after must be from 1 to"),
         (["--run.resume=nowhere"], "nowhere: not the directory of a run"),
         (["--run.device=abacus"], "--run.device abacus"),
-        (["--loss.epsilon=-1"], "--loss.epsilon must be at least 1e-06 and at most 1000000000, got -1.0"),
+        (["--loss.epsilon=-1"], "--loss.epsilon must be from 1e-06 to 1,000,000,000, got -1.0"),
         (["--run.device=cpu", "--loss.backend=cuda"], '--loss: bam_loss: backend="cuda"'),
         (["--data.batch-size=5000"], "1347 images to train on, fewer than one batch of 5000"),
         (["--model.name=convent"], "--model.name convent"),
