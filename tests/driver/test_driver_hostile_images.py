@@ -210,7 +210,8 @@ def peak_of(*files: str) -> int:
         "for name in sys.argv[1:]:\n try: DEFAULT(Path(name))\n except (ValueError, OSError): pass\n"
         "print(peak() - before)"
     )
-    run = subprocess.run([sys.executable, "-c", program, *files], capture_output=True, text=True, check=True)
+    command, environment = [sys.executable, "-c", program, *files], os.environ | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     return int(run.stdout) << 10
 
 
