@@ -125,7 +125,7 @@ def test_sizes_of_links_and_folders_mean_nothing():
 
 @pytest.mark.parametrize("kind", [b"1", b"2"], ids=["hard", "symbolic"])
 def test_a_chain_of_links_is_followed_once(kind, monkeypatch):
-    """Of 2,000 links each leads to the next; followed from each to the end, they would take 2 million steps."""
+    """Each of 2,000 links leads to the next. Following every link to the end by itself takes 2 million steps."""
     steps, target = [], archive._target
     monkeypatch.setattr(archive, "_target", lambda info: steps.append(0) or target(info))
     write_tar(SHARD, [*(link(f"{i}.png", f"{i + 1}.png", kind) for i in range(2000)), ("2000.png", picture(10))])
@@ -162,7 +162,7 @@ def test_a_name_of_a_megabyte_is_cut_in_messages():
 
 
 def test_a_name_of_many_dots_is_compared_once_with_a_label():
-    """Its parts up to each dot could all be names of labels; to cut them all, of a million, would take minutes."""
+    """An image's label may have its name up to any dot. Trying every dot of a name with a million takes minutes."""
     met = []
 
     class Counted(dict):

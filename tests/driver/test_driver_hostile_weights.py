@@ -225,13 +225,13 @@ def test_two_members_of_one_name():
 
 
 def test_names_that_torch_would_compare_for_minutes():
-    """Each name is compared with all: 200,000 of them, in 3 MB, would take hours."""
+    """torch compares each name in a pickle with all others: 200,000 names, in 3 MB, would take hours."""
     names = b"".join(b"cown\nThing%d\n" % number for number in range(201))
     assert refused(write(START + b"(" + names + b"t.")).startswith("weights.pt: not a checkpoint: it names 201 f")
 
 
 def test_names_in_a_file_neither_command_the_terminal_nor_fill_it(capsys):
-    """Of a class that is not read, of a storage that is missing, and of tensors that are left out."""
+    """Three kinds of names reach a message: a refused class, a missing storage, and tensors that are left out."""
     for state in (b"\x8c\x01a\x93", under("a", tensor(b"K\x02\x85", b"K\x01\x85").replace(b"\x000", b"\x00\x1b"))):
         said = refused(write(START + call("own.\x1b]0;" + "x" * 9999) + state + b"."))
         assert said.isprintable() and len(said) < 1500
