@@ -112,10 +112,15 @@ def _exit_code(run: Callable[[World], int]) -> int:
     return code
 
 
+def lacks_memory(error: Exception) -> bool:
+    """Whether the host's memory was refused, by Python or by torch, which raises a RuntimeError."""
+    return isinstance(error, MemoryError) or "t allocate memory" in str(error)
+
+
 def out_of_memory(error: Exception) -> str | None:
     """Message for an error of torch, NumPy or Python that could not get memory; None for another error."""
     text = " ".join(str(error).split())
-    if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in text:
+    if not (lacks_memory(error) or isinstance(error, torch.OutOfMemoryError)):
         return None
     reason = f" ({_reason(text, 200)})" if text else ""
     return f"not enough memory{reason}; smaller batches, smaller images or a smaller network take less"

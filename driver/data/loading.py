@@ -24,10 +24,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..config import LostWorker, UserError
 from ..distributed import kill_workers
-from ..exits import StopSignal
+from ..exits import StopSignal, lacks_memory
 from .images import Source
 from .shared_memory import CURE, PREFETCHED
-from .unreadable import MEMORY, TOO_MANY_FILES, lacks_memory
+from .unreadable import MEMORY, TOO_MANY_FILES
 from .watching import Hanging, Watch, WatchedLoader, state_of
 
 NO_FILE, NOT_SENT = 71, 72

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from ..config import UserError
 from ..distributed import World
+from ..exits import lacks_memory
 from ..messages.text import printable
 from .images import Source
 from .random_keys import seed_of
@@ -66,11 +67,6 @@ def read(
     raise UserError(
         f"{source.name(reports[0][0])}: not a readable image ({reports[0][1]}), nor are others in its place"
     )
-
-
-def lacks_memory(error: Exception) -> bool:
-    """Whether memory was refused, by Python or by torch, which raises a RuntimeError."""
-    return isinstance(error, MemoryError) or "t allocate memory" in str(error)
 
 
 def fault_of(error: Exception) -> str:
