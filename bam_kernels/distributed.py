@@ -65,11 +65,15 @@ class GroupRanks:
             all_gather(whole, own, group=self.group)
         return [bytes(row) for row in whole.view(self.W, HEADER_BYTES).tolist()]
 
-    def gather(self, own: Tensor, as_sent: Callable[[Tensor], Tensor]) -> Iterator[tuple[int, Tensor]]:
+    def gather(
+        self, own: Tensor, as_sent: Callable[[Tensor], Tensor], room: Tensor | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
         """Ring all-gather: step t sends the block of rank - t to the right while the caller uses the block."""
         block, n = own.contiguous(), len(own)
         for step in range(self.W):
-            arriving = torch.empty_like(block) if step < self.W - 1 else None
+            arriving, sender = None, (self.rank - step - 1) % self.W  # of the block that arrives
+            if step < self.W - 1:
+                arriving = torch.empty_like(block) if room is None else room[sender * n : (sender + 1) * n]
             with self._explain_failure("gathering keys"):
                 pending = self._exchange(block, arriving) if arriving is not None else []
             yield (self.rank - step) % self.W * n, block

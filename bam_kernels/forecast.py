@@ -167,16 +167,14 @@ def plan(
 def _common_memory(x: Problem) -> dict[str, int]:
     layout = x.layout
     n = layout.T * layout.B
-    sent = sent_columns(layout.D, x.sixteen_bit)
-    # One block in use and one arriving; in 16 bit, also this rank's keys packed for sending.
-    arriving = (2 + x.sixteen_bit) * n * sent if layout.W > 1 else 0
-    if layout.W == 1 and x.sixteen_bit:  # the keys are a view of the rows
-        key_rows = 0
+    if x.sixteen_bit:  # received where they stay; one rank's keys are a view of the rows
+        keys = layout.N * sent_columns(layout.D, True) if layout.W > 1 else 0
     else:
-        key_rows = (n if x.regather and layout.W > 1 else layout.N) * layout.D
+        arriving = 2 * n if layout.W > 1 else 0  # one block in use and one arriving
+        keys = ((n if x.regather and layout.W > 1 else layout.N) + arriving) * layout.D
     return {
         "unit rows": (layout.M + layout.R * layout.B) * layout.D * x.key_bytes,
-        "keys": (key_rows + arriving) * x.key_bytes,
+        "keys": keys * x.key_bytes,
         "potentials": 8 * (layout.N + layout.M + layout.R * layout.B) * FLOAT_BYTES,
     }
 

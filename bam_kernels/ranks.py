@@ -35,12 +35,16 @@ class Ranks(Protocol):
     def common_ways(self, operation: str, ways: tuple[str, ...], device: torch.device) -> tuple[str, ...]:
         """Ways that all ranks have verified; `ways`: those of this rank. Raises: ValueError as `agree`."""
 
-    def gather(self, own: Tensor, as_sent: Callable[[Tensor], Tensor]) -> Iterator[tuple[int, Tensor]]:
+    def gather(
+        self, own: Tensor, as_sent: Callable[[Tensor], Tensor], room: Tensor | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
         """Gather the keys `own` (n, D) of every rank: yields (first row, rows) block by block, in order of arrival.
 
         The first block is this rank's own. A block has the rows (k*n, D) of k neighbouring ranks, is valid until the
         next block is taken, and must not be written to. The iterator must be read to its end.
         as_sent: for simulated ranks, the `own` of a rank whose unit rows are the argument.
+        room: (N, D), of which `own` is this rank's block. The other ranks' keys are received in it, and blocks are
+        parts of it, valid as long as it is.
         """
 
     def sum(self, x: Tensor, meanwhile: Callable[[], None] | None = None) -> Tensor:
@@ -70,7 +74,9 @@ class OneRank:
     def common_ways(self, operation: str, ways: tuple[str, ...], device: torch.device) -> tuple[str, ...]:
         return ways
 
-    def gather(self, own: Tensor, as_sent: Callable[[Tensor], Tensor]) -> Iterator[tuple[int, Tensor]]:
+    def gather(
+        self, own: Tensor, as_sent: Callable[[Tensor], Tensor], room: Tensor | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
         yield 0, own
 
     def sum(self, x: Tensor, meanwhile: Callable[[], None] | None = None) -> Tensor:

@@ -45,9 +45,15 @@ class SimulatedRanks:
     def common_ways(self, operation: str, ways: tuple[str, ...], device: torch.device) -> tuple[str, ...]:
         return ways
 
-    def gather(self, own: Tensor, as_sent: Callable[[Tensor], Tensor]) -> Iterator[tuple[int, Tensor]]:
+    def gather(
+        self, own: Tensor, as_sent: Callable[[Tensor], Tensor], room: Tensor | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
+        yield self.rank * len(own), own
+        for first, block in self._from_others(own, as_sent):
+            yield first, block if room is None else room[first : first + len(block)].copy_(block)
+
+    def _from_others(self, own: Tensor, as_sent: Callable[[Tensor], Tensor]) -> Iterator[tuple[int, Tensor]]:
         n, others = len(own), [(self.rank - step) % self.W for step in range(1, self.W)]
-        yield self.rank * n, own
         if self._sent is None:
             for rank in others:
                 yield rank * n, as_sent(self.keys[rank * n : (rank + 1) * n])
@@ -89,11 +95,14 @@ class ThreadRanks:
         header = ways_header(operation, ways)
         return header.common_ways(self._meeting.exchange(self.rank, header.encoded()))
 
-    def gather(self, own: Tensor, as_sent: Callable[[Tensor], Tensor]) -> Iterator[tuple[int, Tensor]]:
+    def gather(
+        self, own: Tensor, as_sent: Callable[[Tensor], Tensor], room: Tensor | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
         blocks, n = self._meeting.exchange(self.rank, own.clone()), len(own)
         for step in range(self.W):
             source = (self.rank - step) % self.W
-            yield source * n, blocks[source]
+            block = blocks[source]
+            yield source * n, block if room is None else room[source * n : (source + 1) * n].copy_(block)
 
     def sum(self, x: Tensor, meanwhile: Callable[[], None] | None = None) -> Tensor:
         all_ranks = self._meeting.exchange(self.rank, x.clone())

@@ -213,6 +213,11 @@ def wrong_exchanges(device: torch.device) -> list[str]:
         arrived = torch.cat([rows for _, rows in sorted(blocks, key=lambda block: block[0])])
         senders = torch.arange(1, W + 1, dtype=torch.int64, device=device).repeat_interleave(3)
         right[f"gathering of {dtype}"] = arrived == senders[:, None]
+        room = torch.zeros_like(arrived)
+        own = room[3 * rank : 3 * rank + 3].fill_(rank + 1)
+        for _ in ranks.gather(own, lambda unit: unit, room):
+            pass
+        right[f"gathering of {dtype} in place"] = room == senders[:, None]
     return [name for name, equal in right.items() if not equal.all()]
 
 

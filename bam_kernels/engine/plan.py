@@ -15,6 +15,7 @@ ALWAYS_BYTES = 64 << 20
 BUDGET_BITS = 4  # leading bits kept of a budget from free memory, so that small changes do not change the plan
 FLASH_FEATURES = 512  # most features of the flash engine: with more, computing scores costs more than reading them
 PRODUCT_ROWS = 1024  # a matrix product gains no speed from more rows than this
+PRODUCT_TILE = 128  # rows of a matrix product that one block of a GPU computes
 LEAST_PRODUCT_ROWS = 512  # a matrix product loses speed with fewer rows than this
 
 
@@ -47,7 +48,9 @@ def product_rows(columns: int, device: torch.device) -> int:
     """
     if device.type != "cuda":
         return PRODUCT_ROWS
-    rows_in_l2 = torch.cuda.get_device_properties(device).L2_cache_size // 3 // (4 * columns) // 128 * 128
+    rows_in_l2 = (
+        torch.cuda.get_device_properties(device).L2_cache_size // 3 // (4 * columns) // PRODUCT_TILE * PRODUCT_TILE
+    )
     return min(rows_in_l2, PRODUCT_ROWS) if rows_in_l2 >= LEAST_PRODUCT_ROWS else PRODUCT_ROWS
 
 
@@ -72,6 +75,15 @@ def _default_budget(free: int) -> int:
     share = int(free * DEFAULT_SHARE)
     dropped = max(0, share.bit_length() - BUDGET_BITS)
     return max(ALWAYS_BYTES, share >> dropped << dropped)
+
+
+def _even(rows: int, most: int) -> int:
+    """Rows per slab when the fewest slabs of at most `most` rows share `rows` evenly, in whole tiles of a product.
+
+    A short last slab would take a product nearly as long as a full one.
+    """
+    slabs = -(-rows // most)
+    return min(most, -(-rows // slabs // PRODUCT_TILE) * PRODUCT_TILE)
 
 
 @lru_cache
@@ -109,6 +121,7 @@ def _plan_within(
         left = budget - kept - source
         made_rows = min(rows, at_once, left // made_bytes) if sixteen_bit else 0
         if left >= 0 and made_rows >= (min(rows, source_views) if sixteen_bit else 0):
+            made_rows = _even(rows, made_rows) if sixteen_bit else 0
             sweep_rows = made_rows if sixteen_bit else rows
             score_bytes = kept + source + made_rows * made_bytes
             return SlabPlan(True, not shared, sweep_rows, images, 0, made_rows, score_bytes)

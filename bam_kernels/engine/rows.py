@@ -19,11 +19,12 @@ from ..ranks import Ranks
 from .call import Call
 
 BIAS_COLUMNS = 2  # fp16 columns that hold one float32
+ALIGNED_COLUMNS = 16  # products and kernels read rows fastest if their stride is a multiple of this
 
 
 def sent_columns(D: int, sixteen_bit: bool) -> int:
-    """Columns of a key in a message; in 16 bit the bias follows the features, at an offset aligned for float32."""
-    return D + D % 2 + BIAS_COLUMNS if sixteen_bit else D
+    """Columns of a key in a message; in 16 bit the last two hold the bias, after the features and zeros."""
+    return -(-(D + BIAS_COLUMNS) // ALIGNED_COLUMNS) * ALIGNED_COLUMNS if sixteen_bit else D
 
 
 class Keys:
@@ -42,31 +43,32 @@ class Keys:
         self.unit = HALF_UNIT if self.sixteen_bit else 1.0
         n, D = own.read.shape
         self.bias: Tensor | None = None
-        self._gathered: Tensor | None = None
+        self._own, self._room, self._gathered = own.read, None, None
         self._complete = ranks.W == 1 and self.sixteen_bit
         if self._complete:
             self._gathered, self.bias = own.read, own.bias
-            return
-        if self.sixteen_bit:
-            self.bias = own.norm.new_empty(ranks.W * n, dtype=torch.float32)
-        if not regather or ranks.W == 1:
+        elif own.bias is not None:
+            self._room = own.read.new_empty(ranks.W * n, sent_columns(D, True))
+            self._own = _pack(own.read, own.bias, self._room[ranks.rank * n : (ranks.rank + 1) * n])
+            self._gathered = self._room[:, :D]
+        elif not regather or ranks.W == 1:
             self._gathered = own.read.new_empty(ranks.W * n, D)
-        self._own = own.read if own.bias is None else _packed(own.read, own.bias)
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
         """Yield (first column, centred keys): one block per rank in order of arrival, or all keys once gathered."""
         if self._gathered is not None and self._complete:
             yield 0, self._gathered
             return
-        for first, block in range_for_each("gather", iter(self.ranks.gather(self._own, self._as_sent))):
+        for first, block in range_for_each("gather", iter(self.ranks.gather(self._own, self._as_sent, self._room))):
             part = slice(first, first + len(block))
             if self._gathered is None:
                 yield first, block - self.centre
-            elif self.bias is not None:
-                self.bias[part] = _bias_of(block)
-                yield first, self._gathered[part].copy_(block[:, : self._gathered.shape[1]])
+            elif self.sixteen_bit:  # the block is a part of the room
+                yield first, self._gathered[part]
             else:
                 yield first, torch.sub(block, self.centre, out=self._gathered[part])
+        if self._room is not None:
+            self.bias = _bias_of(self._room).contiguous()
         self._complete = True
 
     def _as_sent(self, unit: Tensor) -> Tensor:
@@ -75,7 +77,8 @@ class Keys:
             return unit.to(self._own.dtype)
         centre = self.centre.double()
         centred = unit.double() - centre
-        return _packed((centred * HALF_UNIT).half(), (centred @ centre * HALF_UNIT**2).float())
+        sent = self._own.new_empty(len(unit), self._own.shape[1])
+        return _pack((centred * HALF_UNIT).half(), (centred @ centre * HALF_UNIT**2).float(), sent)
 
     @property
     def whole(self) -> Tensor:
@@ -87,12 +90,12 @@ class Keys:
         return self._gathered
 
 
-def _packed(read: Tensor, bias: Tensor) -> Tensor:
-    """Pack fp16 keys and their float32 bias into one fp16 message."""
-    n, D = read.shape
-    sent = read.new_zeros(n, sent_columns(D, True))
+def _pack(read: Tensor, bias: Tensor, sent: Tensor) -> Tensor:
+    """Write fp16 keys and their float32 bias to a message `sent` (n, sent_columns), and zeros between them."""
+    D = read.shape[1]
     sent[:, :D] = read
-    sent[:, -BIAS_COLUMNS:].view(torch.float32).copy_(bias[:, None])
+    sent[:, D:-BIAS_COLUMNS] = 0
+    _bias_of(sent).copy_(bias)
     return sent
 
 

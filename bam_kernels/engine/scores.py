@@ -209,25 +209,29 @@ class SourceScores:
     """Source scores of a student with a teacher, kept whole, computed in portions during the column all-reduces."""
 
     def __init__(self, unit: Tensor, scores: Scores, plan: SlabPlan, sums: int) -> None:
-        """sums: number of all-reduces of column sums, and so of portions."""
-        self.unit, self.scores, self.plan = unit, scores, plan
+        """sums: number of all-reduces of column sums, over which the slabs are spread evenly."""
+        self.unit, self.scores = unit, scores
         self.kept = unit.new_empty(len(unit), scores.layout.N, dtype=scores.dtype)
-        self._portion = -(-len(unit) // sums)
+        self._sums, self._portions = sums, 0
+        self._slab = plan.product_rows or -(-len(unit) // sums)
         self._done = 0
 
     def next_portion(self) -> None:
-        last = min(self._done + self._portion, len(self.unit))
-        while self._done < last:
-            size = min(last - self._done, self.plan.product_rows or len(self.unit))
-            part = slice(self._done, self._done + size)
-            self.scores.make(self.unit[part], self._done, self.kept[part])
-            self._done += size
+        """Compute slabs until as large a share of the rows is done as of the all-reduces."""
+        self._portions += 1
+        self._compute(len(self.unit) * self._portions // self._sums)
 
     def finish(self) -> Tensor:
-        while self._done < len(self.unit):
-            self.next_portion()
+        self._compute(len(self.unit))
         return self.kept
 
     def mark_made(self) -> None:
         """Mark all of `kept` as computed."""
         self._done = len(self.unit)
+
+    def _compute(self, rows: int) -> None:
+        """Compute whole slabs until at least the first `rows` rows are done."""
+        while self._done < rows:
+            part = slice(self._done, min(self._done + self._slab, len(self.unit)))
+            self.scores.make(self.unit[part], self._done, self.kept[part])
+            self._done = part.stop

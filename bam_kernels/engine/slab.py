@@ -120,16 +120,14 @@ def _in_one_launch(target: Sweeps, row: Potential, epsilon: float, iterations: i
 def _sum_over_ranks(
     shift: Tensor, sums: Tensor, epsilon: float, ranks: Ranks, meanwhile: Callable[[], None] | None
 ) -> tuple[Tensor, Tensor]:
-    """All-reduce column sums, given and returned as (shift, sums) for sums * 2^shift."""
+    """All-reduce column sums (shift, sums), which stand for sums * 2^shift, in place."""
     if ranks.W == 1:
         return shift, sums
-    if epsilon >= LEAST_EPSILON_OF_ONE_SUM:
-        common = torch.full_like(shift, math.ceil(LOG2_E / epsilon))
-    else:
-        common = ranks.max(shift.clone())
-    total = ranks.sum(sums.double() * torch.exp2((shift - common).double()), meanwhile)
-    mantissa, exponent = torch.frexp(total)
-    return common + exponent, mantissa.float()
+    one_sum = epsilon >= LEAST_EPSILON_OF_ONE_SUM
+    common: Any = math.ceil(LOG2_E / epsilon) if one_sum else ranks.max(shift.clone())
+    total = torch.sub(shift, common, out=torch.empty_like(shift, dtype=torch.float64)).exp2_().mul_(sums)
+    mantissa, exponent = torch.frexp(ranks.sum(total, meanwhile))
+    return torch.add(exponent, common, out=shift), sums.copy_(mantissa)
 
 
 def evaluate(call: Call) -> Evaluation:
