@@ -155,7 +155,7 @@ def plan(
     budget, cpu = sys.maxsize if memory_budget is None else memory_budget, torch.device("cpu")
     if engine == "auto":
         engine = WAYS[choose_way(x, of_backend("triton", "auto"), top_k, budget, cpu, rates)].engine
-    messages = _messages(x, epsilon)
+    messages = _messages(x, epsilon, engine)
     if engine == "flash":
         if not flash_supports(layout, top_k, regather):
             raise ValueError(f'plan: engine="flash" cannot compute D={features}, {top_k=}, {regather=}')
@@ -207,7 +207,7 @@ def _partials(own: int, others: int, times: int, x: Problem) -> int:
     return chunks + (chunks > 1)
 
 
-def _messages(x: Problem, epsilon: float) -> tuple[Message, ...]:
+def _messages(x: Problem, epsilon: float, engine: str) -> tuple[Message, ...]:
     layout = x.layout
     if layout.W == 1:
         return ()
@@ -216,14 +216,15 @@ def _messages(x: Problem, epsilon: float) -> tuple[Message, ...]:
     maximum = int(epsilon < LEAST_EPSILON_OF_ONE_SUM)
     gathers = 1 + (x.regather and x.needs_grad)
     # The first all-reduce of column sums is in float64.
-    sums = 2 * FLOAT_BYTES * layout.N + (x.iterations - 1 + maximum) * FLOAT_BYTES * layout.N
+    column_sums = 2 * FLOAT_BYTES * layout.N + (x.iterations - 1 + maximum) * FLOAT_BYTES * layout.N
     messages = [
         Message("header", 1, HEADER_BYTES),
         Message("key blocks", gathers * steps, gathers * steps * key_block),
-        Message("column sums", x.iterations + maximum, sums),
+        Message("column sums", x.iterations + maximum, column_sums),
     ]
     if x.sixteen_bit:
         messages.append(Message("centre", 1, FLOAT_BYTES * layout.D))
     if x.scatters:
-        messages.append(Message("key gradient blocks", steps, steps * n * layout.D * FLOAT_BYTES))
+        sums = n * (x.sixteen_bit and engine == "slab")  # of the score gradient's columns
+        messages.append(Message("key gradient blocks", steps, steps * (n * layout.D + sums) * FLOAT_BYTES))
     return tuple(messages)

@@ -7,6 +7,7 @@ common to all rows is added in float32, because near collapse it is most of ever
 factors are taken out at the end.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,8 +29,9 @@ class Gradient:
         self.layout, self.ranks, self.kernels = layout, ranks, kernels
         self.z = rows.z.read
         self.d = torch.empty_like(self.z, dtype=torch.float32)
-        self.dk: Tensor | None = None  # (N, D), gradient of all keys from this rank's rows
+        self.dk: Tensor | None = None  # (N, D), Gᵀ z' of all keys and this rank's rows
         self.dk_own: Tensor | None = None  # (T*B, D), gradient of this rank's keys from all ranks' rows
+        self.column_sums: Tensor | None = None  # (N,), of G in 16 bit
 
     @named_range("gradient")
     def add(self, G: Tensor, first: int) -> None:
@@ -43,31 +45,53 @@ class Gradient:
         self.d.view(V, -1, self.layout.D)[:, first : first + b] = d.view(V, b, -1)
         if self.own_keys:
             if self.dk is None:
-                self.dk = torch.zeros_like(keys, dtype=torch.float32)
+                self.dk = self.d.new_zeros(keys.shape)
             z = self.z.view(V, -1, self.layout.D)[:, first : first + b].reshape(V * b, -1)
-            self._contract_keys(rows, z, self.dk, add=True)
+            multiply(rows.T, z, self.dk, add=True)
+            self._add_column_sums(rows)
 
-    def _contract_keys(self, G: Tensor, z: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
-        """Write Gᵀ z, or out + Gᵀ z with `add`, to out (columns of G, D)."""
-        multiply(G.T, z, out, add=add)
+    def _add_column_sums(self, G: Tensor) -> None:
+        """Add the sums of G's columns, which are what the centre of the rows is multiplied by."""
         if self.keys.sixteen_bit:
-            out.addr_(G.sum(0, dtype=torch.float32), self.keys.centre, alpha=self.keys.unit)
-        return out
+            sums = G.sum(0, dtype=torch.float32)
+            self.column_sums = sums if self.column_sums is None else self.column_sums.add_(sums)
 
     def _add_whole(self, G: Tensor) -> None:
         """Add all rows G (M, N) at once: key gradients are scattered to their ranks before dz is computed."""
         if self.own_keys and self.layout.W == 1:
             self._add_symmetric(G)
             return
-        n = self.layout.T * self.layout.B
         if self.own_keys:
-            self.dk_own = self.ranks.scatter(
-                lambda rank: self._contract_keys(
-                    G[:, rank * n : (rank + 1) * n], self.z, self.d.new_empty(n, self.layout.D)
-                )
-            )
+            self._add_column_sums(G)
+            self.dk_own = self._scatter(lambda keys, out: multiply(G[:, keys].T, self.z, out))
         for number, (column, block) in enumerate(self.keys.blocks()):
             multiply(G[:, column : column + len(block)], block, self.d, add=number > 0)
+
+    def _scatter(self, write: Callable[[slice, Tensor], Any]) -> Tensor:
+        """Reduce-scatter of key gradients: this rank's (T*B, D), summed over the ranks.
+
+        write(keys, out): writes Gᵀ z' of a rank's keys to out (T*B, D). In 16 bit the column sums of G follow it in the
+        message, so that the part common to all rows is added once, after all ranks' contributions.
+        """
+        n, D = self.layout.T * self.layout.B, self.layout.D
+
+        def part(rank: int) -> Tensor:
+            keys = slice(rank * n, (rank + 1) * n)
+            message = self.d.new_empty(n * D if self.column_sums is None else n * (D + 1))
+            write(keys, message[: n * D].view(n, D))
+            if self.column_sums is not None:
+                message[n * D :] = self.column_sums[keys]
+            return message
+
+        total = self.ranks.scatter(part)
+        return self._add_common_part(total[: n * D].view(n, D), total[n * D :])
+
+    def _add_common_part(self, dk: Tensor, column_sums: Tensor | None) -> Tensor:
+        """Add, in 16 bit, the part of Gᵀ z that is common to all rows of z, to Gᵀ z' of the same columns of G."""
+        if not self.keys.sixteen_bit:
+            return dk
+        assert column_sums is not None
+        return dk.addr_(column_sums, self.keys.centre, alpha=self.keys.unit)
 
     def _add_symmetric(self, G: Tensor) -> None:
         """Add all rows on one rank without a teacher, where the first N rows are the keys.
@@ -78,19 +102,22 @@ class Gradient:
         keys, N = self.keys.whole, self.layout.N
         multiply(G[N:], keys, self.d[N:])
         H = G[:N]
-        sums = self.kernels.symmetrize_(H)
+        self.column_sums = self.kernels.symmetrize_(H)
         d = multiply(H, keys, self.d[:N])
-        d.addr_(sums, self.keys.centre, alpha=self.keys.unit)
         if len(G) > N:
-            self._contract_keys(G[N:], self.z[N:], d, add=True)
+            multiply(G[N:].T, self.z[N:], d, add=True)
+            self._add_column_sums(G[N:])
+        d.addr_(self.column_sums, self.keys.centre, alpha=self.keys.unit)
 
     @named_range("gradient")
     def finish(self, temperature: float) -> Tensor:
         """Return dz (M, D) float32, after the gradient of the L2 normalisation."""
         n = self.layout.T * self.layout.B
-        if self.dk is not None:
-            blocks = self.dk.split(n)
-            self.dk_own = self.ranks.scatter(lambda rank: blocks[rank])
+        if (dk := self.dk) is not None:
+            if self.layout.W == 1:
+                self.dk_own = self._add_common_part(dk, self.column_sums)
+            else:
+                self.dk_own = self._scatter(lambda keys, out: out.copy_(dk[keys]))
         if self.dk_own is not None:
             self.d[:n] += self.dk_own
         factor = 1.0
