@@ -29,8 +29,12 @@ COLOURS = {
     "triton-int16-graph": "#2e7d5b",
     "triton-flash-int16-graph": "#7a4fa0",
     "cuda-int16-graph": "#b0306a",
+    "cuda-int16-again": "#f0c4d6",
+    "triton-graph": "#2e7d5b",
+    "cuda-graph": "#b0306a",
     "eager": "#b0b0b0",
     "compile": "#8a8a8a",
+    "compile-graph": "#5f5f5f",
     "compile-autocast": "#8a8a8a",
     "compile-autocast-graph": "#5f5f5f",
     "gemms": "#d9b44a",
@@ -39,6 +43,8 @@ COLOURS = {
     "authors-autocast": "#b5533c",
     "flash-sinkhorn": "#4aa3a3",
     "flash-sinkhorn-tf32": "#4aa3a3",
+    "flash-sinkhorn-graph": "#2f7777",
+    "flash-sinkhorn-tf32-graph": "#2f7777",
 }
 MARKERS = {
     "cpu": "o",

@@ -1,6 +1,7 @@
 """Predicted times of kernels and steps on a GPU, from counts of instructions and bytes, compared with measured rows.
 
     python benchmarks/predictions.py --results rows.jsonl      # rows that benchmarks/gpu/times.py wrote
+    python benchmarks/predictions.py --results after.jsonl --before before.jsonl      # from measure.py --against
 
 The predictions were written before any of these kernels had run on a GPU.
 
@@ -281,25 +282,31 @@ def outcomes(rows: list[Row], gpu: str | None = None) -> list[dict[str, Any]]:
     return results
 
 
-def outcome_table(results: list[dict[str, Any]]) -> str:
-    head = ["prediction", "low", "high", "measured", "unit", "held", "issue/memory/exp us", "  why"]
+def outcome_table(results: list[dict[str, Any]], before: list[dict[str, Any]] | None = None) -> str:
+    """Table of outcomes; `before`: outcomes of an earlier commit's rows, for a column of what they measured."""
+    earlier = {one["prediction"]: one["measured"] for one in before or ()}
+    head = ["prediction", *(["before"] if before else []), "low", "high", "measured", "unit", "held"]
     words = {None: "-", True: "yes", False: "NO"}
     lines = []
     for one in results:
-        low, high, measured = (f"{x:.4g}" if x is not None else "-" for x in (one["low"], one["high"], one["measured"]))
+        values = [earlier.get(one["prediction"])] if before else []
+        values += [one["low"], one["high"], one["measured"]]
+        numbers = [f"{x:.4g}" if x is not None else "-" for x in values]
         floors = " / ".join(f"{x:.1f}" for x in one["floors_us"] or ())
-        cells = [one["prediction"], low, high, measured, one["unit"], words[one["held"]], floors, "  " + one["why"]]
+        cells = [one["prediction"], *numbers, one["unit"], words[one["held"]], floors, "  " + one["why"]]
         lines.append(cells)
-    return table(head, lines)
+    return table([*head, "issue/memory/exp us", "  why"], lines)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, help="rows.jsonl of times.py (default: print the predictions alone)")
+    parser.add_argument("--before", type=Path, help="rows of an earlier commit, for a column of their own")
     parser.add_argument("--gpu", choices=GPUS, help="GPU to predict for (default: the rows' own, else H100)")
     options = parser.parse_args()
     results = outcomes(read(options.results) if options.results is not None else [], options.gpu)
-    print(outcome_table(results))
+    before = outcomes(read(options.before), options.gpu) if options.before is not None else None
+    print(outcome_table(results, before))
     held = [one["held"] for one in results if one["held"] is not None]
     print(f"{sum(held)} of {len(held)} held; {len(results) - len(held)} without a row")
     return 0

@@ -34,7 +34,12 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--authors", type=Path, help="checkout of the authors' published code")
     parser.add_argument("--toy", action="store_true", help="run toy sizes on the CPU")
     parser.add_argument("--plan", action="store_true", help="print the problems and their expected seconds, then exit")
-    parser.add_argument("--compile", metavar="PROBLEM", help="fill the compilers' caches for a problem, then exit")
+    parser.add_argument(
+        "--compile",
+        nargs="+",
+        metavar="PROBLEM KIND",
+        help="fill the compilers' caches for a problem, or for these kinds of its rows, then exit",
+    )
     parser.add_argument("--in-this-process", action="store_true", help="measure here, without a supervisor")
     return parser.parse_args()
 

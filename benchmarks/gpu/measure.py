@@ -4,7 +4,8 @@
         --before contact.tar.gz --authors CHECKOUT
 
 First, with nothing timed, failures of an earlier contact are repeated, races are looked for and competitors compiled.
-Then one process has the GPU to itself for all rows (compare.py). Nsight Compute and torch's profiler run last.
+With --against, kernels and steps of an earlier commit and of this one are timed in turn (before_after.py). Then one
+process has the GPU to itself for all rows (compare.py). Nsight Compute and torch's profiler run last.
 flash-sinkhorn is compared if it can be imported; a folder that contains it can be put on PYTHONPATH. For a checkout
 copied without its history, BAM_KERNELS_COMMIT names the commit.
 """
@@ -17,12 +18,13 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from comparisons import comparisons
+from before_after import Against, BeforeAfter, files
+from comparisons import comparisons, slow_kinds
 from contact import Contact
 from earlier_run import EarlierRun, remove
 from steps import BASE, REPOSITORY, Run, Step, parser, script
 
-AFTER_ROWS_S = 80.0  # reserved for the profilers, which run after the rows
+COUNTERS_S, TRACE_S = 24.0, 11.0  # reserved for each step of a profiler; they run after the rows
 ROWS_S = 290.0
 KERNELS = "sinkhorn_pass|match|column_lse|merge_lse|add_chunks|normalize|unit_rows|project|quantize"
 SECTIONS = ("SpeedOfLight", "WarpStateStats", "InstructionStats")
@@ -35,10 +37,13 @@ WRITTEN |= {f"ncu-{backend}": (f"ncu-{backend}.csv",) for backend in ("cuda", "t
 class Measure:
     """Builds the steps of a measuring run."""
 
-    def __init__(self, out: Path, extensions: Path | None, toy: bool, authors: Path | None) -> None:
+    def __init__(
+        self, out: Path, extensions: Path | None, toy: bool, authors: Path | None, against: Against | None = None
+    ) -> None:
         self.out, self.toy, self.authors = out.absolute(), toy, authors
         self.contact = Contact(out, extensions, toy)
         self.environment = self.contact.environment()
+        self.before_after = BeforeAfter(out, against, self.environment, toy) if against is not None else None
 
     def repeated_steps(self, before: EarlierRun) -> list[Step]:
         """Steps that repeat each failed test and probe of the earlier run in the form in which it failed."""
@@ -81,8 +86,15 @@ class Measure:
     def compile_steps(self) -> list[Step]:
         """Steps that compile the code which the rows need into the caches on disk, one process per problem."""
         environment = self.environment | {"TORCHINDUCTOR_COMPILE_THREADS": "2"}
-        names = [comparison.name for comparison in comparisons(self.toy) if comparison.compiled]
-        return [Step(f"compile-{name}", self.compare("--compile", name), 85, environment) for name in names]
+        steps = []
+        for comparison in comparisons(self.toy):
+            kinds = slow_kinds(comparison)
+            alone = [kind for kind in kinds if kind.startswith("flash-sinkhorn")]  # 44 tiles each
+            shares = [[kind for kind in kinds if kind not in alone], *([kind] for kind in alone)]
+            for share in shares if comparison.compiled else ():
+                name = "-".join(["compile", comparison.name, *(share if share[0] in alone else ())])
+                steps.append(Step(name, self.compare("--compile", comparison.name, *share), 85, environment))
+        return steps + (self.before_after.compile_steps() if self.before_after is not None else [])
 
     def compare(self, *more: str) -> list[str]:
         toy = ["--toy"] if self.toy else []
@@ -112,11 +124,11 @@ class Measure:
         return steps
 
     def traces(self) -> list[Step]:
-        """Profiles of two sizes: the host's gaps between kernels show in the larger one and dominate the smaller."""
+        """Profiles of three sizes: the host's gaps between kernels show in the large ones and dominate the smallest."""
         if self.toy:
             return [self.trace("trace-toy", "--backends", "cpu", "--shape", "32x64x16", "--views", "4")]
-        small = self.trace("trace-512x512x256", "--shape", "512x512x256", "--views", "2")
-        return [self.trace("trace-2048x8192x256"), small]
+        shapes = {"2048x8192x4096": "8", "512x512x256": "2", "2048x8192x256": "8"}
+        return [self.trace(f"trace-{shape}", "--shape", shape, "--views", views) for shape, views in shapes.items()]
 
     def trace(self, name: str, *options: str) -> Step:
         return Step(name, script("step_trace", "--out", self.out, *options), 25, self.environment)
@@ -131,23 +143,38 @@ class Measure:
             return f"{failed}{late}"
         return failed + ended.stdout + ended.stderr
 
+    def written_in_turn(self) -> dict[str, tuple[str, ...]]:
+        return {file.stem: (file.name,) for file in files(self.out)} if self.before_after is not None else {}
+
     def run(self, run: Run, before: EarlierRun) -> None:
-        remove(run, WRITTEN)
+        remove(run, WRITTEN | self.written_in_turn())
+        run.known.append("again-")  # so that `--only 'again-*'` is no error where nothing had failed
         run.steps([self.contact.facts()])
         checks = [*self.repeated_steps(before), *self.compile_steps(), *self.sanitizers()]
         run.steps(checks, at_once=16 if not self.toy else 2)
-        left = run.end - time.monotonic() - AFTER_ROWS_S * (not self.toy)
+        if self.before_after is not None:
+            run.steps(self.before_after.steps())
+            self.before_after.write()
+        counters, traces = self.counters(), self.traces()
+        chosen = [[step for step in steps if run.chosen(step.name)] for steps in (counters, traces)]
+        reserved = COUNTERS_S * len(chosen[0]) + TRACE_S * len(chosen[1])
+        left = run.end - time.monotonic() - reserved * (not self.toy)
         run.steps([self.rows(max(min(left, ROWS_S), 30.0))])
-        run.steps([*self.counters(), *self.traces()])
+        run.steps([*counters, *traces])
 
 
 def main() -> int:
     arguments = parser(__doc__, seconds=480)
     arguments.add_argument("--before", type=Path, help="archive or folder of a contact run whose failures are repeated")
     arguments.add_argument("--authors", type=Path, help="checkout of the authors' published code (DanielShalam/BAM)")
+    arguments.add_argument("--against", type=Path, help="folder of an earlier commit, timed in turn with this one")
+    arguments.add_argument("--against-extension", type=Path, help="the earlier commit's extension, a file _C*.so")
     options = arguments.parse_args()
+    against = Against(options.against, options.against_extension) if options.against is not None else None
+    if against is not None and (fault := against.fault()):
+        sys.exit(f"--against: {fault}")
     with Run(options.out, options.archive, options.only, options.seconds) as run:
-        measure = Measure(options.out, options.extensions, options.toy, options.authors)
+        measure = Measure(options.out, options.extensions, options.toy, options.authors, against)
         try:
             measure.run(run, EarlierRun(options.before))
             run.check_only()

@@ -6,15 +6,17 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from before_after import comparison_table, files
 from counters import counter_table, read_counters
 from rows import read
 from steps import table
 
 AGAINST = (
     ("products", ("gemms-half",)),
-    ("compiled", ("compile-autocast-graph", "compile-autocast", "compile")),
+    ("compiled", ("compile-autocast-graph", "compile-autocast", "compile-graph", "compile")),
     ("authors", ("authors-autocast", "authors")),
-    ("flash-sinkhorn", ("flash-sinkhorn-tf32", "flash-sinkhorn")),
+    ("flash-sinkhorn", ("flash-sinkhorn-graph", "flash-sinkhorn")),
+    ("flash-sinkhorn tf32", ("flash-sinkhorn-tf32-graph", "flash-sinkhorn-tf32")),
 )
 Rows = list[dict[str, Any]]
 
@@ -61,6 +63,8 @@ def summary(out: Path) -> str:
     file = out / "rows.json"
     rows: Rows = json.loads(file.read_text()) if file.exists() else []
     parts = [] if rows else ["== No rows"]
+    if any(file.exists() for file in files(out)):
+        parts += ["== Before and after", comparison_table(out), ""]
     for name in dict.fromkeys(row["problem"] for row in rows):
         parts += [f"== {name}", ratios([row for row in rows if row["problem"] == name]), ""]
     file = out / "not_measured.json"

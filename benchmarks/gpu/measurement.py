@@ -14,11 +14,12 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks"), str(REPOSITORY 
 
 import torch  # noqa: E402
 from compare import WRONG, Record  # noqa: E402
-from comparisons import LARGEST_TRUTH, Comparison, comparisons, seconds_table  # noqa: E402
+from comparisons import LARGEST_TRUTH, Comparison, comparisons, seconds_table, slow_kinds  # noqa: E402
 from competitor import Choice, Competitor, RowName  # noqa: E402
 from competitors import sinkhorn_competitors  # noqa: E402
 from hardware import Machine  # noqa: E402
 from one_step import wait  # noqa: E402
+from our_kernels import GraphReplay  # noqa: E402
 from potentials import potentials_competitors, truth_of_potentials  # noqa: E402
 from problem import Problem, Truth, Work, loss_options, truth_of_embeddings, truth_of_sinkhorn  # noqa: E402
 from report import Row, compare_with_truth, layout_fields, result_table  # noqa: E402
@@ -77,7 +78,8 @@ class ProblemCompetitors:
             self.made = Competitors(self.problem, ColdInputs(self.problem, machine), self.authors, compiler)
             return
         self.problem = Problem.generate(replace(layout_of(comparison), L=1), Options(), machine.device)
-        choice = Choice(comparison.kinds, ("auto",), self.authors, 3 * machine.l2_bytes)
+        kinds = tuple(kind.removesuffix("-graph") for kind in comparison.kinds)
+        choice = Choice(kinds, ("auto",), self.authors, 3 * machine.l2_bytes)
         if comparison.part == "sinkhorn":
             self.scores = self.problem.scores()[0]
             listed = sinkhorn_competitors(self.problem, self.scores, choice)
@@ -97,10 +99,13 @@ class ProblemCompetitors:
         """Why this kind of row cannot run here; None if it can."""
         if self.whole:
             return unavailable(kind, self.problem, self.authors)
-        return None if kind in self.all else "cannot run here"
+        return None if kind.removesuffix("-graph") in self.all else "cannot run here"
 
     def competitor(self, kind: RowName) -> Competitor:
-        return self.made.competitor(kind) if self.whole else self.all[kind]
+        if self.whole:
+            return self.made.competitor(kind)
+        c = self.all[kind.removesuffix("-graph")]
+        return replayed(c, kind) if kind.endswith("-graph") else c
 
     def truth(self) -> Truth:
         if self.comparison.part == "sinkhorn":
@@ -110,6 +115,12 @@ class ProblemCompetitors:
         return (
             truth_of_embeddings(self.problem) if self.problem.layout.N <= LARGEST_TRUTH else exact_truth(self.problem)
         )
+
+
+def replayed(c: Competitor, kind: RowName) -> Competitor:
+    """The competitor replayed as a CUDA graph on inputs of its own; its outputs are those of eager calls."""
+    note = ", ".join(filter(None, (c.note, "replayed; its memory is the graph's")))
+    return replace(c, kind=kind, name=f"{c.name}, graph", run=GraphReplay(c.run, c.fresh), note=note)
 
 
 def exact_truth(problem: Problem) -> Truth:
@@ -279,7 +290,8 @@ def write(
         hows |= {"wall": more["wall_ms"], "host": more["host_ms"]}
     names = {"gemms-half": "products alone"}
     name = names.get(kind, "loss and gradient" if whole else comparison.part)
-    backend = kind.removesuffix("-graph").removesuffix("-int16") if whole else kind
+    backend = kind.removesuffix("-graph")
+    backend = backend.removesuffix("-int16") if whole else backend
     backend = "torch" if kind in names else backend
     peak = fields["peak_bytes"] / 1e6 if fields["peak_bytes"] is not None else None
     common = {"teacher": comparison.teacher, "peak_mb": peak, "error": fields["error_gradient"]}
@@ -305,18 +317,23 @@ def copy_rate(comparison: Comparison, machine: Machine) -> float:
 
 
 def compile_rows(options: argparse.Namespace) -> int:
-    """Run once each row that compiles something: torch.compile, Triton, flash-sinkhorn; exit status 1 if one failed."""
-    (comparison,) = [comparison for comparison in comparisons(options.toy) if comparison.name == options.compile]
+    """Run once each row that compiles something: torch.compile, Triton, flash-sinkhorn; exit status 1 if one failed.
+
+    `options.compile` is a problem, and then kinds if not all of its rows are wanted. Outputs are made too, because the
+    targets have kernels of their own.
+    """
+    problem, *chosen = options.compile
+    (comparison,) = [comparison for comparison in comparisons(options.toy) if comparison.name == problem]
     device = torch.device("cpu" if options.toy else "cuda")
     rows, failed = ProblemCompetitors(comparison, Machine(device, "", "", 0, ""), options), 0
-    for kind in comparison.kinds:
-        slow = kind.startswith(("compile", "triton", "flash-sinkhorn")) and not kind.endswith("-graph")
-        if not slow or rows.missing(kind) is not None:
+    for kind in chosen or slow_kinds(comparison):
+        if rows.missing(kind) is not None:
             continue
         begin = time.monotonic()
         try:
             c = rows.competitor(kind)
-            c.run(*c.fresh())
+            if c.outputs is not None:
+                c.outputs()
             wait(rows.machine.device)
             print(f"{comparison.name} {kind}: compiled in {time.monotonic() - begin:.1f} s", flush=True)
         except Exception as error:

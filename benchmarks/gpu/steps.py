@@ -14,7 +14,7 @@ import sys
 import tarfile
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -27,6 +27,7 @@ ARCHIVE_EVERY_S = 5.0
 LARGEST_ARCHIVED = 4 << 20  # bytes; larger files are left out and listed
 KILLED_S = 5.0  # time in which a killed process must end
 BASE = "sm_90a"  # variant of the extension that most steps use
+TURNS = 2  # times that each of several builds is timed, one after the other
 
 
 @dataclass(frozen=True)
@@ -209,6 +210,12 @@ def last_line(log: Path) -> str:
     """Last line of the log with any text other than a rule of equal signs."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip(" =\n")]
     return lines[-1] if lines else ""
+
+
+def in_turn(builds: Iterable[str]) -> Iterator[tuple[int, str]]:
+    """(turn, build) of each timing of builds that are compared, alternating: a clock that drifts favours none."""
+    names = tuple(builds)
+    return ((turn, name) for turn in range(TURNS) for name in names)
 
 
 def script(name: str, *arguments: str | Path) -> list[str]:

@@ -20,18 +20,30 @@ from statistics import median
 
 from earlier_run import remove
 from rows import Row, read
-from steps import BASE, Run, Step, checkout_environment, extension_environment, parser, script, table
+from steps import (
+    BASE,
+    TURNS,
+    Run,
+    Step,
+    checkout_environment,
+    extension_environment,
+    in_turn,
+    parser,
+    script,
+    table,
+)
 from variants import TRIED
 
+COMPILE_SHARE = 0.45  # of the run's seconds; what is not compiled by then is compiled where it is timed
 GAIN = 0.98  # a variant wins below this share of the default build's time: a smaller gain is noise
-TURNS = 2  # times that a winner and the default build are timed in whole steps
 
 
 class Tuning:
     """Builds the steps of a tuning run."""
 
-    def __init__(self, out: Path, extensions: Path | None, toy: bool, processes: int) -> None:
+    def __init__(self, out: Path, extensions: Path | None, toy: bool, processes: int, seconds: float = 420.0) -> None:
         self.out, self.extensions, self.toy, self.processes = out.absolute(), extensions, toy, processes
+        self.compile_s = COMPILE_SHARE * seconds
         self.rows = self.out / "rows.jsonl"
         self.tuned = self.out / "tuned.json"
 
@@ -50,7 +62,7 @@ class Tuning:
             Step(
                 f"compile-{part}",
                 script("tune_tiles", "--compile", share, *self.toy_option()),
-                150,
+                self.compile_s,
                 self.triton_environment(),
             )
             for part, share in enumerate(shares)
@@ -74,9 +86,7 @@ class Tuning:
     def whole_steps_in_turn(self, winners: list[str]) -> list[Step]:
         """Steps that time whole steps of the default build and of each winner, alternating."""
         builds = (BASE, *winners) if winners else ()
-        return [
-            self.variant_step(name, turn_step_name(turn, name), "--step") for turn in range(TURNS) for name in builds
-        ]
+        return [self.variant_step(name, turn_step_name(turn, name), "--step") for turn, name in in_turn(builds)]
 
     def drop_old_rows(self, run: Run) -> None:
         """Remove the rows of an earlier run that this run measures again."""
@@ -154,11 +164,11 @@ def main() -> int:
     options.add_argument(
         "--processes",
         type=int,
-        default=min(os.cpu_count() or 1, 12),
-        help="number of compiling processes (default: the cores, at most 12)",
+        default=min(os.cpu_count() or 1, 16),
+        help="number of compiling processes (default: the cores, at most 16)",
     )
     given = options.parse_args()
-    tuning = Tuning(given.out, given.extensions, given.toy, given.processes)
+    tuning = Tuning(given.out, given.extensions, given.toy, given.processes, given.seconds)
     with Run(given.out, given.archive, given.only, given.seconds) as run:
         try:
             tuning.run(run)

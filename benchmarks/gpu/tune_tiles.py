@@ -5,7 +5,8 @@
 
 A tile that wins alone may lose in a step, where other kernels have used the cache. So whole steps are timed
 without and with the winners of a group, and the group is kept or dropped as a whole. A group is the tiles for one
-number of columns, or the tiles of the flash kernels.
+number of columns, or the tiles of the flash kernels. The file is written again after each group, so that a run that is
+ended keeps what it has found.
 """
 
 import argparse
@@ -57,21 +58,25 @@ STEPS = (
 TOY_STEPS = (row_tiles(32, ("16x32x16", 2)), flash_tiles(32, ("16x32x16", 2)))
 
 
-def all_jobs(device: torch.device, toy: bool) -> Iterator[tune.Job]:
-    """Yield each launch whose tile can be chosen, without repetition."""
+def jobs_of(steps: Steps, device: torch.device, toy: bool) -> Iterator[tune.Job]:
+    """Yield each launch whose tile these steps decide, without repetition."""
     seen: set[Key] = set()
     for shape in TOY_SHAPES if toy else SHAPES:
         for job in tune.jobs(*shape, device):
-            if job.key not in seen:
+            if steps.takes(job.key) and job.key not in seen:
                 seen.add(job.key)
                 candidates = job.candidates[:TOY_CANDIDATES] if toy else job.candidates
                 yield tune.Job(job.key, job.default, candidates, job.run)
 
 
+def groups(toy: bool) -> tuple[Steps, ...]:
+    return TOY_STEPS if toy else STEPS
+
+
 def compile_share(part: int, parts: int, device: torch.device, toy: bool) -> int:
     """Compile every `parts`-th candidate by running it once; returns how many did not run."""
     failed = number = 0
-    for job in all_jobs(device, toy):
+    for job in (job for steps in groups(toy) for job in jobs_of(steps, device, toy)):
         for tile in (job.default, *job.candidates):
             number += 1
             if number % parts != part:
@@ -110,11 +115,11 @@ class ColdTimer:
         return self.clock.graph_us([both] * COLD_CALLS)
 
 
-def chosen_tiles(timer: tune.Timer, device: torch.device, toy: bool) -> dict[Key, tuple[int, ...]]:
-    """The tiles that, timed alone, are faster than the defaults."""
+def chosen_tiles(steps: Steps, timer: tune.Timer, device: torch.device, toy: bool) -> dict[Key, tuple[int, ...]]:
+    """The tiles of these steps that, timed alone, are faster than the defaults."""
     chosen = {}
     with tuned.use_tiles({}):
-        for job in all_jobs(device, toy):
+        for job in jobs_of(steps, device, toy):
             tile, ms, default_ms = tune.best(job, timer)
             kept = "default" if tile == tuple(job.default) else str(tile)
             name = " ".join(map(str, job.key))
@@ -127,26 +132,25 @@ def chosen_tiles(timer: tune.Timer, device: torch.device, toy: bool) -> dict[Key
 def tiles_kept_by_steps(
     chosen: dict[Key, tuple[int, ...]], steps: Steps, clock: Clock, device: torch.device
 ) -> dict[Key, tuple[int, ...]]:
-    """The chosen tiles that these steps use, or none if the steps are slower with the tiles.
+    """The chosen tiles, or none if the steps are slower with them.
 
     The steps are timed twice without and twice with the tiles, alternating.
     """
-    used = {key: tile for key, tile in chosen.items() if steps.takes(key)}
-    if not used:
+    if not chosen:
         return {}
     runs = [
         steps_of(shape, views, "triton", device, teacher=steps.teacher, engine=steps.engine)
         for shape, views in steps.shapes
     ]
     totals = []
-    for tiles in ({}, used, {}, used):
+    for tiles in ({}, chosen, {}, chosen):
         with tuned.use_tiles(tiles):
             totals.append([clock.graph_us(run) for run in runs])
     without, with_them = (sum(map(sum, totals[first::2])) for first in (0, 1))
     kept = with_them <= without
     shown = "; ".join(" ".join(f"{us:.1f}" for us in times) for times in zip(*totals, strict=True))
-    print(f"{steps.name}: {len(used)} tiles, us without, with, without, with: {shown}: {'kept' if kept else 'left'}")
-    return used if kept else {}
+    print(f"{steps.name}: {len(chosen)} tiles, us without, with, without, with: {shown}: {'kept' if kept else 'left'}")
+    return chosen if kept else {}
 
 
 def main() -> int:
@@ -163,17 +167,21 @@ def main() -> int:
     if options.tuned is None:
         parser.error("either --compile or --tuned is needed")
     timer = ColdTimer(Clock(device, 0.001 if options.toy else 0.02), device)
-    chosen, kept = chosen_tiles(timer, device, options.toy), {}
     clock = Clock(device, 0.001 if options.toy else 0.1)
-    for steps in TOY_STEPS if options.toy else STEPS:
-        kept |= tiles_kept_by_steps(chosen, steps, clock, device)
     rates = tune.measured_rates(device, timer, 64 if options.toy else 8192)
     for name, rate in rates.items():
         print(f"{name:<28} {rate:>12.3g} a second")
     machine_file = tuned.path()  # path of this GPU's tuning file; None without a GPU
-    for file in (options.tuned, *([machine_file] if machine_file is not None else [])):
-        tuned.save(Tuning(rates, kept), file)
-        print(f"{len(kept)} tiles of {len(chosen)} that won alone: {file}")
+    saved = (options.tuned, *([machine_file] if machine_file is not None else []))
+    kept: dict[Key, tuple[int, ...]] = {}
+    won = 0
+    for steps in groups(options.toy):
+        chosen = chosen_tiles(steps, timer, device, options.toy)
+        won += len(chosen)
+        kept |= tiles_kept_by_steps(chosen, steps, clock, device)
+        for file in saved:
+            tuned.save(Tuning(rates, kept), file)
+    print(f"{len(kept)} tiles of {won} that won alone: {', '.join(map(str, saved))}")
     return 0
 
 

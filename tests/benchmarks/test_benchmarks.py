@@ -159,6 +159,20 @@ def test_predictions_stand_beside_what_was_measured(tmp_path: Path) -> None:
     }
 
 
+def test_predictions_stand_beside_an_earlier_commit(tmp_path: Path) -> None:
+    given = "match", "cuda", "2048x8192", "graph, cold"
+    for tree, us in (("before", 46.5), ("after", 28.5)):
+        (tmp_path / tree).write_text(json.dumps(asdict(measured_row(*given, us))) + "\n")
+    finished = run("predictions.py", "--results", tmp_path / "after", "--before", tmp_path / "before")
+    assert finished.returncode == 0, finished.stderr
+    head, *lines = finished.stdout.splitlines()
+    assert head.split()[:5] == ["prediction", "before", "low", "high", "measured"]
+    (match,) = [line.split() for line in lines if line.startswith("match cuda 2048x8192 graph")]
+    assert (match[4], match[7]) == ("46.5", "28.5")
+    (other,) = [line.split() for line in lines if line.startswith("match triton 2048x8192 graph")]
+    assert (other[4], other[7]) == ("-", "-")
+
+
 @pytest.mark.parametrize("cold, warm, measured, held", [(50, 44, 44, True), (70, 44, 70, False), (50, 20, 20, False)])
 def test_a_prediction_of_two_rows_holds_where_both_are_within(cold, warm, measured, held) -> None:
     """Between 42 and 56: the one furthest from 49 is shown. An earlier row of the same temperature does not count."""

@@ -129,9 +129,9 @@ def test_rows_of_an_earlier_run_stay_where_nothing_measures_them_again(tmp_path,
 
 @pytest.mark.parametrize("without, with_them, kept", [(10.0, 9.0, True), (10.0, 11.0, False), (10.0, 10.0, True)])
 def test_tiles_stay_where_whole_steps_are_not_slower(monkeypatch, capsys, without, with_them, kept):
-    """Only those of the steps' columns; without any, no step is taken."""
+    """Without any, no step is taken."""
     key = ("row", 16, 32)
-    chosen = {key: (1, 2, 3, 4, 5), ("row", 16, 64): (1,) * 5, ("flash", 32, 16, 16, 0, 1): (1,) * 6}
+    chosen = {key: (1, 2, 3, 4, 5)}
     monkeypatch.setattr(tune_tiles, "steps_of", lambda *_, **__: [lambda: None])
 
     class Fixed:
@@ -140,11 +140,36 @@ def test_tiles_stay_where_whole_steps_are_not_slower(monkeypatch, capsys, withou
 
     steps = tune_tiles.row_tiles(32, ("16x32x16", 2))
     with tuned.use_tiles({}):
-        assert tune_tiles.tiles_kept_by_steps(chosen, steps, Fixed(), CPU) == ({key: chosen[key]} if kept else {})
+        assert tune_tiles.tiles_kept_by_steps(chosen, steps, Fixed(), CPU) == (chosen if kept else {})
         assert f"{without} {with_them} {without} {with_them}" in capsys.readouterr().out
-        assert tune_tiles.tiles_kept_by_steps({("row", 16, 64): (1,) * 5}, steps, None, CPU) == {}
-    flash = tune_tiles.flash_tiles(32, ("16x32x16", 2))
-    assert [key[0] for key in chosen if flash.takes(key)] == ["flash"]
+        assert tune_tiles.tiles_kept_by_steps({}, steps, None, CPU) == {}
+
+
+def test_each_launch_belongs_to_one_group():
+    """The tiles of rows come before those of flash, which take longest to compile."""
+    pytest.importorskip("triton")
+    keys = [[job.key for job in tune_tiles.jobs_of(steps, CPU, True)] for steps in tune_tiles.TOY_STEPS]
+    assert {key[0] for key in keys[0]} == {"row", "column", "image"} and {key[0] for key in keys[1]} == {"flash"}
+    assert all(len(set(found)) == len(found) for found in keys)
+
+
+def test_a_run_that_is_ended_keeps_the_tiles_of_the_groups_before(tmp_path, monkeypatch):
+    rates, kept = dict.fromkeys(tuned.RATES, 1.0), {("row", 16, 32): (1, 2, 3, 4, 5)}
+
+    def chosen(steps, *_):
+        if steps.name.startswith("flash"):
+            raise KeyboardInterrupt
+        return kept
+
+    monkeypatch.setattr(tune_tiles.tune, "measured_rates", lambda *_: rates)
+    monkeypatch.setattr(tune_tiles, "chosen_tiles", chosen)
+    monkeypatch.setattr(tune_tiles, "tiles_kept_by_steps", lambda found, *_: found)
+    monkeypatch.setattr(tuned, "path", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["tune_tiles.py", "--toy", "--tuned", str(tmp_path / "tuned.json")])
+    with pytest.raises(KeyboardInterrupt):
+        tune_tiles.main()
+    saved = json.loads((tmp_path / "tuned.json").read_text())
+    assert saved["rates"] == rates and list(saved["tiles"].values()) == [[1, 2, 3, 4, 5]]
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
