@@ -76,11 +76,11 @@ def comparisons(toy: bool) -> list[Comparison]:
         Comparison("2048x8192x256", 8, False, FROM_EMBEDDINGS, "potentials"),
         Comparison("2048x8192x256", 8, False, FROM_SCORES, "sinkhorn"),
         Comparison("2048x524288x4096", 8, True, LARGEST),
+        Comparison("2048x8192x1024", 8, True, WIDE),
+        Comparison("2048x65536x1024", 8, False, WIDE),
         Comparison("2048x8192x4096", 8, False, WIDE),
         Comparison("2048x8192x256", 8, False, NARROW),
         Comparison("512x512x256", 2, False, NARROW),
-        Comparison("2048x8192x1024", 8, True, WIDE),
-        Comparison("2048x65536x1024", 8, False, WIDE),
     ]
 
 

@@ -26,7 +26,7 @@ from steps import BASE, REPOSITORY, Run, Step, parser, script
 
 COUNTERS_S, TRACE_S = 24.0, 11.0  # reserved for each step of a profiler; they run after the rows
 ROWS_S = 290.0
-KERNELS = "sinkhorn_pass|match|column_lse|merge_lse|add_chunks|normalize|unit_rows|project|quantize"
+KERNELS = "sinkhorn|match|column_lse|merge_lse|add_chunks|normalize|unit_rows|project|quantize|mean_row|product_step"
 SECTIONS = ("SpeedOfLight", "WarpStateStats", "InstructionStats")
 LAUNCHES = 40  # launches that the profiler counts; a step has about 20 kernels of its own
 # Files by the step that writes them. New rows are appended and the summary reads all, so old files must go first.
