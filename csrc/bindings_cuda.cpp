@@ -77,10 +77,10 @@ void bind_sinkhorn(py::class_<Kernels>& c) {
   });
   c.def("sinkhorn_on_chip",
         [](const Kernels& k, py::tuple s, int64_t m, int64_t n, ScalarPair scale, Pair row, Pair col, Address sums,
-           Address partial, int64_t block_rows, TeamPair of, int iterations, WhereTuple where) {
+           int64_t block_rows, int cluster, int iterations, WhereTuple where) {
           call(k.sinkhorn_on_chip,
-               {scores(s), m, n, scalar(scale), potential(row), potential(col), as<float>(sums), as<float>(partial),
-                block_rows, team(of), iterations},
+               {scores(s), m, n, scalar(scale), potential(row), potential(col), as<float>(sums), block_rows, cluster,
+                iterations},
                where);
         });
   c.def("reciprocal_potential",

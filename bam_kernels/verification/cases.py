@@ -111,8 +111,8 @@ class Problem:
 
 MASK_OFF = {"mask_positives": False}
 PROBLEMS = {
-    # All iterations in one launch of CUDA kernels, over a grid of blocks, or over a cluster of them for few rows. Rows
-    # of 130 and 42 columns are no multiples of 16 bytes.
+    # All iterations in one launch of CUDA kernels, over a cluster of blocks. Rows of 130 and 42 columns are not a whole
+    # number of 16 bytes.
     "one launch": Problem(
         3, 0, 64, ((64, 1), (65, 1), (20, 1), (21, 1)), ((4, 1), (10, 1)), budget=0.6, top_k=True, tf32=True
     ),

@@ -42,7 +42,6 @@ class Case:
     threads: int | None = None  # most threads of a block in a toy run, so that short rows need clusters
 
 
-ONE_BLOCK = {"clusters": (0, 0, 0, 0)}
 LONG = {"shared_bytes": 0}
 CASES = {
     "cuda-embed": Case("cuda", "embed", 65, 4099, (5, 33)),
@@ -59,9 +58,9 @@ CASES = {
     "cuda-match-long": Case("cuda", "match", 2, 3000, (2, 300), LONG, form="long"),
     "cuda-plan": Case("cuda", "plan", 37, 4099, (5, 33)),
     "cuda-stats": Case("cuda", "stats", 700, 1400, (20, 40)),
-    "cuda-on-chip-grid": Case("cuda", "on_chip", 512, 512, (150, 33), form="grid"),
-    "cuda-on-chip-grid-odd": Case("cuda", "on_chip", 131, 1031, (13, 300), limits=ONE_BLOCK, form="grid"),
-    "cuda-on-chip-cluster": Case("cuda", "on_chip", 100, 130, (30, 20), form="cluster"),
+    "cuda-on-chip": Case("cuda", "on_chip", 512, 512, (150, 33), form="cluster"),
+    "cuda-on-chip-odd": Case("cuda", "on_chip", 131, 1003, (13, 603), form="cluster"),
+    "cuda-on-chip-small": Case("cuda", "on_chip", 100, 130, (30, 20), form="cluster"),
     "cuda-step": Case("cuda", "step", 130, 72, (9, 8)),
     "triton-embed": Case("triton", "embed", 65, 4099, (5, 33)),
     "triton-symmetrize": Case("triton", "symmetrize", 1030, 0, (33, 0)),
@@ -126,8 +125,7 @@ def form_of(case: Case, m: int, n: int, device: Any) -> str:
     from bam_kernels.backends.cuda import shapes
 
     if case.check == "on_chip":
-        launch = shapes.on_chip(m, n, 2, device)
-        return "too large for the chip" if launch is None else "cluster" if launch.team.cluster > 1 else "grid"
+        return "too large for the chip" if shapes.on_chip(m, n, device) is None else "cluster"
     if case.check == "match":
         team = shapes.match_team(2, n, 2, device)
     else:

@@ -82,8 +82,7 @@ static_assert(kMostThreads % 32 == 0 && kMostThreads <= 1024, "whole warps, as m
 constexpr int kRegisterThreads = BAM_REGISTER_THREADS;
 static_assert(kRegisterThreads % kMostThreads == 0, "whole blocks of the most threads");
 static_assert(kRegisterThreads >= kMostThreads && kRegisterThreads <= 2048, "a block at least, and what runs at once");
-// Of the one-launch form: one rank's problems that fit the chip have no more than 4096 columns, and the rest of the
-// registers keeps all of a thread's numbers in them.
+// Of the one-launch form, whose blocks have a multiprocessor alone: all of a thread's numbers are in registers.
 constexpr int kOnChipThreads = 256;
 static_assert(kOnChipThreads <= kMostThreads, "the scratch of reductions has room for the most threads");
 // The rows of a Sinkhorn pass that share a reduction are a group: kGroupBytes of scores a column, or half of that where
@@ -154,18 +153,17 @@ struct RowStep {
   Potential row, col;
 };
 
-// All iterations of small problems in one launch, the scores in shared memory: the first column step from `row`, then
-// iterations - 1 passes, each followed by col <- col / c. `rows` rows a block, whole groups; every block has
-// partial[0] and [1] (blocks, n).
+// All iterations of small problems in one launch of one cluster, the scores in its shared memory: the first column step
+// from `row`, then iterations - 1 passes, each followed by col <- col / c. `rows` rows a block, a multiple of 4; no more
+// than 1024 columns.
 struct SinkhornOnChip {
   Scores scores;
   int64_t m, n;
   Scalar scale;
   Potential row, col;
   float* c;
-  float* partial;
   int64_t rows;
-  Team team;  // threads; cluster > 1: all blocks are one cluster
+  int cluster;
   int iterations;
 };
 

@@ -274,7 +274,7 @@ def test_outcomes_come_one_by_one_and_a_lost_context_ends_its_worker(tmp_path, w
 CONSEQUENCES = {
     "wrong phase": ("probe-cuda-pass-block", "failed with 1"),
     "write past the end": ("probe-cuda-columns", "failed with 1"),
-    "no end": ("probe-cuda-on-chip-grid", "failed: longer than"),
+    "no end": ("probe-cuda-on-chip", "failed: longer than"),
 }
 
 

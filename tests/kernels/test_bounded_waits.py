@@ -30,7 +30,7 @@ def ptx(folder: Path, file: str, *flags: str) -> str:
     return out.read_text()
 
 
-# Kernels that wait for bulk copies and for other blocks of a cluster; the grid's barriers are in the last.
+# Kernels that wait for bulk copies and for other blocks of a cluster.
 @pytest.mark.parametrize("file", ("sinkhorn_pass.cu", "match.cu", "sinkhorn_on_chip.cu"))
 def test_every_spin_of_a_bounded_build_can_give_up(tmp_path, file):
     code = ptx(tmp_path, file, "-DBAM_BOUNDED_WAITS")
@@ -42,7 +42,7 @@ def test_every_spin_of_a_bounded_build_can_give_up(tmp_path, file):
     kernels = [e for e in entries if "_kernel" in e.partition("(")[0]]
     assert kernels
     for kernel in kernels:
-        spins = kernel.count("mbarrier.try_wait") + kernel.count("atom.add.release.gpu")
+        spins = kernel.count("mbarrier.try_wait")
         assert spins and len(re.findall(r"^\s*\S*give_up\S*,", kernel, re.MULTILINE)) == spins
 
 

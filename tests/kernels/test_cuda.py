@@ -89,13 +89,12 @@ def test_shapes_of_launches():
             rows = shapes.pass_rows(m, shape, device)
             assert rows % shape.group == 0 and -(-m // rows) <= 2 * device.multiprocessors
             assert shapes.column_rows(m, n, device) % shapes.COLUMN_ROWS == 0
-    # The small problems; the published shape does not fit: 33.5 MB.
-    assert shapes.on_chip(512, 512, 2, H100) == (4, (32, 1), 128)
-    assert shapes.on_chip(2048, 2048, 2, H100) == (16, (128, 1), 128)
-    assert shapes.on_chip(128, 128, 4, H100) == (8, (32, 16), 16)
-    assert shapes.on_chip(1024, 4096, 2, H100) == (8, (256, 1), 128)
-    assert shapes.on_chip(2048, 8192, 2, H100) is shapes.on_chip(64, 8192, 2, H100) is None
-    assert shapes.on_chip(512, 512, 2, replace(A100, cooperative=False)) is None
+    # The small problems: a cluster that holds twice as many scores takes longer than all multiprocessors.
+    assert shapes.on_chip(512, 512, H100) == (32, 16) and shapes.on_chip(128, 128, H100) == (8, 16)
+    assert shapes.on_chip(1024, 512, H100) == (64, 16) and shapes.on_chip(512, 1024, H100) == (32, 16)
+    assert shapes.on_chip(1024, 1024, H100) is shapes.on_chip(64, 1025, H100) is None
+    assert shapes.on_chip(512, 512, few) is shapes.on_chip(512, 512, A100) is None
+    assert shapes.on_chip(512, 512, replace(H100, clusters=(66, 32, 15, 0))) == (64, 8)
 
 
 @pytest.fixture

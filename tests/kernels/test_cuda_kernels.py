@@ -61,10 +61,11 @@ def test_a_chip_with_room_for_half_a_group(dtype, monkeypatch):
     assert_close(outcomes[0][2].cpu(), torch.softmax(exact / 0.05, 1).sum(0), 5e-6)
 
 
-# Few rows, in one cluster; more, over a grid of four blocks, the last of which has fewer; more columns than one warp.
-@pytest.mark.parametrize("shape", [(1, 1), (30, 20), (150, 33), (13, 600)], ids=str)
+# Blocks without rows; a block with fewer rows than others, and rows of 40 and 66 bytes; warps that have a second group
+# of rows, of 4 (with clusters of 4) and of 2; the most columns; rows of whole octets that end in a lane's second one.
+@pytest.mark.parametrize("shape", [(1, 1), (30, 20), (150, 33), (69, 600), (3, 1024), (20, 408)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int16], ids=str)
-@pytest.mark.parametrize("cluster", [1, 4])
+@pytest.mark.parametrize("cluster", [4, 16])
 def test_one_launch_does_all_iterations(shape, dtype, cluster):
     made = kernels_on(cluster=cluster)
     m, n = shape
@@ -75,6 +76,8 @@ def test_one_launch_does_all_iterations(shape, dtype, cluster):
         row = one(m)
         scale = on_device(LOG2_E / epsilon, DEVICE) if step == 1.0 else LOG2_E / epsilon * step
         found, sums = made.sinkhorn(s, scale, row, iterations)
+        again = made.sinkhorn(s, scale, one(m), iterations)
+        assert all(torch.equal(a, b) for a, b in zip(found, again[0], strict=True))
         f, g = torch.zeros(m, 1).double(), -torch.logsumexp(exact / epsilon, 0)
         for _ in range(iterations - 1):
             f = -torch.logsumexp(exact / epsilon + g, 1, keepdim=True)
@@ -97,11 +100,11 @@ def test_clusters_larger_than_a_device_has_are_skipped(monkeypatch):
 
 
 def test_what_fits_on_chip():
-    made = kernels_on(cluster=1, shared_bytes=72 << 10, multiprocessors=4)
-    assert made.fits_on_chip(100, 600, torch.int16, DEVICE)
-    assert not made.fits_on_chip(100, 600, torch.float32, DEVICE)
-    assert not made.fits_on_chip(1, 8193, torch.int16, DEVICE)
-    assert not kernels_on(cluster=1, cooperative=False).fits_on_chip(4, 4, torch.int16, DEVICE)
+    made = kernels_on(cluster=4, shared_bytes=72 << 10)
+    assert made.fits_on_chip(80, 500, torch.int16, DEVICE)
+    assert not made.fits_on_chip(100, 500, torch.int16, DEVICE)  # 28 rows a block beside 27 kB of sums
+    assert not made.fits_on_chip(1, 1025, torch.int16, DEVICE)
+    assert not kernels_on(cluster=1).fits_on_chip(4, 4, torch.int16, DEVICE)
 
 
 # One of everything; more than a turn of the block.
@@ -141,8 +144,8 @@ def test_no_result_depends_on_the_order_of_threads(kernels, monkeypatch):  # noq
             if kernels.fits_on_chip(23, 92, torch.float32, DEVICE):
                 small = kernels.sinkhorn(s[:, :92].contiguous(), 20.0, one(23), 3)
                 outcomes[-1] += [*small[0], small[1]]
-            grid = kernels_on(cluster=1).sinkhorn(s[:, :92].contiguous(), 20.0, one(23), 3)
-            outcomes[-1] += [*grid[0], grid[1]]
+            wide = kernels_on(cluster=4).sinkhorn(s[:, :692].contiguous(), 20.0, one(23), 3)
+            outcomes[-1] += [*wide[0], wide[1]]
         finally:
             emulated.run_threads_backwards(False)
     assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))

@@ -95,9 +95,9 @@ def _row_step(s, *_):
     return _forms(f"row_step_kernel<{_type(s)}>")
 
 
-def _sinkhorn_on_chip(s, m, n, scale, row, col, c, partial, rows, team, iterations, where):
+def _sinkhorn_on_chip(s, m, n, scale, row, col, c, rows, cluster, iterations, where):
     return _forms(
-        f"sinkhorn_on_chip_kernel<{_type(s)}{', cluster' if team.cluster > 1 else ''}>",
+        f"sinkhorn_on_chip_kernel<{_type(s)}>",
         several_iterations=iterations > 1,
         aligned=_is_aligned(_type(s), s[3]),
         not_aligned=not _is_aligned(_type(s), s[3]),

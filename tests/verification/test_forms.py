@@ -20,8 +20,6 @@ SHORT = {
     "match_kernel<float32>": (*MATCH, "odd views", "one view", "row out"),
     "sinkhorn_pass_kernel<int16>": (*ALIGNED, "groups of 8 bytes"),
     "sinkhorn_pass_kernel<float32>": (*ALIGNED, "groups of 8 bytes"),
-    "sinkhorn_on_chip_kernel<int16>": (*ALIGNED, "several iterations"),
-    "sinkhorn_on_chip_kernel<float32>": (*ALIGNED, "several iterations"),
 }
 LONG = {
     "match_long_kernel<int16>": MATCH,
@@ -34,8 +32,8 @@ CLUSTERS = {
     "match_kernel<float32, cluster>": (*MATCH, "odd views", "row out"),
     "sinkhorn_pass_kernel<int16, cluster>": (*ALIGNED, "groups of 8 bytes"),
     "sinkhorn_pass_kernel<float32, cluster>": (*ALIGNED, "groups of 8 bytes"),
-    "sinkhorn_on_chip_kernel<int16, cluster>": (*ALIGNED, "several iterations"),
-    "sinkhorn_on_chip_kernel<float32, cluster>": (*ALIGNED, "several iterations"),
+    "sinkhorn_on_chip_kernel<int16>": (*ALIGNED, "several iterations"),
+    "sinkhorn_on_chip_kernel<float32>": (*ALIGNED, "several iterations"),
 }
 NO_CLUSTERS = {
     "match_long_kernel<int16>": ("odd views",),

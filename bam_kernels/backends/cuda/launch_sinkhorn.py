@@ -142,8 +142,8 @@ class SinkhornKernels(Launcher):
         )
 
     def fits_on_chip(self, m: int, n: int, dtype: torch.dtype, device: torch.device) -> bool:
-        """Whether scores (m, n) of a dtype fit the shared memory of all blocks, so that `sinkhorn` takes them."""
-        return on_chip(m, n, dtype.itemsize, self._query_device(device.index or 0)) is not None
+        """Whether `sinkhorn` takes scores (m, n), which it keeps as float32: one cluster is faster than launches."""
+        return on_chip(m, n, self._query_device(device.index or 0)) is not None
 
     def sinkhorn(self, s: Tensor, scale: Number, row: Potential, iterations: int) -> tuple[Potential, Tensor]:
         """Run all Sinkhorn iterations in one launch, on scores that fit on chip.
@@ -152,14 +152,13 @@ class SinkhornKernels(Launcher):
         Returns the column potential, and the column sums before the last column step (NaN if iterations = 1).
         """
         m, n = s.shape
-        shape = on_chip(m, n, s.element_size(), self._device(s))
+        shape = on_chip(m, n, self._device(s))
         assert shape is not None
         device = s.device
         col = Potential.empty(n, device)
         c = torch.empty(n, dtype=torch.float32, device=device)
         if iterations == 1:
             c.fill_(math.nan)
-        partial = torch.empty(2, shape.blocks, n, dtype=torch.float32, device=device)
         self._kernels.sinkhorn_on_chip(
             scores_of(s, device),
             m,
@@ -168,9 +167,8 @@ class SinkhornKernels(Launcher):
             pair(row, device),
             pair(col, device),
             address(c, device),
-            address(partial, device),
             shape.rows,
-            shape.team,
+            shape.cluster,
             iterations,
             self._launch_context(s),
         )

@@ -34,7 +34,11 @@ WARP = 32
 COLUMN_BLOCK = 1024  # columns of a block in kernels whose threads walk down rows
 COLUMN_ROWS = 4  # rows that such a kernel reads at once
 MOST_CHUNKS = 128
-CLUSTER_ROWS = 8  # most rows per block for one cluster to do a small problem: with more, the grid is faster
+WARP_COLUMNS = (512, 1024)  # widths of the rows that a warp of the one-launch Sinkhorn holds
+WARP_ROWS = 4  # rows that such a warp reads at once, at most
+# Most scores per block of the one-launch Sinkhorn. An iteration takes 1 us for what blocks exchange and 1 us for every
+# 16384 scores of a block; separate launches take 5 us, and more only for a million scores and above.
+CLUSTER_SCORES = 1 << 15
 IMAGES_AT_ONCE = 256  # images per launch of a long match with top-k, whose workspace is a row of means per image
 
 
@@ -107,31 +111,20 @@ def column_rows(m: int, n: int, device: Device) -> int:
 
 
 class OnChip(NamedTuple):
-    """Launch shape of the one-launch Sinkhorn.
-
-    rows: rows per block. team: threads that hold a row; its cluster is the whole grid, or 1. blocks: size of the grid.
-    """
+    """Launch shape of the one-launch Sinkhorn: one cluster of `cluster` blocks with `rows` rows each."""
 
     rows: int
-    team: Team
-    blocks: int
+    cluster: int
 
 
-def on_chip(m: int, n: int, score_bytes: int, device: Device) -> OnChip | None:
-    """Choose a shape that holds all scores in shared memory: one cluster if blocks have few rows, else a grid.
-
-    Returns None if neither holds them.
-    """
-    threads = round_up(-(-n // OWNED), WARP)
-    if threads > ON_CHIP_THREADS:
+def on_chip(m: int, n: int, device: Device) -> OnChip | None:
+    """Choose the largest cluster if it holds all scores, as floats, and is faster than separate launches; else None."""
+    width = next((width for width in WARP_COLUMNS if n <= width), None)
+    if device.cluster == 1 or width is None:
         return None
-    group = GROUP_BYTES // score_bytes
-    left = device.shared_bytes - SCRATCH_BYTES - threads * (8 + OWNED * POTENTIAL_BYTES)
-    most_rows = left // (threads * OWNED * score_bytes) // group * group
-    rows = round_up(-(-m // device.cluster), group)
-    if device.cluster > 1 and rows <= min(most_rows, CLUSTER_ROWS):
-        return OnChip(rows, Team(threads, device.cluster), device.cluster)
-    rows = round_up(-(-m // device.multiprocessors), group)
-    if device.cooperative and rows <= most_rows:
-        return OnChip(rows, Team(threads, 1), -(-m // rows))
-    return None
+    rows = round_up(-(-m // device.cluster), WARP_ROWS)
+    # sizeof(Places) and the rows of csrc/cuda/sinkhorn_on_chip.cu.
+    shared_bytes = 4 * ((ON_CHIP_THREADS // WARP + 5) * width + rows * (width + 2)) + 16
+    if rows * width > CLUSTER_SCORES or shared_bytes > device.shared_bytes:
+        return None
+    return OnChip(rows, device.cluster)
