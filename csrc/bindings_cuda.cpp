@@ -205,7 +205,6 @@ py::dict device(int index) {
   found["shared_bytes"] = d.shared_bytes;
   found["reserved_bytes"] = d.reserved_bytes;
   found["clusters"] = py::make_tuple(d.clusters[0], d.clusters[1], d.clusters[2], d.clusters[3]);
-  found["cooperative"] = d.cooperative;
   found["programmatic"] = d.programmatic;
   found["fault"] = d.fault;
   return found;

@@ -96,8 +96,7 @@ class Contact:
         return [
             Step(f"{step.name}-sm80", step.command, 60, environment, reason)
             for step in self.probes("cuda")
-            if probe.CASES[step.name.removeprefix("probe-")].form in ("block", "long", "grid")
-            or step.name == "probe-cuda-step"
+            if probe.CASES[step.name.removeprefix("probe-")].form in ("block", "long") or step.name == "probe-cuda-step"
         ]
 
     def pytest(

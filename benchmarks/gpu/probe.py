@@ -29,7 +29,7 @@ class Case:
     """One probe: a check of probe_checks.py on m x n scores or m rows of n features.
 
     `toy` holds m and n for a toy run, `limits` fields of the device to override. `form` is what int16 scores of this
-    shape must take: rows in a "block", a "cluster" or "long" ones, or a "grid" of blocks; empty for any.
+    shape must take: rows in a "block", a "cluster" or "long" ones; empty for any.
     """
 
     backend: str

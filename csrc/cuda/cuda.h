@@ -20,7 +20,6 @@ struct Device {
   // How many clusters of 2, 4, 8 and 16 blocks run at once with the most threads and shared memory; 0: none can. The
   // blocks of a cluster are in one part of the chip, and these differ in size.
   int clusters[4];
-  bool cooperative;   // whether a grid can wait for all of its blocks
   bool programmatic;  // whether a kernel's blocks can come on chip while the one before it ends
   std::string fault;  // why none of these kernels can run here; empty: they can
 };
@@ -154,8 +153,8 @@ struct RowStep {
 };
 
 // All iterations of small problems in one launch of one cluster, the scores in its shared memory: the first column step
-// from `row`, then iterations - 1 passes, each followed by col <- col / c. `rows` rows a block, a multiple of 4; no more
-// than 1024 columns.
+// from `row`, then iterations - 1 passes, each followed by col <- col / c. `rows` rows a block, a multiple of 4; no
+// more than 1024 columns.
 struct SinkhornOnChip {
   Scores scores;
   int64_t m, n;

@@ -10,12 +10,6 @@ cudaError_t find_forms(int shared_bytes, bool* is_hopper_code, int (&clusters)[4
 
 namespace {
 
-int attribute(cudaDeviceAttr name, int device) {
-  int value = 0;
-  check(cudaDeviceGetAttribute(&value, name, device), "cudaDeviceGetAttribute");
-  return value;
-}
-
 // 13.0 of 13000
 std::string version(int number) {
   return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10);
@@ -45,7 +39,6 @@ Device describe(int index) {
               static_cast<int64_t>(prop.sharedMemPerBlockOptin),
               static_cast<int64_t>(prop.reservedSharedMemPerBlock),
               {},
-              attribute(cudaDevAttrCooperativeLaunch, index) != 0,
               false,
               ""};
   DeviceGuard guard(index);

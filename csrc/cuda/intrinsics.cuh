@@ -1,4 +1,4 @@
-// What only a GPU has: approximate exponentials, copies in the background, warps, clusters and grids. Without nvcc the
+// What only a GPU has: approximate exponentials, copies in the background, warps and clusters. Without nvcc the
 // same names are those of an emulator on the CPU, so that tests run whole kernels there.
 #pragma once
 
@@ -6,7 +6,6 @@
 
 #include <cstdint>
 #ifdef __CUDACC__
-#include <cooperative_groups.h>
 
 #include "waits.cuh"
 #else
@@ -203,25 +202,6 @@ __device__ __forceinline__ void sync_cluster() {
   __syncthreads();
 #endif
 }
-// All blocks of a cooperative launch.
-__device__ __forceinline__ void sync_grid() {
-#ifdef BAM_BOUNDED_WAITS
-  // The parts of the barrier below: the launch's own counter, whose highest bit flips when all blocks have arrived.
-  namespace parts = cooperative_groups::details;
-  auto* counter = &parts::get_grid_workspace()->barrier;
-  const unsigned before = parts::sync_grids_arrive(counter);
-  if (threadIdx.x == 0) {
-    const Deadline deadline;
-    for (unsigned now;; deadline.check("the other blocks of the grid", 0, before >> 31)) {
-      asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
-      if (parts::bar_has_flipped(before, now)) break;
-    }
-  }
-  __syncthreads();
-#else
-  cooperative_groups::this_grid().sync();
-#endif
-}
 
 #else
 
@@ -304,9 +284,6 @@ inline unsigned cluster_size() {
 }
 inline void sync_cluster() {
   emulator::sync_cluster();
-}
-inline void sync_grid() {
-  emulator::sync_grid();
 }
 
 #endif

@@ -8,7 +8,6 @@
 // was read by any of it may be written. What others launch in between (a library's product, a fill) waits for all of
 // its predecessors without this. A kernel lets its successor in only after it was let in itself: no more than two are
 // on chip at once, and all blocks of the first have begun, so that none can wait for room that the second has taken.
-// A cooperative grid is launched in the plain way, and lets its successor in.
 #pragma once
 
 #include <algorithm>
@@ -22,8 +21,7 @@ struct Shape {
   dim3 blocks;
   int threads;
   int64_t shared_bytes = 0;
-  int cluster = 1;           // blocks along x that are one cluster
-  bool cooperative = false;  // all blocks run at once
+  int cluster = 1;  // blocks along x that are one cluster
 };
 
 // The most shared memory that a kernel may use without asking, and blocks of a cluster.
@@ -33,8 +31,7 @@ constexpr int kUnaskedCluster = 8;
 inline std::string described(const char* name, const Shape& shape) {
   return std::string(name) + " with " + std::to_string(shape.blocks.x) + " x " + std::to_string(shape.blocks.y) +
          " blocks of " + std::to_string(shape.threads) + " threads, " + std::to_string(shape.shared_bytes) +
-         " bytes of shared memory, clusters of " + std::to_string(shape.cluster) +
-         (shape.cooperative ? ", cooperative" : "");
+         " bytes of shared memory, clusters of " + std::to_string(shape.cluster);
 }
 
 template <class Params>
@@ -50,7 +47,7 @@ cudaError_t start(void (*kernel)(Params), const Shape& shape, const Where& where
     const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     if (status != cudaSuccess) return status;
   }
-  cudaLaunchAttribute attributes[3];
+  cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config = {};
   config.gridDim = shape.blocks;
   config.blockDim = dim3(static_cast<unsigned>(shape.threads));
@@ -63,11 +60,7 @@ cudaError_t start(void (*kernel)(Params), const Shape& shape, const Where& where
     attributes[config.numAttrs].val.clusterDim.y = attributes[config.numAttrs].val.clusterDim.z = 1;
     ++config.numAttrs;
   }
-  if (shape.cooperative) {
-    attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
-    attributes[config.numAttrs].val.cooperative = 1;
-    ++config.numAttrs;
-  } else if (where.programmatic) {
+  if (where.programmatic) {
     attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[config.numAttrs].val.programmaticStreamSerializationAllowed = 1;
     ++config.numAttrs;

@@ -203,7 +203,7 @@ def test_constants_that_cannot_be_are_errors(tmp_path):
 @needs_extension
 def test_two_blocks_on_a_multiprocessor_are_two_clusters_at_once(monkeypatch):
     """The device counts clusters of blocks with a multiprocessor each; two of half the threads may share one."""
-    h100 = Device(0, "H100", (9, 0), 132, 80 << 30, 50 << 20, 227 << 10, 1 << 10, (60, 32, 15, 7), True, True)
+    h100 = Device(0, "H100", (9, 0), 132, 80 << 30, 50 << 20, 227 << 10, 1 << 10, (60, 32, 15, 7), True)
     whole = shapes.pass_shape(8192, 2, h100)
     assert whole is not None and (whole.team, whole.at_once) == ((512, 1), 132)
     wide = shapes.pass_shape(16384, 2, h100)

@@ -1,5 +1,5 @@
 // The part of CUDA that the kernels use, on the CPU: for tests. Every thread of a block is a fiber; the blocks of a
-// cluster, and all blocks of a cooperative grid, are alive together. See emulator.cpp.
+// cluster are alive together. See emulator.cpp.
 //
 // Stricter than a device where it can be: shared memory begins as NaN, a thread that ends while others of its block
 // wait is an error, and a wait that nobody ends is an error that says how many threads wait where. So is a thread of a
@@ -50,7 +50,6 @@ void wait_for_arrival(void* arrival, bool odd);
 void copy_bulk(void* to, const void* from, unsigned bytes, void* arrival);
 // To the places in block `rank` of the cluster where `to` and `arrival` are in this one.
 void send_16_bytes(const float (&x)[4], float* to, void* arrival, unsigned rank);
-void sync_grid();
 void copy_16_bytes_later(void* to, const void* from);
 void commit_copies();
 void wait_for_copies(int groups_left);
@@ -59,7 +58,7 @@ struct Launch {
   dim3 grid, block;
   size_t shared_bytes;
   unsigned cluster;
-  bool cooperative, programmatic;
+  bool programmatic;
 };
 // cudaError_t of the launch. Throws a std::runtime_error where a kernel does what it may not, or waits for ever.
 int run(const Launch& launch, const std::function<void()>& kernel);
@@ -75,7 +74,6 @@ enum cudaError_t {
   cudaErrorInvalidConfiguration = 9,
   cudaErrorInsufficientDriver = 35,
   cudaErrorNoDevice = 100,
-  cudaErrorCooperativeLaunchTooLarge = 720,
 };
 using cudaStream_t = void*;
 const char* cudaGetErrorString(cudaError_t);
@@ -93,14 +91,12 @@ cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
 }
 
 enum cudaLaunchAttributeID {
-  cudaLaunchAttributeCooperative = 2,
   cudaLaunchAttributeClusterDimension = 4,
   cudaLaunchAttributeProgrammaticStreamSerialization = 6,
 };
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
   struct {
-    int cooperative;
     dim3 clusterDim;
     int programmaticStreamSerializationAllowed;
   } val;
@@ -116,11 +112,10 @@ struct cudaLaunchConfig_t {
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments... arguments) {
-  emulator::Launch launch = {config->gridDim, config->blockDim, config->dynamicSmemBytes, 1, false, false};
+  emulator::Launch launch = {config->gridDim, config->blockDim, config->dynamicSmemBytes, 1, false};
   for (unsigned i = 0; i < config->numAttrs; ++i) {
     const cudaLaunchAttribute& attribute = config->attrs[i];
     if (attribute.id == cudaLaunchAttributeClusterDimension) launch.cluster = attribute.val.clusterDim.x;
-    if (attribute.id == cudaLaunchAttributeCooperative) launch.cooperative = attribute.val.cooperative != 0;
     if (attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization)
       launch.programmatic = attribute.val.programmaticStreamSerializationAllowed != 0;
   }

@@ -82,7 +82,7 @@ struct Fiber {
 };
 
 struct Device {
-  int multiprocessors = 16, shared_bytes = 227 << 10, cluster = 16;
+  int shared_bytes = 227 << 10, cluster = 16;
 } device;
 
 bool reversed = false;
@@ -93,7 +93,6 @@ jmp_buf scheduler;
 const std::function<void()>* body = nullptr;
 bool programmatic = false;
 int launches = 0;
-Barrier grid_barrier;
 
 std::string fault;
 
@@ -161,7 +160,7 @@ bool can_run(const Fiber& fiber) {
 
 [[noreturn]] void fail_waiting(const std::vector<Fiber>& fibers) {
   std::string reason = "threads wait for ever:";
-  for (const char* where : {"block", "warp", "cluster", "grid", "arrival"}) {
+  for (const char* where : {"block", "warp", "cluster", "arrival"}) {
     unsigned waiting = 0;
     for (const Fiber& fiber : fibers) waiting += !fiber.ended && fiber.where == std::string(where);
     const char* at = where == std::string("arrival") ? " for an " : " at a barrier of the ";
@@ -233,7 +232,7 @@ void add_fibers(std::vector<Fiber>& fibers, Block& block, const Launch& launch) 
       }
 }
 
-// Some blocks at once: one, a cluster, or all.
+// Some blocks at once: one, or a cluster.
 void run_together(const Launch& launch, unsigned first, unsigned count) {
   const unsigned threads = launch.block.x * launch.block.y * launch.block.z;
   std::vector<std::unique_ptr<Block>> blocks;
@@ -253,8 +252,6 @@ void run_together(const Launch& launch, unsigned first, unsigned count) {
     block.cluster->barrier.expected += threads;
     add_fibers(fibers, block, launch);
   }
-  grid_barrier = {};
-  grid_barrier.expected = static_cast<unsigned>(fibers.size());
   while (stacks.size() < fibers.size()) {
     void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (stack == MAP_FAILED) fail("no memory for a stack");
@@ -363,9 +360,6 @@ void send_16_bytes(const float (&x)[4], float* to, void* arrival, unsigned rank)
   bring(a, {other->memory() + (reinterpret_cast<unsigned char*>(to) - block->memory()), x, 16});
   end_phase_if_complete(a);
 }
-void sync_grid() {
-  wait(grid_barrier, "grid");
-}
 void copy_16_bytes_later(void* to, const void* from) {
   if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16)
     fail("a copy that is not aligned");
@@ -392,14 +386,12 @@ int run(const Launch& launch, const std::function<void()>& kernel) {
       blocks % launch.cluster || static_cast<int>(launch.shared_bytes) > device.shared_bytes ||
       static_cast<int>(launch.cluster) > device.cluster)
     return cudaErrorInvalidConfiguration;
-  if (launch.cooperative && static_cast<int>(blocks) > device.multiprocessors)
-    return cudaErrorCooperativeLaunchTooLarge;
   body = &kernel;
   programmatic = launch.programmatic;
   fault.clear();
   blockDim = launch.block;
   gridDim = launch.grid;
-  const unsigned together = launch.cooperative ? blocks : launch.cluster;
+  const unsigned together = launch.cluster;
   for (unsigned k = 0; k < blocks; k += together) run_together(launch, reversed ? blocks - together - k : k, together);
   return cudaSuccess;
 }

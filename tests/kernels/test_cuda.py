@@ -54,9 +54,7 @@ def test_a_device_that_cannot_run_the_kernels_is_named_with_the_reason():
     assert "no kernel image" in cuda._fault(replace(emulated.HOPPER, fault="no kernel image is available"))
     assert cuda._fault(emulated.HOPPER) is None
     assert H100.forms() == "rows over clusters of 16, one-launch Sinkhorn, overlapping launches"
-    assert replace(A100, cooperative=False).forms() == (
-        "no clusters: long rows read twice, no cooperative launch: one launch a pass, launches one after another"
-    )
+    assert A100.forms() == "no clusters: long rows read twice, one launch a pass, launches one after another"
 
 
 @pytest.mark.skipif(_C is None, reason="needs the extension")

@@ -31,8 +31,8 @@ EXACT = {"backend": "cuda", "precision": "exact"}
 
 @pytest.fixture(autouse=True, params=["one launch", "a launch a pass"])
 def in_use(request, monkeypatch):
-    """All Sinkhorn iterations of one rank in one launch, and what a device without cooperative launches does."""
-    limits = {} if request.param == "one launch" else {"cluster": 1, "cooperative": False}
+    """All Sinkhorn iterations of one rank in one launch, and what a device without clusters does."""
+    limits = {} if request.param == "one launch" else {"cluster": 1}
     made = kernels_on(**limits)
     monkeypatch.setattr(cuda, "kernels", lambda: made)
     if DEVICE.type == "cpu":

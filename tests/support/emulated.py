@@ -24,7 +24,7 @@ SHIM = f"""#include "{SOURCES / "cuda.h"}"
 extern "C" __attribute__((visibility("default"))) const void* cuda_table() {{ return &bam::cuda::kernels; }}
 """
 # Four multiprocessors with what one of a Hopper holds.
-HOPPER = Device(0, "emulator", (9, 0), 4, 1 << 30, 1 << 20, 227 << 10, 1 << 10, (2, 1, 1, 1), True, True)
+HOPPER = Device(0, "emulator", (9, 0), 4, 1 << 30, 1 << 20, 227 << 10, 1 << 10, (2, 1, 1, 1), True)
 
 
 @cache

@@ -22,9 +22,7 @@ FLOATS = ("float32", "float16", "bfloat16")
 
 def device(shared_kib: int, multiprocessors: int, clusters: tuple[int, int, int, int]) -> Device:
     programmatic = clusters[0] > 0
-    return Device(
-        0, "", (8, 0), multiprocessors, 1 << 36, 1 << 25, shared_kib << 10, 1 << 10, clusters, True, programmatic
-    )
+    return Device(0, "", (8, 0), multiprocessors, 1 << 36, 1 << 25, shared_kib << 10, 1 << 10, clusters, programmatic)
 
 
 # Limits that three GPUs have for the code that they run: for 9.0a on a Hopper, for 8.0 on an A100 and a consumer card.

@@ -10,7 +10,6 @@ class Device:
     shared_bytes     most shared memory of a block
     reserved_bytes   shared memory that a block takes in addition
     clusters         how many clusters of 2, 4, 8 and 16 blocks run at once
-    cooperative      a grid can wait for all of its blocks
     programmatic     blocks of a kernel can start while the kernel before it ends
     fault            reason why no kernel can run, or ""
     """
@@ -24,7 +23,6 @@ class Device:
     shared_bytes: int
     reserved_bytes: int
     clusters: tuple[int, int, int, int]
-    cooperative: bool
     programmatic: bool
     fault: str = ""
 
@@ -48,6 +46,6 @@ class Device:
     def forms(self) -> str:
         """Text: which forms of the kernels run on this device, and why others do not."""
         clusters = f"rows over clusters of {self.cluster}" if self.cluster > 1 else "no clusters: long rows read twice"
-        grid = "one-launch Sinkhorn" if self.cooperative else "no cooperative launch: one launch a pass"
+        sinkhorn = "one-launch Sinkhorn" if self.cluster > 1 else "one launch a pass"
         launches = "overlapping launches" if self.programmatic else "launches one after another"
-        return f"{clusters}, {grid}, {launches}"
+        return f"{clusters}, {sinkhorn}, {launches}"
