@@ -62,7 +62,8 @@ class WarpRows {
   // The scores and potentials of this warp's rows; columns past the last are masked. All loads of a group are under way
   // before the first is used.
   __device__ void fetch(bool aligned) {
-    scale_ = number(p_.scale);
+    // As `number` has it, but multiplied when it has come.
+    const float on_device = p_.scale.pointer ? *p_.scale.pointer : 1.0f;
     for_groups([&](int first, int count) {
       const Score* rows = static_cast<const Score*>(p_.scores.data) + (begin_ + first) * p_.scores.row_stride;
       const bool has_row = Row::lane() < kRows && Row::lane() < count;
@@ -90,6 +91,7 @@ class WarpRows {
       row_exponents_[first + Row::lane()] = exponent;
       row_mantissas_[first + Row::lane()] = mantissa;
     });
+    scale_ = p_.scale.factor * on_device;
   }
 
   __device__ float scale() const { return scale_; }
