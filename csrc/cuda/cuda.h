@@ -83,7 +83,6 @@ static_assert(kRegisterThreads % kMostThreads == 0, "whole blocks of the most th
 static_assert(kRegisterThreads >= kMostThreads && kRegisterThreads <= 2048, "a block at least, and what runs at once");
 // Of the one-launch form, whose blocks have a multiprocessor alone: all of a thread's numbers are in registers.
 constexpr int kOnChipThreads = 256;
-static_assert(kOnChipThreads <= kMostThreads, "the scratch of reductions has room for the most threads");
 // The rows of a Sinkhorn pass that share a reduction are a group: kGroupBytes of scores a column, or half of that where
 // the chip has no room for more. kGroups are on chip or on their way, beside the potentials of the columns.
 constexpr int kGroupBytes = 8, kGroups = BAM_GROUPS, kPotentialBytes = 2 * sizeof(float);
