@@ -102,7 +102,7 @@ struct Positives {
   int64_t first, period, B, T, own_columns;
 };
 
-// bam::ColumnLse in chunks of `rows` rows, each into partial[0] and [1] (chunks, n), which are then merged. As the
+// bam::ColumnLse in chunks of `rows` rows. Several go into partial[0] and [1] (chunks, n), which are then merged. As the
 // epilogue of a product (fixed not null) the scores are float32, bias (n) is added where it is not null, positives are
 // masked, and int16 scores are written, whose values are the ones summed. shift null: no sums.
 struct ColumnLse {

@@ -165,6 +165,25 @@ __device__ __forceinline__ int32_t with_low_half(int32_t upper, int32_t word) {
 __device__ __forceinline__ int32_t with_high_half(int32_t upper, int32_t word) {
   return static_cast<int32_t>(__byte_perm(static_cast<unsigned>(word), static_cast<unsigned>(upper), 0x7632));
 }
+// The lower half of `low` and, above it, that of `high`: one instruction.
+__device__ __forceinline__ int32_t low_halves(int32_t low, int32_t high) {
+  return static_cast<int32_t>(__byte_perm(static_cast<unsigned>(low), static_cast<unsigned>(high), 0x5410));
+}
+// a * b, rounded before anything is added to it.
+__device__ __forceinline__ float rounded_product(float a, float b) {
+  return __fmul_rn(a, b);
+}
+// max(a, |b|), NaN where either is.
+__device__ __forceinline__ float largest_or_nan(float a, float b) {
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(fabsf(b)));
+  return y;
+}
+// The least integer at or above x where |x| < 2^22, else a float at or near it. A rounding instruction would take the
+// pipe of the exponentials.
+__device__ __forceinline__ float ceil_fast(float x) {
+  return __fadd_ru(x, 0x1.8p23f) - 0x1.8p23f;
+}
 __device__ __forceinline__ int count_bits(unsigned x) {
   return __popc(x);
 }
@@ -259,6 +278,19 @@ inline int32_t with_low_half(int32_t upper, int32_t word) {
 }
 inline int32_t with_high_half(int32_t upper, int32_t word) {
   return static_cast<int32_t>((static_cast<uint32_t>(upper) & 0xffff0000u) | static_cast<uint32_t>(word) >> 16);
+}
+inline int32_t low_halves(int32_t low, int32_t high) {
+  return with_low_half(static_cast<int32_t>(static_cast<uint32_t>(high) << 16), low);
+}
+inline float rounded_product(float a, float b) {
+  const volatile float product = a * b;
+  return product;
+}
+inline float largest_or_nan(float a, float b) {
+  return a != a || b != b ? NAN : fmaxf(a, fabsf(b));
+}
+inline float ceil_fast(float x) {
+  return ceilf(x);
 }
 inline int count_bits(unsigned x) {
   return __builtin_popcount(x);

@@ -106,11 +106,14 @@ class RowTeam {
   unsigned odd_ = 0;  // the phase of the next arrival in buffer 0 and, after it, in buffer 1
 };
 
-// col_j <- col_j / c
-__device__ __forceinline__ void divide_column(const Potential& col, int64_t j, float c) {
-  const Power found = divided({col.exponent[j], col.mantissa[j]}, c);
+// col_j <- before / c; with `before` not given, col_j / c.
+__device__ __forceinline__ void divide_column(const Potential& col, int64_t j, float c, const Power& before) {
+  const Power found = divided(before, c);
   col.exponent[j] = found.exponent;
   col.mantissa[j] = found.mantissa;
+}
+__device__ __forceinline__ void divide_column(const Potential& col, int64_t j, float c) {
+  divide_column(col, j, c, {col.exponent[j], col.mantissa[j]});
 }
 
 // A column's sum as total * 2^most; most is an integer at or above the largest term's logarithm.
@@ -118,20 +121,48 @@ struct Column {
   float most = kNoShift, total = 0.0f;
 };
 
+// `before` and several parts of the same column, added up in order.
+template <int kCount>
+__device__ __forceinline__ Column together(const Column& before, const float (&most)[kCount],
+                                           const float (&total)[kCount]) {
+  Column all = {before.most, 0.0f};
+#pragma unroll
+  for (int q = 0; q < kCount; ++q) all.most = fmaxf(all.most, most[q]);
+  all.total = before.total * exp2_fast(before.most - all.most);
+#pragma unroll
+  for (int q = 0; q < kCount; ++q) all.total += total[q] * exp2_fast(most[q] - all.most);
+  return all;
+}
+
+// Parts that a thread reads before it waits for the first: sums, and columns of two numbers.
+constexpr int kSumsAtOnce = 16, kColumnsAtOnce = 8;
+
+// Where the partials of chunk c, or of the last, begin. A row has fewer than 2^31 columns: one multiplication.
+__device__ __forceinline__ int64_t chunk_at(unsigned c, unsigned count, int64_t n) {
+  return static_cast<int64_t>(static_cast<uint64_t>(c < count ? c : count - 1) * static_cast<uint32_t>(n));
+}
+
 // Partials (chunks, n) of the column j of each of `width` neighbours, which divides the block's threads: chunks are
 // shared out over threads with the same column and put together in order, and the first `width` threads get the result.
-// `parts` holds one of a kind for each thread. j >= n: nothing is read.
+// `parts` holds one of a kind for each thread. j >= n: nothing is read. Past its last chunk a thread reads that again:
+// reads that are always done are all on their way at once.
 __device__ __forceinline__ float add_partials(const float* partial, int64_t chunks, int64_t n, int64_t j,
                                               unsigned width, float* parts) {
-  const unsigned slices = blockDim.x / width, slice = threadIdx.x / width;
+  const unsigned slices = blockDim.x / width, slice = threadIdx.x / width, count = static_cast<unsigned>(chunks);
   float mine = 0.0f;
-  if (j < n)
-#pragma unroll 8
-    for (int64_t c = slice; c < chunks; c += slices) mine += partial[c * n + j];
+  for (unsigned first = slice; first < count && j < n; first += kSumsAtOnce * slices) {
+    const unsigned left = count - first;
+    float x[kSumsAtOnce];
+#pragma unroll
+    for (unsigned u = 0; u < kSumsAtOnce; ++u) x[u] = partial[chunk_at(first + u * slices, count, n) + j];
+#pragma unroll
+    for (unsigned u = 0; u < kSumsAtOnce; ++u) mine += u * slices < left ? x[u] : 0.0f;
+  }
   parts[threadIdx.x] = mine;
   sync_block();
   float total = 0.0f;
   if (slice == 0)
+#pragma unroll 8
     for (unsigned q = 0; q < slices; ++q) total += parts[q * width + threadIdx.x];
   sync_block();
   return total;
@@ -139,25 +170,34 @@ __device__ __forceinline__ float add_partials(const float* partial, int64_t chun
 
 __device__ __forceinline__ Column merge_partials(const float* shift, const float* sum, int64_t chunks, int64_t n,
                                                  int64_t j, unsigned width, Column* parts) {
-  const unsigned slices = blockDim.x / width, slice = threadIdx.x / width;
+  const unsigned slices = blockDim.x / width, slice = threadIdx.x / width, count = static_cast<unsigned>(chunks);
+  float most[kColumnsAtOnce], total[kColumnsAtOnce];
   Column mine;
-  if (j < n) {
-#pragma unroll 8
-    for (int64_t c = slice; c < chunks; c += slices) mine.most = fmaxf(mine.most, shift[c * n + j]);
-#pragma unroll 8
-    for (int64_t c = slice; c < chunks; c += slices)
-      mine.total += sum[c * n + j] * exp2_fast(shift[c * n + j] - mine.most);
+  for (unsigned first = slice; first < count && j < n; first += kColumnsAtOnce * slices) {
+    const unsigned left = count - first;
+#pragma unroll
+    for (unsigned u = 0; u < kColumnsAtOnce; ++u) {
+      const int64_t at = chunk_at(first + u * slices, count, n) + j;
+      most[u] = shift[at];
+      total[u] = sum[at];
+    }
+#pragma unroll
+    for (unsigned u = 1; u < kColumnsAtOnce; ++u) most[u] = u * slices < left ? most[u] : kNoShift;
+    mine = together(mine, most, total);
   }
   parts[threadIdx.x] = mine;
   sync_block();
   Column all;
-  if (slice == 0) {
-    for (unsigned q = 0; q < slices; ++q) all.most = fmaxf(all.most, parts[q * width + threadIdx.x].most);
-    for (unsigned q = 0; q < slices; ++q) {
-      const Column& other = parts[q * width + threadIdx.x];
-      all.total += other.total * exp2_fast(other.most - all.most);
+  if (slice == 0)
+    for (unsigned first = 0; first < slices; first += kColumnsAtOnce) {
+#pragma unroll
+      for (unsigned u = 0; u < kColumnsAtOnce; ++u) {
+        const Column other = first + u < slices ? parts[(first + u) * width + threadIdx.x] : Column();
+        most[u] = other.most;
+        total[u] = other.total;
+      }
+      all = together(all, most, total);
     }
-  }
   sync_block();
   return all;
 }

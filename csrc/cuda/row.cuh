@@ -106,10 +106,12 @@ BAM_HOST_DEVICE static inline float entropy_of(float total, float dot) {
   return total == 0.0f ? 0.0f : (log2f(total) - dot / total) * kLn2;
 }
 
-// rint(s * steps_per_unit) clamped to +-32767; kMaskedFixed for masked scores.
+// rint(s * steps_per_unit) clamped to +-kMostFixed; kMaskedFixed for masked scores.
+constexpr float kMostFixed = 32767.0f;
 BAM_HOST_DEVICE static inline int16_t to_fixed(float s, float steps_per_unit) {
-  if (s <= kMaskedScore) return kMaskedFixed;
-  return static_cast<int16_t>(bits_of(fminf(fmaxf(s * steps_per_unit, -32767.0f), 32767.0f) + kThreeTimes2To22));
+  const float clamped = fminf(fmaxf(s * steps_per_unit, -kMostFixed), kMostFixed);
+  return static_cast<int16_t>(
+      bits_of((s <= kMaskedScore ? static_cast<float>(kMaskedFixed) : clamped) + kThreeTimes2To22));
 }
 
 // The image of this rank whose key is column j, in gathered order; -1 for another rank's key.

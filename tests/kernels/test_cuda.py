@@ -87,6 +87,11 @@ def test_shapes_of_launches():
             rows = shapes.pass_rows(m, shape, device)
             assert rows % shape.group == 0 and -(-m // rows) <= 2 * device.multiprocessors
             assert shapes.column_rows(m, n, device) % shapes.COLUMN_ROWS == 0
+            assert shapes.sum_rows(m, n, 3, device) % shapes.COLUMN_ROWS == 0
+    # Each of 8 warps has rows; at most three blocks per multiprocessor; one chunk of long rows, which needs no merge.
+    assert [shapes.sum_rows(m, 8192, 3, H100) for m in (1, 300, 512, 2048)] == [32, 32, 44, 172]
+    assert shapes.sum_rows(512, 8192, 4, H100) == 32 and shapes.sum_rows(64, 65536, 3, H100) == 64
+    assert shapes.sum_rows(1 << 20, 256, 3, H100) == 1 << 13
     # The small problems: a cluster that holds twice as many scores takes longer than all multiprocessors.
     assert shapes.on_chip(512, 512, H100) == (32, 16) and shapes.on_chip(128, 128, H100) == (8, 16)
     assert shapes.on_chip(1024, 512, H100) == (64, 16) and shapes.on_chip(512, 1024, H100) == (32, 16)

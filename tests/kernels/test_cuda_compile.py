@@ -39,6 +39,9 @@ ARCHITECTURES = [name.removesuffix("+PTX").replace(".", "") for name in cuda.arc
 # Those whose time is that of a step; the others read rows too long for the chip, or little.
 HOT = (
     "column_lse",
+    "quantize",
+    "merge_lse",
+    "add_chunks",
     "sinkhorn_pass",
     "sinkhorn_on_chip",
     "match",
@@ -112,6 +115,9 @@ def test_every_kernel_is_there_and_the_hot_ones_stay_in_registers(architecture):
     for name in ("sinkhorn_pass", "match"):
         assert found[name].registers <= 128
     assert found["sinkhorn_on_chip"].registers <= 255
+    # Three blocks of 256 threads, four, and two of 512 that have all their reads on their way.
+    for name, threads in (("column_lse", 3 * 256), ("quantize", 4 * 256), ("add_chunks", 2 * 512)):
+        assert found[name].registers * threads <= 1 << 16, found[name]
 
 
 @cache
@@ -129,13 +135,14 @@ def test_the_instructions_are_those_that_were_meant(architecture):
     # Scores in 16 bytes at a time: to registers where a thread walks down rows, else past them to shared memory, on
     # Hopper and newer in bulk.
     hopper = int(re.match(r"\d+", architecture).group()) >= 90
-    for name in ("column_lse", "column_products", "row_step", "row_products", "match_long", "sinkhorn_on_chip"):
+    walking = "column_lse", "quantize", "column_products", "row_step", "row_products", "match_long", "sinkhorn_on_chip"
+    for name in walking:
         assert re.search(r"LDG\.E\.128", code[name]), name
     for name in ("sinkhorn_pass", "match"):
         assert re.search("UBLKCP" if hopper else r"LDGSTS\.E\.BYPASS\.128", code[name]), name
     for name in ("sinkhorn_pass", "sinkhorn_on_chip", "match"):
         assert "LDS.128" in code[name], name
-    for name in ("column_lse", "match"):  # int16 scores; their gradient
+    for name in ("column_lse", "quantize", "match"):  # int16 scores; their gradient
         assert re.search(r"STG\.E\.128", code[name]), name
     for name in ("column_lse", "sinkhorn_pass", "sinkhorn_on_chip", "match"):
         assert "MUFU.EX2" in code[name], name

@@ -12,11 +12,11 @@ import pytest
 import torch
 from cuda_device import DEVICE, device_of, empty, kernels, kernels_on, one, pytestmark  # noqa: F401
 from embedding_tests import EmbeddingTests
-from row_problems import assert_close, made_scores, representable
-from sinkhorn_tests import SinkhornTests, on_device, scores
+from row_problems import MASKED, assert_close, log2, made_scores, masked, representable
+from sinkhorn_tests import SinkhornTests, on_device, scores, sixteen_bit
 
 from bam_kernels.backends.cuda import launch_sinkhorn, shapes
-from bam_kernels.backends.interface import LOG2_E
+from bam_kernels.backends.interface import LOG2_E, Positives, Potential
 from bam_kernels.engine.sums import loss_and_stats
 from bam_kernels.layout import Layout
 
@@ -40,6 +40,43 @@ class TestSinkhorn(SinkhornTests):
 
 class TestEmbeddings(EmbeddingTests):
     pass
+
+
+# Warps with several turns of 4 rows, the last of which is cut, in several chunks and over two blocks of columns; one
+# chunk; n = 300 cuts the last octet of aligned rows, and rows of n = 301 are not aligned.
+@pytest.mark.parametrize("shape", [(501, 296), (501, 300), (501, 301), (30, 296)], ids=str)
+def test_scores_that_are_masked_or_too_large_or_not_a_number_among_others(shape):
+    made = kernels_on(multiprocessors=4)
+    (m, n), step = shape, 1 / 32000
+    layout = Layout(B=37, V=1, L=1, T=2, D=1, W=4, rank=2)  # some octets begin, and some end, within this rank's keys
+    positives = Positives(layout, 5, 29)
+    s, bias = made_scores(m, n) / 2, made_scores(1, n, 1)[0] / 2  # most threads find no score to look at
+    s[3, 7] = s[m - 1, n - 1] = s[17, 40:56] = MASKED
+    s[5, 100], s[6, 101], s[7, 102], s[8] = 2.0, -2.0, math.nan, 4.0
+    image = (5 + torch.arange(m) % 29) % 37
+    key = torch.arange(n) - layout.own_columns
+    mask = (key >= 0) & (key < 74) & (key % 37 == image[:, None])
+    assert 0 < mask.sum() < mask.numel()
+    given = (s + bias) * (1 / torch.tensor(step))
+    expected = given.clamp(-32767, 32767).nan_to_num(nan=-32767).round()
+    expected = expected.masked_fill((s + bias <= MASKED) | mask, -32768).to(torch.int16)
+
+    on_gpu, bias_on_gpu = s.to(DEVICE), bias.to(DEVICE)
+    fixed = made.quantize(on_gpu, step, sixteen_bit(m, n, DEVICE), positives, bias_on_gpu)
+    assert torch.equal(fixed.cpu(), expected)
+    scale, out = LOG2_E / 0.05 * step, sixteen_bit(m, n, DEVICE)
+    row = Potential(*(part.to(DEVICE) for part in (-torch.arange(m).float() % 9, 1 + torch.rand(m))))
+    exact = masked(expected.double().masked_fill(expected == -32768, MASKED)) * scale + log2(row).cpu()[:, None]
+    for accumulate in (False, True):
+        if not accumulate:
+            shift, sums = torch.empty(2, n, device=DEVICE)
+        before = (shift.clone(), sums.clone())
+        made.finish_scores(on_gpu, bias_on_gpu, step, out, positives, scale, row, shift, sums, accumulate=accumulate)
+        assert torch.equal(out.cpu(), expected)
+        found = shift.cpu().double() + sums.cpu().double().log2()
+        assert_close(found, torch.logsumexp(exact / LOG2_E, 0) * LOG2_E + accumulate, 0, 2e-6)
+        made.column_lse(fixed, scale, row, *before, accumulate=accumulate)
+        assert torch.equal(before[0], shift) and torch.equal(before[1], sums)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int16], ids=str)

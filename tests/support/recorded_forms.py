@@ -61,17 +61,19 @@ def _add_chunks(accumulate: bool = False, factor: bool = False, divide: bool = F
 
 
 def _column_lse(s, m, n, scale, row, shift, sums, accumulate, partial, rows, bias, fixed, _, step, positives, where):
-    epilogue = ", epilogue" if fixed else ""
+    name = f"column_lse_kernel<{_type(s)}{', epilogue' if fixed else ''}>" if shift else "quantize_kernel"
+    several = m > rows
     found = _forms(
-        f"column_lse_kernel<{_type(s)}{epilogue}>",
-        sums=shift,
-        no_sums=not shift,
+        name,
         masked=positives[0],
         not_masked=not positives[0],
         aligned=_is_aligned(_type(s), s[3]),
         not_aligned=not _is_aligned(_type(s), s[3]),
+        one_chunk=not several,
+        several_chunks=several,
+        accumulate_in_one_chunk=accumulate and not several,
     )
-    return found | (_forms("merge_lse_kernel", accumulate=accumulate) if shift else set())
+    return found | (_forms("merge_lse_kernel", accumulate=accumulate) if shift and several else set())
 
 
 def _mask_positives(*_):

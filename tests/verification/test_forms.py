@@ -12,10 +12,13 @@ from bam_kernels.backends.extension import _C
 
 # Branches of CUDA kernels, by the name of their launch. A device has clusters, or rows of more lengths in a block.
 ALIGNED = ("aligned", "not aligned")
+CHUNKS = ("one chunk", "several chunks")
+SUMS = (*ALIGNED, *CHUNKS, "accumulate in one chunk")
 MATCH = (*ALIGNED, "targets", "source", "gradient", "top k")
 SHORT = {
-    "column_lse_kernel<float32>": (*ALIGNED, "sums", "not masked"),
-    "column_lse_kernel<float32, epilogue>": (*ALIGNED, "sums", "no sums", "masked", "not masked"),
+    "column_lse_kernel<float32>": (*SUMS, "not masked"),
+    "column_lse_kernel<float32, epilogue>": (*SUMS, "masked", "not masked"),
+    "quantize_kernel": (*ALIGNED, *CHUNKS, "masked", "not masked"),
     "match_kernel<int16>": (*MATCH, "odd views", "one view"),
     "match_kernel<float32>": (*MATCH, "odd views", "one view", "row out"),
     "sinkhorn_pass_kernel<int16>": (*ALIGNED, "groups of 8 bytes"),

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..addresses import FLOAT32, INT16, SCORES, address, pair, scores_of
 from ..interface import Number, Positives, Potential
 from .launch import Launcher, number, positives_of
-from .shapes import column_rows, on_chip, pass_rows, pass_shape
+from .shapes import QUANTIZE_AT_ONCE, SUMS_AT_ONCE, column_rows, on_chip, pass_rows, pass_shape, sum_rows
 
 
 class SinkhornKernels(Launcher):
@@ -69,8 +69,10 @@ class SinkhornKernels(Launcher):
         assert out is None or out.stride(1) == 1
         m, n = s.shape
         device = s.device
-        rows = column_rows(m, n, self._device(s))
-        partial = torch.empty(2, -(-m // rows) if shift is not None else 0, n, dtype=torch.float32, device=device)
+        rows = sum_rows(m, n, QUANTIZE_AT_ONCE if shift is None else SUMS_AT_ONCE, self._device(s))
+        chunks = -(-m // rows)
+        needs_merge = shift is not None and chunks > 1
+        partial = torch.empty(2, chunks if needs_merge else 0, n, dtype=torch.float32, device=device)
         self._kernels.column_lse(
             scores_of(s, device, SCORES if out is None else FLOAT32),
             m,

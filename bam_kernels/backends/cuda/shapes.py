@@ -33,6 +33,10 @@ SCRATCH_BYTES = _constant("scratch_bytes")
 WARP = 32
 COLUMN_BLOCK = 1024  # columns of a block in kernels whose threads walk down rows
 COLUMN_ROWS = 4  # rows that such a kernel reads at once
+SUM_BLOCK = 256  # columns of a block whose warps have different rows: sums over columns, and quantisation
+SUM_WARPS = 8  # warps of such a block, each of which reads COLUMN_ROWS rows at once
+SUMS_AT_ONCE = 3  # such blocks with sums that a multiprocessor's registers hold
+QUANTIZE_AT_ONCE = 4  # such blocks without sums
 MOST_CHUNKS = 128
 WARP_COLUMNS = (512, 1024)  # widths of the rows that a warp of the one-launch Sinkhorn holds
 WARP_ROWS = 4  # rows that such a warp reads at once, at most
@@ -108,6 +112,12 @@ def column_rows(m: int, n: int, device: Device) -> int:
     """Rows per chunk in kernels whose threads own columns, for four blocks per multiprocessor."""
     chunks = max(1, min(4 * device.multiprocessors // -(-n // COLUMN_BLOCK), MOST_CHUNKS))
     return round_up(max(-(-m // chunks), 1), COLUMN_ROWS)
+
+
+def sum_rows(m: int, n: int, at_once: int, device: Device) -> int:
+    """Rows per chunk in kernels whose warps share columns: `at_once` blocks per multiprocessor, each warp with rows."""
+    chunks = max(1, min(at_once * device.multiprocessors // -(-n // SUM_BLOCK), MOST_CHUNKS))
+    return max(round_up(-(-m // chunks), COLUMN_ROWS), SUM_WARPS * COLUMN_ROWS)
 
 
 class OnChip(NamedTuple):
