@@ -19,7 +19,7 @@ constexpr int64_t kBiasBytes = kWarps * kColumns * sizeof(float), kSumsBytes = 2
 constexpr int kSumBlocks = 3, kQuantizeBlocks = 4;  // for whose registers a multiprocessor has room: shapes.py counts
 
 constexpr int kMergeThreads = 128;  // 4 to a column: they have the partials of 32 chunks on their way at once
-constexpr int kAddThreads = 512;    // 16 to a column, of 256 chunks
+constexpr int kAddThreads = 512;    // 16 to a column, for 144 chunks
 
 struct Chunks {
   ColumnLse p;

@@ -134,8 +134,9 @@ __device__ __forceinline__ Column together(const Column& before, const float (&m
   return all;
 }
 
-// Parts that a thread reads before it waits for the first: sums, and columns of two numbers.
-constexpr int kSumsAtOnce = 16, kColumnsAtOnce = 8;
+// Parts that a thread reads before it waits for the first: sums, of which 16 threads take the 132 or 264 of a Hopper's
+// pass in one turn or two, and columns of two numbers.
+constexpr int kSumsAtOnce = 9, kColumnsAtOnce = 8;
 
 // Where the partials of chunk c, or of the last, begin. A row has fewer than 2^31 columns: one multiplication.
 __device__ __forceinline__ int64_t chunk_at(unsigned c, unsigned count, int64_t n) {

@@ -79,6 +79,18 @@ def test_scores_that_are_masked_or_too_large_or_not_a_number_among_others(shape)
         assert torch.equal(before[0], shift) and torch.equal(before[1], sums)
 
 
+def test_more_chunks_than_threads_have_on_their_way_at_once():
+    made, (m, n) = kernels_on(multiprocessors=200), (1300, 20)
+    s, row, col = made_scores(m, n), one(m), one(n)
+    exact, on_gpu = s.double() * 20 / LOG2_E, s.to(DEVICE)
+    shift, sums, c = torch.empty(3, n, device=DEVICE)
+    made.column_lse(on_gpu, 20.0, row, shift, sums, accumulate=False)
+    found = shift.cpu().double() + sums.cpu().double().log2()
+    assert_close(found, torch.logsumexp(exact, 0) * LOG2_E, 0, 2e-6)
+    made.sinkhorn_pass(on_gpu, 20.0, row, col, c, accumulate=False)
+    assert_close(c.cpu(), torch.softmax(exact, 1).sum(0), 5e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int16], ids=str)
 def test_a_chip_with_room_for_half_a_group(dtype, monkeypatch):
     """Bit for bit what whole groups give: in the same chunks, rows are added to the columns one after another."""
