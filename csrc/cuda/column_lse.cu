@@ -121,15 +121,17 @@ __device__ __forceinline__ float keep_bias(const ColumnLse& p, const Place& at) 
 __device__ __forceinline__ void finish_rows(float (&x)[kRows][kOctet], const ColumnLse& p, const Place& at, int row,
                                             bool whole, float steps_per_unit) {
   int16_t* to = p.fixed + (at.first + row) * p.fixed_stride + at.j;
-  float bias[kOctet], largest = 0.0f;
+  float bias[kOctet], of_row[kRows] = {}, largest = 0.0f;
   load_scores(bias, own_slot());
 #pragma unroll
-  for (int r = 0; r < kRows; ++r)
+  for (int k = 0; k < kOctet; ++k)
 #pragma unroll
-    for (int k = 0; k < kOctet; ++k) {
+    for (int r = 0; r < kRows; ++r) {
       x[r][k] += bias[k];
-      largest = largest_or_nan(largest, x[r][k]);
+      of_row[r] = largest_or_nan(of_row[r], x[r][k]);
     }
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) largest = largest_or_nan(largest, of_row[r]);
   const uint32_t positives = has_own_keys(p.positives, at.j) ? find_positives(p.positives, at.first + row, at.j) : 0;
   if (whole && positives == 0 && largest * steps_per_unit <= kMostFixed) {
 #pragma unroll

@@ -102,9 +102,9 @@ struct Positives {
   int64_t first, period, B, T, own_columns;
 };
 
-// bam::ColumnLse in chunks of `rows` rows. Several go into partial[0] and [1] (chunks, n), which are then merged. As the
-// epilogue of a product (fixed not null) the scores are float32, bias (n) is added where it is not null, positives are
-// masked, and int16 scores are written, whose values are the ones summed. shift null: no sums.
+// bam::ColumnLse in chunks of `rows` rows. Several go into partial[0] and [1] (chunks, n), which are then merged. As
+// the epilogue of a product (fixed not null) the scores are float32, bias (n) is added where it is not null, positives
+// are masked, and int16 scores are written, whose values are the ones summed. shift null: no sums.
 struct ColumnLse {
   Scores scores;
   int64_t m, n;
