@@ -30,19 +30,62 @@ class Arriving {
       : arrivals_(reinterpret_cast<Arrival*>(reinterpret_cast<char*>(scratch) + kPartsBytes) + 2) {
     const int64_t share = static_cast<int64_t>(blockDim.x) * kOwned;
     here_ = static_cast<int>(left < share ? left : share);
+    is_whole_ = here_ - octet_place(kOctets - 1) >= kOctet;
     if (!has_arrivals()) return;
     if (static_cast<int>(threadIdx.x) < stages) begin_arrival(arrivals_ + threadIdx.x);
     sync_block();
   }
 
+  // Whether this thread has a part in a fetch; others need not call it.
+  __device__ __forceinline__ bool takes_part(bool aligned) const {
+    return !has_arrivals() || !aligned || !is_whole_ || is_elected();
+  }
+
   // This block's columns, which begin at `row`, to their place on chip, masked past the end of the row.
   template <class Score>
   __device__ __forceinline__ void fetch(Score* to, const Score* row, bool aligned, int stage) const {
-    if (has_arrivals() && aligned && threadIdx.x == 0 && here_ >= kOctet) {
-      const unsigned bytes = static_cast<unsigned>(here_ / kOctet * kOctet * sizeof(Score));
-      expect_bytes(arrivals_ + stage, bytes);
-      copy_bulk(to, row, bytes, arrivals_ + stage);
+    fetch(to, row, 0, 1, aligned, stage);
+  }
+  // Those of `rows` rows, `stride` apart, to places one after another.
+  template <class Score>
+  __device__ __forceinline__ void fetch(Score* to, const Score* row, int64_t stride, int rows, bool aligned,
+                                        int stage) const {
+    const int share = static_cast<int>(blockDim.x) * kOwned;
+    if (has_arrivals() && aligned) {
+      if (is_elected() && here_ >= kOctet) {
+        const unsigned bytes = static_cast<unsigned>(here_ / kOctet * kOctet * sizeof(Score));
+#pragma unroll 1
+        for (int r = 0; r < rows; ++r) {
+          expect_bytes(arrivals_ + stage, bytes);
+          copy_bulk(to + r * share, row + r * stride, bytes, arrivals_ + stage);
+        }
+      }
+      if (is_whole_) return;
     }
+#pragma unroll 1
+    for (int r = 0; r < rows; ++r) fetch_own(to + r * share, row + r * stride, aligned);
+  }
+
+  // What was fetched since the last stage was sent off is this one's.
+  __device__ __forceinline__ void send_off(int stage) const {
+    if (!has_arrivals()) commit_copies();
+    else if (is_elected()) arrive(arrivals_ + stage);
+  }
+
+  // Until the stage has come, for the first, second, third time as `odd` is 0, 1, 0; kLater stages were sent off since.
+  template <int kLater>
+  __device__ __forceinline__ void wait(int stage, unsigned odd) const {
+    if (has_arrivals()) wait_for_arrival<false>(arrivals_ + stage, odd);
+    else wait_for_copies<kLater>();
+  }
+
+ private:
+  // One of the last warp: the first has more to do than others when sums of a row have met.
+  static __device__ __forceinline__ bool is_elected() { return threadIdx.x == blockDim.x - kWarp; }
+
+  // What no bulk copy brings of this thread's octets.
+  template <class Score>
+  __device__ __forceinline__ void fetch_own(Score* to, const Score* row, bool aligned) const {
 #pragma unroll
     for (int q = 0; q < kOctets; ++q) {
       const int place = octet_place(q);
@@ -56,20 +99,6 @@ class Arriving {
     if (has_arrivals() && !aligned) order_before_bulk_copies();
   }
 
-  // What was fetched since the last stage was sent off is this one's.
-  __device__ __forceinline__ void send_off(int stage) const {
-    if (!has_arrivals()) commit_copies();
-    else if (threadIdx.x == 0) arrive(arrivals_ + stage);
-  }
-
-  // Until the stage has come, for the first, second, third time as `odd` is 0, 1, 0; kLater stages were sent off since.
-  template <int kLater>
-  __device__ __forceinline__ void wait(int stage, unsigned odd) const {
-    if (has_arrivals()) wait_for_arrival<false>(arrivals_ + stage, odd);
-    else wait_for_copies<kLater>();
-  }
-
- private:
   template <class Score>
   static __device__ __forceinline__ void copy_octet_later(Score* to, const Score* from) {
 #pragma unroll
@@ -84,6 +113,7 @@ class Arriving {
 
   Arrival* arrivals_;  // one a stage
   int here_;           // how many columns of a row this block has; not positive past its end
+  bool is_whole_;      // whether all of this thread's octets are
 };
 
 // Where the k-th of what comes is, of `stages` that take turns, and how often modulo 2 the stage was used before.

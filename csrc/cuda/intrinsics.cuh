@@ -9,7 +9,11 @@
 
 #include "waits.cuh"
 #else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include <cmath>
+#include <cstring>
 #endif
 
 namespace bam::cuda {
@@ -184,14 +188,36 @@ __device__ __forceinline__ float largest_or_nan(float a, float b) {
 __device__ __forceinline__ float ceil_fast(float x) {
   return __fadd_ru(x, 0x1.8p23f) - 0x1.8p23f;
 }
+// Two numbers rounded to a 16-bit type in one instruction, the first in the lower half.
+__device__ __forceinline__ int32_t packed_halves(float low, float high) {
+  int32_t word;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+__device__ __forceinline__ int32_t packed_bfloats(float low, float high) {
+  int32_t word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
 __device__ __forceinline__ int count_bits(unsigned x) {
   return __popc(x);
+}
+// Whether one instruction finds the lower of two int16 in either half.
+__device__ __forceinline__ constexpr bool has_packed_minimum() {
+  return has_arrivals();
+}
+// The lower of two int16, in either half.
+__device__ __forceinline__ uint32_t lower_halves(uint32_t x, uint32_t y) {
+  return __vmins2(x, y);
 }
 __device__ __forceinline__ float exchange(float x, int lane_mask) {
   return __shfl_xor_sync(0xffffffffu, x, lane_mask);
 }
 __device__ __forceinline__ float from_lane(float x, int lane) {
   return __shfl_sync(0xffffffffu, x, lane);
+}
+__device__ __forceinline__ bool any_lane(bool x) {
+  return __any_sync(0xffffffffu, x) != 0;
 }
 __device__ __forceinline__ void sync_block() {
   __syncthreads();
@@ -292,8 +318,29 @@ inline float largest_or_nan(float a, float b) {
 inline float ceil_fast(float x) {
   return ceilf(x);
 }
+inline int32_t packed_halves(float low, float high) {
+  const __half both[2] = {__float2half_rn(low), __float2half_rn(high)};
+  int32_t word;
+  memcpy(&word, both, sizeof word);
+  return word;
+}
+inline int32_t packed_bfloats(float low, float high) {
+  const __nv_bfloat16 both[2] = {__float2bfloat16_rn(low), __float2bfloat16_rn(high)};
+  int32_t word;
+  memcpy(&word, both, sizeof word);
+  return word;
+}
 inline int count_bits(unsigned x) {
   return __builtin_popcount(x);
+}
+inline bool has_packed_minimum() {
+  return has_arrivals();
+}
+inline uint32_t lower_halves(uint32_t x, uint32_t y) {
+  const auto lower = [](uint32_t a, uint32_t b) {
+    return static_cast<uint16_t>(static_cast<int16_t>(a) < static_cast<int16_t>(b) ? a : b);
+  };
+  return static_cast<uint32_t>(lower(x >> 16, y >> 16)) << 16 | lower(x, y);
 }
 inline float from_lane(float x, int lane) {
   uint32_t bits;
@@ -304,6 +351,11 @@ inline float from_lane(float x, int lane) {
 }
 inline float exchange(float x, int lane_mask) {
   return from_lane(x, static_cast<int>(threadIdx.x % kWarp) ^ lane_mask);
+}
+inline bool any_lane(bool x) {
+  float found = x ? 1.0f : 0.0f;
+  for (int mask = 1; mask < kWarp; mask *= 2) found += exchange(found, mask);
+  return found != 0.0f;
 }
 inline void sync_block() {
   emulator::sync_block();

@@ -38,9 +38,10 @@ class Image {
 
   __device__ void run() {
     follow_earlier_kernels();
-    fetch_before(kStages - 1);
+    fetch_rows(0, kStages - 1);
     find_targets();
     if (p_.top_k) keep_largest();
+    else add_mantissa_entropy();
     if (reports_) p_.sums[p_.sums_stride + i_] = entropy_;
     if (p_.targets) {
 #pragma unroll 1
@@ -52,26 +53,26 @@ class Image {
  private:
   // Row u of the image: its target rows, then its source rows.
   __device__ void fetch(unsigned u) const {
-    if (u < p_.L + p_.V) {
-      const bool is_target = u < p_.L;
-      arriving_.fetch(ring_ + stage_of(u, kStages) * share_,
-                      (is_target ? target_row(u) : source_row(u - p_.L)) + first_,
-                      is_target ? a_.target_aligned : a_.source_aligned, stage_of(u, kStages));
-    }
+    const bool is_target = u < p_.L, aligned = is_target ? a_.target_aligned : a_.source_aligned;
+    if (!arriving_.takes_part(aligned)) return;
+    if (u < p_.L + p_.V)
+      arriving_.fetch(row_on_chip(u), (is_target ? target_row(u) : source_row(u - p_.L)) + first_, aligned,
+                      stage_of(u, kStages));
     arriving_.send_off(stage_of(u, kStages));
   }
-  __device__ void fetch_before(unsigned end) {
+  __device__ void fetch_rows(unsigned begin, unsigned end) const {
 #pragma unroll 1
-    for (; fetched_ < end; ++fetched_) fetch(fetched_);
+    for (unsigned u = begin; u < end; ++u) fetch(u);
   }
   // kLater: how many of the rows after u have been fetched, or fewer.
   template <int kLater>
   __device__ const Score* await_row(unsigned u) const {
     arriving_.template wait<kLater>(stage_of(u, kStages), odd_use(u, kStages));
-    return ring_ + stage_of(u, kStages) * share_;
+    return row_on_chip(u);
   }
-  // Once sums of row u have met: then no thread reads the rows before it any more.
-  __device__ void fetch_after(unsigned u) { fetch_before(u + kStages); }
+  __device__ __forceinline__ Score* row_on_chip(unsigned u) const { return ring_ + stage_of(u, kStages) * share_; }
+  // Once sums of row u have met, no thread reads the rows before it any more: those before the end were fetched.
+  static __device__ __forceinline__ unsigned fetched_after(unsigned u) { return u + kStages; }
   __device__ const Score* target_row(int64_t t) const {
     return static_cast<const Score*>(p_.target.data) + t * p_.target.view_stride + i_ * p_.target.row_stride;
   }
@@ -89,16 +90,17 @@ class Image {
     }
   }
 
-  // p_j = 2^(scale*s_j + col_j + exponent) over the chosen columns; sums[0] += p_j, sums[1] += p_j log2(p_j).
-  __device__ void target_terms(const float (&x)[kOwned], Chosen chosen, float exponent, float (&p)[kOwned],
+  // p_j = 2^x_j col.mantissa_j with x_j = scale*s_j + col.exponent_j + exponent over the chosen columns; sums[0] +=
+  // p_j, sums[1] += p_j x_j.
+  __device__ void target_terms(const float (&s)[kOwned], Chosen chosen, float exponent, float (&p)[kOwned],
                                float (&sums)[2]) {
     sums[0] = sums[1] = 0.0f;
 #pragma unroll
     for (int k = 0; k < kOwned; ++k) {
-      const float term = exp2_fast(fmaf(x[k], scale_, col_.exponent[k] + exponent)) * col_.mantissa[k];
+      const float x = fmaf(s[k], scale_, col_.exponent[k] + exponent), term = exp2_fast(x) * col_.mantissa[k];
       p[k] = chosen >> k & 1 ? term : 0.0f;
       sums[0] += p[k];
-      sums[1] = fmaf(p[k], log2_of(p[k]), sums[1]);
+      sums[1] = fmaf(p[k], x, sums[1]);
     }
     team_.reduce(sums, Sum());
   }
@@ -121,16 +123,28 @@ class Image {
     for (int k = 0; k < kOwned; ++k) all_[k] = t == 0 ? p[k] * inverse : fmaf(p[k], inverse, all_[k]);
   }
 
-  __device__ void read_own(float (&x)[kOwned], const Score* row, bool on_chip) {
+  // Each octet by `load(octet, place)`.
+  template <class Load>
+  static __device__ __forceinline__ void read_octets(float (&x)[kOwned], Load load) {
 #pragma unroll
     for (int q = 0; q < kOctets; ++q) {
       float part[kOctet];
-      const int place = octet_place(q);
-      if (on_chip) load_scores(part, row + place);
-      else load_scores(part, row + first_ + place, p_.n - first_ - place, a_.target_aligned);
+      load(part, octet_place(q));
 #pragma unroll
       for (int k = 0; k < kOctet; ++k) x[q * kOctet + k] = part[k];
     }
+  }
+  // Of a row on chip.
+  static __device__ __forceinline__ void read_own(float (&x)[kOwned], const Score* row) {
+    Unmasked<Score> scores;
+    scores.begin();
+    read_octets(x, [&](float (&part)[kOctet], int place) { scores.load(part, row + place); });
+    if (scores.any()) read_octets(x, [&](float (&part)[kOctet], int place) { load_scores(part, row + place); });
+  }
+  __device__ void read_target_again(float (&x)[kOwned], const Score* row) const {
+    read_octets(x, [&](float (&part)[kOctet], int place) {
+      load_scores(part, row + first_ + place, p_.n - first_ - place, a_.target_aligned);
+    });
   }
 
   __device__ void find_targets() {
@@ -140,22 +154,31 @@ class Image {
 #pragma unroll 1
     for (int t = 0; t < L_; ++t) {
       float exponent = p_.row_exponent[t * p_.row_view_stride + i_], x[kOwned], p[kOwned], sums[2];
-      read_own(x, await_row<kStages - 2>(t), true);
+      read_own(x, await_row<kStages - 2>(t));
 #pragma unroll 1
       for (bool again = false;; again = true) {
         if (again) exponent = target_exponent(x, everything);
         target_terms(x, everything, exponent, p, sums);
         if (again || !is_poor(sums[0])) break;
       }
-      fetch_after(t);
+      fetch(fetched_after(t) - 1);
       if (t == 0 && p_.row_out.exponent && reports_) {
         const Power found = reciprocal(exponent, sums[0]);
         p_.row_out.exponent[i_] = found.exponent;
         p_.row_out.mantissa[i_] = found.mantissa;
       }
       keep_target(t, p, sums[0]);
-      entropy_ += entropy_of(sums[0], sums[1]);
+      if (reports_) entropy_ += entropy_of(sums[0], sums[1]);
     }
+  }
+
+  // log2(p_j) has that of the column's mantissa, too: of all targets at once.
+  __device__ void add_mantissa_entropy() {
+    float sum[1] = {0.0f};
+#pragma unroll
+    for (int k = 0; k < kOwned; ++k) sum[0] = fmaf(all_[k], log2_of(col_.mantissa[k]), sum[0]);
+    team_.reduce(sum, Sum());
+    if (reports_) entropy_ -= sum[0] * kLn2;
   }
 
   __device__ int64_t column(int own) const { return first_ + octet_place(own / kOctet) + own % kOctet; }
@@ -190,23 +213,30 @@ class Image {
     entropy_ = 0.0f;
 #pragma unroll 1
     for (int t = 0; t < L_; ++t) {
-      float p[kOwned], sums[2] = {0.0f, 0.0f};
+      float p[kOwned], sums[2];
       read_target(p, t);
-#pragma unroll
-      for (int k = 0; k < kOwned; ++k) {
-        p[k] = chosen >> k & 1 ? p[k] : 0.0f;
-        sums[0] += p[k];
-        sums[1] = fmaf(p[k], log2_of(p[k]), sums[1]);
-      }
-      team_.reduce(sums, Sum());
+      kept_terms(chosen, p, sums);
       if (is_poor(sums[0])) {
         float x[kOwned];
-        read_own(x, target_row(t), false);
+        read_target_again(x, target_row(t));
         target_terms(x, chosen, target_exponent(x, chosen), p, sums);
+        kept_terms(chosen, p, sums);
       }
       keep_target(t, p, sums[0]);
-      entropy_ += entropy_of(sums[0], sums[1]);
+      if (reports_) entropy_ += entropy_of(sums[0], sums[1]);
     }
+  }
+
+  // p_j of columns that are not chosen becomes 0; sums[0] = sum_j p_j, sums[1] = sum_j p_j log2(p_j).
+  __device__ void kept_terms(Chosen chosen, float (&p)[kOwned], float (&sums)[2]) {
+    sums[0] = sums[1] = 0.0f;
+#pragma unroll
+    for (int k = 0; k < kOwned; ++k) {
+      p[k] = chosen >> k & 1 ? p[k] : 0.0f;
+      sums[0] += p[k];
+      sums[1] = fmaf(p[k], log2_of(p[k]), sums[1]);
+    }
+    team_.reduce(sums, Sum());
   }
 
   __device__ void write_target(int t) {
@@ -216,78 +246,68 @@ class Image {
   }
 
   // e_rj = 2^(scale*s_rj + exponent_r); sums[2r] = sum_j e_rj, sums[2r + 1] = sum_j e_rj s_rj.
-  __device__ void source_terms(const Score* const (&rows)[kPair], float scale, const float (&exponent)[kPair],
+  __device__ void source_terms(const float (&s)[kPair][kOwned], float scale, const float (&exponent)[kPair],
                                float (&e)[kPair][kOwned], float (&sums)[2 * kPair]) {
 #pragma unroll
     for (int r = 0; r < kPair; ++r) {
       sums[2 * r] = sums[2 * r + 1] = 0.0f;
 #pragma unroll
-      for (int q = 0; q < kOctets; ++q) {
-        float s[kOctet];
-        load_scores(s, rows[r] + octet_place(q));
-#pragma unroll
-        for (int k = 0; k < kOctet; ++k) {
-          const float term = exp2_fast(fmaf(s[k], scale, exponent[r]));
-          e[r][q * kOctet + k] = term;
-          sums[2 * r] += term;
-          sums[2 * r + 1] = fmaf(term, s[k], sums[2 * r + 1]);
-        }
+      for (int k = 0; k < kOwned; ++k) {
+        e[r][k] = exp2_fast(fmaf(s[r][k], scale, exponent[r]));
+        sums[2 * r] += e[r][k];
+        sums[2 * r + 1] = fmaf(e[r][k], s[r][k], sums[2 * r + 1]);
       }
     }
     team_.reduce(sums, Sum());
   }
 
-  __device__ void source_exponents(const Score* const (&rows)[kPair], float scale, float (&exponent)[kPair]) {
+  __device__ void source_exponents(const float (&s)[kPair][kOwned], float scale, float (&exponent)[kPair]) {
     float most[kPair];
 #pragma unroll
     for (int r = 0; r < kPair; ++r) {
-      float s[kOwned];
-      read_own(s, rows[r], true);
       most[r] = -INFINITY;
 #pragma unroll
-      for (int k = 0; k < kOwned; ++k) most[r] = fmaxf(most[r], s[k] * scale);
+      for (int k = 0; k < kOwned; ++k) most[r] = fmaxf(most[r], s[r][k] * scale);
     }
     team_.reduce(most, Max());
 #pragma unroll
     for (int r = 0; r < kPair; ++r) exponent[r] = exponent_of(most[r]);
   }
 
-  // Pbar_v of octet q: never the difference from the sum of all, of which v's own may be the most.
-  __device__ void mean_target(float (&pbar)[kOctet], int v, int q) const {
+  // Pbar_v / pair_weight of octet q: never the difference from the sum of all, of which v's own may be the most.
+  __device__ void sum_targets(float (&pbar)[kOctet], int v, int q) const {
     const bool is_target = v < L_ && p_.V > 1;
 #pragma unroll
     for (int k = 0; k < kOctet; ++k) pbar[k] = is_target ? 0.0f : all_[q * kOctet + k];
     if (is_target) {
 #pragma unroll 1
       for (int t = 0; t < L_; ++t) {
+        if (t == v) continue;
 #pragma unroll
         for (int f = 0; f < kOctet / 4; ++f) {
           const float4 part = four(t, q * (kOctet / 4) + f);
-          pbar[4 * f] += t != v ? part.x : 0.0f;
-          pbar[4 * f + 1] += t != v ? part.y : 0.0f;
-          pbar[4 * f + 2] += t != v ? part.z : 0.0f;
-          pbar[4 * f + 3] += t != v ? part.w : 0.0f;
+          pbar[4 * f] += part.x;
+          pbar[4 * f + 1] += part.y;
+          pbar[4 * f + 2] += part.z;
+          pbar[4 * f + 3] += part.w;
         }
       }
     }
-#pragma unroll
-    for (int k = 0; k < kOctet; ++k) pbar[k] *= p_.pair_weight;
   }
 
-  // Adds Pbar_v s_v to `matched` and writes G_v.
-  __device__ void finish_source(int v, const Score* row, const float (&e)[kOwned], float of_e, float& matched) {
+  // Adds Pbar_v s_v / pair_weight to `matched` and writes G_v.
+  __device__ void finish_source(int v, const float (&s)[kOwned], const float (&e)[kOwned], float of_e, float& matched) {
+    const float of_gradient = of_e * p_.gradient_scale, of_targets = -p_.pair_weight * p_.gradient_scale;
 #pragma unroll
     for (int q = 0; q < kOctets; ++q) {
-      const int place = octet_place(q);
-      float s[kOctet], g[kOctet], pbar[kOctet];
-      load_scores(s, row + place);
-      mean_target(pbar, v, q);
+      float g[kOctet], pbar[kOctet];
+      sum_targets(pbar, v, q);
 #pragma unroll
       for (int k = 0; k < kOctet; ++k) {
-        matched = fmaf(pbar[k], s[k], matched);
-        g[k] = (e[q * kOctet + k] * of_e - pbar[k]) * p_.gradient_scale;
+        matched = fmaf(pbar[k], s[q * kOctet + k], matched);
+        g[k] = fmaf(e[q * kOctet + k], of_gradient, pbar[k] * of_targets);
       }
-      if (p_.gradient) store_gradient(p_, v, i_, first_ + place, g, a_.gradient_aligned);
+      if (p_.gradient) store_gradient(p_, v, i_, first_ + octet_place(q), g, a_.gradient_aligned);
     }
   }
 
@@ -297,31 +317,32 @@ class Image {
     float matched[1] = {0.0f}, exponent[kPair] = {};  // exponents: those of the last pair, guesses for the next
 #pragma unroll 1
     for (int v = 0; v < p_.V; v += kPair) {
-      const Score* rows[kPair];
+      float s[kPair][kOwned], e[kPair][kOwned], sums[2 * kPair];
 #pragma unroll
-      for (int r = 0; r < kPair; ++r) rows[r] = v + r < p_.V ? await_row<0>(L_ + v + r) : rows[0];
-      float e[kPair][kOwned], sums[2 * kPair];
+      for (int r = 0; r < kPair; ++r) read_own(s[r], await_row<0>(L_ + (v + r < p_.V ? v + r : v)));
 #pragma unroll 1
       for (bool again = false;; again = true) {
-        if (again) source_exponents(rows, scale, exponent);
-        source_terms(rows, scale, exponent, e, sums);
+        if (again) source_exponents(s, scale, exponent);
+        source_terms(s, scale, exponent, e, sums);
         bool poor = false;
 #pragma unroll
         for (int r = 0; r < kPair; ++r) poor |= is_poor(sums[2 * r]);
         if (again || !poor) break;
       }
-      fetch_after(L_ + v);
+      fetch_rows(fetched_after(L_ + v) - (v ? kPair : 1), fetched_after(L_ + v));
 #pragma unroll
       for (int r = 0; r < kPair; ++r) {
         if (v + r >= p_.V) continue;
         const float a = row_sum_of_targets(v + r, p_), total = sums[2 * r];
-        of_rows.add(a, exponent[r], total, sums[2 * r + 1] * scale + total * exponent[r]);
-        finish_source(v + r, rows[r], e[r], a / total, matched[0]);
+        // A cluster's threads have no registers left to keep the scores of the last row.
+        if (kCluster && r == kPair - 1) read_own(s[r], row_on_chip(L_ + v + r));
+        if (reports_) of_rows.add(a, exponent[r], total, sums[2 * r + 1] * scale + total * exponent[r]);
+        finish_source(v + r, s[r], e[r], a / total, matched[0]);
       }
     }
     team_.reduce(matched, Sum());
     if (!reports_) return;
-    p_.sums[i_] = of_rows.lse - matched[0] * number(p_.score_over_tau);
+    p_.sums[i_] = of_rows.lse - matched[0] * p_.pair_weight * number(p_.score_over_tau);
     p_.sums[2 * p_.sums_stride + i_] = of_rows.entropy;
   }
 
@@ -332,11 +353,10 @@ class Image {
   int64_t first_;
   RowTeam<kCluster> team_;
   Arriving arriving_;
-  float4* targets_;       // (L, share)
-  Score* ring_;           // (kStages, share)
-  unsigned fetched_ = 0;  // rows
+  float4* targets_;  // (L, share)
+  Score* ring_;      // (kStages, share)
   bool reports_;
-  float scale_ = 0.0f, entropy_ = 0.0f;
+  float scale_ = 0.0f, entropy_ = 0.0f;  // of targets, where this thread reports
   OwnColumns col_;
   float all_[kOwned] = {};  // sum_t P_t
 };

@@ -49,10 +49,19 @@ __device__ __forceinline__ void store_gradient(const Match& p, int64_t v, int64_
     store_octet(static_cast<float*>(p.gradient) + at, g, left, aligned);
     return;
   }
-  int16_t bits[kOctet];
+  int16_t* to = static_cast<int16_t*>(p.gradient) + at;
+  if (aligned && left >= kOctet) {
+    if (p.gradient_type == FloatType::kFloat16)
+      store_16_bytes(to, {packed_halves(g[0], g[1]), packed_halves(g[2], g[3]), packed_halves(g[4], g[5]),
+                          packed_halves(g[6], g[7])});
+    else
+      store_16_bytes(to, {packed_bfloats(g[0], g[1]), packed_bfloats(g[2], g[3]), packed_bfloats(g[4], g[5]),
+                          packed_bfloats(g[6], g[7])});
+    return;
+  }
 #pragma unroll
-  for (int k = 0; k < kOctet; ++k) bits[k] = half_bits(g[k], p.gradient_type);
-  store_octet(static_cast<int16_t*>(p.gradient) + at, bits, left, aligned);
+  for (int k = 0; k < kOctet; ++k)
+    if (k < left) to[k] = half_bits(g[k], p.gradient_type);
 }
 
 // The sums over an image's source rows.

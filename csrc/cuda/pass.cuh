@@ -13,14 +13,20 @@ struct OwnColumns {
   float exponent[kOwned], mantissa[kOwned];
 
   __device__ __forceinline__ void load(const Potential& col, int64_t first, int64_t n) {
+    load(exponent, col.exponent, first, n);
+    load(mantissa, col.mantissa, first, n);
+  }
+
+ private:
+  static __device__ __forceinline__ void load(float (&x)[kOwned], const float* of_columns, int64_t first, int64_t n) {
+    const bool aligned = reinterpret_cast<uintptr_t>(of_columns) % 16 == 0;
 #pragma unroll
     for (int q = 0; q < kOctets; ++q) {
       const int64_t j = first + octet_place(q);
+      float part[kOctet];
+      load_octet(part, of_columns + j, n - j, aligned, 0.0f);
 #pragma unroll
-      for (int k = 0; k < kOctet; ++k) {
-        exponent[q * kOctet + k] = j + k < n ? col.exponent[j + k] : 0.0f;
-        mantissa[q * kOctet + k] = j + k < n ? col.mantissa[j + k] : 0.0f;
-      }
+      for (int k = 0; k < kOctet; ++k) x[q * kOctet + k] = part[k];
     }
   }
 };
@@ -52,28 +58,29 @@ class Group {
   // key left gets an infinite potential and adds nothing.
   __device__ __forceinline__ void pass(const Score* rows, int64_t i, int count, float scale, float exponent,
                                        const Potential& row) {
-    float e[kRows][kOwned], total[kRows];
+    // Lane l looks after row l % kRows.
+    const int lane = static_cast<int>(threadIdx.x % kWarp);
+    float e[kRows][kOwned], total;
 #pragma unroll 1
     for (bool again = false;; again = true) {
       if (again) exponent = better_exponent(rows, scale);
-      exponentials(rows, scale, exponent, e, total);
-      team_.reduce(total, Sum());
-      bool poor = false;
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) poor |= r < count && is_poor(total[r]);
-      if (again || !poor) break;
+      float totals[kRows];
+      exponentials(rows, scale, exponent, e, totals);
+      total = team_.reduce_to_lanes(totals, Sum());
+      if (again || !any_lane(lane % kRows < count && is_poor(total))) break;
     }
+    const float inverse_of_lane = inverse_or_zero(total);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
+      const float inverse = from_lane(inverse_of_lane, r);
       if (r >= count) continue;
-      const float inverse = inverse_or_zero(total[r]);
 #pragma unroll
       for (int k = 0; k < kOwned; ++k) c_[k] = fmaf(e[r][k], inverse, c_[k]);
-      if (threadIdx.x == static_cast<unsigned>(r) && (!kCluster || cluster_rank() == 0)) {
-        const Power found = reciprocal(exponent, total[r]);
-        row.exponent[i + r] = found.exponent;
-        row.mantissa[i + r] = found.mantissa;
-      }
+    }
+    if (threadIdx.x < kRows && lane < count && (!kCluster || cluster_rank() == 0)) {
+      const Power found = reciprocal(exponent, total);
+      row.exponent[i + lane] = found.exponent;
+      row.mantissa[i + lane] = found.mantissa;
     }
   }
 
@@ -107,13 +114,18 @@ class Group {
     for (int q = 0; q < kOctets; ++q) {
       float x[kOctet], of_columns[kOctet];
       exponents(of_columns, q);
+      Unmasked<Score> scores;
+      scores.begin();
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        load_scores(x, rows + r * share() + octet_place(q));
+        scores.load(x, rows + r * share() + octet_place(q));
 #pragma unroll
         for (int k = 0; k < kOctet; ++k)
           e[r][q * kOctet + k] = exp2_fast(fmaf(x[k], scale, of_columns[k] + exponent[r]));
       }
+      if (!scores.any()) continue;
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) clear_masked(e[r] + q * kOctet, rows + r * share() + octet_place(q));
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) total[r] = 0.0f;
@@ -146,12 +158,7 @@ class Group {
         for (int k = 0; k < kOctet; ++k) most[r] = fmaxf(most[r], fmaf(x[k], scale, of_columns[k]));
       }
     }
-    team_.reduce(most, Max());
-    float found = 0.0f;
-#pragma unroll
-    for (int r = 0; r < kRows; ++r)
-      if (threadIdx.x % kWarp == static_cast<unsigned>(r)) found = exponent_of(most[r]);
-    return found;
+    return exponent_of(team_.reduce_to_lanes(most, Max()));
   }
 
   float4* potentials_;

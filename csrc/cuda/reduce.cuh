@@ -32,20 +32,26 @@ class RowTeam {
   // 1, 2 or 4 values at once.
   template <int kValues, class Combine>
   __device__ __forceinline__ void reduce(float (&x)[kValues], Combine combine) {
+    to_all(x, reduce_to_lanes(x, combine));
+  }
+  // The same, but lane l of a warp gets value l % kValues alone, for work that lanes share; x is left as it may be.
+  template <int kValues, class Combine>
+  __device__ __forceinline__ float reduce_to_lanes(float (&x)[kValues], Combine combine) {
     static_assert(kValues <= 4 && kWarp % kValues == 0, "the scratch of a warp is 4 floats");
     const float mine = over_lanes<1>(x, combine);
-    const unsigned lane = threadIdx.x % kWarp;
-    float* of_warps = scratch_ + buffer_ * (kMostThreads / kWarp) * 4;
+    const unsigned lane = threadIdx.x % kWarp, buffer = turn_ % 2;
+    float* of_warps = scratch_ + buffer * (kMostThreads / kWarp) * 4;
     if (lane < kValues) of_warps[threadIdx.x / kWarp * kValues + lane] = mine;
     sync_block();
-    gather<kValues>(x, of_warps, blockDim.x / kWarp, combine);
+    float all = gather<kValues, kValues>(of_warps, blockDim.x / kWarp, combine);
     if (kCluster) {
-      float* of_blocks = scratch_ + (2 * kMostThreads / kWarp + buffer_ * kMostCluster) * 4;
-      exchange_blocks(x, of_blocks, arrivals_ + buffer_);
-      gather<4>(x, of_blocks, cluster_size(), combine);
-      odd_ ^= static_cast<unsigned>(buffer_);
+      float* of_blocks = scratch_ + (2 * kMostThreads / kWarp + buffer * kMostCluster) * 4;
+      to_all(x, all);
+      exchange_blocks(x, of_blocks, arrivals_ + buffer);
+      all = gather<4, kValues>(of_blocks, cluster_size(), combine);
     }
-    buffer_ ^= 1;
+    turn_ = (turn_ + 1) % 4;
+    return all;
   }
 
  private:
@@ -80,13 +86,18 @@ class RowTeam {
       for (int v = 0; v < kValues; ++v) four[v] = x[v];
       send_16_bytes(four, of_blocks + cluster_rank() * 4, arrival, threadIdx.x);
     }
-    wait_for_arrival<true>(arrival, odd_);
+    wait_for_arrival<true>(arrival, turn_ / 2);
+  }
+  // What each lane has of its value, in every lane.
+  template <int kValues>
+  static __device__ __forceinline__ void to_all(float (&x)[kValues], float of_lane) {
+#pragma unroll
+    for (int v = 0; v < kValues; ++v) x[v] = kValues == 1 ? of_lane : from_lane(of_lane, v);
   }
   // Parts of kStride floats, `count` of them: lane l combines those of value l % kValues that are its own, then the
-  // lanes of a value their results, and all get all.
+  // lanes of a value their results.
   template <int kStride, int kValues, class Combine>
-  static __device__ __forceinline__ void gather(float (&x)[kValues], const float* parts, unsigned count,
-                                                Combine combine) {
+  static __device__ __forceinline__ float gather(const float* parts, unsigned count, Combine combine) {
     const unsigned lane = threadIdx.x % kWarp;
     float mine[1] = {Combine::kIdentity};
 #pragma unroll
@@ -94,16 +105,13 @@ class RowTeam {
       const unsigned part = first + lane / kValues;
       if (part < count) mine[0] = combine(mine[0], parts[part * kStride + lane % kValues]);
     }
-    const float all = over_lanes<kValues>(mine, combine);
-#pragma unroll
-    for (int v = 0; v < kValues; ++v) x[v] = kValues == 1 ? all : from_lane(all, v);
+    return over_lanes<kValues>(mine, combine);
   }
   static constexpr unsigned kMostParts = kMostThreads / kWarp > kMostCluster ? kMostThreads / kWarp : kMostCluster;
 
   float* scratch_;
   Arrival* arrivals_;  // (2)
-  int buffer_ = 0;
-  unsigned odd_ = 0;  // the phase of the next arrival in buffer 0 and, after it, in buffer 1
+  unsigned turn_ = 0;  // buffers take turns, and so do the phases of their arrivals
 };
 
 // col_j <- before / c; with `before` not given, col_j / c.

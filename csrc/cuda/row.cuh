@@ -34,9 +34,12 @@ BAM_HOST_DEVICE static inline float float_of(int32_t bits) {
 constexpr int32_t kTwo23Bits = 0x4b000000;  // of 2^23
 constexpr float kThreeTimes2To22 = 0x1.8p23f;
 
-// The value of a fixed-point score from the bits of 2^23 + (score + 2^15).
+// The value of a fixed-point score from the bits of 2^23 + (score + 2^15); the plain one is a number for masked scores.
+BAM_HOST_DEVICE static inline float plain_value_of_bits(int32_t bits) {
+  return float_of(bits) - (0x1p23f + 0x1p15f);
+}
 BAM_HOST_DEVICE static inline float value_of_bits(int32_t bits) {
-  const float x = float_of(bits) - (0x1p23f + 0x1p15f);
+  const float x = plain_value_of_bits(bits);
   return x == static_cast<float>(kMaskedFixed) ? kMaskedScore : x;
 }
 

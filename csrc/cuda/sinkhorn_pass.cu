@@ -32,17 +32,17 @@ __global__ void __launch_bounds__(kMostThreads, kRegisterThreads / kMostThreads)
   const Score* s = static_cast<const Score*>(p.scores.data) + begin * p.scores.row_stride + first;
   const Arriving arriving(scratch, kGroups, p.n - first);
   follow_earlier_kernels();
-  const float scale = number(p.scale);
-
   const auto fetch = [&](int i, unsigned group) {
     const int stage = stage_of(group, kGroups);
-#pragma unroll
-    for (int r = 0; r < kRows; ++r)
-      if (i + r < mine)
-        arriving.fetch(ring + (stage * kRows + r) * share, s + (i + r) * p.scores.row_stride, a.aligned, stage);
+    if (!arriving.takes_part(a.aligned)) return;
+    const int left = mine - i;
+    arriving.fetch(ring + stage * kRows * share, s + i * p.scores.row_stride, p.scores.row_stride,
+                   left < kRows ? left : kRows, a.aligned, stage);
     arriving.send_off(stage);
   };
+  // Before anything that waits for memory.
   for (unsigned group = 0; group < kGroups - 1; ++group) fetch(static_cast<int>(group) * kRows, group);
+  const float scale = number(p.scale);
   Group<Score, kRows, kCluster> rows(potentials, team);
   rows.load(p.col, first, p.n);
   // The exponents that the next group starts from, one a lane.

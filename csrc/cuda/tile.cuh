@@ -114,6 +114,68 @@ __device__ __forceinline__ void load_scores(float (&x)[kOctet], const int16_t* s
   }
 }
 
+// Octets in shared memory whose scores are read as they are, in half the instructions that a look at each takes: few
+// are masked. What was read since `begin` may have had a masked score where `any` says so.
+template <class Score>
+class Unmasked;
+
+// Masked scores of this type are finite and exponentiate to 0, as all others do that are as low.
+template <>
+class Unmasked<float> {
+ public:
+  __device__ __forceinline__ void begin() {}
+  __device__ __forceinline__ void load(float (&x)[kOctet], const float* shared) { load_scores(x, shared); }
+  __device__ __forceinline__ bool any() const { return false; }
+};
+
+template <>
+class Unmasked<int16_t> {
+ public:
+  __device__ __forceinline__ void begin() { noted_ = 0; }
+
+  __device__ __forceinline__ void load(float (&x)[kOctet], const int16_t* shared) {
+    uint32_t words[kOctet / 2];
+    memcpy(words, __builtin_assume_aligned(shared, 16), sizeof words);
+#pragma unroll
+    for (int w = 0; w < kOctet / 2; ++w) {
+      const uint32_t flipped = words[w] ^ 0x80008000u;
+      note(words[w], flipped);
+      x[2 * w] = plain_value_of_bits(with_low_half(kTwo23Bits, static_cast<int32_t>(flipped)));
+      x[2 * w + 1] = plain_value_of_bits(with_high_half(kTwo23Bits, static_cast<int32_t>(flipped)));
+    }
+  }
+
+  __device__ __forceinline__ bool any() const {
+    const uint32_t flipped = noted_ ^ 0x80008000u;
+    return has_packed_minimum() ? has_zero_half(flipped) != 0 : noted_ != 0;
+  }
+
+ private:
+  static_assert(kMaskedFixed == -32768, "flipped, it is 0");
+
+  // A bit where a half may be 0: where the lower one is, the higher one may look so.
+  static __device__ __forceinline__ uint32_t has_zero_half(uint32_t x) { return (x - 0x00010001u) & ~x & 0x80008000u; }
+
+  __device__ __forceinline__ void note(uint32_t word, uint32_t flipped) {
+    if (has_packed_minimum()) noted_ = lower_halves(noted_, word);
+    else noted_ |= has_zero_half(flipped);
+  }
+
+  uint32_t noted_;  // the lowest score in either half; on devices that are slow at that, what has_zero_half found
+};
+
+// Terms of masked scores become 0.
+__device__ __forceinline__ void clear_masked(float*, const float*) {}
+__device__ __forceinline__ void clear_masked(float* e, const int16_t* shared) {
+  uint32_t words[kOctet / 2];
+  memcpy(words, __builtin_assume_aligned(shared, 16), sizeof words);
+#pragma unroll
+  for (int w = 0; w < kOctet / 2; ++w) {
+    if (words[w] << 16 == 0x80000000u) e[2 * w] = 0.0f;
+    if ((words[w] & 0xffff0000u) == 0x80000000u) e[2 * w + 1] = 0.0f;
+  }
+}
+
 // Floats of any type.
 template <class T>
 __device__ __forceinline__ void store_floats(T* to, const float (&x)[kOctet], int64_t left, bool aligned) {
