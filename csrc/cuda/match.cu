@@ -298,6 +298,7 @@ class Image {
   // Adds Pbar_v s_v / pair_weight to `matched` and writes G_v.
   __device__ void finish_source(int v, const float (&s)[kOwned], const float (&e)[kOwned], float of_e, float& matched) {
     const float of_gradient = of_e * p_.gradient_scale, of_targets = -p_.pair_weight * p_.gradient_scale;
+    const int64_t gradient = gradient_row(p_, v, i_);
 #pragma unroll
     for (int q = 0; q < kOctets; ++q) {
       float g[kOctet], pbar[kOctet];
@@ -307,7 +308,7 @@ class Image {
         matched = fmaf(pbar[k], s[q * kOctet + k], matched);
         g[k] = fmaf(e[q * kOctet + k], of_gradient, pbar[k] * of_targets);
       }
-      if (p_.gradient) store_gradient(p_, v, i_, first_ + octet_place(q), g, a_.gradient_aligned);
+      if (p_.gradient) store_gradient(p_, gradient, first_ + octet_place(q), g, a_.gradient_aligned);
     }
   }
 

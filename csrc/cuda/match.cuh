@@ -42,9 +42,15 @@ __device__ __forceinline__ int16_t half_bits(float x, FloatType type) {
   return bits;
 }
 
-__device__ __forceinline__ void store_gradient(const Match& p, int64_t v, int64_t i, int64_t j,
-                                               const float (&g)[kOctet], bool aligned) {
-  const int64_t at = v * p.gradient_view_stride + i * p.gradient_row_stride + j, left = p.n - j;
+// Where the gradient of a row begins.
+__device__ __forceinline__ int64_t gradient_row(const Match& p, int64_t v, int64_t i) {
+  return v * p.gradient_view_stride + i * p.gradient_row_stride;
+}
+
+// The octet at column j of the gradient that begins at `row`.
+__device__ __forceinline__ void store_gradient(const Match& p, int64_t row, int64_t j, const float (&g)[kOctet],
+                                               bool aligned) {
+  const int64_t at = row + j, left = p.n - j;
   if (p.gradient_type == FloatType::kFloat32) {
     store_octet(static_cast<float*>(p.gradient) + at, g, left, aligned);
     return;

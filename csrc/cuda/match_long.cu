@@ -221,7 +221,7 @@ class LongImage {
         const float e = exp2_fast(fmaf(s[k], source_scale_, of_sources_[v].exponent));
         g[k] = (e * of_sources_[v].weight - pbar) * p_.gradient_scale;
       }
-      if (p_.gradient) store_gradient(p_, v, i_, j, g, a_.gradient_aligned);
+      if (p_.gradient) store_gradient(p_, gradient_row(p_, v, i_), j, g, a_.gradient_aligned);
     }
   }
 
