@@ -377,17 +377,6 @@ void launch_match(const char* name, const MatchArguments& a, const Where& where)
   else launch(name, match_kernel<Score, false>, shape, where, a);
 }
 
-bool scores_aligned(const Scores& s) {
-  return s.type == ScoreType::kInt16 ? is_aligned(static_cast<const int16_t*>(s.data), s.view_stride, s.row_stride)
-                                     : is_aligned(static_cast<const float*>(s.data), s.view_stride, s.row_stride);
-}
-
-bool gradient_aligned(const Match& p) {
-  return p.gradient_type == FloatType::kFloat32
-             ? is_aligned(static_cast<const float*>(p.gradient), p.gradient_view_stride, p.gradient_row_stride)
-             : is_aligned(static_cast<const int16_t*>(p.gradient), p.gradient_view_stride, p.gradient_row_stride);
-}
-
 }  // namespace
 
 void match(const Match& p, const Where& where) {

@@ -14,6 +14,17 @@ struct MatchArguments {
   bool target_aligned, source_aligned, targets_aligned, gradient_aligned;
 };
 
+inline bool scores_aligned(const Scores& s) {
+  return s.type == ScoreType::kInt16 ? is_aligned(static_cast<const int16_t*>(s.data), s.view_stride, s.row_stride)
+                                     : is_aligned(static_cast<const float*>(s.data), s.view_stride, s.row_stride);
+}
+
+inline bool gradient_aligned(const Match& p) {
+  return p.gradient_type == FloatType::kFloat32
+             ? is_aligned(static_cast<const float*>(p.gradient), p.gradient_view_stride, p.gradient_row_stride)
+             : is_aligned(static_cast<const int16_t*>(p.gradient), p.gradient_view_stride, p.gradient_row_stride);
+}
+
 // log2(p) where p > 0, whose product with p = 0 is 0.
 __device__ __forceinline__ float log2_of(float p) {
   return log2_fast(fmaxf(p, kLeastNormal));
