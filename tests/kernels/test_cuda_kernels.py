@@ -110,6 +110,21 @@ def test_a_chip_with_room_for_half_a_group(dtype, monkeypatch):
     assert_close(outcomes[0][2].cpu(), torch.softmax(exact / 0.05, 1).sum(0), 5e-6)
 
 
+# In an octet, in each of its places alone; in none; everywhere.
+@pytest.mark.parametrize("hidden", [*range(8), None, slice(None)], ids=str)
+def test_masked_scores_count_for_nothing_where_unmasked_ones_as_low_would(kernels, hidden):  # noqa: F811
+    """int16 scores whose lowest is only 3 octaves below none."""
+    s = torch.randint(-32767, 32768, (9, 40), dtype=torch.int16)
+    if hidden is not None:
+        s[4, 16:24][hidden] = -32768
+    scale = 3 / 32768
+    exact = (s.double() * scale / LOG2_E).masked_fill(s == -32768, -math.inf)
+    row, c = one(9), empty(40)
+    kernels.sinkhorn_pass(s.to(DEVICE), scale, row, one(40), c, accumulate=False)
+    assert_close(row.natural_log().cpu(), -torch.logsumexp(exact, 1), 0, 2e-6)
+    assert_close(c.cpu(), torch.softmax(exact, 1).sum(0), 5e-6)
+
+
 # Blocks without rows; a block with fewer rows than others, and rows of 40 and 66 bytes; warps that have a second group
 # of rows, of 4 (with clusters of 4) and of 2; the most columns; rows of whole octets that end in a lane's second one.
 @pytest.mark.parametrize("shape", [(1, 1), (30, 20), (150, 33), (69, 600), (3, 1024), (20, 408)], ids=str)

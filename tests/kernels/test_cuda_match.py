@@ -36,6 +36,18 @@ class TestMatch(MatchTests):
         check_fixed_point(kernels, device, STEP, dtype, W)
 
 
+@pytest.mark.parametrize("hidden", [*range(8), slice(None)], ids=str)
+def test_masked_scores_have_no_gradient_where_unmasked_ones_as_low_would(kernels, hidden):  # noqa: F811
+    layout = Layout(B=2, V=3, L=2, T=2, D=1, W=10)
+    s = torch.randint(-32767, 32768, (3, 2, layout.N), dtype=torch.int16)
+    s[:, 1, 16:24][..., hidden] = -32768
+    s, gradient, targets = s.to(DEVICE), empty(3, 2, layout.N), empty(2, 2, layout.N)
+    options = {"epsilon": 1.0, "temperature": 1.0, "step": 3 / 32768}
+    guess = torch.zeros(2, 2, device=DEVICE)
+    kernels.match(s[:2], s, layout, one(layout.N), guess, **options, targets=targets, gradient=gradient)
+    assert torch.equal(gradient == 0, s == -32768) and torch.equal(targets == 0, s[:2] == -32768)
+
+
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="the emulator runs threads in either order")
 def test_no_result_depends_on_the_order_of_threads(kernels):  # noqa: F811
     # Source rows enough for every stage on chip to be used again by one of them.
