@@ -44,6 +44,7 @@ CUDA_FILES = (
     "column_lse",
     "plan",
     "embed",
+    "keys",
     "scores",
     "stats",
     "table",

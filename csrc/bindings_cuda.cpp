@@ -165,6 +165,10 @@ void bind_embeddings(py::class_<Kernels>& c) {
           potential(row)},
          where);
   });
+  c.def("mean_row",
+        [](const Kernels& k, RowsTuple x, Address norm, int64_t m, int64_t d, Address mean, WhereTuple where) {
+          call(k.mean_row, {rows(x), as<const double>(norm), m, d, as<float>(mean)}, where);
+        });
   c.def("product_step", [](const Kernels& k, Address centre, int64_t d, Address key_bias, int64_t n, Address row_bias,
                            int64_t m, Address step, WhereTuple where) {
     call(k.product_step,

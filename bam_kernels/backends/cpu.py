@@ -52,6 +52,10 @@ class CpuKernels:
         )
         return UnitRows(unit, norm, unit)
 
+    def mean_row(self, x: Tensor) -> Tensor:
+        """Mean (D,) of float32 rows x (m, D)."""
+        return x.mean(0)
+
     def centre_potential(self, read: Tensor, centre: Tensor, epsilon: float) -> Potential:
         """Row potential exp(<unit_i, centre>/eps) of float32 rows, from which Sinkhorn on centred keys starts."""
         m, d = read.shape

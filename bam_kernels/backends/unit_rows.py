@@ -11,9 +11,20 @@ class UnitRowsKernels:
 
     def normalize(self, x: Tensor) -> UnitRows:
         """L2-normalise x (m, D) or (V, B, D), any float type and strides, into view-major unit rows (m, D) float32."""
-        rows = _empty_rows(x, torch.float32)
-        self._read_rows(rows, None, None, 0.0)
-        return rows
+        read = torch.empty(x.shape[:-1].numel(), x.shape[-1], dtype=torch.float32, device=x.device)
+        norm = _empty_norms(x)
+        self._read_rows(x, norm, read, None, None, None, 0.0)
+        return UnitRows(read, norm, x)
+
+    def mean_row(self, x: Tensor) -> Tensor:
+        """Mean (D,) float32 of rows x (m, D) or (V, B, D), any float type and strides."""
+        return self._mean_row(x, None)
+
+    def mean_unit_row(self, x: Tensor) -> Tensor:
+        """Mean (D,) float32 of the unit rows of x, which are not written."""
+        norm = _empty_norms(x)
+        self._read_rows(x, norm, None, None, None, None, 0.0)
+        return self._mean_row(x, norm)
 
     def half_rows(self, x: Tensor, centre: Tensor, epsilon: float) -> tuple[UnitRows, Potential]:
         """L2-normalise x, subtract `centre` (D,), and store fp16 rows times HALF_UNIT, with their bias.
@@ -21,22 +32,32 @@ class UnitRowsKernels:
         Also returns the row potential exp(<unit_i, centre>/eps), from which Sinkhorn on centred keys starts.
         """
         assert centre.is_contiguous()
-        rows = _empty_rows(x, torch.float16)
-        m = len(rows.read)
-        rows = rows._replace(bias=torch.empty(m, dtype=torch.float32, device=x.device))
-        row = Potential.empty(m, x.device)
-        self._read_rows(rows, centre, row, LOG2_E / epsilon)
-        return rows, row
+        norm = _empty_norms(x)
+        read = torch.empty(len(norm), x.shape[-1], dtype=torch.float16, device=x.device)
+        bias, row = torch.empty(len(norm), dtype=torch.float32, device=x.device), Potential.empty(len(norm), x.device)
+        self._read_rows(x, norm, read, centre, bias, row, LOG2_E / epsilon)
+        return UnitRows(read, norm, x, bias), row
 
-    def _read_rows(self, rows: UnitRows, centre: Tensor | None, row: Potential | None, scale: float) -> None:
-        """Fill rows.read and rows.norm from rows.x.
+    def _read_rows(
+        self,
+        x: Tensor,
+        norm: Tensor,
+        read: Tensor | None,
+        centre: Tensor | None,
+        bias: Tensor | None,
+        row: Potential | None,
+        scale: float,
+    ) -> None:
+        """Fill norm and, if given, read from x.
 
-        With a centre, also fill rows.bias and the potential row = 2^(scale * <unit_i, centre>).
+        With a centre, also fill bias and the potential row = 2^(scale * <unit_i, centre>).
         """
         raise NotImplementedError
 
+    def _mean_row(self, x: Tensor, norm: Tensor | None) -> Tensor:
+        """Mean (D,) float32 of x_i / max(norm_i, 1e-12); norm None: of x_i."""
+        raise NotImplementedError
 
-def _empty_rows(x: Tensor, dtype: torch.dtype) -> UnitRows:
-    m, d = x.shape[:-1].numel(), x.shape[-1]
-    read = torch.empty(m, d, dtype=dtype, device=x.device)
-    return UnitRows(read, torch.empty(m, dtype=torch.float64, device=x.device), x)
+
+def _empty_norms(x: Tensor) -> Tensor:
+    return torch.empty(x.shape[:-1].numel(), dtype=torch.float64, device=x.device)

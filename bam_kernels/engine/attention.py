@@ -58,7 +58,7 @@ def _prepare(
         k_rows = q_rows.views(layout.T, layout.B) if k is None else _rows("k", k, options.normalize, kernels)
         if not options.normalize:
             _check_products(q_rows.norm, k_rows.norm, options.epsilon)
-    keys = Keys(k_rows, k_rows.read.mean(0), ranks)
+    keys = Keys(k_rows, kernels.mean_row(k_rows.read), ranks)
     scores = Scores(keys, layout, masked, plan, kernels)
     start = kernels.centre_potential(q_rows.read, keys.centre, options.epsilon)
     return _Rows(q_rows, k_rows, start, TargetScores(q_rows.read, scores, plan))

@@ -142,12 +142,12 @@ def rows_and_keys(call: Call, read: tuple[UnitRows, UnitRows | None] | None) -> 
     if read is not None:
         z, y = read[0], read[1] if read[1] is not None else read[0]
         own = y.views(layout.T, layout.B)
-        centre = own.read.mean(0)
+        centre = kernels.mean_row(own.read)
         target = z if call.shared else y
         potential = kernels.centre_potential(target.read, centre, epsilon)
     else:
         first = first_views(call.student if call.teacher is None else call.teacher, layout.T, layout.B)
-        centre = kernels.normalize(first).read.mean(0)
+        centre = kernels.mean_unit_row(first)
         if layout.W > 1:
             centre = call.ranks.sum(centre).div_(layout.W)
         z, potential = kernels.half_rows(call.student, centre, epsilon)

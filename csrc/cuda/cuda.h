@@ -216,7 +216,7 @@ struct PlanSubtract {
 constexpr float kUnitScale = 64.0f;
 
 // read_i = u_i = x_i / max(|x_i|, 1e-12) in float32, norm_i = |x_i|. With a centre read_i = 64 (u_i - centre) in fp16,
-// bias_i = 64^2 <u_i - centre, centre>, and the row potential is 2^(scale * <u_i, centre>).
+// bias_i = 64^2 <u_i - centre, centre>, and the row potential is 2^(scale * <u_i, centre>). read null: the norms alone.
 struct Normalize {
   Rows x;
   int64_t m, d;
@@ -226,6 +226,14 @@ struct Normalize {
   float* bias;
   double scale;
   Potential row;
+};
+
+// mean_k = the mean over i of x_ik / max(norm_i, 1e-12), in float32.
+struct MeanRow {
+  Rows x;
+  const double* norm;  // (m), or null: 1
+  int64_t m, d;
+  float* mean;  // (d)
 };
 
 // The product of rows and keys, bias added, that is one step of fixed point: kFixedSteps of them hold every one. With
@@ -308,6 +316,7 @@ struct Kernels {
   void (*plan_products)(const PlanProducts&, const Where&);
   void (*plan_subtract)(const PlanSubtract&, const Where&);
   void (*normalize)(const Normalize&, const Where&);
+  void (*mean_row)(const MeanRow&, const Where&);
   void (*product_step)(const ProductStep&, const Where&);
   void (*centre_potential)(const CentrePotential&, const Where&);
   void (*project)(const Project&, const Where&);

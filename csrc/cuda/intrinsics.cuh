@@ -38,6 +38,11 @@ __device__ __forceinline__ float log2_fast(float x) {
   return y;
 }
 
+// 1 / sqrt(x) to one unit in the last place.
+__device__ __forceinline__ double inverse_sqrt(double x) {
+  return rsqrt(x);
+}
+
 // The block's shared memory, aligned to 16 bytes.
 __device__ __forceinline__ void* shared_memory() {
   extern __shared__ int4 bam_shared[];
@@ -213,6 +218,9 @@ __device__ __forceinline__ uint32_t lower_halves(uint32_t x, uint32_t y) {
 __device__ __forceinline__ float exchange(float x, int lane_mask) {
   return __shfl_xor_sync(0xffffffffu, x, lane_mask);
 }
+__device__ __forceinline__ double exchange(double x, int lane_mask) {
+  return __shfl_xor_sync(0xffffffffu, x, lane_mask);
+}
 __device__ __forceinline__ float from_lane(float x, int lane) {
   return __shfl_sync(0xffffffffu, x, lane);
 }
@@ -256,6 +264,9 @@ inline float exp2_fast(float x) {
 }
 inline float log2_fast(float x) {
   return log2f(x);
+}
+inline double inverse_sqrt(double x) {
+  return 1.0 / sqrt(x);
 }
 inline void* shared_memory() {
   return emulator::shared_memory();
@@ -356,6 +367,13 @@ inline bool any_lane(bool x) {
   float found = x ? 1.0f : 0.0f;
   for (int mask = 1; mask < kWarp; mask *= 2) found += exchange(found, mask);
   return found != 0.0f;
+}
+inline double exchange(double x, int lane_mask) {
+  float halves[2];
+  memcpy(halves, &x, sizeof x);
+  for (float& half : halves) half = exchange(half, lane_mask);
+  memcpy(&x, halves, sizeof x);
+  return x;
 }
 inline void sync_block() {
   emulator::sync_block();

@@ -11,6 +11,7 @@ void match(const Match&, const Where&);
 void plan_products(const PlanProducts&, const Where&);
 void plan_subtract(const PlanSubtract&, const Where&);
 void normalize(const Normalize&, const Where&);
+void mean_row(const MeanRow&, const Where&);
 void product_step(const ProductStep&, const Where&);
 void centre_potential(const CentrePotential&, const Where&);
 void project(const Project&, const Where&);
@@ -20,9 +21,9 @@ void reciprocal_potential(const ReciprocalPotential&, const Where&);
 void divide_potential(const DividePotential&, const Where&);
 void loss_and_stats(const LossAndStats&, const Where&);
 
-const Kernels kernels = {column_lse,     sinkhorn_pass,        row_step,         sinkhorn_on_chip,
-                         match,          plan_products,        plan_subtract,    normalize,
-                         product_step,   centre_potential,     project,          symmetrize,
-                         mask_positives, reciprocal_potential, divide_potential, loss_and_stats};
+const Kernels kernels = {column_lse,       sinkhorn_pass, row_step,   sinkhorn_on_chip, match,
+                         plan_products,    plan_subtract, normalize,  mean_row,         product_step,
+                         centre_potential, project,       symmetrize, mask_positives,   reciprocal_potential,
+                         divide_potential, loss_and_stats};
 
 }  // namespace bam::cuda

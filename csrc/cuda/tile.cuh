@@ -65,7 +65,8 @@ __device__ __forceinline__ void load_octet(T (&x)[kOctet], const T* from, int64_
 }
 
 // 16 bytes of entries.
-__device__ __forceinline__ int4 packed(const float* x) {
+template <class T>
+__device__ __forceinline__ int4 packed(const T* x) {
   int4 bits;
   memcpy(&bits, x, sizeof bits);
   return bits;

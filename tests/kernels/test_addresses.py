@@ -67,6 +67,8 @@ def of_cuda() -> dict[str, dict]:
     scale, column = DeviceNumber(1.0, made(1)), {"row": one(M), "shift": made(N), "sums": made(N)}
     epilogue = {"s": made(M, N), "bias": made(N), "step": scale, "out": fixed(M, N), "positives": None}
     return shared("s") | {
+        "mean_row": {"x": made(M, D)},
+        "mean_unit_row": {"x": made(M, D)},
         "half_rows": {"x": made(M, D), "centre": made(D), "epsilon": 0.1},
         "product_step": {"centre": made(D), "key_bias": made(N), "row_bias": made(M)},
         "quantize": {"s": made(M, N), "step": scale, "out": fixed(M, N), "bias": made(N)},
@@ -84,7 +86,7 @@ def of_cuda() -> dict[str, dict]:
 
 BACKENDS = {"cpu": shared("scores"), "cuda": of_cuda()}
 # What a method is given and does not read, and an embedding, which may be of any float type on the CPU.
-UNREAD = {("project_", "rows.read"), ("normalize", "x")}
+UNREAD = {("project_", "rows.read"), *((of, "x") for of in ("normalize", "mean_row", "mean_unit_row"))}
 
 
 def mapped(x: object, change, path: str = "") -> object:

@@ -49,6 +49,7 @@ HOT = (
     "row_step",
     "normalize",
     "project",
+    "mean_row",
 )
 
 

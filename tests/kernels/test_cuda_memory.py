@@ -75,6 +75,7 @@ for limits, most_threads in (({}, 512), ({}, 32), ({"shared_bytes": 0}, 512)):
         d = guarded((m, 13), fill=torch.randn(m, 13))
         x, centre = guarded((m, 13), torch.bfloat16, torch.randn(m, 13)), guarded((13,))
         rows, _ = kernels.half_rows(x, centre, 0.05)
+        kernels.mean_unit_row(x)
         kernels.product_step(centre, guarded((n,)), guarded((m,)))
         kernels.project_(d, rows)
         kernels.symmetrize_(guarded((m, m), torch.float16))

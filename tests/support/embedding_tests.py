@@ -61,6 +61,51 @@ class NormTests:
 
 
 class EmbeddingTests(NormTests):
+    # A tail of every vector; features of several blocks, and more rows than they read in a turn; whole vectors in rows
+    # that are apart; one feature.
+    @pytest.mark.parametrize(
+        ("shape", "order"),
+        [
+            ((3, 7, 5), (1, 0, 2)),
+            ((2049, 40), (0, 1)),
+            ((2, 300, 24), (1, 0, 2)),
+            ((40, 2049), (1, 0)),
+            ((5, 1), (0, 1)),
+        ],
+    )
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+    def test_mean_row(self, whole, device, shape, order, dtype):
+        x = torch.randn(*(shape[i] for i in order)).to(device, dtype).permute(order)
+        rows = x.double().flatten(0, -2)
+        assert_close(whole.mean_row(x), rows.mean(0), 0, 3e-7)
+        assert_close(whole.mean_unit_row(x), (rows / rows.norm(dim=1, keepdim=True)).mean(0), 0, 3e-7)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_mean_unit_row_of_any_norm(self, whole, device, dtype):
+        x = rows_of_any_norm(100).to(device, dtype)
+        assert_close(whole.mean_unit_row(x), unit_and_norm(x)[0].mean(0), 0, 1e-6)
+        x[-1, 3] = torch.inf
+        assert whole.mean_unit_row(x)[3].isnan()
+
+    # What one warp has, at the edge and past it; whole vectors in rows that are not aligned; several warps and a part.
+    @pytest.mark.parametrize(("d", "offset"), [(256, 0), (264, 0), (256, 1), (1000, 0), (1024, 4)])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+    def test_whole_vectors(self, whole, device, d, offset, dtype):
+        x = torch.randn(5, d + 8).to(device, dtype)[:, offset : offset + d]
+        unit, norm = unit_and_norm(x)
+        centre = unit.mean(0).float()
+        half, potential = whole.half_rows(x, centre, representable(0.05))
+        assert_close(half.norm, norm[:, 0], 1e-12)
+        assert_close(half.read.double() / HALF_UNIT, unit - centre, 2**-11, 1e-6)
+        assert_close(half.bias.double() / HALF_UNIT**2, (unit - centre) @ centre.double(), 1e-6, 1e-12)
+        assert_close(log2(potential), unit @ centre.double() / representable(0.05) * LOG2_E, 0, 1e-6)
+        gradient = torch.randn(5, d).to(device)
+        check_projected(whole.project_(gradient.clone(), half, 0.25), gradient, x, 0.25)
+        found = whole.normalize(x)
+        assert_close(found.read, unit, 2e-7, LEAST)
+        row = whole.centre_potential(found.read, centre, representable(0.05))
+        assert_close(log2(row), found.read.double() @ centre.double() / representable(0.05) * LOG2_E, 0, 1e-6)
+
     @pytest.mark.parametrize("layout", ["contiguous", "transposed", "views"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_centred_half_rows_of_any_norm(self, whole, device, layout, dtype):
@@ -122,6 +167,22 @@ class EmbeddingTests(NormTests):
         bias = k.bias.abs().max().item() / HALF_UNIT**2
         assert abs(bound - min(size_k * size_z + bias, size_k)) <= 0.01 * bound + 1e-7
         assert (scores.abs().max() <= bound * 1.001 + 1e-9).all()
+
+    # Fewer than a vector; a turn of vectors, and more with a tail; biases that are not aligned. Extremes at the ends
+    # and in a later turn.
+    @pytest.mark.parametrize(("n", "m"), [(1, 2), (8192, 4096), (8195, 9001), (70, 20000), (20000, 70)])
+    @pytest.mark.parametrize("offset", [0, 1])
+    @pytest.mark.parametrize("at", [0.0, 0.87, 1.0])
+    def test_the_step_of_many_biases(self, whole, device, n, m, offset, at):
+        centre = torch.randn(1030).to(device) / 1030**0.5 * 0.7
+        biases = [torch.rand(offset + count) * 100 for count in (n, m)]
+        for bias, least in zip(biases, (-900.0, -500.0), strict=True):
+            bias[offset + int(at * (len(bias) - offset - 1))] = least
+        keys, rows = (bias.to(device)[offset:] for bias in biases)
+        left = 1 - centre.double().square().sum().item()
+        a, b = ((left + 2 * least / HALF_UNIT**2) ** 0.5 for least in (900.0, 500.0))
+        expected = min(a * b + 900 / HALF_UNIT**2, a) * HALF_UNIT**2 / 32000
+        assert_close(whole.product_step(centre, keys, rows).scalar.double(), torch.tensor([expected]).to(device), 1e-6)
 
     def test_centre_potential_at_the_least_epsilon(self, whole, device):
         epsilon = representable(1e-3)

@@ -18,6 +18,7 @@ from bam_kernels.verification import cases
 
 CPU = torch.device("cpu")
 FLOATS = ("float32", "float16", "bfloat16")
+ONE_WARP = 256  # most features of an embedding that one warp holds: kNarrow in csrc/cuda/embed.cu
 
 
 def device(shared_kib: int, multiprocessors: int, clusters: tuple[int, int, int, int]) -> Device:
@@ -132,20 +133,29 @@ def _plan_subtract(s, m, n, scale, row, col, u, v, *_):
     return _forms(f"plan_subtract_kernel<{_type(s)}>", u=u, v=v)
 
 
-def _normalize(x, m, d, centre, *_):
-    return _forms(f"normalize_kernel<{FLOATS[x[1]]}>", centre=centre, no_centre=not centre)
+def _warps(name: str, d: int) -> set[str]:
+    return {f"{name}: {'one warp' if d <= ONE_WARP else 'several warps'} a row"}
+
+
+def _normalize(x, m, d, centre, read, *_):
+    branches = {"centre": centre, "no_centre": read and not centre, "norms_alone": not read}
+    return _forms(f"normalize_kernel<{FLOATS[x[1]]}>", **branches) | _warps("normalize_kernel", d)
+
+
+def _mean_row(x, norm, *_):
+    return _forms(f"mean_row_kernel<{FLOATS[x[1]]}>", norm=norm, no_norm=not norm)
 
 
 def _product_step(*_):
     return _forms("product_step_kernel")
 
 
-def _centre_potential(*_):
-    return _forms("centre_potential_kernel")
+def _centre_potential(read, m, d, *_):
+    return _forms("centre_potential_kernel") | _warps("centre_potential_kernel", d)
 
 
-def _project(d, x, *_):
-    return _forms(f"project_kernel<{FLOATS[x[1]]}>")
+def _project(d, x, norm, factor, m, features, *_):
+    return _forms(f"project_kernel<{FLOATS[x[1]]}>") | _warps("project_kernel", features)
 
 
 def _symmetrize(G, type, *_):

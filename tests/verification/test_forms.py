@@ -14,6 +14,12 @@ from bam_kernels.backends.extension import _C
 ALIGNED = ("aligned", "not aligned")
 CHUNKS = ("one chunk", "several chunks")
 SUMS = (*ALIGNED, *CHUNKS, "accumulate in one chunk")
+# Of the length of an embedding.
+WARPS = {
+    f"{kernel}_kernel: {warps} a row"
+    for kernel in ("normalize", "centre_potential", "project")
+    for warps in ("one warp", "several warps")
+}
 MATCH = (*ALIGNED, "targets", "source", "gradient", "top k")
 SHORT = {
     "column_lse_kernel<float32>": (*SUMS, "not masked"),
@@ -56,9 +62,12 @@ OTHERS = {
     "plan_subtract_kernel<float32>": ("u", "v"),
     "symmetrize_kernel<float16>": (),
     "symmetrize_kernel<float32>": (),
-    "normalize_kernel<float32>": ("centre", "no centre"),
-    "normalize_kernel<float16>": ("centre", "no centre"),
-    "normalize_kernel<bfloat16>": ("centre", "no centre"),
+    "normalize_kernel<float32>": ("centre", "no centre", "norms alone"),
+    "normalize_kernel<float16>": ("centre", "norms alone"),
+    "normalize_kernel<bfloat16>": ("centre", "norms alone"),
+    "mean_row_kernel<float32>": ("norm", "no norm"),
+    "mean_row_kernel<float16>": ("norm",),
+    "mean_row_kernel<bfloat16>": ("norm",),
     "product_step_kernel": (),
     "centre_potential_kernel": (),
     "project_kernel<float32>": (),
@@ -71,6 +80,7 @@ UNUSED = {"plan_subtract_kernel<int16>", "column_lse_kernel<int16>"}
 
 
 def expected(has_clusters: bool) -> Iterator[str]:
+    yield from WARPS
     for kernels in (SHORT, LONG, OTHERS, CLUSTERS if has_clusters else NO_CLUSTERS):
         for kernel, branches in kernels.items():
             yield kernel

@@ -26,23 +26,39 @@ class CudaKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
 
     backend = "cuda"
 
-    def _read_rows(self, rows: UnitRows, centre: Tensor | None, row: Potential | None, scale: float) -> None:
-        m, d = rows.read.shape
-        device = rows.x.device
+    def _read_rows(
+        self,
+        x: Tensor,
+        norm: Tensor,
+        read: Tensor | None,
+        centre: Tensor | None,
+        bias: Tensor | None,
+        row: Potential | None,
+        scale: float,
+    ) -> None:
+        device = x.device
         # With a centre the kernel writes fp16.
         read_types = (torch.float32 if centre is None else torch.float16,)
         self._kernels.normalize(
-            rows_of(rows.x, device),
-            m,
-            d,
+            rows_of(x, device),
+            len(norm),
+            x.shape[-1],
             address(centre, device),
-            address(rows.read, device, read_types),
-            address(rows.norm, device, FLOAT64),
-            address(rows.bias, device),
+            address(read, device, read_types),
+            address(norm, device, FLOAT64),
+            address(bias, device),
             as_float32(scale),
             pair(row, device),
-            self._launch_context(rows.x),
+            self._launch_context(x),
         )
+
+    def _mean_row(self, x: Tensor, norm: Tensor | None) -> Tensor:
+        m, d, device = x.shape[:-1].numel(), x.shape[-1], x.device
+        mean = torch.empty(d, dtype=torch.float32, device=device)
+        self._kernels.mean_row(
+            rows_of(x, device), address(norm, device, FLOAT64), m, d, address(mean, device), self._launch_context(x)
+        )
+        return mean
 
     def product_step(self, centre: Tensor, key_bias: Tensor, row_bias: Tensor) -> DeviceNumber:
         """Size of one fixed-point step, as a product of fp16 rows plus bias.
@@ -52,7 +68,7 @@ class CudaKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
         device = centre.device
         step, arguments = torch.empty(1, dtype=torch.float32, device=device), []
         for x in (centre, key_bias, row_bias):
-            assert x.is_contiguous()
+            assert x.is_contiguous() and len(x)
             arguments += [address(x, device), len(x)]
         self._kernels.product_step(*arguments, address(step, device), self._launch_context(centre))
         return DeviceNumber(1.0, step)

@@ -198,6 +198,8 @@ def _call_preparation(kernels: TritonKernels) -> None:
     centre = _empty(4096)
     unit = kernels.normalize(x)
     kernels.centre_potential(unit.read, centre, 0.05)
+    kernels.mean_row(unit.read)
+    kernels.mean_unit_row(x)
     half, _ = kernels.half_rows(x.view(8, 256, 4096), centre, 0.05)
     kernels.product_step(centre, _empty(8192), _empty(2048))
     for rows in (unit, half):

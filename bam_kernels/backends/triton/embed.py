@@ -1,6 +1,6 @@
 """Kernels on embedding rows: L2 normalisation, its gradient, and the biases and potentials of centred keys.
 
-One program per row of D features, in blocks of BLOCK columns; the second read of a row comes from the cache. Rows x are
+One program per row of D features, in blocks of BLOCK columns; a row of one block is read once and held. Rows x are
 (m, D) of any float type and strides, or (V, B, D), of which row v*B + i is x[v, i].
 """
 
@@ -24,6 +24,22 @@ def _store_power(exponent, mantissa, i, x):
     tl.store(mantissa + i, tl.exp2((x - whole).to(tl.float32)))
 
 
+@triton.jit
+def _write_unit(unit, centre, read, offs, D, UNIT: tl.constexpr):
+    """Write UNIT * (unit - centre) to the row `read`; returns the terms of <unit, centre>, <unit - centre, centre>."""
+    mask = offs < D
+    along = tl.zeros_like(unit)
+    beyond = tl.zeros_like(unit)
+    if centre is not None:
+        c = tl.load(centre + offs, mask=mask, other=0.0).to(tl.float64)
+        along = unit * c
+        unit -= c
+        beyond = unit * c
+    if read is not None:
+        tl.store(read + offs, (unit * UNIT).to(read.dtype.element_ty), mask=mask)
+    return along, beyond
+
+
 @triton.jit(do_not_specialize=["B"])
 def unit_rows_kernel(
     x,
@@ -41,43 +57,66 @@ def unit_rows_kernel(
     stride_feature,
     UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
+    HELD: tl.constexpr,
 ):
     """read_i = UNIT * (u_i - centre) with u_i = x_i / max(|x_i|, 1e-12), and norm_i = |x_i|, for rows of any magnitude.
 
     With a centre, also bias_i = UNIT^2 <u_i - centre, centre> and the potential 2^(scale * <u_i, centre>). Sums are in
-    float64.
+    float64. HELD: a row is one block.
 
-    Shapes: x rows of D, centre (D,) float32 or None: 0 -> read (m, D) float32 or fp16 contiguous, norm (m,) float64,
-    bias (m,) float32, exponent (m,), mantissa (m,) in [1, 2].
+    Shapes: x rows of D, centre (D,) float32 or None: 0 -> read (m, D) float32 or fp16 contiguous, or None: not written,
+    norm (m,) float64, bias (m,) float32, exponent (m,), mantissa (m,) in [1, 2].
     A zero row has unit 0 and norm 0; a row that is not finite has a norm that is not finite.
     """
     i = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, BLOCK)
     row = _row(x, i, B, stride_view, stride_row)
-    squares = tl.zeros([BLOCK], tl.float64)
-    for first in range(0, D, BLOCK):
-        at = row + (first + offs).to(tl.int64) * stride_feature
-        part = tl.load(at, mask=first + offs < D, other=0.0).to(tl.float64)
-        squares += part * part
+    first_part = tl.load(row + offs.to(tl.int64) * stride_feature, mask=offs < D, other=0.0).to(tl.float64)
+    squares = first_part * first_part
+    if not HELD:
+        for first in range(BLOCK, D, BLOCK):
+            at = row + (first + offs).to(tl.int64) * stride_feature
+            part = tl.load(at, mask=first + offs < D, other=0.0).to(tl.float64)
+            squares += part * part
     length = tl.sqrt(tl.sum(squares, axis=0))
     tl.store(norm + i, length)
     inverse = 1.0 / tl.where(length > NORM_FLOOR, length, NORM_FLOOR)
     inverse = tl.where(length == length, inverse, length)
-    along = tl.zeros([BLOCK], tl.float64)
-    beyond = tl.zeros([BLOCK], tl.float64)
-    for first in range(0, D, BLOCK):
-        mask = first + offs < D
-        at = row + (first + offs).to(tl.int64) * stride_feature
-        unit = tl.load(at, mask=mask, other=0.0).to(tl.float64) * inverse
-        if centre is not None:
-            c = tl.load(centre + first + offs, mask=mask, other=0.0).to(tl.float64)
-            along += unit * c
-            unit -= c
-            beyond += unit * c
-        tl.store(read + i * D + first + offs, (unit * UNIT).to(read.dtype.element_ty), mask=mask)
+    to = read + i * D if read is not None else None
+    along, beyond = _write_unit(first_part * inverse, centre, to, offs, D, UNIT)
+    if not HELD:
+        for first in range(BLOCK, D, BLOCK):
+            at = row + (first + offs).to(tl.int64) * stride_feature
+            unit = tl.load(at, mask=first + offs < D, other=0.0).to(tl.float64) * inverse
+            more_along, more_beyond = _write_unit(unit, centre, to, first + offs, D, UNIT)
+            along += more_along
+            beyond += more_beyond
     if centre is not None:
         tl.store(bias + i, (tl.sum(beyond, axis=0) * (UNIT * UNIT)).to(tl.float32))
         _store_power(exponent, mantissa, i, tl.sum(along, axis=0) * tl.full([], scale, tl.float32).to(tl.float64))
+
+
+@triton.jit(do_not_specialize=["m", "B"])
+def mean_row_kernel(
+    x, norm, mean, m, B, D, stride_view, stride_row, stride_feature, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """mean_k = the mean over i of x_ik / max(norm_i, 1e-12), in float32; norm None: 1. A program has BLOCK_D features.
+
+    Shapes: x rows of D, norm (m,) float64 or None -> mean (D,) float32.
+    """
+    offs_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for first in range(0, m, BLOCK_M):
+        i = (first + tl.arange(0, BLOCK_M)).to(tl.int64)
+        at = _row(x, i, B, stride_view, stride_row)[:, None] + offs_d.to(tl.int64)[None, :] * stride_feature
+        part = tl.load(at, mask=(i < m)[:, None] & mask_d[None, :], other=0.0).to(tl.float32)
+        if norm is not None:
+            length = tl.load(norm + i, mask=i < m, other=1.0)
+            inverse = 1.0 / tl.where(length < NORM_FLOOR, NORM_FLOOR, length)
+            part *= inverse.to(tl.float32)[:, None]
+        sums += part
+    tl.store(mean + offs_d, tl.sum(sums, axis=0) / m, mask=mask_d)
 
 
 @triton.jit
@@ -135,9 +174,12 @@ def centre_potential_kernel(read, centre, exponent, mantissa, D, stride_read, sc
 
 
 @triton.jit(do_not_specialize=["B"])
-def project_kernel(d, x, norm, factor, B, D, stride_view, stride_row, stride_feature, BLOCK: tl.constexpr):
+def project_kernel(
+    d, x, norm, factor, B, D, stride_view, stride_row, stride_feature, BLOCK: tl.constexpr, HELD: tl.constexpr
+):
     """d_i <- factor * (d_i - u_i <u_i, d_i>) / norm_i with u_i = x_i / norm_i, and 0 where norm_i < 1e-12.
 
+    HELD: a row is one block.
     Shapes: d (m, D) float32 contiguous, x rows of D, norm (m,) float64.
     """
     i = tl.program_id(0).to(tl.int64)
@@ -145,17 +187,24 @@ def project_kernel(d, x, norm, factor, B, D, stride_view, stride_row, stride_fea
     row = _row(x, i, B, stride_view, stride_row)
     length = tl.load(norm + i)
     inverse = tl.where(length < NORM_FLOOR, 0.0, 1.0 / tl.where(length < NORM_FLOOR, 1.0, length))
-    dots = tl.zeros([BLOCK], tl.float32)
-    for first in range(0, D, BLOCK):
-        mask = first + offs < D
-        at = row + (first + offs).to(tl.int64) * stride_feature
-        unit = tl.load(at, mask=mask, other=0.0).to(tl.float64) * inverse
-        dots += tl.load(d + i * D + first + offs, mask=mask, other=0.0) * unit.to(tl.float32)
+    first_unit = (
+        tl.load(row + offs.to(tl.int64) * stride_feature, mask=offs < D, other=0.0).to(tl.float64) * inverse
+    ).to(tl.float32)
+    first_part = tl.load(d + i * D + offs, mask=offs < D, other=0.0)
+    dots = first_part * first_unit
+    if not HELD:
+        for first in range(BLOCK, D, BLOCK):
+            mask = first + offs < D
+            at = row + (first + offs).to(tl.int64) * stride_feature
+            unit = (tl.load(at, mask=mask, other=0.0).to(tl.float64) * inverse).to(tl.float32)
+            dots += tl.load(d + i * D + first + offs, mask=mask, other=0.0) * unit
     along = tl.sum(dots, axis=0)
     inverse_factor = (inverse * factor).to(tl.float32)
-    for first in range(0, D, BLOCK):
-        mask = first + offs < D
-        at = row + (first + offs).to(tl.int64) * stride_feature
-        unit = tl.load(at, mask=mask, other=0.0).to(tl.float64) * inverse
-        part = tl.load(d + i * D + first + offs, mask=mask, other=0.0) - along * unit.to(tl.float32)
-        tl.store(d + i * D + first + offs, part * inverse_factor, mask=mask)
+    tl.store(d + i * D + offs, (first_part - along * first_unit) * inverse_factor, mask=offs < D)
+    if not HELD:
+        for first in range(BLOCK, D, BLOCK):
+            mask = first + offs < D
+            at = row + (first + offs).to(tl.int64) * stride_feature
+            unit = (tl.load(at, mask=mask, other=0.0).to(tl.float64) * inverse).to(tl.float32)
+            part = tl.load(d + i * D + first + offs, mask=mask, other=0.0) - along * unit
+            tl.store(d + i * D + first + offs, part * inverse_factor, mask=mask)

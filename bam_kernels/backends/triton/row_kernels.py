@@ -28,30 +28,59 @@ from .launch_match import MatchKernels
 from .launch_sinkhorn import SinkhornKernels
 from .tiles import block_of, warps
 
+MEAN_TILE = 512, 16  # rows and features of a tile of the mean row
+
 
 class TritonKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
     """The Triton row kernels."""
 
     backend = "triton"
 
-    def _read_rows(self, rows: UnitRows, centre: Tensor | None, row: Potential | None, scale: float) -> None:
+    def _read_rows(
+        self,
+        x: Tensor,
+        norm: Tensor,
+        read: Tensor | None,
+        centre: Tensor | None,
+        bias: Tensor | None,
+        row: Potential | None,
+        scale: float,
+    ) -> None:
         assert centre is None or centre.dtype == torch.float32
-        block = block_of(rows.x.shape[-1])
+        block = block_of(x.shape[-1])
         self._run(
             embed.unit_rows_kernel,
-            (len(rows.read),),
-            rows.x,
+            (len(norm),),
+            x,
             centre,
-            rows.read,
-            rows.norm,
-            rows.bias,
+            read,
+            norm,
+            bias,
             *(row if row is not None else (None, None)),
             scale,
-            *_rows_of(rows.x),
+            *_rows_of(x),
             UNIT=1.0 if centre is None else HALF_UNIT,
             BLOCK=block,
+            HELD=block >= x.shape[-1],
             num_warps=warps(block, 8),
         )
+
+    def _mean_row(self, x: Tensor, norm: Tensor | None) -> Tensor:
+        m, d = x.shape[:-1].numel(), x.shape[-1]
+        mean = torch.empty(d, dtype=torch.float32, device=x.device)
+        self._run(
+            embed.mean_row_kernel,
+            (-(-d // MEAN_TILE[1]),),
+            x,
+            norm,
+            mean,
+            m,
+            *_rows_of(x),
+            BLOCK_M=MEAN_TILE[0],
+            BLOCK_D=MEAN_TILE[1],
+            num_warps=16,
+        )
+        return mean
 
     def product_step(self, centre: Tensor, key_bias: Tensor, row_bias: Tensor) -> DeviceNumber:
         """Size of one fixed-point step, as a product of fp16 rows plus bias.
@@ -114,6 +143,7 @@ class TritonKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
             factor,
             *_rows_of(rows.x),
             BLOCK=block,
+            HELD=block >= d.shape[1],
             num_warps=warps(block, 8),
         )
         return d
