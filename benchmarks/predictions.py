@@ -3,7 +3,8 @@
     python benchmarks/predictions.py --results rows.jsonl      # rows that benchmarks/gpu/times.py wrote
     python benchmarks/predictions.py --results after.jsonl --before before.jsonl      # from measure.py --against
 
-The predictions were written before any of these kernels had run on a GPU.
+The predictions of CUDA kernels and of graphs were written before these kernels had run on a GPU; an H200 had run
+earlier forms of them. Those of Triton's kernels, of the host and of walls are older than that.
 
 - Problems: M = 2048 rows are 8 views of 256 images, and a teacher has as many. N = 8192 and 65,536 keys are one rank's
   share of 16 and 128 ranks; the other ranks are simulated. Problems with M = N have 2 views and one rank.
@@ -100,11 +101,12 @@ def ceilings(gpu: str) -> Iterator[Prediction]:
 
 COLD, WARM, BOTH = "graph, cold", "graph, warm", "graph, *"
 WIDE, SLAB, FEATURES = "2048x8192", "512x8192", "2048x8192x256"
-CUDA_EPILOGUE, TRITON_EPILOGUE = Counts(35.4, 6, 1.25), Counts(29.4, 6, 1.13)
-CUDA_LSE, TRITON_LSE = Counts(17.4, 2, 1.25), Counts(19, 2, 1.13)
-CUDA_PASS, TRITON_PASS = Counts(14.9, 2, 1), Counts(17.7, 2, 1)
+CUDA_EPILOGUE, TRITON_EPILOGUE = Counts(17.1, 6, 1.25), Counts(29.4, 6, 1.13)
+CUDA_LSE, TRITON_LSE = Counts(14.3, 2, 1.25), Counts(19, 2, 1.13)
+CUDA_QUANTIZE = Counts(7.7, 6, 0)
+CUDA_PASS, TRITON_PASS = Counts(10.9, 2, 1), Counts(17.7, 2, 1)
 # Each image has 8 source rows, read and written, and 2 target rows, read.
-CUDA_MATCH, TRITON_MATCH = Counts(36.9 + 28.4 / 4, 4.5, 1.25), Counts(27 + 45 / 4, 4.5, 1.25)
+CUDA_MATCH, TRITON_MATCH = Counts(22.5 + 19.5 / 4, 4.5, 1.25), Counts(27 + 45 / 4, 4.5, 1.25)
 
 
 def kernel(
@@ -114,28 +116,25 @@ def kernel(
 
 
 def cuda_kernels() -> Iterator[Prediction]:
-    twice = "a row holds two kernels: 13-18 the pass, 3-4.5 the sums of chunks (an earlier count: 15-18 and 3.5-4.5)"
-    yield kernel("sinkhorn_pass", "cuda", WIDE, COLD, 17, 23, twice, memory=0.3, counts=CUDA_PASS)
-    yield kernel("sinkhorn_pass", "cuda", WIDE, WARM, 15.5, 21, "33 MB stay in 50 MB of L2", counts=CUDA_PASS)
-    chunks = "with 3-4.5 for merging the chunks"
-    yield kernel("column_lse", "cuda", WIDE, COLD, 19, 27, chunks, memory=0.3, counts=CUDA_LSE)
-    yield kernel("column_lse", "cuda", WIDE, WARM, 17, 25, chunks, counts=CUDA_LSE)
-    branch = "a branch per score; with 3-4.5 for merging, which an earlier count's 38-46 left out"
-    yield kernel("finish_scores", "cuda", WIDE, BOTH, 39, 51, branch, memory=0.4, counts=CUDA_EPILOGUE)
-    setup = "8 rows a thread: finding its columns' images and storing partials is a fifth of it"
-    yield kernel("finish_scores", "cuda", SLAB, WARM, 12, 18, setup, counts=CUDA_EPILOGUE)
-    rows = (
-        "an earlier count's 32-40 has 26 instructions a source score: a thread has 100 a row more for logarithms and "
-    )
-    rows += "divisions; to 62 where the first guesses of exponents are poor"
-    yield kernel("match", "cuda", WIDE, BOTH, 42, 56, rows, memory=0.2, counts=CUDA_MATCH)
-    yield kernel("half_rows", "cuda", FEATURES, BOTH, 3.5, 8, "two waves of short blocks, three sums in double")
-    conversions = "4 conversions to and from double a feature take 9.3, memory 11"
-    yield kernel("half_rows", "cuda", "2048x4096", COLD, 13, 21, conversions, memory=0.5)
-    yield kernel("project", "cuda", FEATURES, BOTH, 7, 16, "with half_rows")
-    grid = "5 barriers of the grid at 1.2-1.5, chunks added up in 128 blocks"
-    yield kernel("sinkhorn_on_chip", "cuda", "512x512", WARM, 14, 25, grid)
-    yield kernel("symmetrize", "cuda", "2048x2048", COLD, 8, 16, "17 MB, then partials of 64 tiles", memory=0.5)
+    twice = "a row holds two kernels: 12-15 the pass, 3-4 the sums of chunks, in one read's latency"
+    yield kernel("sinkhorn_pass", "cuda", WIDE, COLD, 17, 21, twice, memory=0.3, counts=CUDA_PASS)
+    yield kernel("sinkhorn_pass", "cuda", WIDE, WARM, 15, 19, "33 MB stay in 50 MB of L2", counts=CUDA_PASS)
+    chunks = "with 2-3 for merging 12 chunks"
+    yield kernel("column_lse", "cuda", WIDE, COLD, 14, 18, chunks, memory=0.3, counts=CUDA_LSE)
+    yield kernel("column_lse", "cuda", WIDE, WARM, 13, 16, chunks, counts=CUDA_LSE)
+    yield kernel("finish_scores", "cuda", WIDE, BOTH, 34, 40, "100 MB through memory", memory=0.8, counts=CUDA_EPILOGUE)
+    merged = "25 MB in L2, 2-3 for merging"
+    yield kernel("finish_scores", "cuda", SLAB, WARM, 8.5, 11, merged, counts=CUDA_EPILOGUE)
+    yield kernel("quantize", "cuda", SLAB, WARM, 5, 6.5, "25 MB in L2", counts=CUDA_QUANTIZE)
+    yield kernel("match", "cuda", WIDE, BOTH, 28, 35, "to 40 where guesses of exponents are poor", counts=CUDA_MATCH)
+    yield kernel("half_rows", "cuda", FEATURES, BOTH, 3, 4.5, "one wave of short blocks: latencies")
+    conversions = "2 conversions to and from double a feature take 6.8, memory 11"
+    yield kernel("half_rows", "cuda", "2048x4096", COLD, 12, 17, conversions, memory=0.5)
+    yield kernel("project", "cuda", FEATURES, BOTH, 6, 9, "with half_rows")
+    yield kernel("mean_unit_row", "cuda", "512x256", WARM, 5, 7, "norms, then 16 blocks that read rows from L2")
+    cluster = "one cluster of 16 blocks: launch 2.3, three exchanges of sums 2.4, of potentials 1.4, passes 2.2"
+    yield kernel("sinkhorn_on_chip", "cuda", "512x512", WARM, 9, 14, cluster)
+    yield kernel("symmetrize", "cuda", "2048x2048", COLD, 15, 21, "as measured: 17.7 on an H200", memory=0.5)
 
 
 def triton_kernels() -> Iterator[Prediction]:
@@ -172,30 +171,22 @@ def library() -> Iterator[Prediction]:
 
 # Device time in us of a step replayed as a graph: shape, teacher, (low, high) of cuda and of triton, reason.
 GRAPHS = (
-    ("512x512x256", True, (75, 110), (110, 185), "18 launches (an earlier count: 75-90); Triton's 45 do not overlap"),
-    ("512x512x256", False, (70, 105), (105, 180), "17 launches"),
-    ("2048x2048x256", True, (135, 195), (160, 250), "one-launch Sinkhorn 26-42, match 19, four slabs of products"),
-    ("2048x2048x256", False, (125, 185), (150, 240), "no second scores, but G + transpose(G)"),
-    (
-        "2048x8192x256",
-        True,
-        (410, 560),
-        (420, 600),
-        "an earlier count's 240-280 leaves out what 15 simulated ranks' blocks take: 48 more launches, 140; slabs "
-        "of 512 rows: eight epilogues at 11-17, not two at 42",
-    ),
-    ("2048x8192x256", False, (530, 750), (530, 780), "key gradients of 16 ranks: 16 x 15"),
+    ("512x512x256", True, (48, 70), (85, 120), "18 launches: products 10, Sinkhorn 13, match 6, small ones 28"),
+    ("512x512x256", False, (45, 68), (80, 115), "17 launches"),
+    ("2048x2048x256", True, (110, 165), (170, 230), "five launches of Sinkhorn, match 12, four slabs of products"),
+    ("2048x2048x256", False, (95, 145), (140, 190), "no second scores, but G + transpose(G)"),
+    ("2048x8192x256", True, (250, 340), (400, 540), "products 70, epilogues 65, passes 38, match 34, small ones 80"),
+    ("2048x8192x256", False, (310, 430), (470, 620), "key gradients of 16 ranks: 16 x 8"),
     (
         "2048x8192x4096",
         True,
-        (1080, 1420),
-        (1080, 1450),
-        "an earlier count's 780-860, 40 for the gradient's scale and cast, 30 for slabs' epilogues, and 16 blocks: "
-        "copies of keys 130, the first slab's products 16 x 16 for one of 55",
+        (860, 1030),
+        (1000, 1200),
+        "products 560-650, and 45 for the copy of keys, 65 for the gradient's projection, scale and cast",
     ),
-    ("2048x8192x4096", False, (1380, 1800), (1380, 1850), "key gradients of 16 ranks: 16 x 30"),
-    ("2048x65536x1024", True, (3500, 4800), (4100, 6000), "128 blocks of keys: 1500; Triton reads rows 2 and 3 times"),
-    ("2048x65536x1024", False, (4900, 7100), (5300, 8400), "key gradients of 128 ranks: 128 x 20"),
+    ("2048x8192x4096", False, (1000, 1200), (1100, 1330), "key gradients of 16 ranks: 16 x 17"),
+    ("2048x65536x1024", True, (2300, 3000), (2900, 3600), "1.6 GB of products and 0.5 GB of scores through memory"),
+    ("2048x65536x1024", False, (3300, 4700), (3800, 5300), "key gradients of 128 ranks: 128 x 12"),
 )
 # Host time in us of a step: shape, teacher, (low, high) of cuda and of triton, reason.
 HOSTS = (

@@ -152,6 +152,12 @@ class Operands:
         operands = self.scores[:m], None, self.step, out, None, self.scale, row, self.shift, self.sums
         self.kernels.finish_scores(*operands, accumulate=False)
 
+    def quantize(self, m: int | None = None) -> Any:
+        self.kernels.quantize(self.scores[:m], self.step, self.gradient[:m])
+
+    def mean_unit_row(self) -> Any:
+        return self.kernels.mean_unit_row(self.x[: len(self.x) // 4])
+
     def match(self) -> Any:
         V, B, N = self.layout.V, self.layout.B, self.layout.N
         gradient = self.gradient.view(V, B, N)  # not in place: the scores must stay the same for every run
@@ -200,9 +206,12 @@ def kernel_times(clock: Clock, rows: Rows, toy: bool) -> None:
 
                 attempt(rows, "kernel", name, owner, shape, f"graph, {how}", timed, note=note)
         if backend != "cpu":
-            slab = [partial(all_operands[0].finish_scores, M // 4)] * sets
-            labels = "kernel", "finish_scores", backend, f"{M // 4}x{N}", "graph, warm"
-            attempt(rows, *labels, lambda slab=slab: clock.graph_us(slab), note="a slab, as its product left it")
+            for name in ("finish_scores", "quantize"):
+                slab = [partial(getattr(all_operands[0], name), M // 4)] * sets
+                labels = "kernel", name, backend, f"{M // 4}x{N}", "graph, warm"
+                attempt(rows, *labels, lambda slab=slab: clock.graph_us(slab), note="a slab, as its product left it")
+            labels = "kernel", "mean_unit_row", backend, f"{M // 4}x{D}", "graph, warm"
+            attempt(rows, *labels, lambda runs=all_operands: clock.graph_us([o.mean_unit_row for o in runs]))
         small_kernels(clock, rows, backend, kernels, toy)
 
 

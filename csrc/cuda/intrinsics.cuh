@@ -212,7 +212,7 @@ __device__ __forceinline__ constexpr bool has_packed_minimum() {
   return has_arrivals();
 }
 // The lower of two int16, in either half.
-__device__ __forceinline__ uint32_t lower_halves(uint32_t x, uint32_t y) {
+__device__ __forceinline__ uint32_t least_halves(uint32_t x, uint32_t y) {
   return __vmins2(x, y);
 }
 __device__ __forceinline__ float exchange(float x, int lane_mask) {
@@ -347,7 +347,7 @@ inline int count_bits(unsigned x) {
 inline bool has_packed_minimum() {
   return has_arrivals();
 }
-inline uint32_t lower_halves(uint32_t x, uint32_t y) {
+inline uint32_t least_halves(uint32_t x, uint32_t y) {
   const auto lower = [](uint32_t a, uint32_t b) {
     return static_cast<uint16_t>(static_cast<int16_t>(a) < static_cast<int16_t>(b) ? a : b);
   };

@@ -158,7 +158,7 @@ class Unmasked<int16_t> {
   static __device__ __forceinline__ uint32_t has_zero_half(uint32_t x) { return (x - 0x00010001u) & ~x & 0x80008000u; }
 
   __device__ __forceinline__ void note(uint32_t word, uint32_t flipped) {
-    if (has_packed_minimum()) noted_ = lower_halves(noted_, word);
+    if (has_packed_minimum()) noted_ = least_halves(noted_, word);
     else noted_ |= has_zero_half(flipped);
   }
 
