@@ -40,7 +40,7 @@ def test_peak_beyond_the_slab_is_a_tenth_of_the_eager_reference():
 
 @pytest.mark.parametrize(
     ("columns", "l2_bytes", "rows"),
-    [(8192, 50 << 20, 512), (2048, 50 << 20, 1024), (4096, 40 << 20, 768), (65536, 50 << 20, 1024)],
+    [(8192, 50 << 20, 1024), (16384, 50 << 20, 512), (8192, 40 << 20, 768), (65536, 50 << 20, 1024)],
 )
 def test_products_are_read_where_they_were_left_if_that_holds_enough_rows(monkeypatch, columns, l2_bytes, rows):
     device = SimpleNamespace(L2_cache_size=l2_bytes)
@@ -52,9 +52,9 @@ def test_products_are_read_where_they_were_left_if_that_holds_enough_rows(monkey
 @pytest.mark.parametrize(
     ("rows", "l2_bytes", "slab"),
     [
-        (2048, 50 << 20, 512),  # four slabs of the 512 rows that fit
-        (2048, 60 << 20, 512),  # 640 rows would fit: four equal slabs, not three and one of 128 rows
-        (2049, 50 << 20, 512),  # a row too many for four: products compute whole tiles of 128 rows
+        (2048, 25 << 20, 512),  # four slabs of the 512 rows that fit
+        (2048, 30 << 20, 512),  # 640 rows would fit: four equal slabs, not three and one of 128 rows
+        (2049, 25 << 20, 512),  # a row too many for four: products compute whole tiles of 128 rows
         (96, 50 << 20, 96),  # one slab
     ],
 )
