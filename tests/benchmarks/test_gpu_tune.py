@@ -192,7 +192,6 @@ def test_constants_that_cannot_be_are_errors(tmp_path):
         ("BAM_GROUPS=1", "the next group"),
         ("BAM_GROUPS=5", "an arrival for each stage"),
         ("BAM_STAGES=33", "a block may be one warp"),
-        ("BAM_THREADS=128", "room for the most threads"),
         ("BAM_REGISTER_THREADS=0", "a block at least"),
         ("BAM_REGISTER_THREADS=4096", "what runs at once"),
         ("BAM_OCTETS=0", "a thread owns columns"),
