@@ -3,6 +3,7 @@
 #pragma once
 
 #include "reduce.cuh"
+#include "sums.cuh"
 #include "tile.cuh"
 
 namespace bam::cuda {
@@ -231,16 +232,6 @@ class WarpRows {
     for (int r = 0; r < kRows; ++r)
       if (Row::lane() == r) found = exponent_of(most[r]);
     return found;
-  }
-
-  // In every lane the same value: the two that a step combines are the same two in both of its lanes.
-  template <class Combine>
-  static __device__ __forceinline__ void over_lanes(float (&x)[kRows], Combine combine) {
-#pragma unroll
-    for (int offset = 1; offset < kWarp; offset *= 2) {
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) x[r] = combine(x[r], exchange(x[r], offset));
-    }
   }
 
   const SinkhornOnChip& p_;
