@@ -87,6 +87,13 @@ void bind_sinkhorn(py::class_<Kernels>& c) {
         [](const Kernels& k, Address shift, Address sum, Pair col, int64_t n, WhereTuple where) {
           call(k.reciprocal_potential, {as<const float>(shift), as<const float>(sum), potential(col), n}, where);
         });
+  c.def("column_totals",
+        [](const Kernels& k, Address shift, Address sum, float common, Address total, int64_t n, WhereTuple where) {
+          call(k.column_totals, {as<const float>(shift), as<const float>(sum), common, as<double>(total), n}, where);
+        });
+  c.def("total_potential", [](const Kernels& k, Address total, float common, Pair col, int64_t n, WhereTuple where) {
+    call(k.total_potential, {as<const double>(total), common, potential(col), n}, where);
+  });
   c.def("divide_potential", [](const Kernels& k, Pair col, Address sums, int64_t n, WhereTuple where) {
     call(k.divide_potential, {potential(col), as<const float>(sums), n}, where);
   });
@@ -165,14 +172,15 @@ void bind_embeddings(py::class_<Kernels>& c) {
           potential(row)},
          where);
   });
-  c.def("mean_row",
-        [](const Kernels& k, RowsTuple x, Address norm, int64_t m, int64_t d, Address mean, WhereTuple where) {
-          call(k.mean_row, {rows(x), as<const double>(norm), m, d, as<float>(mean)}, where);
-        });
+  c.def("mean_row", [](const Kernels& k, RowsTuple x, Address norm, int64_t m, int64_t d, int64_t ranks, Address mean,
+                       WhereTuple where) {
+    call(k.mean_row, {rows(x), as<const double>(norm), m, d, ranks, as<float>(mean)}, where);
+  });
   c.def("product_step", [](const Kernels& k, Address centre, int64_t d, Address key_bias, int64_t n, Address row_bias,
-                           int64_t m, Address step, WhereTuple where) {
+                           int64_t m, Address other_bias, int64_t other, Address step, WhereTuple where) {
     call(k.product_step,
-         {as<const float>(centre), as<const float>(key_bias), as<const float>(row_bias), d, n, m, as<float>(step)},
+         {as<const float>(centre), as<const float>(key_bias), as<const float>(row_bias), as<const float>(other_bias), d,
+          n, m, other, as<float>(step)},
          where);
   });
   c.def("centre_potential", [](const Kernels& k, Address read, int64_t m, int64_t d, Address centre, double scale,

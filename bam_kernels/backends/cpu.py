@@ -130,6 +130,15 @@ class CpuKernels:
         _C.reciprocal_potential(pair(col, CPU), address(shift, CPU), address(sums, CPU), len(shift))
         return col
 
+    def column_totals(self, shift: Tensor, sums: Tensor, common: int) -> Tensor:
+        """Column sums as multiples of 2^common, which can be added up: sums_j * 2^(shift_j - common) (n,) float64."""
+        return torch.sub(shift, common, out=torch.empty_like(shift, dtype=torch.float64)).exp2_().mul_(sums)
+
+    def total_potential(self, total: Tensor, common: int) -> Potential:
+        """Column potential 1 / (total_j * 2^common) of column sums as `column_totals` writes them."""
+        mantissa, exponent = torch.frexp(total)
+        return self.reciprocal_potential((exponent + common).float(), mantissa.float())
+
     def divide_potential_(self, col: Potential, c: Tensor) -> None:
         """Divide the column potential by c, in place."""
         _C.divide_potential(pair(col, CPU), address(c, CPU), len(c))

@@ -18,13 +18,16 @@ class UnitRowsKernels:
 
     def mean_row(self, x: Tensor) -> Tensor:
         """Mean (D,) float32 of rows x (m, D) or (V, B, D), any float type and strides."""
-        return self._mean_row(x, None)
+        return self._mean_row(x, None, 1)
 
-    def mean_unit_row(self, x: Tensor) -> Tensor:
-        """Mean (D,) float32 of the unit rows of x, which are not written."""
+    def mean_unit_row(self, x: Tensor, ranks: int = 1) -> Tensor:
+        """Mean (D,) float32 of the unit rows of x, which are not written, divided by the number of ranks.
+
+        The sum over ranks, which have as many rows each, is the mean of all rows.
+        """
         norm = _empty_norms(x)
         self._read_rows(x, norm, None, None, None, None, 0.0)
-        return self._mean_row(x, norm)
+        return self._mean_row(x, norm, ranks)
 
     def half_rows(self, x: Tensor, centre: Tensor, epsilon: float) -> tuple[UnitRows, Potential]:
         """L2-normalise x, subtract `centre` (D,), and store fp16 rows times HALF_UNIT, with their bias.
@@ -54,8 +57,8 @@ class UnitRowsKernels:
         """
         raise NotImplementedError
 
-    def _mean_row(self, x: Tensor, norm: Tensor | None) -> Tensor:
-        """Mean (D,) float32 of x_i / max(norm_i, 1e-12); norm None: of x_i."""
+    def _mean_row(self, x: Tensor, norm: Tensor | None, ranks: int) -> Tensor:
+        """Mean (D,) float32 of x_i / max(norm_i, 1e-12), divided by `ranks`; norm None: of x_i."""
         raise NotImplementedError
 
 

@@ -147,9 +147,7 @@ def rows_and_keys(call: Call, read: tuple[UnitRows, UnitRows | None] | None) -> 
         potential = kernels.centre_potential(target.read, centre, epsilon)
     else:
         first = first_views(call.student if call.teacher is None else call.teacher, layout.T, layout.B)
-        centre = kernels.mean_unit_row(first)
-        if layout.W > 1:
-            centre = call.ranks.sum(centre).div_(layout.W)
+        centre = call.ranks.sum(kernels.mean_unit_row(first, layout.W))
         z, potential = kernels.half_rows(call.student, centre, epsilon)
         y, y_potential = (
             kernels.half_rows(call.teacher, centre, epsilon) if call.teacher is not None else (z, potential)

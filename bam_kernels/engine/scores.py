@@ -22,7 +22,7 @@ from .rows import Keys, Rows
 class Scores:
     """Computes scores of rows against the keys, and owns the buffer for scores that are not kept.
 
-    row_bias: bias of all rows that get int16 scores, from which their common fixed-point step follows.
+    row_bias: biases of all rows that get int16 scores, from which their common fixed-point step follows.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Scores:
         masked: bool,
         plan: SlabPlan,
         kernels: RowKernels,
-        row_bias: Tensor | None = None,
+        row_bias: tuple[Tensor | None, Tensor | None] = (None, None),
     ) -> None:
         self.keys, self.layout, self.masked, self.kernels = keys, layout, masked, kernels
         self.dtype = torch.int16 if keys.sixteen_bit else torch.float32
@@ -43,16 +43,15 @@ class Scores:
     @classmethod
     def of(cls, rows: Rows, layout: Layout, masked: bool, plan: SlabPlan, kernels: RowKernels) -> "Scores":
         """Make Scores for the student's and the target rows."""
-        bias = rows.z.bias
-        if bias is not None and rows.target.bias is not None and rows.target is not rows.z:
-            bias = torch.cat((bias, rows.target.bias))
-        return cls(rows.keys, layout, masked, plan, kernels, bias)
+        other = rows.target.bias if rows.target is not rows.z else None
+        return cls(rows.keys, layout, masked, plan, kernels, (rows.z.bias, other))
 
     @cached_property
     def product_step(self) -> DeviceNumber:
         """Size of one int16 step, as a product of fp16 rows. Needs all keys, so it gathers them."""
-        assert self.keys.whole is not None and self.keys.bias is not None and self._row_bias is not None
-        return self._half_kernels.product_step(self.keys.centre, self.keys.bias, self._row_bias)
+        bias, other = self._row_bias
+        assert self.keys.whole is not None and self.keys.bias is not None and bias is not None
+        return self._half_kernels.product_step(self.keys.centre, self.keys.bias, bias, other)
 
     @cached_property
     def step(self) -> Any:

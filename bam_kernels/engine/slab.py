@@ -88,7 +88,7 @@ def balance(
     shift, sums = row.mantissa.new_empty(n), row.mantissa.new_empty(n)
     target.column_step(LOG2_E / epsilon, row, shift, sums)
     scale = LOG2_E / epsilon * target.step
-    col = kernels.reciprocal_potential(*_sum_over_ranks(shift, sums, epsilon if cosines else 0.0, ranks, meanwhile))
+    col = _column_potential(kernels, shift, sums, epsilon if cosines else 0.0, ranks, meanwhile)
     c = shift.new_empty(n) if iterations > 1 else shift.new_full((n,), math.nan)
     for _ in range(iterations - 1):
         for first, scores in target.sweep():
@@ -117,17 +117,26 @@ def _in_one_launch(target: Sweeps, row: Potential, epsilon: float, iterations: i
     return kernels.sinkhorn(scores, LOG2_E / epsilon * target.step, row, iterations)
 
 
-def _sum_over_ranks(
-    shift: Tensor, sums: Tensor, epsilon: float, ranks: Ranks, meanwhile: Callable[[], None] | None
-) -> tuple[Tensor, Tensor]:
-    """All-reduce column sums (shift, sums), which stand for sums * 2^shift, in place."""
+def _column_potential(
+    kernels: RowKernels,
+    shift: Tensor,
+    sums: Tensor,
+    epsilon: float,
+    ranks: Ranks,
+    meanwhile: Callable[[], None] | None,
+) -> Potential:
+    """Column potential 1 / (sums_j * 2^shift_j), with the column sums of all ranks. Overwrites shift."""
     if ranks.W == 1:
-        return shift, sums
-    one_sum = epsilon >= LEAST_EPSILON_OF_ONE_SUM
-    common: Any = math.ceil(LOG2_E / epsilon) if one_sum else ranks.max(shift.clone())
-    total = torch.sub(shift, common, out=torch.empty_like(shift, dtype=torch.float64)).exp2_().mul_(sums)
-    mantissa, exponent = torch.frexp(ranks.sum(total, meanwhile))
-    return torch.add(exponent, common, out=shift), sums.copy_(mantissa)
+        return kernels.reciprocal_potential(shift, sums)
+    if epsilon >= LEAST_EPSILON_OF_ONE_SUM:
+        common = math.ceil(LOG2_E / epsilon)
+        total = ranks.sum(kernels.column_totals(shift, sums, common), meanwhile)
+        return kernels.total_potential(total, common)
+    most = ranks.max(shift.clone())
+    total = ranks.sum(kernels.column_totals(shift.sub_(most), sums, 0), meanwhile)
+    col = kernels.total_potential(total, 0)
+    col.exponent.sub_(most.masked_fill_(total == 0, 0.0))  # an empty column has no shift
+    return col
 
 
 def evaluate(call: Call) -> Evaluation:

@@ -228,11 +228,12 @@ struct Normalize {
   Potential row;
 };
 
-// mean_k = the mean over i of x_ik / max(norm_i, 1e-12), in float32.
+// mean_k = the mean over i of x_ik / max(norm_i, 1e-12), in float32, divided by `ranks`: what this rank adds to the
+// mean of all ranks' rows.
 struct MeanRow {
   Rows x;
   const double* norm;  // (m), or null: 1
-  int64_t m, d;
+  int64_t m, d, ranks;
   float* mean;  // (d)
 };
 
@@ -240,10 +241,11 @@ struct MeanRow {
 // a = max_j |k'_j| and b = max_i |z'_i| both |s| <= a and |s| <= a b + max_j |bias_j| hold; unit rows have
 // |u_i - centre|^2 = 1 - |centre|^2 - 2 bias_i / 64^2.
 struct ProductStep {
-  const float* centre;    // (d)
-  const float* key_bias;  // (n)
-  const float* row_bias;  // (m)
-  int64_t d, n, m;
+  const float* centre;      // (d)
+  const float* key_bias;    // (n)
+  const float* row_bias;    // (m)
+  const float* other_bias;  // (other) of further rows, or null: there are none
+  int64_t d, n, m, other;
   float* step;
 };
 constexpr double kFixedSteps = 32000.0;
@@ -287,6 +289,23 @@ struct ReciprocalPotential {
   int64_t n;
 };
 
+// total_j = sum_j * 2^(shift_j - common): column sums that can be added up over ranks.
+struct ColumnTotals {
+  const float* shift;
+  const float* sum;
+  float common;
+  double* total;  // (n)
+  int64_t n;
+};
+
+// The column potential 1 / (total_j * 2^common); 1 for an empty column.
+struct TotalPotential {
+  const double* total;
+  float common;
+  Potential col;
+  int64_t n;
+};
+
 struct DividePotential {
   Potential col;
   const float* c;
@@ -323,6 +342,8 @@ struct Kernels {
   void (*symmetrize)(const Symmetrize&, const Where&);
   void (*mask_positives)(const MaskPositives&, const Where&);
   void (*reciprocal_potential)(const ReciprocalPotential&, const Where&);
+  void (*column_totals)(const ColumnTotals&, const Where&);
+  void (*total_potential)(const TotalPotential&, const Where&);
   void (*divide_potential)(const DividePotential&, const Where&);
   void (*loss_and_stats)(const LossAndStats&, const Where&);
 };

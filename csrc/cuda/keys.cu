@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kMeanThreads) mean_row_kernel(const MeanRow p)
   float total = 0.0f;
 #pragma unroll
   for (int warp = 0; warp < kMeanThreads / kWarp; ++warp) total += parts[warp * kMeanColumns + threadIdx.x];
-  p.mean[begin + threadIdx.x] = total / static_cast<float>(p.m);
+  p.mean[begin + threadIdx.x] = total / static_cast<float>(p.m * p.ranks);
 }
 
 constexpr int kStepThreads = 1024;      // of the one block between two products
@@ -114,18 +114,20 @@ struct CombineParts {
 // Reads of all threads, several at once: one after another their time would be most of the kernel's.
 constexpr int kVectors = 2, kPerVector = 4, kReads = kVectors * kPerVector, kCentreReads = 4;
 
-// Floats of x (n > 0), some of them twice. kVector: 16 bytes at a time, of the whole ones.
+// Floats of x (n > 0) and then of y (m), some of them twice. kVector: 16 bytes at a time, of the whole ones of each.
 template <bool kVector>
-__device__ __forceinline__ void load_some(float (&read)[kReads], const float* x, int64_t n, int64_t turn) {
+__device__ __forceinline__ void load_some(float (&read)[kReads], const float* x, int64_t n, const float* y, int64_t m,
+                                          int64_t turn) {
   constexpr int64_t kPer = kVector ? kPerVector : 1, kAtOnce = kReads / kPer;
 #pragma unroll
   for (int r = 0; r < kAtOnce; ++r) {
-    const int64_t at = (turn * kAtOnce + r) * kStepThreads + threadIdx.x, place = at < n / kPer ? at : 0;
+    const int64_t at = (turn * kAtOnce + r) * kStepThreads + threadIdx.x, past = at - n / kPer;
+    const float* from = past < 0 ? x + at * kPer : past < m / kPer ? y + past * kPer : x;
     if (kVector) {
-      const int4 bits = reinterpret_cast<const int4*>(x)[place];
+      const int4 bits = *reinterpret_cast<const int4*>(from);
       memcpy(read + r * kPer, &bits, sizeof bits);
     } else {
-      read[r] = x[place];
+      read[r] = *from;
     }
   }
 }
@@ -137,11 +139,12 @@ __device__ __forceinline__ StepParts read_parts(const ProductStep& p) {
   // What whole vectors leave is in the last few.
   const int64_t back = kVector ? 1 + threadIdx.x % kPerVector : 1;
   const float last_key = p.key_bias[p.n - back], last_row = p.row_bias[p.m - back];
+  const float last_other = p.other > 0 ? p.other_bias[p.other - back] : last_row;
   constexpr int64_t kTurn = kReads * kStepThreads, kCentreTurn = kCentreReads * kStepThreads;
-  for (int64_t turn = 0; turn * kTurn < p.n || turn * kTurn < p.m || turn * kCentreTurn < p.d; ++turn) {
+  for (int64_t turn = 0; turn * kTurn < p.n || turn * kTurn < p.m + p.other || turn * kCentreTurn < p.d; ++turn) {
     float keys[kReads], rows[kReads], centre[kCentreReads];
-    load_some<kVector>(keys, p.key_bias, p.n, turn);
-    load_some<kVector>(rows, p.row_bias, p.m, turn);
+    load_some<kVector>(keys, p.key_bias, p.n, nullptr, 0, turn);
+    load_some<kVector>(rows, p.row_bias, p.m, p.other_bias, p.other, turn);
 #pragma unroll
     for (int r = 0; r < kCentreReads; ++r) {
       const int64_t k = (turn * kCentreReads + r) * kStepThreads + threadIdx.x;
@@ -157,6 +160,7 @@ __device__ __forceinline__ StepParts read_parts(const ProductStep& p) {
   }
   found.keys.add(last_key);
   found.rows.add(last_row);
+  found.rows.add(last_other);
   return found;
 }
 
@@ -165,7 +169,8 @@ __device__ __forceinline__ StepParts read_parts(const ProductStep& p) {
 __global__ void __launch_bounds__(kStepThreads, 1) product_step_kernel(const ProductStep p) {
   follow_earlier_kernels();
   constexpr double kSquare = static_cast<double>(kUnitScale) * kUnitScale;
-  const bool vectors = is_aligned(p.key_bias) && is_aligned(p.row_bias) && p.n >= kPerVector && p.m >= kPerVector;
+  const bool vectors = is_aligned(p.key_bias) && is_aligned(p.row_bias) && is_aligned(p.other_bias) &&
+                       p.n >= kPerVector && p.m >= kPerVector && (p.other == 0 || p.other >= kPerVector);
   StepParts found[1] = {vectors ? read_parts<true>(p) : read_parts<false>(p)};
   over_block<kStepThreads / kWarp>(found, static_cast<StepParts*>(shared_memory()), CombineParts());
   if (threadIdx.x != 0) return;

@@ -32,6 +32,24 @@ __global__ void __launch_bounds__(kThreads) reciprocal_potential_kernel(const Re
   p.col.mantissa[j] = found.mantissa;
 }
 
+__global__ void __launch_bounds__(kThreads) column_totals_kernel(const ColumnTotals p) {
+  follow_earlier_kernels();
+  const int64_t j = thread_index();
+  if (j >= p.n) return;
+  p.total[j] = p.sum[j] * exp2(static_cast<double>(p.shift[j]) - p.common);
+}
+
+__global__ void __launch_bounds__(kThreads) total_potential_kernel(const TotalPotential p) {
+  follow_earlier_kernels();
+  const int64_t j = thread_index();
+  if (j >= p.n) return;
+  int power = 0;
+  const auto mantissa = static_cast<float>(frexp(p.total[j], &power));
+  const Power found = column_potential(p.common + static_cast<float>(power), mantissa);
+  p.col.exponent[j] = found.exponent;
+  p.col.mantissa[j] = found.mantissa;
+}
+
 __global__ void __launch_bounds__(kThreads) divide_potential_kernel(const DividePotential p) {
   follow_earlier_kernels();
   const int64_t j = thread_index();
@@ -49,6 +67,14 @@ void mask_positives(const MaskPositives& p, const Where& where) {
 void reciprocal_potential(const ReciprocalPotential& p, const Where& where) {
   launch("reciprocal_potential_kernel", reciprocal_potential_kernel, {dim3(blocks_for(p.n, kThreads)), kThreads}, where,
          p);
+}
+
+void column_totals(const ColumnTotals& p, const Where& where) {
+  launch("column_totals_kernel", column_totals_kernel, {dim3(blocks_for(p.n, kThreads)), kThreads}, where, p);
+}
+
+void total_potential(const TotalPotential& p, const Where& where) {
+  launch("total_potential_kernel", total_potential_kernel, {dim3(blocks_for(p.n, kThreads)), kThreads}, where, p);
 }
 
 void divide_potential(const DividePotential& p, const Where& where) {

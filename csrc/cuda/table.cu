@@ -18,12 +18,14 @@ void project(const Project&, const Where&);
 void symmetrize(const Symmetrize&, const Where&);
 void mask_positives(const MaskPositives&, const Where&);
 void reciprocal_potential(const ReciprocalPotential&, const Where&);
+void column_totals(const ColumnTotals&, const Where&);
+void total_potential(const TotalPotential&, const Where&);
 void divide_potential(const DividePotential&, const Where&);
 void loss_and_stats(const LossAndStats&, const Where&);
 
-const Kernels kernels = {column_lse,       sinkhorn_pass, row_step,   sinkhorn_on_chip, match,
-                         plan_products,    plan_subtract, normalize,  mean_row,         product_step,
-                         centre_potential, project,       symmetrize, mask_positives,   reciprocal_potential,
-                         divide_potential, loss_and_stats};
+const Kernels kernels = {column_lse,       sinkhorn_pass,   row_step,         sinkhorn_on_chip, match,
+                         plan_products,    plan_subtract,   normalize,        mean_row,         product_step,
+                         centre_potential, project,         symmetrize,       mask_positives,   reciprocal_potential,
+                         column_totals,    total_potential, divide_potential, loss_and_stats};
 
 }  // namespace bam::cuda

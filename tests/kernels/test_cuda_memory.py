@@ -59,6 +59,8 @@ for limits, most_threads in (({}, 512), ({}, 32), ({"shared_bytes": 0}, 512)):
             kernels.column_lse(s, scale, row, shift, sums, accumulate=True)
             kernels.sinkhorn_pass(s, scale, row, col, c, accumulate=False)
             kernels.divide_potential_(col, c)
+            total = guarded((n,), torch.float64, kernels.column_totals(shift, sums, 29))
+            kernels.total_potential(total, 29)
             kernels.plan_products(s, scale, row, col, guarded((n,)), guarded((m,)))
             kernels.plan_subtract_(guarded((m, n)), s, scale, row, col, guarded((m,)), guarded((n,)))
             if kernels.fits_on_chip(m, n, s.dtype, s.device):
@@ -76,7 +78,7 @@ for limits, most_threads in (({}, 512), ({}, 32), ({"shared_bytes": 0}, 512)):
         x, centre = guarded((m, 13), torch.bfloat16, torch.randn(m, 13)), guarded((13,))
         rows, _ = kernels.half_rows(x, centre, 0.05)
         kernels.mean_unit_row(x)
-        kernels.product_step(centre, guarded((n,)), guarded((m,)))
+        kernels.product_step(centre, guarded((n,)), guarded((m,)), guarded((m + 1,)))
         kernels.project_(d, rows)
         kernels.symmetrize_(guarded((m, m), torch.float16))
 print("nothing was touched", flush=True)

@@ -11,6 +11,8 @@ from problems import FLOAT32, FLOAT64, GOLDEN_FILES, assert_close, features, loa
 from torch import Tensor
 
 from bam_kernels import bam_loss, bam_targets, reference, sinkhorn_attention
+from bam_kernels.backends import cpu
+from bam_kernels.engine import slab
 from bam_kernels.header import HEADER_BYTES, Header
 from bam_kernels.layout import Layout
 from bam_kernels.options import Options
@@ -129,6 +131,26 @@ def test_attention_of_ranks(normalize, mask, views, key_views, backend, dtype, b
     assert_close(torch.cat([x.view(views, -1) for x in fs], 1).flatten(), f.double(), 100 * bound)
     for column_potential in gs:
         assert_close(column_potential, g.double(), 100 * bound)
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize("epsilon", [0.05, 0.0])  # sums as multiples of one number for all columns, or of each its own
+def test_column_potential_of_all_ranks(epsilon):
+    """Sums of one size, of other sizes, empty on one rank, empty on all."""
+    empty = -16777216.0  # a column's shift where all its scores are masked
+    shift = torch.tensor([[3.0, -20.0, empty, empty], [3.0, 28.0, 5.0, empty]])
+    sums = torch.tensor([[1.5, 1.0, 0.0, 0.0], [1.25, 1.75, 1.5, 0.0]])
+
+    def run(group: ThreadRanks):
+        return slab._column_potential(
+            cpu.kernels(), shift[group.rank].clone(), sums[group.rank].clone(), epsilon, group, None
+        )
+
+    for col in run_ranks(2, run):
+        assert col.exponent[3] == 0 and col.mantissa[3] == 1
+        found = torch.exp2(col.exponent.double()) * col.mantissa
+        expected = 1 / (sums * torch.exp2(shift.double())).sum(0)
+        assert_close(found[:3], expected[:3], 2e-7)
 
 
 def test_attention_of_ranks_has_no_gradient():

@@ -78,7 +78,9 @@ class EmbeddingTests(NormTests):
         x = torch.randn(*(shape[i] for i in order)).to(device, dtype).permute(order)
         rows = x.double().flatten(0, -2)
         assert_close(whole.mean_row(x), rows.mean(0), 0, 3e-7)
-        assert_close(whole.mean_unit_row(x), (rows / rows.norm(dim=1, keepdim=True)).mean(0), 0, 3e-7)
+        mean = (rows / rows.norm(dim=1, keepdim=True)).mean(0)
+        assert_close(whole.mean_unit_row(x), mean, 0, 3e-7)
+        assert_close(whole.mean_unit_row(x, 3), mean / 3, 0, 1e-7)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_mean_unit_row_of_any_norm(self, whole, device, dtype):
@@ -182,7 +184,12 @@ class EmbeddingTests(NormTests):
         left = 1 - centre.double().square().sum().item()
         a, b = ((left + 2 * least / HALF_UNIT**2) ** 0.5 for least in (900.0, 500.0))
         expected = min(a * b + 900 / HALF_UNIT**2, a) * HALF_UNIT**2 / 32000
-        assert_close(whole.product_step(centre, keys, rows).scalar.double(), torch.tensor([expected]).to(device), 1e-6)
+        expected = torch.tensor([expected], device=device)
+        assert_close(whole.product_step(centre, keys, rows).scalar.double(), expected, 1e-6)
+        # The least of all rows is in the first tensor of them, or in the other.
+        for others in (rows[:1], rows[: len(rows) // 2], torch.cat((rows, rows + 1))):
+            for pair in ((rows, (others + 1).clone()), ((others + 1).clone(), rows)):
+                assert_close(whole.product_step(centre, keys, *pair).scalar.double(), expected, 1e-6)
 
     def test_centre_potential_at_the_least_epsilon(self, whole, device):
         epsilon = representable(1e-3)

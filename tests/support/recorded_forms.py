@@ -146,8 +146,8 @@ def _mean_row(x, norm, *_):
     return _forms(f"mean_row_kernel<{FLOATS[x[1]]}>", norm=norm, no_norm=not norm)
 
 
-def _product_step(*_):
-    return _forms("product_step_kernel")
+def _product_step(centre, d, key_bias, n, row_bias, m, other_bias, *_):
+    return _forms("product_step_kernel", other_rows=other_bias, no_other_rows=not other_bias)
 
 
 def _centre_potential(read, m, d, *_):
@@ -164,6 +164,14 @@ def _symmetrize(G, type, *_):
 
 def _reciprocal_potential(*_):
     return _forms("reciprocal_potential_kernel")
+
+
+def _column_totals(*_):
+    return _forms("column_totals_kernel")
+
+
+def _total_potential(*_):
+    return _forms("total_potential_kernel")
 
 
 def _divide_potential(*_):

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..addresses import FLOAT32, INT16, SCORES, address, pair, scores_of
+from ..addresses import FLOAT32, FLOAT64, INT16, SCORES, address, pair, scores_of
 from ..interface import Number, Positives, Potential
 from .launch import Launcher, number, positives_of
 from .shapes import QUANTIZE_AT_ONCE, SUMS_AT_ONCE, column_rows, on_chip, pass_rows, pass_shape, sum_rows
@@ -98,6 +98,22 @@ class SinkhornKernels(Launcher):
         col = Potential(torch.empty_like(shift), torch.empty_like(shift))
         at = address(shift, device), address(sums, device), pair(col, device)
         self._kernels.reciprocal_potential(*at, n, self._launch_context(shift))
+        return col
+
+    def column_totals(self, shift: Tensor, sums: Tensor, common: int) -> Tensor:
+        """Column sums as multiples of 2^common, which can be added up: sums_j * 2^(shift_j - common) (n,) float64."""
+        device, n = shift.device, len(shift)
+        total = torch.empty(n, dtype=torch.float64, device=device)
+        at = address(shift, device), address(sums, device)
+        self._kernels.column_totals(*at, common, address(total, device, FLOAT64), n, self._launch_context(shift))
+        return total
+
+    def total_potential(self, total: Tensor, common: int) -> Potential:
+        """Column potential 1 / (total_j * 2^common) of column sums as `column_totals` writes them."""
+        device, n = total.device, len(total)
+        col = Potential(*torch.empty(2, n, dtype=torch.float32, device=device).unbind())
+        at = address(total, device, FLOAT64)
+        self._kernels.total_potential(at, common, pair(col, device), n, self._launch_context(total))
         return col
 
     def divide_potential_(self, col: Potential, c: Tensor) -> None:

@@ -52,24 +52,26 @@ class CudaKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
             self._launch_context(x),
         )
 
-    def _mean_row(self, x: Tensor, norm: Tensor | None) -> Tensor:
+    def _mean_row(self, x: Tensor, norm: Tensor | None, ranks: int) -> Tensor:
         m, d, device = x.shape[:-1].numel(), x.shape[-1], x.device
         mean = torch.empty(d, dtype=torch.float32, device=device)
-        self._kernels.mean_row(
-            rows_of(x, device), address(norm, device, FLOAT64), m, d, address(mean, device), self._launch_context(x)
-        )
+        norms = address(norm, device, FLOAT64)
+        self._kernels.mean_row(rows_of(x, device), norms, m, d, ranks, address(mean, device), self._launch_context(x))
         return mean
 
-    def product_step(self, centre: Tensor, key_bias: Tensor, row_bias: Tensor) -> DeviceNumber:
+    def product_step(
+        self, centre: Tensor, key_bias: Tensor, row_bias: Tensor, other_bias: Tensor | None = None
+    ) -> DeviceNumber:
         """Size of one fixed-point step, as a product of fp16 rows plus bias.
 
         key_bias (N,), row_bias (m,): biases of all keys and of all rows whose scores share the step.
+        other_bias: biases of further such rows.
         """
         device = centre.device
         step, arguments = torch.empty(1, dtype=torch.float32, device=device), []
-        for x in (centre, key_bias, row_bias):
-            assert x.is_contiguous() and len(x)
-            arguments += [address(x, device), len(x)]
+        for x in (centre, key_bias, row_bias, other_bias):
+            assert x is None or (x.is_contiguous() and len(x))
+            arguments += [address(x, device), len(x) if x is not None else 0]
         self._kernels.product_step(*arguments, address(step, device), self._launch_context(centre))
         return DeviceNumber(1.0, step)
 

@@ -201,12 +201,15 @@ def _call_preparation(kernels: TritonKernels) -> None:
     kernels.mean_row(unit.read)
     kernels.mean_unit_row(x)
     half, _ = kernels.half_rows(x.view(8, 256, 4096), centre, 0.05)
-    kernels.product_step(centre, _empty(8192), _empty(2048))
+    for other in (_empty(512), None):
+        kernels.product_step(centre, _empty(8192), _empty(2048), other)
     for rows in (unit, half):
         kernels.project_(_empty(2048, 4096), rows)
     for dtype in (torch.float32, torch.float16):
         kernels.symmetrize_(_empty(2048, 2048, dtype=dtype))
     kernels.reciprocal_potential(_empty(8192), _empty(8192))
+    kernels.column_totals(_empty(8192), _empty(8192), 29)
+    kernels.total_potential(_empty(8192, dtype=torch.float64), 29)
     kernels.divide_potential_(Potential(_empty(8192), _empty(8192)), _empty(8192))
 
 

@@ -96,11 +96,24 @@ def unit_rows_kernel(
         _store_power(exponent, mantissa, i, tl.sum(along, axis=0) * tl.full([], scale, tl.float32).to(tl.float64))
 
 
-@triton.jit(do_not_specialize=["m", "B"])
+@triton.jit(do_not_specialize=["m", "ranks", "B"])
 def mean_row_kernel(
-    x, norm, mean, m, B, D, stride_view, stride_row, stride_feature, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
+    x,
+    norm,
+    mean,
+    m,
+    ranks,
+    B,
+    D,
+    stride_view,
+    stride_row,
+    stride_feature,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
-    """mean_k = the mean over i of x_ik / max(norm_i, 1e-12), in float32; norm None: 1. A program has BLOCK_D features.
+    """mean_k = the mean over i of x_ik / max(norm_i, 1e-12), over `ranks`, in float32; norm None: 1.
+
+    A program has BLOCK_D features.
 
     Shapes: x rows of D, norm (m,) float64 or None -> mean (D,) float32.
     """
@@ -116,7 +129,7 @@ def mean_row_kernel(
             inverse = 1.0 / tl.where(length < NORM_FLOOR, NORM_FLOOR, length)
             part *= inverse.to(tl.float32)[:, None]
         sums += part
-    tl.store(mean + offs_d, tl.sum(sums, axis=0) / m, mask=mask_d)
+    tl.store(mean + offs_d, tl.sum(sums, axis=0) / (m.to(tl.float32) * ranks), mask=mask_d)
 
 
 @triton.jit
@@ -131,15 +144,27 @@ def _extremes(x, n, BLOCK: tl.constexpr):
     return tl.min(least, axis=0).to(tl.float64), tl.max(most, axis=0).to(tl.float64)
 
 
-@triton.jit(do_not_specialize=["m", "n"])
+@triton.jit(do_not_specialize=["m", "n", "other"])
 def product_step_kernel(
-    centre, key_bias, row_bias, step, D, n, m, UNIT: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr
+    centre,
+    key_bias,
+    row_bias,
+    other_bias,
+    step,
+    D,
+    n,
+    m,
+    other,
+    UNIT: tl.constexpr,
+    STEPS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Size of one fixed-point step as a product of centred rows, such that STEPS steps hold every product plus bias.
 
     With a = max_j |k'_j| and b = max_i |z'_i| both |s| <= a and |s| <= a b + max_j |bias_j| hold; unit rows have
     |u_i - centre|^2 = 1 - |centre|^2 - 2 bias_i / UNIT^2.
-    Shapes: centre (D,), key_bias (n,), row_bias (m,) float32 -> step (1,) float32. One program.
+    Shapes: centre (D,), key_bias (n,), row_bias (m,), other_bias (other,) or None, float32 -> step (1,)
+    float32. One program.
     """
     offs = tl.arange(0, BLOCK)
     squares = tl.zeros([BLOCK], tl.float64)
@@ -149,6 +174,9 @@ def product_step_kernel(
     left = 1.0 - tl.sum(squares, axis=0)
     least_of_keys, most_of_keys = _extremes(key_bias, n, BLOCK)
     least_of_rows, _most = _extremes(row_bias, m, BLOCK)
+    if other_bias is not None:
+        least_of_others, _most_of_others = _extremes(other_bias, other, BLOCK)
+        least_of_rows = tl.minimum(least_of_rows, least_of_others)
     # If all keys equal the centre, every product is 0 and any step will do. A NaN centre gives a NaN step.
     a = tl.maximum(left - 2.0 / (UNIT * UNIT) * least_of_keys, LEAST_SQUARE)
     a = tl.sqrt(tl.where(left == left, a, left))

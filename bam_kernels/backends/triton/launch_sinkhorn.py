@@ -113,6 +113,22 @@ class SinkhornKernels(Launcher):
         self._run(sinkhorn.reciprocal_potential_kernel, (-(-n // 256),), shift, sums, *col, n, BLOCK=256, num_warps=4)
         return col
 
+    def column_totals(self, shift: Tensor, sums: Tensor, common: int) -> Tensor:
+        """Column sums as multiples of 2^common, which can be added up: sums_j * 2^(shift_j - common) (n,) float64."""
+        n = len(shift)
+        total = torch.empty(n, dtype=torch.float64, device=shift.device)
+        grid = (-(-n // 256),)
+        self._run(sinkhorn.column_totals_kernel, grid, shift, sums, float(common), total, n, BLOCK=256, num_warps=4)
+        return total
+
+    def total_potential(self, total: Tensor, common: int) -> Potential:
+        """Column potential 1 / (total_j * 2^common) of column sums as `column_totals` writes them."""
+        n = len(total)
+        col = Potential(*torch.empty(2, n, dtype=torch.float32, device=total.device).unbind())
+        grid = (-(-n // 256),)
+        self._run(sinkhorn.total_potential_kernel, grid, total, float(common), *col, n, BLOCK=256, num_warps=4)
+        return col
+
     def divide_potential_(self, col: Potential, c: Tensor) -> None:
         """Divide the column potential by c, in place."""
         n = len(c)

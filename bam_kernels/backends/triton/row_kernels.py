@@ -65,7 +65,7 @@ class TritonKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
             num_warps=warps(block, 8),
         )
 
-    def _mean_row(self, x: Tensor, norm: Tensor | None) -> Tensor:
+    def _mean_row(self, x: Tensor, norm: Tensor | None, ranks: int) -> Tensor:
         m, d = x.shape[:-1].numel(), x.shape[-1]
         mean = torch.empty(d, dtype=torch.float32, device=x.device)
         self._run(
@@ -75,6 +75,7 @@ class TritonKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
             norm,
             mean,
             m,
+            ranks,
             *_rows_of(x),
             BLOCK_M=MEAN_TILE[0],
             BLOCK_D=MEAN_TILE[1],
@@ -82,24 +83,29 @@ class TritonKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
         )
         return mean
 
-    def product_step(self, centre: Tensor, key_bias: Tensor, row_bias: Tensor) -> DeviceNumber:
+    def product_step(
+        self, centre: Tensor, key_bias: Tensor, row_bias: Tensor, other_bias: Tensor | None = None
+    ) -> DeviceNumber:
         """Size of one fixed-point step, as a product of fp16 rows plus bias.
 
         key_bias (N,), row_bias (m,): biases of all keys and of all rows whose scores share the step.
+        other_bias: biases of further such rows.
         """
         step = torch.empty(1, dtype=torch.float32, device=centre.device)
-        d, n, m = len(centre), len(key_bias), len(row_bias)
-        block = block_of(max(d, n, m), 4096)
+        d, n, m, other = len(centre), len(key_bias), len(row_bias), len(other_bias) if other_bias is not None else 0
+        block = block_of(max(d, n, m, other), 4096)
         self._run(
             embed.product_step_kernel,
             (1,),
             centre,
             key_bias,
             row_bias,
+            other_bias,
             step,
             d,
             n,
             m,
+            other,
             UNIT=HALF_UNIT,
             STEPS=FIXED_STEPS,
             BLOCK=block,

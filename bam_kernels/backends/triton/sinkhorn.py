@@ -147,14 +147,44 @@ def add_chunks_kernel(
 
 
 @triton.jit
+def _store_reciprocal(exponent, mantissa, offs, shift, total, mask):
+    """Store 1 / (total * 2^shift); 1 for a column with no unmasked entry."""
+    power, inverse = reciprocal(-shift, total)
+    tl.store(exponent + offs, power, mask=mask)
+    tl.store(mantissa + offs, tl.where(total == 0.0, 1.0, inverse), mask=mask)
+
+
+@triton.jit
 def reciprocal_potential_kernel(shift, sums, exponent, mantissa, n, BLOCK: tl.constexpr):
     """exponent_j, mantissa_j of 1 / (sums_j * 2^shift_j), all (n,); 1 for a column with no unmasked entry."""
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < n
     total = tl.load(sums + offs, mask=mask, other=1.0)
-    power, inverse = reciprocal(-tl.load(shift + offs, mask=mask, other=0.0), total)
-    tl.store(exponent + offs, power, mask=mask)
-    tl.store(mantissa + offs, tl.where(total == 0.0, 1.0, inverse), mask=mask)
+    _store_reciprocal(exponent, mantissa, offs, tl.load(shift + offs, mask=mask, other=0.0), total, mask)
+
+
+@triton.jit
+def column_totals_kernel(shift, sums, common, total, n, BLOCK: tl.constexpr):
+    """total_j = sums_j * 2^(shift_j - common), all (n,), total float64; powers below float64's are its least."""
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < n
+    power = tl.load(shift + offs, mask=mask, other=0.0) - common
+    bits = tl.minimum(tl.maximum(power, -1022.0), 1023.0).to(tl.int64) + 1023
+    part = tl.load(sums + offs, mask=mask, other=0.0).to(tl.float64)
+    tl.store(total + offs, part * (bits << 52).to(tl.float64, bitcast=True), mask=mask)
+
+
+@triton.jit
+def total_potential_kernel(total, common, exponent, mantissa, n, BLOCK: tl.constexpr):
+    """exponent_j, mantissa_j of 1 / (total_j * 2^common), all (n,), total float64; 1 for a column of total 0."""
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < n
+    x = tl.load(total + offs, mask=mask, other=1.0)
+    bits = x.to(tl.int64, bitcast=True)
+    power = ((bits >> 52) & 2047) - 1022
+    part = ((bits & 0xFFFFFFFFFFFFF) | 0x3FE0000000000000).to(tl.float64, bitcast=True)  # in [1/2, 1)
+    part = tl.where(x > 0.0, part, x).to(tl.float32)
+    _store_reciprocal(exponent, mantissa, offs, power.to(tl.float32) + common, part, mask)
 
 
 @triton.jit
