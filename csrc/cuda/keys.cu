@@ -112,22 +112,24 @@ struct CombineParts {
 };
 
 // Reads of all threads, several at once: one after another their time would be most of the kernel's.
-constexpr int kVectors = 2, kPerVector = 4, kReads = kVectors * kPerVector, kCentreReads = 4;
+constexpr int kPerVector = 4, kKeyReads = 8, kRowReads = 4, kCentreReads = 4;
 
-// Floats of x (n > 0) and then of y (m), some of them twice. kVector: 16 bytes at a time, of the whole ones of each.
-template <bool kVector>
-__device__ __forceinline__ void load_some(float (&read)[kReads], const float* x, int64_t n, const float* y, int64_t m,
-                                          int64_t turn) {
-  constexpr int64_t kPer = kVector ? kPerVector : 1, kAtOnce = kReads / kPer;
+// Floats of x (n), `past` after its end. kVector: 16 bytes at a time, of the whole ones.
+template <bool kVector, int kReads>
+__device__ __forceinline__ void load_some(float (&read)[kReads], const float* x, int64_t n, int64_t turn, float past) {
+  constexpr int kPer = kVector ? kPerVector : 1, kAtOnce = kReads / kPer;
+  const int64_t first = turn * kAtOnce * kStepThreads + threadIdx.x, left = n / kPer - first;
+  const float* from = x + first * kPer;
+#pragma unroll
+  for (int k = 0; k < kReads; ++k) read[k] = past;
 #pragma unroll
   for (int r = 0; r < kAtOnce; ++r) {
-    const int64_t at = (turn * kAtOnce + r) * kStepThreads + threadIdx.x, past = at - n / kPer;
-    const float* from = past < 0 ? x + at * kPer : past < m / kPer ? y + past * kPer : x;
+    if (r * kStepThreads >= left) continue;
     if (kVector) {
-      const int4 bits = *reinterpret_cast<const int4*>(from);
+      const int4 bits = reinterpret_cast<const int4*>(from)[r * kStepThreads];
       memcpy(read + r * kPer, &bits, sizeof bits);
     } else {
-      read[r] = *from;
+      read[r] = from[r * kStepThreads];
     }
   }
 }
@@ -140,20 +142,22 @@ __device__ __forceinline__ StepParts read_parts(const ProductStep& p) {
   const int64_t back = kVector ? 1 + threadIdx.x % kPerVector : 1;
   const float last_key = p.key_bias[p.n - back], last_row = p.row_bias[p.m - back];
   const float last_other = p.other > 0 ? p.other_bias[p.other - back] : last_row;
-  constexpr int64_t kTurn = kReads * kStepThreads, kCentreTurn = kCentreReads * kStepThreads;
-  for (int64_t turn = 0; turn * kTurn < p.n || turn * kTurn < p.m + p.other || turn * kCentreTurn < p.d; ++turn) {
-    float keys[kReads], rows[kReads], centre[kCentreReads];
-    load_some<kVector>(keys, p.key_bias, p.n, nullptr, 0, turn);
-    load_some<kVector>(rows, p.row_bias, p.m, p.other_bias, p.other, turn);
+  const int64_t rows_at_most = p.m > p.other ? p.m : p.other;
+  for (int64_t turn = 0; turn * (kKeyReads * kStepThreads) < p.n || turn * (kRowReads * kStepThreads) < rows_at_most ||
+                         turn * (kCentreReads * kStepThreads) < p.d;
+       ++turn) {
+    float keys[kKeyReads], rows[kRowReads], others[kRowReads], centre[kCentreReads];
+    // Extremes leave out what is not a number.
+    load_some<kVector>(keys, p.key_bias, p.n, turn, NAN);
+    load_some<kVector>(rows, p.row_bias, p.m, turn, NAN);
+    load_some<kVector>(others, p.other_bias, p.other, turn, NAN);
+    load_some<false>(centre, p.centre, p.d, turn, 0.0f);
 #pragma unroll
-    for (int r = 0; r < kCentreReads; ++r) {
-      const int64_t k = (turn * kCentreReads + r) * kStepThreads + threadIdx.x;
-      centre[r] = k < p.d ? p.centre[k] : 0.0f;
-    }
+    for (int r = 0; r < kKeyReads; ++r) found.keys.add(keys[r]);
 #pragma unroll
-    for (int r = 0; r < kReads; ++r) {
-      found.keys.add(keys[r]);
+    for (int r = 0; r < kRowReads; ++r) {
       found.rows.add(rows[r]);
+      found.rows.add(others[r]);
     }
 #pragma unroll
     for (int r = 0; r < kCentreReads; ++r) found.squares += static_cast<double>(centre[r]) * centre[r];
