@@ -44,6 +44,7 @@ TOY_STEPS = {"32x64x16": 4, "16x16x16": 2}
 LARGEST_ERROR = 2e-3  # largest relative error of dz with which a 16-bit step is timed
 # Kernels of which four sets of operands exceed the cache; the others are timed warm only.
 LARGE = ("sinkhorn_pass", "column_lse", "match", "finish_scores")
+OF_FEATURES = ("product", "half_rows", "project", "product_step")  # their time depends on the number of features
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,13 @@ class Operands:
     def mean_unit_row(self) -> Any:
         return self.kernels.mean_unit_row(self.x[: len(self.x) // 4])
 
+    def product_step(self) -> Any:
+        return self.kernels.product_step(self.centre, self.c, self.row.mantissa, self.row.mantissa)
+
+    def column_sums(self) -> Any:
+        """The column potential of several ranks, without the sum over them."""
+        return self.kernels.total_potential(self.kernels.column_totals(self.shift, self.sums, 29), 29)
+
     def match(self) -> Any:
         V, B, N = self.layout.V, self.layout.B, self.layout.N
         gradient = self.gradient.view(V, B, N)  # not in place: the scores must stay the same for every run
@@ -192,9 +200,9 @@ def kernel_times(clock: Clock, rows: Rows, toy: bool) -> None:
     for backend, kernels in backends(clock.device).items():
         all_operands = [Operands(kernels, M, N, D, V, clock.device, seed) for seed in range(sets)]
         names = ["sinkhorn_pass", "column_lse", "match"]
-        names += ["finish_scores", "half_rows", "project"] if backend != "cpu" else []
+        names += ["finish_scores", "half_rows", "project", "product_step", "column_sums"] if backend != "cpu" else []
         for name in [*names, "product"]:
-            shape = f"{M}x{N}" if name not in ("product", "half_rows", "project") else f"{M}x{N}x{D}"
+            shape = f"{M}x{N}" if name not in OF_FEATURES else f"{M}x{N}x{D}"
             note = "with half_rows" if name == "project" else ""
             owner = backend if name != "product" else "torch"
             for how, runs in (("cold", all_operands), ("warm", all_operands[:1] * sets)):
