@@ -178,6 +178,10 @@ __device__ __forceinline__ int32_t with_high_half(int32_t upper, int32_t word) {
 __device__ __forceinline__ int32_t low_halves(int32_t low, int32_t high) {
   return static_cast<int32_t>(__byte_perm(static_cast<unsigned>(low), static_cast<unsigned>(high), 0x5410));
 }
+// The compiler does not put off what x is made of.
+__device__ __forceinline__ void find_now(float& x) {
+  asm volatile("" : "+f"(x));
+}
 // a * b, rounded before anything is added to it.
 __device__ __forceinline__ float rounded_product(float a, float b) {
   return __fmul_rn(a, b);
@@ -319,6 +323,7 @@ inline int32_t with_high_half(int32_t upper, int32_t word) {
 inline int32_t low_halves(int32_t low, int32_t high) {
   return with_low_half(static_cast<int32_t>(static_cast<uint32_t>(high) << 16), low);
 }
+inline void find_now(float&) {}
 inline float rounded_product(float a, float b) {
   const volatile float product = a * b;
   return product;

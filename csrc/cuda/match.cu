@@ -4,7 +4,8 @@
 // A block, or a cluster, holds an image. A thread owns kOwned columns of every row: their scores come on chip a few
 // rows ahead; it keeps their targets in shared memory that only it reads, and writes their gradient when the row is on
 // chip, so that the gradient may take the place of the scores. The barriers are those of the row sums, one for two
-// source rows.
+// rows. What a row adds to the sums of its image is found by one thread, another for each row of 32: those that wait
+// for it wait once.
 #include "launch.cuh"
 #include "match.cuh"
 #include "pass.cuh"
@@ -16,32 +17,39 @@ namespace {
 using Chosen = unsigned;
 static_assert(kOwned <= 32, "one bit for each");
 
-constexpr int kPair = 2;  // source rows that share a reduction
+constexpr int kPair = 2;  // rows that share a reduction
 static_assert(kStages >= 2 * kPair, "the next pair comes while one is finished");
+static_assert(kPair == 2, "sums of two numbers a row are reduced at once, four at most");
+
+// A source row's exponent, sum_j e_j and sum_j e_j s_j.
+struct SourceRow {
+  float exponent, total, dot;
+};
 
 template <class Score, bool kCluster>
 class Image {
  public:
-  __device__ Image(const MatchArguments& a, int64_t i)
+  __device__ Image(const MatchArguments& a, unsigned i)
       : a_(a),
         p_(a.p),
         i_(i),
         share_(static_cast<int>(blockDim.x) * kOwned),
         L_(static_cast<int>(a.p.L)),
-        first_(static_cast<int64_t>(kCluster ? cluster_rank() : 0) * share_),
+        first_(kCluster ? static_cast<int>(cluster_rank()) * share_ : 0),
         team_(static_cast<float*>(shared_memory())),
         arriving_(static_cast<float*>(shared_memory()), kStages, a.p.n - first_) {
     targets_ = reinterpret_cast<float4*>(static_cast<char*>(shared_memory()) + kScratchBytes);
     ring_ = reinterpret_cast<Score*>(targets_ + p_.L * share_ / 4);
-    reports_ = threadIdx.x == 0 && (!kCluster || cluster_rank() == 0);
+    reports_ = thread() == 0;
   }
 
   __device__ void run() {
     follow_earlier_kernels();
-    fetch_rows(0, kStages - 1);
+    fetch_rows(0, kStages);
+    scale_ = number(p_.target_scale);
+    source_scale_ = number(p_.source_scale);
     find_targets();
     if (p_.top_k) keep_largest();
-    else add_mantissa_entropy();
     if (reports_) p_.sums[p_.sums_stride + i_] = entropy_;
     if (p_.targets) {
 #pragma unroll 1
@@ -51,6 +59,9 @@ class Image {
   }
 
  private:
+  // The one that looks after rows; in other blocks of a cluster than the first it has none.
+  static __device__ __forceinline__ unsigned thread() { return !kCluster || cluster_rank() == 0 ? threadIdx.x : ~0u; }
+
   // Row u of the image: its target rows, then its source rows.
   __device__ void fetch(unsigned u) const {
     const bool is_target = u < p_.L, aligned = is_target ? a_.target_aligned : a_.source_aligned;
@@ -71,8 +82,6 @@ class Image {
     return row_on_chip(u);
   }
   __device__ __forceinline__ Score* row_on_chip(unsigned u) const { return ring_ + stage_of(u, kStages) * share_; }
-  // Once sums of row u have met, no thread reads the rows before it any more: those before the end were fetched.
-  static __device__ __forceinline__ unsigned fetched_after(unsigned u) { return u + kStages; }
   __device__ const Score* target_row(int64_t t) const {
     return static_cast<const Score*>(p_.target.data) + t * p_.target.view_stride + i_ * p_.target.row_stride;
   }
@@ -90,37 +99,56 @@ class Image {
     }
   }
 
-  // p_j = 2^x_j col.mantissa_j with x_j = scale*s_j + col.exponent_j + exponent over the chosen columns; sums[0] +=
-  // p_j, sums[1] += p_j x_j.
-  __device__ void target_terms(const float (&s)[kOwned], Chosen chosen, float exponent, float (&p)[kOwned],
-                               float (&sums)[2]) {
-    sums[0] = sums[1] = 0.0f;
+  // p_rj = 2^x_rj col.mantissa_j with x_rj = scale*s_rj + col.exponent_j + exponent_r over the chosen columns; sums[2r]
+  // = sum_j p_rj, sums[2r + 1] = sum_j p_rj log2(p_rj).
+  template <int kRows>
+  __device__ void target_terms(const float (&s)[kRows][kOwned], const OwnColumns& col, Chosen chosen,
+                               const float (&exponent)[kRows], float (&p)[kRows][kOwned], float (&sums)[2 * kRows]) {
+#pragma unroll
+    for (int v = 0; v < 2 * kRows; ++v) sums[v] = 0.0f;
 #pragma unroll
     for (int k = 0; k < kOwned; ++k) {
-      const float x = fmaf(s[k], scale_, col_.exponent[k] + exponent), term = exp2_fast(x) * col_.mantissa[k];
-      p[k] = chosen >> k & 1 ? term : 0.0f;
-      sums[0] += p[k];
-      sums[1] = fmaf(p[k], x, sums[1]);
+      const float log2_mantissa = log2_of(col.mantissa[k]);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const float x = fmaf(s[r][k], scale_, col.exponent[k] + exponent[r]);
+        const float term = exp2_fast(x) * col.mantissa[k];
+        p[r][k] = chosen >> k & 1 ? term : 0.0f;
+        sums[2 * r] += p[r][k];
+        sums[2 * r + 1] = fmaf(p[r][k], x + log2_mantissa, sums[2 * r + 1]);
+      }
     }
     team_.reduce(sums, Sum());
   }
 
-  __device__ float target_exponent(const float (&x)[kOwned], Chosen chosen) {
-    float most[1] = {-INFINITY};
+  template <int kRows>
+  __device__ void target_exponents(const float (&s)[kRows][kOwned], const OwnColumns& col, Chosen chosen,
+                                   float (&exponent)[kRows]) {
+    float most[kRows];
 #pragma unroll
-    for (int k = 0; k < kOwned; ++k)
-      if (chosen >> k & 1) most[0] = fmaxf(most[0], fmaf(x[k], scale_, col_.exponent[k]));
+    for (int r = 0; r < kRows; ++r) {
+      most[r] = -INFINITY;
+#pragma unroll
+      for (int k = 0; k < kOwned; ++k)
+        if (chosen >> k & 1) most[r] = fmaxf(most[r], fmaf(s[r][k], scale_, col.exponent[k]));
+    }
     team_.reduce(most, Max());
-    return exponent_of(most[0]);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) exponent[r] = exponent_of(most[r]);
   }
 
   __device__ void keep_target(int t, const float (&p)[kOwned], float total) {
     const float inverse = inverse_or_zero(total);
 #pragma unroll
-    for (int f = 0; f < kOwned / 4; ++f)
-      four(t, f) = {p[4 * f] * inverse, p[4 * f + 1] * inverse, p[4 * f + 2] * inverse, p[4 * f + 3] * inverse};
+    for (int f = 0; f < kOwned / 4; ++f) {
+      float part[4];
 #pragma unroll
-    for (int k = 0; k < kOwned; ++k) all_[k] = t == 0 ? p[k] * inverse : fmaf(p[k], inverse, all_[k]);
+      for (int k = 0; k < 4; ++k) {
+        part[k] = rounded_product(p[4 * f + k], inverse);
+        all_[4 * f + k] = t == 0 ? part[k] : all_[4 * f + k] + part[k];
+      }
+      four(t, f) = {part[0], part[1], part[2], part[3]};
+    }
   }
 
   // Each octet by `load(octet, place)`.
@@ -134,12 +162,21 @@ class Image {
       for (int k = 0; k < kOctet; ++k) x[q * kOctet + k] = part[k];
     }
   }
-  // Of a row on chip.
-  static __device__ __forceinline__ void read_own(float (&x)[kOwned], const Score* row) {
+  // Of the pair of rows that begins at row u; of that row twice where it is alone.
+  template <int kLater>
+  __device__ __forceinline__ void read_pair(float (&x)[kPair][kOwned], int u, bool alone) const {
+    const Score* rows[kPair];
+#pragma unroll
+    for (int r = 0; r < kPair; ++r) rows[r] = await_row<kLater>(alone ? u : u + r);
     Unmasked<Score> scores;
     scores.begin();
-    read_octets(x, [&](float (&part)[kOctet], int place) { scores.load(part, row + place); });
-    if (scores.any()) read_octets(x, [&](float (&part)[kOctet], int place) { load_scores(part, row + place); });
+#pragma unroll
+    for (int r = 0; r < kPair; ++r)
+      read_octets(x[r], [&](float (&part)[kOctet], int place) { scores.load(part, rows[r] + place); });
+    if (!scores.any()) return;
+#pragma unroll
+    for (int r = 0; r < kPair; ++r)
+      read_octets(x[r], [&](float (&part)[kOctet], int place) { load_scores(part, rows[r] + place); });
   }
   __device__ void read_target_again(float (&x)[kOwned], const Score* row) const {
     read_octets(x, [&](float (&part)[kOctet], int place) {
@@ -149,36 +186,43 @@ class Image {
 
   __device__ void find_targets() {
     constexpr Chosen everything = ~0u;
-    scale_ = number(p_.target_scale);
-    col_.load(p_.col, first_, p_.n);
 #pragma unroll 1
-    for (int t = 0; t < L_; ++t) {
-      float exponent = p_.row_exponent[t * p_.row_view_stride + i_], x[kOwned], p[kOwned], sums[2];
-      read_own(x, await_row<kStages - 2>(t));
+    for (int t = 0; t < L_; t += kPair) {
+      float exponent[kPair], s[kPair][kOwned], p[kPair][kOwned], sums[2 * kPair];
+#pragma unroll
+      for (int r = 0; r < kPair; ++r) exponent[r] = p_.row_exponent[(t + r < L_ ? t + r : t) * p_.row_view_stride + i_];
 #pragma unroll 1
       for (bool again = false;; again = true) {
-        if (again) exponent = target_exponent(x, everything);
-        target_terms(x, everything, exponent, p, sums);
-        if (again || !is_poor(sums[0])) break;
+        OwnColumns col;  // on its way while the rows are awaited; no registers are left to keep it
+        col.load(p_.col, first_, p_.n);
+        read_pair<kStages - kPair>(s, t, t + kPair > L_);
+        if (again) target_exponents(s, col, everything, exponent);
+        target_terms(s, col, everything, exponent, p, sums);
+        if (again || !is_poor_pair(sums)) break;
       }
-      fetch(fetched_after(t) - 1);
+      // These rows are not read again: those that follow take their places.
+      fetch_rows(t + kStages, (t + kPair < L_ ? t + kPair : L_) + kStages);
       if (t == 0 && p_.row_out.exponent && reports_) {
-        const Power found = reciprocal(exponent, sums[0]);
+        const Power found = reciprocal(exponent[0], sums[0]);
         p_.row_out.exponent[i_] = found.exponent;
         p_.row_out.mantissa[i_] = found.mantissa;
       }
-      keep_target(t, p, sums[0]);
-      if (reports_) entropy_ += entropy_of(sums[0], sums[1]);
+#pragma unroll
+      for (int r = 0; r < kPair; ++r)
+        if (t + r < L_) keep_target(t + r, p[r], sums[2 * r]);
+      // Row t + r is looked after by thread r.
+      const bool second = thread() == 1;
+      if (thread() < kPair && t + thread() < p_.L)
+        entropy_ += entropy_of(second ? sums[2] : sums[0], second ? sums[3] : sums[1]);
     }
+    entropy_ += exchange(entropy_, 1);
   }
 
-  // log2(p_j) has that of the column's mantissa, too: of all targets at once.
-  __device__ void add_mantissa_entropy() {
-    float sum[1] = {0.0f};
+  static __device__ bool is_poor_pair(const float (&sums)[2 * kPair]) {
+    bool poor = false;
 #pragma unroll
-    for (int k = 0; k < kOwned; ++k) sum[0] = fmaf(all_[k], log2_of(col_.mantissa[k]), sum[0]);
-    team_.reduce(sum, Sum());
-    if (reports_) entropy_ -= sum[0] * kLn2;
+    for (int r = 0; r < kPair; ++r) poor |= is_poor(sums[2 * r]);
+    return poor;
   }
 
   __device__ int64_t column(int own) const { return first_ + octet_place(own / kOctet) + own % kOctet; }
@@ -213,16 +257,19 @@ class Image {
     entropy_ = 0.0f;
 #pragma unroll 1
     for (int t = 0; t < L_; ++t) {
-      float p[kOwned], sums[2];
-      read_target(p, t);
-      kept_terms(chosen, p, sums);
+      float p[1][kOwned], sums[2];
+      read_target(p[0], t);
+      kept_terms(chosen, p[0], sums);
       if (is_poor(sums[0])) {
-        float x[kOwned];
-        read_target_again(x, target_row(t));
-        target_terms(x, chosen, target_exponent(x, chosen), p, sums);
-        kept_terms(chosen, p, sums);
+        float x[1][kOwned], exponent[1];
+        read_target_again(x[0], target_row(t));
+        OwnColumns col;
+        col.load(p_.col, first_, p_.n);
+        target_exponents(x, col, chosen, exponent);
+        target_terms(x, col, chosen, exponent, p, sums);
+        kept_terms(chosen, p[0], sums);
       }
-      keep_target(t, p, sums[0]);
+      keep_target(t, p[0], sums[0]);
       if (reports_) entropy_ += entropy_of(sums[0], sums[1]);
     }
   }
@@ -245,120 +292,216 @@ class Image {
     store_own(p_.targets + t * p_.targets_view_stride + i_ * p_.n, p, first_, p_.n, a_.targets_aligned);
   }
 
-  // e_rj = 2^(scale*s_rj + exponent_r); sums[2r] = sum_j e_rj, sums[2r + 1] = sum_j e_rj s_rj.
-  __device__ void source_terms(const float (&s)[kPair][kOwned], float scale, const float (&exponent)[kPair],
-                               float (&e)[kPair][kOwned], float (&sums)[2 * kPair]) {
+  // e_rj = 2^(scale*s_rj + exponent_r); sums[2r] = sum_j e_rj, sums[2r + 1] = sum_j e_rj s_rj. Returns
+  // sum_rj Pbar_rj s_rj / pair_weight of this thread's columns and of those of rows v and v + 1 that are no targets.
+  __device__ float source_terms(const float (&s)[kPair][kOwned], int v, const float (&exponent)[kPair],
+                                float (&e)[kPair][kOwned], float (&sums)[2 * kPair]) {
+    float of_row[kPair] = {}, matched = 0.0f;
 #pragma unroll
-    for (int r = 0; r < kPair; ++r) {
-      sums[2 * r] = sums[2 * r + 1] = 0.0f;
+    for (float& sum : sums) sum = 0.0f;
 #pragma unroll
-      for (int k = 0; k < kOwned; ++k) {
-        e[r][k] = exp2_fast(fmaf(s[r][k], scale, exponent[r]));
+    for (int k = 0; k < kOwned; ++k) {
+#pragma unroll
+      for (int r = 0; r < kPair; ++r) {
+        e[r][k] = exp2_fast(fmaf(s[r][k], source_scale_, exponent[r]));
         sums[2 * r] += e[r][k];
         sums[2 * r + 1] = fmaf(e[r][k], s[r][k], sums[2 * r + 1]);
+        of_row[r] = fmaf(all_[k], s[r][k], of_row[r]);
       }
     }
+#pragma unroll
+    for (int r = 0; r < kPair; ++r)
+      if (v + r < V() && !is_target(v + r)) matched += of_row[r];
+    find_now(matched);  // scores need no registers any more
     team_.reduce(sums, Sum());
+    return matched;
   }
 
-  __device__ void source_exponents(const float (&s)[kPair][kOwned], float scale, float (&exponent)[kPair]) {
+  __device__ void source_exponents(const float (&s)[kPair][kOwned], float (&exponent)[kPair]) {
     float most[kPair];
 #pragma unroll
     for (int r = 0; r < kPair; ++r) {
       most[r] = -INFINITY;
 #pragma unroll
-      for (int k = 0; k < kOwned; ++k) most[r] = fmaxf(most[r], s[r][k] * scale);
+      for (int k = 0; k < kOwned; ++k) most[r] = fmaxf(most[r], s[r][k] * source_scale_);
     }
     team_.reduce(most, Max());
 #pragma unroll
     for (int r = 0; r < kPair; ++r) exponent[r] = exponent_of(most[r]);
   }
 
+  // Whether some target is not one of source view v's.
+  __device__ __forceinline__ bool is_target(int v) const { return v < L_ && V() > 1; }
+  // row_sum_of_targets in cheaper instructions.
+  __device__ __forceinline__ float row_sum(int v) const {
+    return static_cast<float>(is_target(v) ? L_ - 1 : L_) * p_.pair_weight;
+  }
+  __device__ __forceinline__ int V() const { return static_cast<int>(p_.V); }
+
   // Pbar_v / pair_weight of octet q: never the difference from the sum of all, of which v's own may be the most.
   __device__ void sum_targets(float (&pbar)[kOctet], int v, int q) const {
-    const bool is_target = v < L_ && p_.V > 1;
 #pragma unroll
-    for (int k = 0; k < kOctet; ++k) pbar[k] = is_target ? 0.0f : all_[q * kOctet + k];
-    if (is_target) {
+    for (int k = 0; k < kOctet; ++k) pbar[k] = 0.0f;
 #pragma unroll 1
-      for (int t = 0; t < L_; ++t) {
-        if (t == v) continue;
+    for (int t = 0; t < L_; ++t) {
+      if (!is_matched(t, v, p_.V)) continue;
 #pragma unroll
-        for (int f = 0; f < kOctet / 4; ++f) {
-          const float4 part = four(t, q * (kOctet / 4) + f);
-          pbar[4 * f] += part.x;
-          pbar[4 * f + 1] += part.y;
-          pbar[4 * f + 2] += part.z;
-          pbar[4 * f + 3] += part.w;
-        }
+      for (int f = 0; f < kOctet / 4; ++f) {
+        const float4 part = four(t, q * (kOctet / 4) + f);
+        pbar[4 * f] += part.x;
+        pbar[4 * f + 1] += part.y;
+        pbar[4 * f + 2] += part.z;
+        pbar[4 * f + 3] += part.w;
       }
     }
   }
 
-  // Adds Pbar_v s_v / pair_weight to `matched` and writes G_v.
-  __device__ void finish_source(int v, const float (&s)[kOwned], const float (&e)[kOwned], float of_e, float& matched) {
-    const float of_gradient = of_e * p_.gradient_scale, of_targets = -p_.pair_weight * p_.gradient_scale;
-    const int64_t gradient = gradient_row(p_, v, i_);
+  // What a row of the gradient is made of: G_v = of_e e_v + of_targets Pbar_v / pair_weight.
+  struct Factors {
+    float of_e[kPair], of_targets;
+  };
+
+  // Writes rows G_v and G_v+1 of two that are no targets where this thread's octets are aligned.
+  template <FloatType kType>
+  __device__ void write_pair(int v, const float (&e)[kPair][kOwned], const Factors& factors) const {
+    int64_t at[kPair];
+#pragma unroll
+    for (int r = 0; r < kPair; ++r) at[r] = gradient_row(p_, v + r, i_) + gradient_column(0);
 #pragma unroll
     for (int q = 0; q < kOctets; ++q) {
-      float g[kOctet], pbar[kOctet];
-      sum_targets(pbar, v, q);
+      float of_all[kOctet];
 #pragma unroll
-      for (int k = 0; k < kOctet; ++k) {
-        matched = fmaf(pbar[k], s[q * kOctet + k], matched);
-        g[k] = fmaf(e[q * kOctet + k], of_gradient, pbar[k] * of_targets);
+      for (int k = 0; k < kOctet; ++k) of_all[k] = rounded_product(all_[q * kOctet + k], factors.of_targets);
+#pragma unroll
+      for (int r = 0; r < kPair; ++r) {
+        float g[kOctet];
+#pragma unroll
+        for (int k = 0; k < kOctet; ++k) g[k] = fmaf(e[r][q * kOctet + k], factors.of_e[r], of_all[k]);
+        store_whole_gradient<kType>(p_, at[r] + q * kWarp * kOctet, g);
       }
-      if (p_.gradient) store_gradient(p_, gradient, first_ + octet_place(q), g, a_.gradient_aligned);
     }
+  }
+
+  // Writes what is aligned of rows G_v and G_v+1; adds to `matched` what source_terms left out.
+  __device__ void finish_sources(int v, const float (&e)[kPair][kOwned], const Factors& factors, float& matched) {
+#pragma unroll
+    for (int q = 0; q < kOctets; ++q) {
+      float of_all[kOctet];
+#pragma unroll
+      for (int k = 0; k < kOctet; ++k) of_all[k] = rounded_product(all_[q * kOctet + k], factors.of_targets);
+#pragma unroll
+      for (int r = 0; r < kPair; ++r) {
+        if (v + r >= V()) continue;
+        float g[kOctet];
+        if (is_target(v + r)) {
+          float s[kOctet], pbar[kOctet];
+          load_scores(s, row_on_chip(L_ + v + r) + octet_place(q));
+          sum_targets(pbar, v + r, q);
+#pragma unroll
+          for (int k = 0; k < kOctet; ++k) {
+            matched = fmaf(pbar[k], s[k], matched);
+            g[k] = fmaf(e[r][q * kOctet + k], factors.of_e[r], rounded_product(pbar[k], factors.of_targets));
+          }
+        } else {
+#pragma unroll
+          for (int k = 0; k < kOctet; ++k) g[k] = fmaf(e[r][q * kOctet + k], factors.of_e[r], of_all[k]);
+        }
+        if (is_aligned_gradient(q)) store_whole_gradient(p_, gradient_row(p_, v + r, i_) + gradient_column(q), g);
+      }
+    }
+  }
+
+  __device__ __forceinline__ int gradient_column(int q) const { return first_ + octet_place(q); }
+  __device__ __forceinline__ bool is_aligned_gradient(int q) const {
+    return p_.gradient && a_.gradient_aligned && static_cast<int>(p_.n) - gradient_column(q) >= kOctet;
+  }
+
+  // The gradient's octets that are cut or not aligned, from scores again: few, or all of them in a gradient that is
+  // slow to write anyway.
+  __device__ void finish_cut_octets(int v, const float (&exponent)[kPair], const Factors& factors) const {
+#pragma unroll 1
+    for (int q = 0; q < kOctets; ++q) {
+      if (is_aligned_gradient(q)) continue;
+#pragma unroll 1
+      for (int r = 0; r < kPair && v + r < V(); ++r) {
+        float s[kOctet], g[kOctet];
+        load_scores(s, row_on_chip(L_ + v + r) + octet_place(q));
+        sum_targets(g, is_target(v + r) ? v + r : L_, q);
+        const float of_e = r ? factors.of_e[1] : factors.of_e[0], exponent_r = r ? exponent[1] : exponent[0];
+#pragma unroll
+        for (int k = 0; k < kOctet; ++k)
+          g[k] =
+              fmaf(exp2_fast(fmaf(s[k], source_scale_, exponent_r)), of_e, rounded_product(g[k], factors.of_targets));
+        store_gradient(p_, gradient_row(p_, v + r, i_), gradient_column(q), g, false);
+      }
+    }
+  }
+
+  __device__ void add_row(int v, const SourceRow& row) {
+    if (thread() < kTogether && v < V())
+      of_rows_.add(row_sum(v), row.exponent, row.total, row.dot * source_scale_ + row.total * row.exponent);
   }
 
   __device__ void match_sources() {
-    const float scale = number(p_.source_scale);
-    SourceSums of_rows;
-    float matched[1] = {0.0f}, exponent[kPair] = {};  // exponents: those of the last pair, guesses for the next
+    float exponent[kPair] = {};  // those of the last pair, guesses for the next
+    SourceRow kept = {};         // the row of kTogether that this thread looks after
 #pragma unroll 1
-    for (int v = 0; v < p_.V; v += kPair) {
-      float s[kPair][kOwned], e[kPair][kOwned], sums[2 * kPair];
-#pragma unroll
-      for (int r = 0; r < kPair; ++r) read_own(s[r], await_row<0>(L_ + (v + r < p_.V ? v + r : v)));
+    for (int v = 0; v < V(); v += kPair) {
+      float s[kPair][kOwned], e[kPair][kOwned], sums[2 * kPair], matched;
 #pragma unroll 1
       for (bool again = false;; again = true) {
-        if (again) source_exponents(s, scale, exponent);
-        source_terms(s, scale, exponent, e, sums);
-        bool poor = false;
-#pragma unroll
-        for (int r = 0; r < kPair; ++r) poor |= is_poor(sums[2 * r]);
-        if (again || !poor) break;
+        read_pair<0>(s, L_ + v, v + kPair > V());
+        if (again) source_exponents(s, exponent);
+        matched = source_terms(s, v, exponent, e, sums);
+        if (again || !is_poor_pair(sums)) break;
       }
-      fetch_rows(fetched_after(L_ + v) - (v ? kPair : 1), fetched_after(L_ + v));
+      // No thread reads the pair before any more.
+      if (v) fetch_rows(L_ + v - kPair + kStages, L_ + v + kStages);
+      Factors factors = {{}, -p_.pair_weight * p_.gradient_scale};
 #pragma unroll
       for (int r = 0; r < kPair; ++r) {
-        if (v + r >= p_.V) continue;
-        const float a = row_sum_of_targets(v + r, p_), total = sums[2 * r];
-        // A cluster's threads have no registers left to keep the scores of the last row.
-        if (kCluster && r == kPair - 1) read_own(s[r], row_on_chip(L_ + v + r));
-        if (reports_) of_rows.add(a, exponent[r], total, sums[2 * r + 1] * scale + total * exponent[r]);
-        finish_source(v + r, s[r], e[r], a / total, matched[0]);
+        factors.of_e[r] = row_sum(v + r) / sums[2 * r] * p_.gradient_scale;
+        if (static_cast<unsigned>(v + r) % kTogether == thread()) kept = {exponent[r], sums[2 * r], sums[2 * r + 1]};
       }
+      if (is_aligned_gradient(kOctets - 1) && !is_target(v) && v + kPair <= V()) {
+        if (p_.gradient_type == FloatType::kFloat32) write_pair<FloatType::kFloat32>(v, e, factors);
+        else if (p_.gradient_type == FloatType::kFloat16) write_pair<FloatType::kFloat16>(v, e, factors);
+        else write_pair<FloatType::kBFloat16>(v, e, factors);
+      } else {
+        finish_sources(v, e, factors, matched);
+        if (p_.gradient) finish_cut_octets(v, exponent, factors);
+      }
+      matched_ += matched;
+      if ((v + kPair) % kTogether == 0 || v + kPair >= V())
+        add_row(v / kTogether * kTogether + static_cast<int>(thread()), kept);
     }
-    team_.reduce(matched, Sum());
-    if (!reports_) return;
-    p_.sums[i_] = of_rows.lse - matched[0] * p_.pair_weight * number(p_.score_over_tau);
-    p_.sums[2 * p_.sums_stride + i_] = of_rows.entropy;
+    report();
   }
+
+  __device__ void report() {
+    float sums[4] = {matched_, of_rows_.lse, of_rows_.entropy, 0.0f};
+    team_.reduce(sums, Sum());
+    if (!reports_) return;
+    p_.sums[i_] = sums[1] - sums[0] * p_.pair_weight * number(p_.score_over_tau);
+    p_.sums[2 * p_.sums_stride + i_] = sums[2];
+  }
+
+  // Source rows whose parts are found at once: others than blocks of 16-bit scores have no registers left to keep more.
+  static constexpr int kTogether = !kCluster ? kWarp : kPair;
 
   const MatchArguments& a_;
   const Match& p_;
-  int64_t i_;
-  int share_, L_;
-  int64_t first_;
+  unsigned i_;
+  int share_, L_, first_;  // a row on chip has fewer than 2^24 columns
   RowTeam<kCluster> team_;
   Arriving arriving_;
   float4* targets_;  // (L, share)
   Score* ring_;      // (kStages, share)
   bool reports_;
-  float scale_ = 0.0f, entropy_ = 0.0f;  // of targets, where this thread reports
-  OwnColumns col_;
+  float scale_ = 0.0f, source_scale_ = 0.0f;
+  float entropy_ = 0.0f;    // of targets, where this thread reports
+  float matched_ = 0.0f;    // this thread's part of sum_vj Pbar_vj s_vj / pair_weight
+  SourceSums of_rows_;      // of those that this thread looks after
   float all_[kOwned] = {};  // sum_t P_t
 };
 

@@ -58,24 +58,36 @@ __device__ __forceinline__ int64_t gradient_row(const Match& p, int64_t v, int64
   return v * p.gradient_view_stride + i * p.gradient_row_stride;
 }
 
+// The octet that begins at entry `at` of a gradient of this type, in stores of 16 bytes.
+template <FloatType kType>
+__device__ __forceinline__ void store_whole_gradient(const Match& p, int64_t at, const float (&g)[kOctet]) {
+  if constexpr (kType == FloatType::kFloat32) store_octet(static_cast<float*>(p.gradient) + at, g, kOctet, true);
+  else if constexpr (kType == FloatType::kFloat16)
+    store_16_bytes(static_cast<int16_t*>(p.gradient) + at, {packed_halves(g[0], g[1]), packed_halves(g[2], g[3]),
+                                                            packed_halves(g[4], g[5]), packed_halves(g[6], g[7])});
+  else
+    store_16_bytes(static_cast<int16_t*>(p.gradient) + at, {packed_bfloats(g[0], g[1]), packed_bfloats(g[2], g[3]),
+                                                            packed_bfloats(g[4], g[5]), packed_bfloats(g[6], g[7])});
+}
+__device__ __forceinline__ void store_whole_gradient(const Match& p, int64_t at, const float (&g)[kOctet]) {
+  if (p.gradient_type == FloatType::kFloat32) store_whole_gradient<FloatType::kFloat32>(p, at, g);
+  else if (p.gradient_type == FloatType::kFloat16) store_whole_gradient<FloatType::kFloat16>(p, at, g);
+  else store_whole_gradient<FloatType::kBFloat16>(p, at, g);
+}
+
 // The octet at column j of the gradient that begins at `row`.
 __device__ __forceinline__ void store_gradient(const Match& p, int64_t row, int64_t j, const float (&g)[kOctet],
                                                bool aligned) {
   const int64_t at = row + j, left = p.n - j;
+  if (aligned && left >= kOctet) {
+    store_whole_gradient(p, at, g);
+    return;
+  }
   if (p.gradient_type == FloatType::kFloat32) {
-    store_octet(static_cast<float*>(p.gradient) + at, g, left, aligned);
+    store_octet(static_cast<float*>(p.gradient) + at, g, left, false);
     return;
   }
   int16_t* to = static_cast<int16_t*>(p.gradient) + at;
-  if (aligned && left >= kOctet) {
-    if (p.gradient_type == FloatType::kFloat16)
-      store_16_bytes(to, {packed_halves(g[0], g[1]), packed_halves(g[2], g[3]), packed_halves(g[4], g[5]),
-                          packed_halves(g[6], g[7])});
-    else
-      store_16_bytes(to, {packed_bfloats(g[0], g[1]), packed_bfloats(g[2], g[3]), packed_bfloats(g[4], g[5]),
-                          packed_bfloats(g[6], g[7])});
-    return;
-  }
 #pragma unroll
   for (int k = 0; k < kOctet; ++k)
     if (k < left) to[k] = half_bits(g[k], p.gradient_type);
