@@ -386,32 +386,31 @@ class Image {
   __device__ void finish_sources(int v, const float (&e)[kPair][kOwned], const Factors& factors, float& matched) {
 #pragma unroll
     for (int q = 0; q < kOctets; ++q) {
-      float of_all[kOctet];
-#pragma unroll
-      for (int k = 0; k < kOctet; ++k) of_all[k] = rounded_product(all_[q * kOctet + k], factors.of_targets);
 #pragma unroll
       for (int r = 0; r < kPair; ++r) {
         if (v + r >= V()) continue;
         float g[kOctet];
         if (is_target(v + r)) {
-          float s[kOctet], pbar[kOctet];
+          sum_targets(g, v + r, q);
+          float s[kOctet];
           load_scores(s, row_on_chip(L_ + v + r) + octet_place(q));
-          sum_targets(pbar, v + r, q);
 #pragma unroll
           for (int k = 0; k < kOctet; ++k) {
-            matched = fmaf(pbar[k], s[k], matched);
-            g[k] = fmaf(e[r][q * kOctet + k], factors.of_e[r], rounded_product(pbar[k], factors.of_targets));
+            matched = fmaf(g[k], s[k], matched);
+            g[k] = fmaf(e[r][q * kOctet + k], factors.of_e[r], rounded_product(g[k], factors.of_targets));
           }
         } else {
 #pragma unroll
-          for (int k = 0; k < kOctet; ++k) g[k] = fmaf(e[r][q * kOctet + k], factors.of_e[r], of_all[k]);
+          for (int k = 0; k < kOctet; ++k)
+            g[k] =
+                fmaf(e[r][q * kOctet + k], factors.of_e[r], rounded_product(all_[q * kOctet + k], factors.of_targets));
         }
         if (is_aligned_gradient(q)) store_whole_gradient(p_, gradient_row(p_, v + r, i_) + gradient_column(q), g);
       }
     }
   }
 
-  __device__ __forceinline__ int gradient_column(int q) const { return first_ + octet_place(q); }
+  __device__ __forceinline__ int gradient_column(int q) const { return first_ + octet_place(0) + q * kWarp * kOctet; }
   __device__ __forceinline__ bool is_aligned_gradient(int q) const {
     return p_.gradient && a_.gradient_aligned && static_cast<int>(p_.n) - gradient_column(q) >= kOctet;
   }
@@ -421,7 +420,7 @@ class Image {
   __device__ void finish_cut_octets(int v, const float (&exponent)[kPair], const Factors& factors) const {
 #pragma unroll 1
     for (int q = 0; q < kOctets; ++q) {
-      if (is_aligned_gradient(q)) continue;
+      if (is_aligned_gradient(q) || gradient_column(q) >= static_cast<int>(p_.n)) continue;
 #pragma unroll 1
       for (int r = 0; r < kPair && v + r < V(); ++r) {
         float s[kOctet], g[kOctet];
@@ -442,6 +441,12 @@ class Image {
       of_rows_.add(row_sum(v), row.exponent, row.total, row.dot * source_scale_ + row.total * row.exponent);
   }
 
+  // Once sums of the pair of rows v and v + 1 have met, rows before this one have been asked for: no thread reads the
+  // pair before any more nor, but for what finish_sources and finish_cut_octets do, this pair.
+  __device__ __forceinline__ int fetched_after(int v) const {
+    return L_ + v + kStages + (v >= 0 && (is_target(v) || a_.gradient_cut) ? 0 : kPair);
+  }
+
   __device__ void match_sources() {
     float exponent[kPair] = {};  // those of the last pair, guesses for the next
     SourceRow kept = {};         // the row of kTogether that this thread looks after
@@ -455,19 +460,18 @@ class Image {
         matched = source_terms(s, v, exponent, e, sums);
         if (again || !is_poor_pair(sums)) break;
       }
-      // No thread reads the pair before any more.
-      if (v) fetch_rows(L_ + v - kPair + kStages, L_ + v + kStages);
+      fetch_rows(fetched_after(v - kPair), fetched_after(v));
       Factors factors = {{}, -p_.pair_weight * p_.gradient_scale};
 #pragma unroll
       for (int r = 0; r < kPair; ++r) {
         factors.of_e[r] = row_sum(v + r) / sums[2 * r] * p_.gradient_scale;
         if (static_cast<unsigned>(v + r) % kTogether == thread()) kept = {exponent[r], sums[2 * r], sums[2 * r + 1]};
       }
-      if (is_aligned_gradient(kOctets - 1) && !is_target(v) && v + kPair <= V()) {
+      if (kWritesPairs && is_aligned_gradient(kOctets - 1) && !is_target(v) && v + kPair <= V()) {
         if (p_.gradient_type == FloatType::kFloat32) write_pair<FloatType::kFloat32>(v, e, factors);
         else if (p_.gradient_type == FloatType::kFloat16) write_pair<FloatType::kFloat16>(v, e, factors);
         else write_pair<FloatType::kBFloat16>(v, e, factors);
-      } else {
+      } else if (p_.gradient || is_target(v)) {
         finish_sources(v, e, factors, matched);
         if (p_.gradient) finish_cut_octets(v, exponent, factors);
       }
@@ -486,8 +490,10 @@ class Image {
     p_.sums[2 * p_.sums_stride + i_] = sums[2];
   }
 
-  // Source rows whose parts are found at once: others than blocks of 16-bit scores have no registers left to keep more.
-  static constexpr int kTogether = !kCluster ? kWarp : kPair;
+  // Source rows whose parts are found at once: a cluster's threads have no registers left to keep more.
+  static constexpr int kTogether = kCluster ? kPair : kWarp;
+  // Clusters of float32 scores have none for write_pair either.
+  static constexpr bool kWritesPairs = !kCluster || sizeof(Score) == 2;
 
   const MatchArguments& a_;
   const Match& p_;
@@ -523,8 +529,12 @@ void launch_match(const char* name, const MatchArguments& a, const Where& where)
 }  // namespace
 
 void match(const Match& p, const Where& where) {
-  const MatchArguments a = {p, scores_aligned(p.target), scores_aligned(p.source),
-                            is_aligned(p.targets, p.targets_view_stride, p.n), gradient_aligned(p)};
+  const MatchArguments a = {p,
+                            scores_aligned(p.target),
+                            scores_aligned(p.source),
+                            is_aligned(p.targets, p.targets_view_stride, p.n),
+                            gradient_aligned(p),
+                            p.gradient && (!gradient_aligned(p) || p.n % kOctet != 0)};
   if (p.team.threads == 0) match_long(a, where);
   else if (p.target.type == ScoreType::kInt16) launch_match<int16_t>("match_kernel<int16>", a, where);
   else launch_match<float>("match_kernel<float32>", a, where);

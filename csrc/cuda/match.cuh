@@ -12,6 +12,7 @@ namespace bam::cuda {
 struct MatchArguments {
   Match p;
   bool target_aligned, source_aligned, targets_aligned, gradient_aligned;
+  bool gradient_cut;  // octets of it are stored one entry at a time
 };
 
 inline bool scores_aligned(const Scores& s) {
