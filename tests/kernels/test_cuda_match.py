@@ -24,8 +24,11 @@ def device() -> torch.device:
 
 
 class TestMatch(MatchTests):
-    # Rows of two blocks of one warp; of three, whole octets.
-    @pytest.mark.parametrize("dimensions", [(3, 2, 2, 2, 131), (2, 2, 4, 2, 131)], ids=str)
+    # Rows of two blocks of one warp; of three, whole octets; rows enough for every stage to be used several times, with
+    # octets that are cut; more source rows than a warp has lanes, an odd number, of whole octets.
+    @pytest.mark.parametrize(
+        "dimensions", [(3, 2, 2, 2, 131), (2, 2, 4, 2, 131), (9, 2, 2, 2, 131), (35, 2, 2, 2, 132)], ids=str
+    )
     @pytest.mark.parametrize(("epsilon", "top_k"), EPSILONS)
     def test_match_over_blocks(self, kernels, device, dimensions, epsilon, top_k):  # noqa: F811
         check_match(kernels, device, dimensions, epsilon, top_k)
@@ -49,14 +52,15 @@ def test_masked_scores_have_no_gradient_where_unmasked_ones_as_low_would(kernels
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="the emulator runs threads in either order")
-def test_no_result_depends_on_the_order_of_threads(kernels):  # noqa: F811
-    # Source rows enough for every stage on chip to be used again by one of them.
-    layout = Layout(B=2, V=5, L=2, T=2, D=1, W=131)
+@pytest.mark.parametrize("W", [131, 132])  # octets that are cut; N = 528, rows of whole octets, which are read once
+def test_no_result_depends_on_the_order_of_threads(kernels, W):  # noqa: F811
+    # Source rows enough for every stage on chip to be used again by several of them.
+    layout = Layout(B=2, V=9, L=2, T=2, D=1, W=W)
     scores, outcomes = made_scores(layout.M, layout.N), []
     for backwards in (False, True):
         emulated.run_threads_backwards(backwards)
         try:
-            s, targets = scores.clone().view(5, 2, -1), empty(2, 2, layout.N)
+            s, targets = scores.clone().view(9, 2, -1), empty(2, 2, layout.N)
             guess = torch.zeros(2, 2)
             options = {"epsilon": 0.05, "temperature": TAU, "top_k": 9}
             matched = kernels.match(s[:2], s, layout, one(layout.N), guess, **options, targets=targets, gradient=s)
