@@ -126,7 +126,7 @@ def cuda_kernels() -> Iterator[Prediction]:
     merged = "25 MB in L2, 2-3 for merging"
     yield kernel("finish_scores", "cuda", SLAB, WARM, 8.5, 11, merged, counts=CUDA_EPILOGUE)
     yield kernel("quantize", "cuda", SLAB, WARM, 5, 6.5, "25 MB in L2", counts=CUDA_QUANTIZE)
-    yield kernel("match", "cuda", WIDE, BOTH, 28, 35, "to 40 where guesses of exponents are poor", counts=CUDA_MATCH)
+    yield kernel("match", "cuda", WIDE, BOTH, 27, 34, "to 40 where guesses of exponents are poor", counts=CUDA_MATCH)
     yield kernel("half_rows", "cuda", FEATURES, BOTH, 3, 4.5, "one wave of short blocks: latencies")
     conversions = "2 conversions to and from double a feature take 6.8, memory 11"
     yield kernel("half_rows", "cuda", "2048x4096", COLD, 12, 17, conversions, memory=0.5)

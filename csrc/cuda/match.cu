@@ -4,8 +4,8 @@
 // A block, or a cluster, holds an image. A thread owns kOwned columns of every row: their scores come on chip a few
 // rows ahead; it keeps their targets in shared memory that only it reads, and writes their gradient when the row is on
 // chip, so that the gradient may take the place of the scores. The barriers are those of the row sums, one for two
-// rows. What a row adds to the sums of its image is found by one thread, another for each row of 32: those that wait
-// for it wait once.
+// rows. What a row adds to the sums of its image takes long chains of logarithms and divisions: 32 threads each keep the
+// sums of a row of 32, and go through them together.
 #include "launch.cuh"
 #include "match_targets.cuh"
 
@@ -196,8 +196,8 @@ class Image : Targets<Score, kCluster> {
       of_rows_.add(row_sum(v), row.exponent, row.total, row.dot * source_scale_ + row.total * row.exponent);
   }
 
-  // Once sums of the pair of rows v and v + 1 have met, rows before this one have been asked for: no thread reads the
-  // pair before any more nor, but for what finish_sources and finish_cut_octets do, this pair.
+  // The row of the image before which all are asked for once sums of source rows v and v + 1 have met. No thread reads
+  // the pair before this one any more, nor this pair, unless finish_sources or finish_cut_octets does.
   __device__ __forceinline__ int fetched_after(int v) const {
     return L_ + v + kStages + (v >= 0 && (is_target(v) || a_.gradient_cut) ? 0 : kPair);
   }
