@@ -4,8 +4,8 @@
 // A block, or a cluster, holds an image. A thread owns kOwned columns of every row: their scores come on chip a few
 // rows ahead; it keeps their targets in shared memory that only it reads, and writes their gradient when the row is on
 // chip, so that the gradient may take the place of the scores. The barriers are those of the row sums, one for two
-// rows. What a row adds to the sums of its image takes long chains of logarithms and divisions: 32 threads each keep the
-// sums of a row of 32, and go through them together.
+// rows. What a row adds to the sums of its image takes long chains of logarithms and divisions: 32 threads each keep
+// the sums of a row of 32, and go through them together.
 #include "launch.cuh"
 #include "match_targets.cuh"
 
