@@ -19,6 +19,7 @@ using Pair = std::pair<Address, Address>;
 using ScalarPair = std::pair<float, Address>;                        // factor, address of a device scalar or 0
 using RowsTuple = std::tuple<Address, int, std::array<int64_t, 4>>;  // address, float type, rows of a view, strides
 using PositivesTuple = std::tuple<bool, int64_t, int64_t, int64_t, int64_t, int64_t>;
+using MessageTuple = std::tuple<Address, int64_t, int64_t>;        // address or 0, columns, rows
 using TeamPair = std::pair<int, int>;                              // threads, cluster
 using WhereTuple = std::tuple<int, Address, bool, int64_t>;        // device, stream, programmatic, shared_bytes
 using GradientTuple = std::tuple<Address, int, int64_t, int64_t>;  // address, float type, view stride, row stride
@@ -166,10 +167,11 @@ void bind_plan(py::class_<Kernels>& c) {
 
 void bind_embeddings(py::class_<Kernels>& c) {
   c.def("normalize", [](const Kernels& k, RowsTuple x, int64_t m, int64_t d, Address centre, Address read, Address norm,
-                        Address bias, double scale, Pair row, WhereTuple where) {
+                        Address bias, double scale, Pair row, MessageTuple sent, WhereTuple where) {
+    const auto [to, columns, sent_rows] = sent;
     call(k.normalize,
          {rows(x), m, d, as<const float>(centre), as<void>(read), as<double>(norm), as<float>(bias), scale,
-          potential(row)},
+          potential(row), as<void>(to), columns, sent_rows},
          where);
   });
   c.def("mean_row", [](const Kernels& k, RowsTuple x, Address norm, int64_t m, int64_t d, int64_t ranks, Address mean,

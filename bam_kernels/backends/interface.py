@@ -47,6 +47,9 @@ def number(x: Number) -> tuple[float, Tensor | None]:
     return x.factor, x.scalar
 
 
+BIAS_COLUMNS = 2  # fp16 columns of a message to other ranks that hold one float32
+
+
 class UnitRows(NamedTuple):
     """Unit rows x_i / max(|x_i|, 1e-12) for products, and what the gradient of the normalisation needs.
 
@@ -197,7 +200,9 @@ class SixteenBitKernels(RowKernels, Protocol):
     """The row kernels of a GPU backend, which also support fp16 rows, int16 scores and score gradients in fp16."""
 
     def mean_unit_row(self, x: Tensor, ranks: int = 1) -> Tensor: ...
-    def half_rows(self, x: Tensor, centre: Tensor, epsilon: float) -> tuple[UnitRows, Potential]: ...
+    def half_rows(
+        self, x: Tensor, centre: Tensor, epsilon: float, message: Tensor | None = None
+    ) -> tuple[UnitRows, Potential]: ...
     def product_step(
         self, centre: Tensor, key_bias: Tensor, row_bias: Tensor, other_bias: Tensor | None = None
     ) -> DeviceNumber: ...

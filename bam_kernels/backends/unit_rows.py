@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .interface import LOG2_E, Potential, UnitRows
+from .interface import BIAS_COLUMNS, LOG2_E, Potential, UnitRows
 
 
 class UnitRowsKernels:
@@ -13,7 +13,7 @@ class UnitRowsKernels:
         """L2-normalise x (m, D) or (V, B, D), any float type and strides, into view-major unit rows (m, D) float32."""
         read = torch.empty(x.shape[:-1].numel(), x.shape[-1], dtype=torch.float32, device=x.device)
         norm = _empty_norms(x)
-        self._read_rows(x, norm, read, None, None, None, 0.0)
+        self._read_rows(x, norm, read, None, None, None, 0.0, None)
         return UnitRows(read, norm, x)
 
     def mean_row(self, x: Tensor) -> Tensor:
@@ -26,19 +26,25 @@ class UnitRowsKernels:
         The sum over ranks, which have as many rows each, is the mean of all rows.
         """
         norm = _empty_norms(x)
-        self._read_rows(x, norm, None, None, None, None, 0.0)
+        self._read_rows(x, norm, None, None, None, None, 0.0, None)
         return self._mean_row(x, norm, ranks)
 
-    def half_rows(self, x: Tensor, centre: Tensor, epsilon: float) -> tuple[UnitRows, Potential]:
+    def half_rows(
+        self, x: Tensor, centre: Tensor, epsilon: float, message: Tensor | None = None
+    ) -> tuple[UnitRows, Potential]:
         """L2-normalise x, subtract `centre` (D,), and store fp16 rows times HALF_UNIT, with their bias.
 
+        message (n, columns) fp16, contiguous, or None: also filled with the first n rows: features, zeros, and the
+        float32 bias in the last BIAS_COLUMNS.
         Also returns the row potential exp(<unit_i, centre>/eps), from which Sinkhorn on centred keys starts.
         """
         assert centre.is_contiguous()
+        if message is not None:
+            assert message.is_contiguous() and x.shape[-1] <= message.shape[1] - BIAS_COLUMNS
         norm = _empty_norms(x)
         read = torch.empty(len(norm), x.shape[-1], dtype=torch.float16, device=x.device)
         bias, row = torch.empty(len(norm), dtype=torch.float32, device=x.device), Potential.empty(len(norm), x.device)
-        self._read_rows(x, norm, read, centre, bias, row, LOG2_E / epsilon)
+        self._read_rows(x, norm, read, centre, bias, row, LOG2_E / epsilon, message)
         return UnitRows(read, norm, x, bias), row
 
     def _read_rows(
@@ -50,10 +56,11 @@ class UnitRowsKernels:
         bias: Tensor | None,
         row: Potential | None,
         scale: float,
+        message: Tensor | None,
     ) -> None:
         """Fill norm and, if given, read from x.
 
-        With a centre, also fill bias and the potential row = 2^(scale * <unit_i, centre>).
+        With a centre, also fill bias, the potential row = 2^(scale * <unit_i, centre>) and, if given, the message.
         """
         raise NotImplementedError
 

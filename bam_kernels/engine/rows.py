@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..backends.interface import HALF_UNIT, Potential, UnitRows, first_views
+from ..backends.interface import BIAS_COLUMNS, HALF_UNIT, Potential, UnitRows, first_views
+from ..layout import Layout
 from ..options import check_finite
 from ..ranges import range_for_each
 from ..ranks import Ranks
 from .call import Call
 
-BIAS_COLUMNS = 2  # fp16 columns that hold one float32
 ALIGNED_COLUMNS = 16  # products and kernels read rows fastest if their stride is a multiple of this
 
 
@@ -35,22 +35,23 @@ class Keys:
     the sampling error of the mean of all keys. fp16 keys are rounded, so they are centred before, on a mean that all
     ranks share.
     regather: keys are not held but gathered again whenever they are read.
+    room: for fp16 keys of several ranks, what `message_room` returned, with this rank's message in it.
     """
 
-    def __init__(self, own: UnitRows, centre: Tensor, ranks: Ranks, regather: bool = False) -> None:
+    def __init__(
+        self, own: UnitRows, centre: Tensor, ranks: Ranks, regather: bool = False, room: Tensor | None = None
+    ) -> None:
         self.centre, self.ranks = centre, ranks
         self.sixteen_bit = own.bias is not None
         self.unit = HALF_UNIT if self.sixteen_bit else 1.0
         n, D = own.read.shape
         self.bias: Tensor | None = None
-        self._own, self._room, self._gathered = own.read, None, None
+        self._own, self._room, self._gathered = own.read, room, None
         self._complete = ranks.W == 1 and self.sixteen_bit
         if self._complete:
             self._gathered, self.bias = own.read, own.bias
-        elif own.bias is not None:
-            self._room = own.read.new_empty(ranks.W * n, sent_columns(D, True))
-            self._own = _pack(own.read, own.bias, self._room[ranks.rank * n : (ranks.rank + 1) * n])
-            self._gathered = self._room[:, :D]
+        elif room is not None:
+            self._own, self._gathered = own_message(room, ranks), room[:, :D]
         elif not regather or ranks.W == 1:
             self._gathered = own.read.new_empty(ranks.W * n, D)
 
@@ -77,8 +78,10 @@ class Keys:
             return unit.to(self._own.dtype)
         centre = self.centre.double()
         centred = unit.double() - centre
-        sent = self._own.new_empty(len(unit), self._own.shape[1])
-        return _pack((centred * HALF_UNIT).half(), (centred @ centre * HALF_UNIT**2).float(), sent)
+        sent = self._own.new_zeros(len(unit), self._own.shape[1])
+        sent[:, : unit.shape[1]] = centred * HALF_UNIT
+        _bias_of(sent).copy_(centred @ centre * HALF_UNIT**2)
+        return sent
 
     @property
     def whole(self) -> Tensor:
@@ -90,13 +93,17 @@ class Keys:
         return self._gathered
 
 
-def _pack(read: Tensor, bias: Tensor, sent: Tensor) -> Tensor:
-    """Write fp16 keys and their float32 bias to a message `sent` (n, sent_columns), and zeros between them."""
-    D = read.shape[1]
-    sent[:, :D] = read
-    sent[:, D:-BIAS_COLUMNS] = 0
-    _bias_of(sent).copy_(bias)
-    return sent
+def message_room(like: Tensor, layout: Layout) -> Tensor | None:
+    """Room (N, sent_columns) for the fp16 keys of all ranks, on the device of `like`; None for one rank."""
+    if layout.W == 1:
+        return None
+    return like.new_empty(layout.N, sent_columns(layout.D, True), dtype=torch.float16)
+
+
+def own_message(room: Tensor, ranks: Ranks) -> Tensor:
+    """This rank's part of the room."""
+    n = len(room) // ranks.W
+    return room[ranks.rank * n : (ranks.rank + 1) * n]
 
 
 def _bias_of(sent: Tensor) -> Tensor:
@@ -141,18 +148,21 @@ def rows_and_keys(call: Call, read: tuple[UnitRows, UnitRows | None] | None) -> 
     layout, kernels, epsilon = call.layout, call.kernels, call.options.epsilon
     if read is not None:
         z, y = read[0], read[1] if read[1] is not None else read[0]
-        own = y.views(layout.T, layout.B)
+        own, room = y.views(layout.T, layout.B), None
         centre = kernels.mean_row(own.read)
         target = z if call.shared else y
         potential = kernels.centre_potential(target.read, centre, epsilon)
     else:
         first = first_views(call.student if call.teacher is None else call.teacher, layout.T, layout.B)
         centre = call.ranks.sum(kernels.mean_unit_row(first, layout.W))
-        z, potential = kernels.half_rows(call.student, centre, epsilon)
-        y, y_potential = (
-            kernels.half_rows(call.teacher, centre, epsilon) if call.teacher is not None else (z, potential)
-        )
+        room = message_room(call.student, layout)
+        message = own_message(room, call.ranks) if room is not None else None
+        if call.teacher is None:
+            z, potential = y, y_potential = kernels.half_rows(call.student, centre, epsilon, message)
+        else:
+            z, potential = kernels.half_rows(call.student, centre, epsilon)
+            y, y_potential = kernels.half_rows(call.teacher, centre, epsilon, message)
         target, potential = (z, potential) if call.shared else (y, y_potential)
         own = y.views(layout.T, layout.B)
-    keys = Keys(own, centre, call.ranks, call.options.regather)
+    keys = Keys(own, centre, call.ranks, call.options.regather, room)
     return Rows(z, target, potential, keys, own_keys=call.teacher is None)

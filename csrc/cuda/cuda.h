@@ -217,6 +217,9 @@ constexpr float kUnitScale = 64.0f;
 
 // read_i = u_i = x_i / max(|x_i|, 1e-12) in float32, norm_i = |x_i|. With a centre read_i = 64 (u_i - centre) in fp16,
 // bias_i = 64^2 <u_i - centre, centre>, and the row potential is 2^(scale * <u_i, centre>). read null: the norms alone.
+// With a centre the first sent_rows rows are also written as a message to other ranks: read_i, zeros, and bias_i in the
+// last kBiasColumns of sent_columns.
+constexpr int64_t kBiasColumns = 2;
 struct Normalize {
   Rows x;
   int64_t m, d;
@@ -226,6 +229,8 @@ struct Normalize {
   float* bias;
   double scale;
   Potential row;
+  void* sent;
+  int64_t sent_columns, sent_rows;
 };
 
 // mean_k = the mean over i of x_ik / max(norm_i, 1e-12), in float32, divided by `ranks`: what this rank adds to the

@@ -1,6 +1,7 @@
 // Embedding rows: the L2 normalisation, its gradient, and the potentials that centred keys lack. A row is a warp's or a
-// block's, whose threads read it once and hold it where it fits. Sums are in double, for rows of any finite magnitude,
-// and so is what is left of a unit row without the centre: near collapse the two are almost equal.
+// block's, whose threads read it once and hold it where it fits, as it is: a block of few registers leaves room for the
+// loads of others. Sums are in double, for rows of any finite magnitude; what is left of a unit row without the centre
+// has float32's precision, also near collapse, where the two are almost equal.
 #include "embed.cuh"
 #include "launch.cuh"
 #include "sums.cuh"
@@ -16,7 +17,7 @@ struct Team {
   static constexpr int kWarps = 8;  // of a block of a wide row, at most
   static constexpr int kRows = 4;   // of a block otherwise
   static constexpr int kMostThreads = kWide ? kWarps * kWarp : kRows * kWarp;
-  static constexpr int kSums = 3;  // that a row takes
+  static constexpr int kSums = 3;  // that a row takes, at most
 
   __device__ Team()
       : row(kWide ? blockIdx.x : static_cast<int64_t>(blockIdx.x) * kRows + threadIdx.x / kWarp),
@@ -35,10 +36,11 @@ struct Team {
       for (int64_t from = 0; from < d; from += turn) of_turn(from);
     else of_turn(0);
   }
-  // The same in every thread of the row. `used` counts the sums before, whose parts may still be read.
+  // The same in every thread of the row. A kernel calls this once: its room is not used again.
   template <int kValues>
-  __device__ void sum(double (&x)[kValues], int used) const {
-    if (kWide) over_block<kWarps>(x, static_cast<double*>(shared_memory()) + used * kWarps, Add());
+  __device__ void sum(double (&x)[kValues]) const {
+    static_assert(kValues <= kSums, "there is room");
+    if (kWide) over_block<kWarps>(x, static_cast<double*>(shared_memory()), Add());
     else over_lanes(x, Add());
   }
   static Shape shape(int64_t m, int64_t d) {
@@ -61,86 +63,121 @@ __device__ __forceinline__ void store_power(const Potential& row, int64_t i, dou
   row.mantissa[i] = exp2f(static_cast<float>(power - whole));
 }
 
-// What a thread holds of a row, and of the centre where there is one.
-template <class T, bool kWide>
-struct Held {
-  __device__ __forceinline__ void load(const Team<kWide>& team, const Row<T>& row, const float* other, int64_t from,
-                                       int64_t d) {
-    T raw[Team<kWide>::kOctetsHeld][kOctet];
-#pragma unroll
-    for (int o = 0; o < Team<kWide>::kOctetsHeld; ++o) {
-      row.load(raw[o], team.first(from, o), d);
-      if (other) load_floats(centre[o], other, team.first(from, o), d);
-    }
-#pragma unroll
-    for (int o = 0; o < Team<kWide>::kOctetsHeld; ++o)
-#pragma unroll
-      for (int k = 0; k < kOctet; ++k) x[o][k] = as_float(raw[o][k]);
+// A unit row without the centre, in float32: each feature times 1 / norm, which are two floats, and the product's
+// rounding error kept. A difference of two numbers close to each other is exact.
+class Centred {
+ public:
+  __device__ explicit Centred(double inverse) {
+    const bool tiny = inverse < 0x1p-60;  // float32 may hold it with few bits or not at all
+    const double scaled = tiny ? inverse * 0x1p100 : inverse;
+    power_ = tiny ? 0x1p-100f : 1.0f;
+    high_ = static_cast<float>(scaled);
+    low_ = static_cast<float>(scaled - high_);
   }
-  double x[Team<kWide>::kOctetsHeld][kOctet];
-  float centre[Team<kWide>::kOctetsHeld][kOctet];
+  __device__ __forceinline__ float operator()(float x, float centre) const {
+    const float scaled = x * power_, unit = rounded_product(scaled, high_);
+    return unit - centre + fmaf(scaled, low_, fmaf(scaled, high_, -unit));
+  }
+
+ private:
+  float power_, high_, low_;
 };
 
-// An octet of read_i; sums += <u, centre>, <u - centre, centre>.
-template <bool kCentred>
-__device__ __forceinline__ void write_unit(const Normalize& p, int64_t row, int64_t first, const double (&x)[kOctet],
-                                           const float (&centre)[kOctet], double inverse, double (&sums)[2]) {
-  using Read = std::conditional_t<kCentred, __half, float>;
-  float out[kOctet];
+// Adds an octet's squares and, with a centre, <x, centre> and <centre, centre>.
+template <class T, int kSums>
+__device__ __forceinline__ void add_octet(const T (&raw)[kOctet], const float (&centre)[kOctet],
+                                          double (&sums)[kSums]) {
 #pragma unroll
   for (int k = 0; k < kOctet; ++k) {
-    const double unit = x[k] * inverse;
-    if (kCentred) {
-      const double c = centre[k], centred = unit - c;
-      sums[0] += unit * c;
-      sums[1] += centred * c;
-      out[k] = static_cast<float>(centred) * kUnitScale;
-    } else {
-      out[k] = static_cast<float>(unit);
+    const double x = as_float(raw[k]);
+    sums[0] += x * x;
+    if constexpr (kSums == 3) {
+      const double c = centre[k];
+      sums[1] += x * c;
+      sums[2] += c * c;
     }
   }
-  Read* read = static_cast<Read*>(p.read) + row * p.d;
-  store_floats(read + first, out, p.d - first, is_aligned(read));
 }
 
+template <class T>
+__device__ __forceinline__ void store_features(T* row, int64_t first, const float (&x)[kOctet], int64_t d) {
+  store_floats(row + first, x, d - first, is_aligned(row));
+}
+
+// What follows the features in a message's row: zeros, and the bias in the last two columns.
+template <bool kWide>
+__device__ __forceinline__ void end_message(const Normalize& p, const Team<kWide>& team, __half* sent, float bias) {
+  const int64_t end = p.sent_columns - kBiasColumns;
+  for (int64_t k = p.d + team.thread; k < end; k += team.threads) sent[k] = from_float<__half>(0.0f);
+  if (team.thread == 0) *reinterpret_cast<float*>(sent + end) = bias;
+}
+
+// Blocks that a multiprocessor has registers for, at least, so that many rows are on their way together.
 template <class T, bool kWide>
-__global__ void __launch_bounds__(Team<kWide>::kMostThreads) normalize_kernel(const Normalize p) {
+constexpr int kBlocks = kWide ? (sizeof(T) == 4 ? 3 : 4) : 12;
+
+template <class T, bool kWide, bool kCentred>
+__global__ void __launch_bounds__(Team<kWide>::kMostThreads, kBlocks<T, kWide> - !kCentred)
+    normalize_kernel(const Normalize p) {
   follow_earlier_kernels();
+  using Read = std::conditional_t<kCentred, __half, float>;
   const Team<kWide> team;
   if (team.row >= p.m) return;
   const Row<T> row(p.x, team.row);
-  Held<T, kWide> held;
-  double squares[1] = {};
-  team.for_turns(p.d, [&](int64_t from) {
-    held.load(team, row, p.centre, from, p.d);
+  T x[Team<kWide>::kOctetsHeld][kOctet];
+  const auto load = [&](int64_t from) {
 #pragma unroll
-    for (int k = 0; k < Team<kWide>::kHeld; ++k) {
-      const double x = held.x[k / kOctet][k % kOctet];
-      squares[0] += x * x;
+    for (int o = 0; o < Team<kWide>::kOctetsHeld; ++o) row.load(x[o], team.first(from, o), p.d);
+  };
+  double sums[kCentred ? 3 : 1] = {};
+  team.for_turns(p.d, [&](int64_t from) {
+    load(from);
+#pragma unroll
+    for (int o = 0; o < Team<kWide>::kOctetsHeld; ++o) {
+      float centre[kOctet];
+      if constexpr (kCentred) load_floats(centre, p.centre, team.first(from, o), p.d);
+      add_octet(x[o], centre, sums);
     }
   });
-  team.sum(squares, 0);
+  team.sum(sums);
   // One root for both, which is infinite where the sum is 0, and 0 where the sum is infinite.
-  const double root = inverse_sqrt(squares[0]);
-  const double norm = squares[0] > 0.0 && root > 0.0 ? squares[0] * root : squares[0];
+  const double root = inverse_sqrt(sums[0]);
+  const double norm = sums[0] > 0.0 && root > 0.0 ? sums[0] * root : sums[0];
   const double inverse = norm <= kNormFloor ? 1.0 / kNormFloor : root;
   if (team.thread == 0) p.norm[team.row] = norm;
-  if (!p.read) return;
-  double sums[2] = {};
+  __half* sent = nullptr;
+  if constexpr (kCentred) {
+    const double along = sums[1] * inverse;
+    const auto bias = static_cast<float>((along - sums[2]) * (kUnitScale * kUnitScale));
+    if (team.thread == 0) {
+      p.bias[team.row] = bias;
+      store_power(p.row, team.row, along * p.scale);
+    }
+    if (team.row < p.sent_rows) {
+      sent = static_cast<__half*>(p.sent) + team.row * p.sent_columns;
+      end_message(p, team, sent, bias);
+    }
+  } else if (!p.read) {
+    return;
+  }
+  Read* const read = static_cast<Read*>(p.read) + team.row * p.d;
+  const Centred centred(inverse);
   team.for_turns(p.d, [&](int64_t from) {
-    if (team.is_beyond_a_turn(p.d)) held.load(team, row, p.centre, from, p.d);
+    if (team.is_beyond_a_turn(p.d)) load(from);
 #pragma unroll
     for (int o = 0; o < Team<kWide>::kOctetsHeld; ++o) {
       const int64_t first = team.first(from, o);
-      if (p.centre) write_unit<true>(p, team.row, first, held.x[o], held.centre[o], inverse, sums);
-      else write_unit<false>(p, team.row, first, held.x[o], held.centre[o], inverse, sums);
+      float out[kOctet];
+      if constexpr (kCentred) load_floats(out, p.centre, first, p.d);
+#pragma unroll
+      for (int k = 0; k < kOctet; ++k) {
+        const float value = as_float(x[o][k]);
+        out[k] = kCentred ? centred(value, out[k]) * kUnitScale : static_cast<float>(value * inverse);
+      }
+      store_features(read, first, out, p.d);
+      if (kCentred && sent) store_features(sent, first, out, p.d);
     }
   });
-  if (!p.centre) return;
-  team.sum(sums, 1);
-  if (team.thread != 0) return;
-  p.bias[team.row] = static_cast<float>(sums[1] * (kUnitScale * kUnitScale));
-  store_power(p.row, team.row, sums[0] * p.scale);
 }
 
 template <bool kWide>
@@ -159,7 +196,7 @@ __global__ void __launch_bounds__(Team<kWide>::kMostThreads) centre_potential_ke
       for (int k = 0; k < kOctet; ++k) dot[0] += static_cast<double>(x[k]) * centre[k];
     }
   });
-  team.sum(dot, 0);
+  team.sum(dot);
   if (team.thread == 0) store_power(p.row, team.row, dot[0] * p.scale);
 }
 
@@ -179,15 +216,14 @@ class Factor {
 };
 
 template <class T, bool kWide>
-__global__ void __launch_bounds__(Team<kWide>::kMostThreads) project_kernel(const Project p) {
+__global__ void __launch_bounds__(Team<kWide>::kMostThreads, kBlocks<T, kWide>) project_kernel(const Project p) {
   follow_earlier_kernels();
   using Mine = Team<kWide>;
   const Mine team;
   if (team.row >= p.m) return;
   const Row<T> row(p.x, team.row);
   float* d = p.d + team.row * p.d_features;
-  const double norm = p.norm[team.row], inverse = norm < kNormFloor ? 0.0 : 1.0 / norm;
-  const Factor to_unit(inverse), factor(inverse * p.factor);
+  const double norm = p.norm[team.row];
   T x[Mine::kOctetsHeld][kOctet];
   float given[Mine::kOctetsHeld][kOctet];
   const auto load = [&](int64_t from) {
@@ -197,16 +233,19 @@ __global__ void __launch_bounds__(Team<kWide>::kMostThreads) project_kernel(cons
       load_floats(given[o], d, team.first(from, o), p.d_features);
     }
   };
+  load(0);  // before the norm is used, so that they come together
+  const double inverse = norm < kNormFloor ? 0.0 : 1.0 / norm;
+  const Factor to_unit(inverse), factor(inverse * p.factor);
   const auto unit = [&](int o, int k) { return to_unit * as_float(x[o][k]); };
   double dot[1] = {};
   team.for_turns(p.d_features, [&](int64_t from) {
-    load(from);
+    if (from > 0) load(from);
     float held = 0.0f;
 #pragma unroll
     for (int k = 0; k < Mine::kHeld; ++k) held += given[k / kOctet][k % kOctet] * unit(k / kOctet, k % kOctet);
     dot[0] += held;
   });
-  team.sum(dot, 0);
+  team.sum(dot);
   const auto along = static_cast<float>(dot[0]);
   team.for_turns(p.d_features, [&](int64_t from) {
     if (team.is_beyond_a_turn(p.d_features)) load(from);
@@ -231,12 +270,18 @@ void launch_rows(const char* name, Kernel<Params> narrow, Kernel<Params> wide, i
 }  // namespace
 
 void normalize(const Normalize& p, const Where& where) {
-  const auto kernel = [&](auto wide) {
-    constexpr bool kWide = decltype(wide)::value;
-    return of_type<Normalize>(p.x.type, normalize_kernel<float, kWide>, normalize_kernel<__half, kWide>,
-                              normalize_kernel<__nv_bfloat16, kWide>);
+  const auto kernel = [&](auto wide, auto centred) {
+    constexpr bool kWide = decltype(wide)::value, kCentred = decltype(centred)::value;
+    return of_type<Normalize>(p.x.type, normalize_kernel<float, kWide, kCentred>,
+                              normalize_kernel<__half, kWide, kCentred>,
+                              normalize_kernel<__nv_bfloat16, kWide, kCentred>);
   };
-  launch_rows("normalize_kernel", kernel(std::false_type()), kernel(std::true_type()), p.m, p.d, where, p);
+  const auto start = [&](auto centred) {
+    launch_rows("normalize_kernel", kernel(std::false_type(), centred), kernel(std::true_type(), centred), p.m, p.d,
+                where, p);
+  };
+  if (p.centre) start(std::true_type());
+  else start(std::false_type());
 }
 
 void centre_potential(const CentrePotential& p, const Where& where) {

@@ -17,9 +17,10 @@ struct Row {
   }
   // The 8 features from `first` on, of d; 0 past the end.
   __device__ __forceinline__ void load(T (&raw)[kOctet], int64_t first, int64_t d) const {
-    if (stride == 1) return load_octet(raw, data + first, d - first, aligned, from_float<T>(0.0f));
+    if (aligned && first + kOctet <= d) return load_octet(raw, data + first, kOctet, true, from_float<T>(0.0f));
+    const T* at = data + first * stride;
 #pragma unroll
-    for (int k = 0; k < kOctet; ++k) raw[k] = first + k < d ? data[(first + k) * stride] : from_float<T>(0.0f);
+    for (int k = 0; k < kOctet; ++k, at += stride) raw[k] = first + k < d ? *at : from_float<T>(0.0f);
   }
   const T* data;
   int64_t stride;

@@ -69,7 +69,7 @@ def of_cuda() -> dict[str, dict]:
     return shared("s") | {
         "mean_row": {"x": made(M, D)},
         "mean_unit_row": {"x": made(M, D)},
-        "half_rows": {"x": made(M, D), "centre": made(D), "epsilon": 0.1},
+        "half_rows": {"x": made(M, D), "centre": made(D), "epsilon": 0.1, "message": made(2, 16).half()},
         "product_step": {"centre": made(D), "key_bias": made(N), "row_bias": made(M), "other_bias": made(M)},
         "column_totals": {"shift": made(N), "sums": made(N), "common": 2},
         "total_potential": {"total": made(N, dtype=torch.float64), "common": 2},

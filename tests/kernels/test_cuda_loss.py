@@ -23,6 +23,7 @@ from bam_kernels.backends import cuda
 from bam_kernels.backends.extension import _C
 from bam_kernels.engine import slab
 from bam_kernels.engine.call import Call
+from bam_kernels.engine.rows import rows_and_keys
 from bam_kernels.options import Options
 from bam_kernels.ranks import ONE_RANK
 from bam_kernels.simulated import SimulatedRanks
@@ -185,6 +186,31 @@ def test_the_launches_of_a_small_step_of_several_ranks(in_use, R, monkeypatch, m
     target += 2 * ["sinkhorn_pass", "divide_potential"]
     assert launched[: len(embedding)] == embedding
     assert launched[launched.index("product_step") : launched.index("match")] == target
+
+
+@pytest.mark.parametrize("R", [0, 2])
+def test_keys_are_sent_from_where_they_are_made(in_use, R, matmul_precision):
+    """With several ranks the kernel that makes fp16 keys writes the message, which nothing copies."""
+    torch.set_float32_matmul_precision("high")
+    launched: list[str] = []
+
+    class Operators(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, arguments=(), options=None):
+            launched.append(operator.overloadpacket.__name__)
+            return operator(*arguments, **(options or {}))
+
+    student, teacher = features(2, 8, 20).to(DEVICE), features(R, 8, 20, seed=1).to(DEVICE) if R else None
+    ranks = SimulatedRanks(3, 1, features(1, 48, 20)[0].to(DEVICE))
+    options = Options(group=ranks)
+    call = Call(
+        "bam_loss", student, teacher, options.layout("bam_loss", student, teacher), options, ranks, in_use, True, True
+    )
+    with torch.no_grad(), Operators():
+        rows = rows_and_keys(call, None)
+    assert set(launched) <= NO_LAUNCH | {"div_"}
+    made = rows.z if R == 0 else rows.target
+    keys = rows.keys.whole
+    assert torch.equal(keys[16:32], made.read) and torch.equal(rows.keys.bias[16:32], made.bias)
 
 
 @pytest.mark.slow

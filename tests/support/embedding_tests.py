@@ -151,6 +151,34 @@ class EmbeddingTests(NormTests):
         expected = 0.25 * (gradient - unit * (unit * gradient).sum(1, keepdim=True)) / rows.norm(dim=1, keepdim=True)
         assert_close(whole.project_(gradient.clone(), half, 0.25), expected, 1e-5, 1e-8)
 
+    # Unit rows and their centre are almost equal: their difference keeps float32's precision, and the bias, of its
+    # square, that of the sums.
+    @pytest.mark.parametrize("d", [100, 1000])
+    @pytest.mark.parametrize("spread", [1e-2, 1e-4])
+    def test_half_rows_near_collapse(self, whole, device, d, spread):
+        x = (torch.randn(d) + spread * torch.randn(6, d)).to(device) * 3e-5
+        unit, _ = unit_and_norm(x)
+        centre = unit.mean(0).float()
+        half, _ = whole.half_rows(x, centre, 0.05)
+        assert_close(half.read.double() / HALF_UNIT, unit - centre, 1.01 * 2**-11, 2**-25 / HALF_UNIT)
+        assert_close(half.bias.double() / HALF_UNIT**2, (unit - centre) @ centre.double(), 1e-7, 2e-15)
+
+    # A part of a vector, whole vectors, and several warps; rows that end in zeros of less and more than a turn.
+    @pytest.mark.parametrize(("d", "columns"), [(5, 16), (62, 64), (256, 272), (1000, 1008), (40, 128)])
+    @pytest.mark.parametrize("n", [0, 3, 7])
+    def test_messages(self, whole, device, d, columns, n):
+        x = torch.randn(7, d).to(device)
+        room = torch.full((9, columns), 7.0, dtype=torch.float16, device=device)
+        given = x, torch.randn(d).to(device) / d**0.5, 0.05
+        half, potential = whole.half_rows(*given, room[1 : 1 + n])
+        alone, same = whole.half_rows(*given)
+        found, expected = (*half[:2], half.bias, *potential), (*alone[:2], alone.bias, *same)
+        assert all(map(torch.equal, found, expected))
+        sent = room[1 : 1 + n]
+        assert torch.equal(sent[:, :d], half.read[:n]) and (sent[:, d:-2] == 0).all()
+        assert torch.equal(sent[:, -2:].contiguous().view(torch.float32)[:, 0], half.bias[:n])
+        assert (room[0] == 7).all() and (room[1 + n :] == 7).all()
+
     # Keys that differ little and rows that differ much, the other way round, and keys that do not differ at all.
     @pytest.mark.parametrize("spreads", [(0.02, 1.0), (1.0, 0.02), (0.3, 0.2), (0.0, 0.5)])
     def test_products_fit_the_fixed_point(self, whole, device, spreads):

@@ -137,8 +137,8 @@ def _warps(name: str, d: int) -> set[str]:
     return {f"{name}: {'one warp' if d <= ONE_WARP else 'several warps'} a row"}
 
 
-def _normalize(x, m, d, centre, read, *_):
-    branches = {"centre": centre, "no_centre": read and not centre, "norms_alone": not read}
+def _normalize(x, m, d, centre, read, norm, bias, scale, row, message, where):
+    branches = {"centre": centre, "no_centre": read and not centre, "norms_alone": not read, "message": message[0]}
     return _forms(f"normalize_kernel<{FLOATS[x[1]]}>", **branches) | _warps("normalize_kernel", d)
 
 

@@ -35,6 +35,7 @@ class CudaKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
         bias: Tensor | None,
         row: Potential | None,
         scale: float,
+        message: Tensor | None,
     ) -> None:
         device = x.device
         # With a centre the kernel writes fp16.
@@ -49,6 +50,7 @@ class CudaKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
             address(bias, device),
             as_float32(scale),
             pair(row, device),
+            _message(message, device),
             self._launch_context(x),
         )
 
@@ -180,3 +182,10 @@ class CudaKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
             x.stride(0),
             self._launch_context(s),
         )
+
+
+def _message(message: Tensor | None, device: torch.device) -> tuple[int, int, int]:
+    """A message (n, columns) fp16 as kernels take it: address, columns, rows."""
+    if message is None:
+        return 0, 0, 0
+    return address(message, device, (torch.float16,)), message.shape[1], len(message)

@@ -201,6 +201,7 @@ def _call_preparation(kernels: TritonKernels) -> None:
     kernels.mean_row(unit.read)
     kernels.mean_unit_row(x)
     half, _ = kernels.half_rows(x.view(8, 256, 4096), centre, 0.05)
+    kernels.half_rows(x, centre, 0.05, _empty(512, 4112, dtype=torch.float16))
     for other in (_empty(512), None):
         kernels.product_step(centre, _empty(8192), _empty(2048), other)
     for rows in (unit, half):

@@ -7,7 +7,10 @@ One program per row of D features, in blocks of BLOCK columns; a row of one bloc
 import triton
 import triton.language as tl
 
+from ..interface import BIAS_COLUMNS
+
 NORM_FLOOR = tl.constexpr(1e-12)
+BIAS = tl.constexpr(BIAS_COLUMNS)
 LEAST_SQUARE = tl.constexpr(1e-14)  # least squared length of a difference of unit rows, above float64's rounding of 1
 
 
@@ -25,8 +28,11 @@ def _store_power(exponent, mantissa, i, x):
 
 
 @triton.jit
-def _write_unit(unit, centre, read, offs, D, UNIT: tl.constexpr):
-    """Write UNIT * (unit - centre) to the row `read`; returns the terms of <unit, centre>, <unit - centre, centre>."""
+def _write_unit(unit, centre, read, sent, offs, D, sent_D, UNIT: tl.constexpr):
+    """Write UNIT * (unit - centre) to the row `read` and the first sent_D features of `sent`, where they are given.
+
+    Returns the terms of <unit, centre> and <unit - centre, centre>.
+    """
     mask = offs < D
     along = tl.zeros_like(unit)
     beyond = tl.zeros_like(unit)
@@ -36,11 +42,24 @@ def _write_unit(unit, centre, read, offs, D, UNIT: tl.constexpr):
         unit -= c
         beyond = unit * c
     if read is not None:
-        tl.store(read + offs, (unit * UNIT).to(read.dtype.element_ty), mask=mask)
+        value = (unit * UNIT).to(read.dtype.element_ty)
+        tl.store(read + offs, value, mask=mask)
+        if sent is not None:
+            tl.store(sent + offs, value, mask=offs < sent_D)
     return along, beyond
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit
+def _store_end(sent, bias, D, sent_columns, is_sent):
+    """Store what follows the features in a message's row: zeros, and the bias in the last BIAS columns."""
+    end = sent_columns - BIAS
+    for first in range(D, end, 32):
+        offs = first + tl.arange(0, 32)
+        tl.store(sent + offs, tl.zeros([32], tl.float16), mask=is_sent & (offs < end))
+    tl.store((sent + end).to(tl.pointer_type(tl.float32)), bias, mask=is_sent)
+
+
+@triton.jit(do_not_specialize=["sent_rows", "B"])
 def unit_rows_kernel(
     x,
     centre,
@@ -49,6 +68,9 @@ def unit_rows_kernel(
     bias,
     exponent,
     mantissa,
+    message,
+    sent_rows,
+    sent_columns,
     scale,
     B,
     D,
@@ -63,9 +85,11 @@ def unit_rows_kernel(
 
     With a centre, also bias_i = UNIT^2 <u_i - centre, centre> and the potential 2^(scale * <u_i, centre>). Sums are in
     float64. HELD: a row is one block.
+    The first sent_rows rows of `message` are those of `read`, then zeros, and bias_i in the last BIAS columns.
 
     Shapes: x rows of D, centre (D,) float32 or None: 0 -> read (m, D) float32 or fp16 contiguous, or None: not written,
-    norm (m,) float64, bias (m,) float32, exponent (m,), mantissa (m,) in [1, 2].
+    norm (m,) float64, bias (m,) float32, exponent (m,), mantissa (m,) in [1, 2], message (sent_rows, sent_columns) fp16
+    or None.
     A zero row has unit 0 and norm 0; a row that is not finite has a norm that is not finite.
     """
     i = tl.program_id(0).to(tl.int64)
@@ -83,16 +107,21 @@ def unit_rows_kernel(
     inverse = 1.0 / tl.where(length > NORM_FLOOR, length, NORM_FLOOR)
     inverse = tl.where(length == length, inverse, length)
     to = read + i * D if read is not None else None
-    along, beyond = _write_unit(first_part * inverse, centre, to, offs, D, UNIT)
+    sent = message + i * sent_columns if message is not None else None
+    sent_D = tl.where(i < sent_rows, D, 0)
+    along, beyond = _write_unit(first_part * inverse, centre, to, sent, offs, D, sent_D, UNIT)
     if not HELD:
         for first in range(BLOCK, D, BLOCK):
             at = row + (first + offs).to(tl.int64) * stride_feature
             unit = tl.load(at, mask=first + offs < D, other=0.0).to(tl.float64) * inverse
-            more_along, more_beyond = _write_unit(unit, centre, to, first + offs, D, UNIT)
+            more_along, more_beyond = _write_unit(unit, centre, to, sent, first + offs, D, sent_D, UNIT)
             along += more_along
             beyond += more_beyond
     if centre is not None:
-        tl.store(bias + i, (tl.sum(beyond, axis=0) * (UNIT * UNIT)).to(tl.float32))
+        bias_i = (tl.sum(beyond, axis=0) * (UNIT * UNIT)).to(tl.float32)
+        tl.store(bias + i, bias_i)
+        if message is not None:
+            _store_end(sent, bias_i, D, sent_columns, i < sent_rows)
         _store_power(exponent, mantissa, i, tl.sum(along, axis=0) * tl.full([], scale, tl.float32).to(tl.float64))
 
 

@@ -45,6 +45,7 @@ class TritonKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
         bias: Tensor | None,
         row: Potential | None,
         scale: float,
+        message: Tensor | None,
     ) -> None:
         assert centre is None or centre.dtype == torch.float32
         block = block_of(x.shape[-1])
@@ -57,6 +58,8 @@ class TritonKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
             norm,
             bias,
             *(row if row is not None else (None, None)),
+            message,
+            *(message.shape if message is not None else (0, 0)),
             scale,
             *_rows_of(x),
             UNIT=1.0 if centre is None else HALF_UNIT,
