@@ -291,7 +291,9 @@ def _backward(ctx: Any, grad_loss: Tensor | None, _: None, grad_dz: Tensor | Non
 
 
 def _scaled(grad_loss: Tensor, dz: Tensor, dtype: torch.dtype, shape: torch.Size) -> Tensor:
-    return (grad_loss * dz).to(dtype).view(shape)
+    if dtype == dz.dtype or torch.is_grad_enabled():  # a product that is recorded is made of torch's own operators
+        return (grad_loss * dz).to(dtype).view(shape)
+    return _rounded_product(grad_loss, dz, dtype).view(shape)
 
 
 def _targets_impl(student: Tensor, teacher: Tensor | None, *problem: Any) -> Tensor:
@@ -310,6 +312,12 @@ def _targets_fake(student: Tensor, teacher: Tensor | None, dimensions: list[int]
     return student.new_empty((L * B, T * B * W), dtype=torch.float32)
 
 
+# grad_loss * dz, rounded to another type in one launch. vmap knows no `out`, but calls an operator.
+_rounded_product = define(
+    "rounded_product(Tensor grad_loss, Tensor dz, ScalarType dtype) -> Tensor",
+    lambda grad_loss, dz, dtype: torch.mul(grad_loss, dz, out=torch.empty_like(dz, dtype=dtype)),
+    lambda grad_loss, dz, dtype: torch.empty_like(dz, dtype=dtype),
+)
 _gradient_operator = make_differentiable(
     define(
         "loss_backward(Tensor grad_loss, Tensor dz, Tensor student) -> Tensor",

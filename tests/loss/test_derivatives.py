@@ -32,6 +32,34 @@ def test_the_gradient_is_linear_in_what_comes_in(options):
     check_scale_of_the_gradient(CPU, **options)
 
 
+@needs_cpu_kernels
+def test_a_float16_gradient_is_rounded_in_one_launch():
+    """Unless it is recorded. torch's transforms give the same."""
+    z, launched = features(2, 6, 5).half().requires_grad_(), []
+
+    class Operators(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, arguments=(), options=None):
+            launched.append(operator.overloadpacket.__name__)
+            return operator(*arguments, **(options or {}))
+
+    def f(x: Tensor) -> Tensor:
+        return bam_loss(x, backend="cpu")
+
+    loss, scale = f(z), torch.tensor(3.0, requires_grad=True)
+    with Operators():
+        (g,) = torch.autograd.grad(loss, z, scale.detach(), retain_graph=True)
+    assert [name for name in launched if name != "detach"] == ["rounded_product", "view"]
+    (recorded,) = torch.autograd.grad(loss, z, scale, create_graph=True)
+    assert g.dtype == torch.float16 and torch.equal(recorded, g)
+    assert torch.autograd.grad(recorded.float().sum(), scale)[0] != 0
+    batched = torch.autograd.grad(loss, z, torch.tensor([1.0, 3.0]), is_grads_batched=True)[0]
+    assert torch.equal(batched[1], g)
+    zs = torch.stack([z.detach(), 2 * z.detach()]).requires_grad_()
+    torch.func.vmap(f)(zs).backward(torch.tensor([3.0, 0.0]))
+    assert torch.equal(zs.grad[0], g) and not zs.grad[1].any()
+    assert torch.equal(torch.func.grad(lambda x: 3 * f(x))(z.detach()), g)
+
+
 def frozen(P: Tensor, z: Tensor, tau: float = 0.1) -> Tensor:
     """The loss of two views with given targets P (12, 12), written out."""
     unit = z.flatten(0, 1) / z.flatten(0, 1).norm(dim=1, keepdim=True)
