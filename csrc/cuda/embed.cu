@@ -13,8 +13,8 @@ namespace {
 // octets of each thread, neighbours' next to each other.
 template <bool kWide>
 struct Team {
-  static constexpr int kOctetsHeld = kWide ? 2 : 1, kHeld = kOctetsHeld * kOctet;
-  static constexpr int kWarps = 8;  // of a block of a wide row, at most
+  static constexpr int kOctetsHeld = kWide ? 4 : 1, kHeld = kOctetsHeld * kOctet;
+  static constexpr int kWarps = 4;  // of a block of a wide row, at most
   static constexpr int kRows = 4;   // of a block otherwise
   static constexpr int kMostThreads = kWide ? kWarps * kWarp : kRows * kWarp;
   static constexpr int kSums = 3;  // that a row takes, at most
@@ -25,8 +25,15 @@ struct Team {
         thread(static_cast<int>(kWide ? threadIdx.x : threadIdx.x % kWarp)),
         turn(static_cast<int64_t>(threads) * kHeld) {}
 
-  // Of octet o of a turn that begins at feature `from`.
-  __device__ int64_t first(int64_t from, int o) const { return from + (o * threads + thread) * kOctet; }
+  // of_octet(o, its first feature) for octets of a turn that begins at feature `from`, as far as the row has them.
+  template <class OfOctet>
+  __device__ __forceinline__ void for_octets(int64_t from, int64_t d, OfOctet of_octet) const {
+#pragma unroll
+    for (int o = 0; o < kOctetsHeld; ++o) {
+      const int64_t first = from + (o * threads + thread) * kOctet;
+      if (first < d) of_octet(o, first);
+    }
+  }
   // What one warp holds has one turn.
   __device__ bool is_beyond_a_turn(int64_t d) const { return kWide && turn < d; }
   // of_turn(its first feature), turn by turn.
@@ -63,24 +70,26 @@ __device__ __forceinline__ void store_power(const Potential& row, int64_t i, dou
   row.mantissa[i] = exp2f(static_cast<float>(power - whole));
 }
 
-// A unit row without the centre, in float32: each feature times 1 / norm, which are two floats, and the product's
-// rounding error kept. A difference of two numbers close to each other is exact.
+// kUnitScale times a unit row without the centre, to float32's precision also where the two are almost equal: the
+// factor of a row is two floats, and its product with a feature is not rounded before the centre is subtracted.
+template <class T>
 class Centred {
  public:
   __device__ explicit Centred(double inverse) {
-    const bool tiny = inverse < 0x1p-60;  // float32 may hold it with few bits or not at all
-    const double scaled = tiny ? inverse * 0x1p100 : inverse;
+    // float32 may hold it with few bits or not at all. Rows of fp16 are not so long.
+    const bool tiny = !std::is_same_v<T, __half> && inverse < 0x1p-60;
+    const double factor = inverse * (tiny ? kUnitScale * 0x1p100 : kUnitScale);
+    high_ = static_cast<float>(factor);
+    low_ = static_cast<float>(factor - high_);
+    of_centre_ = tiny ? -kUnitScale * 0x1p100f : -kUnitScale;
     power_ = tiny ? 0x1p-100f : 1.0f;
-    high_ = static_cast<float>(scaled);
-    low_ = static_cast<float>(scaled - high_);
   }
   __device__ __forceinline__ float operator()(float x, float centre) const {
-    const float scaled = x * power_, unit = rounded_product(scaled, high_);
-    return unit - centre + fmaf(scaled, low_, fmaf(scaled, high_, -unit));
+    return fmaf(x, low_, fmaf(x, high_, centre * of_centre_)) * power_;
   }
 
  private:
-  float power_, high_, low_;
+  float high_, low_, of_centre_, power_;
 };
 
 // Adds an octet's squares and, with a centre, <x, centre> and <centre, centre>.
@@ -114,11 +123,10 @@ __device__ __forceinline__ void end_message(const Normalize& p, const Team<kWide
 
 // Blocks that a multiprocessor has registers for, at least, so that many rows are on their way together.
 template <class T, bool kWide>
-constexpr int kBlocks = kWide ? (sizeof(T) == 4 ? 3 : 4) : 12;
+constexpr int kBlocks = kWide ? (sizeof(T) == 4 ? 5 : 7) : 12;
 
 template <class T, bool kWide, bool kCentred>
-__global__ void __launch_bounds__(Team<kWide>::kMostThreads, kBlocks<T, kWide> - !kCentred)
-    normalize_kernel(const Normalize p) {
+__global__ void __launch_bounds__(Team<kWide>::kMostThreads, kBlocks<T, kWide>) normalize_kernel(const Normalize p) {
   follow_earlier_kernels();
   using Read = std::conditional_t<kCentred, __half, float>;
   const Team<kWide> team;
@@ -126,18 +134,16 @@ __global__ void __launch_bounds__(Team<kWide>::kMostThreads, kBlocks<T, kWide> -
   const Row<T> row(p.x, team.row);
   T x[Team<kWide>::kOctetsHeld][kOctet];
   const auto load = [&](int64_t from) {
-#pragma unroll
-    for (int o = 0; o < Team<kWide>::kOctetsHeld; ++o) row.load(x[o], team.first(from, o), p.d);
+    team.for_octets(from, p.d, [&](int o, int64_t first) { row.load(x[o], first, p.d); });
   };
   double sums[kCentred ? 3 : 1] = {};
   team.for_turns(p.d, [&](int64_t from) {
     load(from);
-#pragma unroll
-    for (int o = 0; o < Team<kWide>::kOctetsHeld; ++o) {
+    team.for_octets(from, p.d, [&](int o, int64_t first) {
       float centre[kOctet];
-      if constexpr (kCentred) load_floats(centre, p.centre, team.first(from, o), p.d);
+      if constexpr (kCentred) load_floats(centre, p.centre, first, p.d);
       add_octet(x[o], centre, sums);
-    }
+    });
   });
   team.sum(sums);
   // One root for both, which is infinite where the sum is 0, and 0 where the sum is infinite.
@@ -161,22 +167,20 @@ __global__ void __launch_bounds__(Team<kWide>::kMostThreads, kBlocks<T, kWide> -
     return;
   }
   Read* const read = static_cast<Read*>(p.read) + team.row * p.d;
-  const Centred centred(inverse);
+  const Centred<T> centred(inverse);
   team.for_turns(p.d, [&](int64_t from) {
     if (team.is_beyond_a_turn(p.d)) load(from);
-#pragma unroll
-    for (int o = 0; o < Team<kWide>::kOctetsHeld; ++o) {
-      const int64_t first = team.first(from, o);
+    team.for_octets(from, p.d, [&](int o, int64_t first) {
       float out[kOctet];
       if constexpr (kCentred) load_floats(out, p.centre, first, p.d);
 #pragma unroll
       for (int k = 0; k < kOctet; ++k) {
         const float value = as_float(x[o][k]);
-        out[k] = kCentred ? centred(value, out[k]) * kUnitScale : static_cast<float>(value * inverse);
+        out[k] = kCentred ? centred(value, out[k]) : static_cast<float>(value * inverse);
       }
       store_features(read, first, out, p.d);
       if (kCentred && sent) store_features(sent, first, out, p.d);
-    }
+    });
   });
 }
 
@@ -187,14 +191,13 @@ __global__ void __launch_bounds__(Team<kWide>::kMostThreads) centre_potential_ke
   if (team.row >= p.m) return;
   double dot[1] = {};
   team.for_turns(p.d, [&](int64_t from) {
-#pragma unroll
-    for (int o = 0; o < Team<kWide>::kOctetsHeld; ++o) {
+    team.for_octets(from, p.d, [&](int, int64_t first) {
       float x[kOctet], centre[kOctet];
-      load_floats(x, p.read + team.row * p.d, team.first(from, o), p.d);
-      load_floats(centre, p.centre, team.first(from, o), p.d);
+      load_floats(x, p.read + team.row * p.d, first, p.d);
+      load_floats(centre, p.centre, first, p.d);
 #pragma unroll
       for (int k = 0; k < kOctet; ++k) dot[0] += static_cast<double>(x[k]) * centre[k];
-    }
+    });
   });
   team.sum(dot);
   if (team.thread == 0) store_power(p.row, team.row, dot[0] * p.scale);
@@ -227,11 +230,10 @@ __global__ void __launch_bounds__(Team<kWide>::kMostThreads, kBlocks<T, kWide>) 
   T x[Mine::kOctetsHeld][kOctet];
   float given[Mine::kOctetsHeld][kOctet];
   const auto load = [&](int64_t from) {
-#pragma unroll
-    for (int o = 0; o < Mine::kOctetsHeld; ++o) {
-      row.load(x[o], team.first(from, o), p.d_features);
-      load_floats(given[o], d, team.first(from, o), p.d_features);
-    }
+    team.for_octets(from, p.d_features, [&](int o, int64_t first) {
+      row.load(x[o], first, p.d_features);
+      load_floats(given[o], d, first, p.d_features);
+    });
   };
   load(0);  // before the norm is used, so that they come together
   const double inverse = norm < kNormFloor ? 0.0 : 1.0 / norm;
@@ -241,21 +243,21 @@ __global__ void __launch_bounds__(Team<kWide>::kMostThreads, kBlocks<T, kWide>) 
   team.for_turns(p.d_features, [&](int64_t from) {
     if (from > 0) load(from);
     float held = 0.0f;
+    team.for_octets(from, p.d_features, [&](int o, int64_t) {
 #pragma unroll
-    for (int k = 0; k < Mine::kHeld; ++k) held += given[k / kOctet][k % kOctet] * unit(k / kOctet, k % kOctet);
+      for (int k = 0; k < kOctet; ++k) held += given[o][k] * unit(o, k);
+    });
     dot[0] += held;
   });
   team.sum(dot);
   const auto along = static_cast<float>(dot[0]);
   team.for_turns(p.d_features, [&](int64_t from) {
     if (team.is_beyond_a_turn(p.d_features)) load(from);
-#pragma unroll
-    for (int o = 0; o < Mine::kOctetsHeld; ++o) {
-      const int64_t first = team.first(from, o);
+    team.for_octets(from, p.d_features, [&](int o, int64_t first) {
 #pragma unroll
       for (int k = 0; k < kOctet; ++k) given[o][k] = factor * (given[o][k] - along * unit(o, k));
       store_octet(d + first, given[o], p.d_features - first, is_aligned(d));
-    }
+    });
   });
 }
 
