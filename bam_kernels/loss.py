@@ -20,7 +20,7 @@ from .engine.call import Call
 from .engine.cost import Problem, choose_way, fastest_rows, flash_supports, rates
 from .header import NonFinite
 from .layout import Layout
-from .operators import as_tensor, define, make_differentiable, refuse_second_derivative, wants_gradient
+from .operators import as_tensor, define, make_differentiable, refuse_second_derivative, rounded_product, wants_gradient
 from .options import Options, check_bool, check_positive, options_of, python_number
 from .precision import float32_products, is_sixteen_bit, product_precision
 from .ranks import Ranks, ranks_named, ranks_of
@@ -293,7 +293,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, _: None, grad_dz: Tensor | Non
 def _scaled(grad_loss: Tensor, dz: Tensor, dtype: torch.dtype, shape: torch.Size) -> Tensor:
     if dtype == dz.dtype or torch.is_grad_enabled():  # a product that is recorded is made of torch's own operators
         return (grad_loss * dz).to(dtype).view(shape)
-    return _rounded_product(grad_loss, dz, dtype).view(shape)
+    return rounded_product(grad_loss, dz, dtype).view(shape)
 
 
 def _targets_impl(student: Tensor, teacher: Tensor | None, *problem: Any) -> Tensor:
@@ -312,12 +312,6 @@ def _targets_fake(student: Tensor, teacher: Tensor | None, dimensions: list[int]
     return student.new_empty((L * B, T * B * W), dtype=torch.float32)
 
 
-# grad_loss * dz, rounded to another type in one launch. vmap knows no `out`, but calls an operator.
-_rounded_product = define(
-    "rounded_product(Tensor grad_loss, Tensor dz, ScalarType dtype) -> Tensor",
-    lambda grad_loss, dz, dtype: torch.mul(grad_loss, dz, out=torch.empty_like(dz, dtype=dtype)),
-    lambda grad_loss, dz, dtype: torch.empty_like(dz, dtype=dtype),
-)
 _gradient_operator = make_differentiable(
     define(
         "loss_backward(Tensor grad_loss, Tensor dz, Tensor student) -> Tensor",

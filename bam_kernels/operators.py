@@ -155,3 +155,9 @@ _anchor = make_differentiable(
     lambda ctx, grad: _anchor_backward(grad, *ctx.saved_tensors),
     _save_input,
 )
+# factor * x, rounded to another type in one launch; without derivatives. vmap refuses `out`, but calls an operator.
+rounded_product = define(
+    "rounded_product(Tensor factor, Tensor x, ScalarType dtype) -> Tensor",
+    lambda factor, x, dtype: torch.mul(factor, x, out=torch.empty_like(x, dtype=dtype)),
+    lambda factor, x, dtype: torch.empty_like(x, dtype=dtype),
+)

@@ -89,8 +89,8 @@ class EmbeddingTests(NormTests):
         x[-1, 3] = torch.inf
         assert whole.mean_unit_row(x)[3].isnan()
 
-    # What one warp has, at the edge and past it; whole vectors in rows that are not aligned; a block of one warp, and of
-    # several with a part.
+    # What one warp has, at the edge and past it; whole vectors in rows that are not aligned; a block of one warp, of
+    # several with a part, and of all.
     @pytest.mark.parametrize(("d", "offset"), [(256, 0), (264, 0), (256, 1), (1024, 4), (2056, 0), (4096, 0)])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
     def test_whole_vectors(self, whole, device, d, offset, dtype):
