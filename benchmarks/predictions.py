@@ -128,8 +128,8 @@ def cuda_kernels() -> Iterator[Prediction]:
     yield kernel("quantize", "cuda", SLAB, WARM, 5, 6.5, "25 MB in L2", counts=CUDA_QUANTIZE)
     yield kernel("match", "cuda", WIDE, BOTH, 27, 34, "to 40 where guesses of exponents are poor", counts=CUDA_MATCH)
     yield kernel("half_rows", "cuda", FEATURES, BOTH, 3, 4.5, "one wave of short blocks: latencies")
-    conversions = "2 conversions to and from double a feature take 6.8, memory 11"
-    yield kernel("half_rows", "cuda", "2048x4096", COLD, 12, 17, conversions, memory=0.5)
+    wide = "memory 11, instructions 7.7, one conversion to double a feature"
+    yield kernel("half_rows", "cuda", "2048x4096", COLD, 11.5, 16, wide, memory=0.5)
     yield kernel("project", "cuda", FEATURES, BOTH, 6, 9, "with half_rows")
     yield kernel("mean_unit_row", "cuda", "512x256", WARM, 5, 7, "norms, then 16 blocks that read rows from L2")
     one_block = (
