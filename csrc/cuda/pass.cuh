@@ -8,14 +8,6 @@
 
 namespace bam::cuda {
 
-// piece_place and octet_place, of a thread's number that is said not to be negative: fewer instructions and registers.
-__device__ __forceinline__ unsigned own_piece(unsigned piece, unsigned pieces) {
-  return (threadIdx.x / kWarp * pieces + piece) * kWarp + threadIdx.x % kWarp;
-}
-__device__ __forceinline__ int own_octet(int q) {
-  return static_cast<int>(own_piece(static_cast<unsigned>(q), kOctets) * kOctet);
-}
-
 // The column potential of a thread's columns; mantissa 0 past the last column.
 struct OwnColumns {
   float exponent[kOwned], mantissa[kOwned];
@@ -32,7 +24,7 @@ struct OwnColumns {
     const bool aligned = reinterpret_cast<uintptr_t>(of_columns) % 16 == 0;
 #pragma unroll
     for (int q = 0; q < kOctets; ++q) {
-      const int64_t j = first + own_octet(q);
+      const int64_t j = first + octet_place(q);
       float part[kOctet];
       load_octet(part, of_columns + j, n - j, aligned, 0.0f);
 #pragma unroll
@@ -45,11 +37,11 @@ struct OwnColumns {
 template <int kFloats>
 class OwnFloats {
  public:
-  static constexpr int kFours = kFloats / 4;
+  static constexpr int kFours =  kFloats / 4;
 
   __device__ __forceinline__ explicit OwnFloats(float4* shared) : shared_(shared) {}
 
-  __device__ __forceinline__ float4& four(int f) const { return shared_[own_piece(static_cast<unsigned>(f), kFours)]; }
+  __device__ __forceinline__ float4& four(int f) const { return shared_[piece_place(f, kFours)]; }
   // Eight from four f on.
   __device__ __forceinline__ void load(float (&x)[kOctet], int f) const {
     const float4 parts[2] = {four(f), four(f + 1)};
@@ -244,7 +236,7 @@ class Group {
       potentials_.exponents(of_columns, q);
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        load_scores(x, rows + r * share() + own_octet(q));
+        load_scores(x, rows + r * share() + octet_place(q));
 #pragma unroll
         for (int k = 0; k < kOctet; ++k) most[r] = fmaxf(most[r], fmaf(x[k], scale_, of_columns[k]));
       }
@@ -290,14 +282,14 @@ class Group {
       scores.begin();
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        scores.load(x, rows + r * share() + own_octet(q));
+        scores.load(x, rows + r * share() + octet_place(q));
 #pragma unroll
         for (int k = 0; k < kOctet; ++k)
           terms.e[r][q * kOctet + k] = exp2_fast(Potentials<Score>::exponent(x[k], scale_, of_columns[k], exponent[r]));
       }
       if (!scores.any()) continue;
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) clear_masked(terms.e[r] + q * kOctet, rows + r * share() + own_octet(q));
+      for (int r = 0; r < kRows; ++r) clear_masked(terms.e[r] + q * kOctet, rows + r * share() + octet_place(q));
     }
   }
 
@@ -314,7 +306,7 @@ __device__ __forceinline__ void store_own(float* row, const float (&x)[kOwned], 
     float part[kOctet];
 #pragma unroll
     for (int k = 0; k < kOctet; ++k) part[k] = x[q * kOctet + k];
-    store_floats(row + first + own_octet(q), part, n - first - own_octet(q), aligned);
+    store_floats(row + first + octet_place(q), part, n - first - octet_place(q), aligned);
   }
 }
 
