@@ -100,13 +100,14 @@ def test_a_build_wins_by_one_of_its_kernels():
         *usual,
         *(kernel("octets4", "sinkhorn_pass", 18.0), kernel("octets4", "match", 70.0)),
         *(kernel("deeper", "sinkhorn_pass", 19.9), kernel("deeper", "match", 49.9)),  # noise
-        *(kernel("together", "sinkhorn_pass", 21.0), kernel("together", "match", 48.0)),
+        *(kernel("threads256", "sinkhorn_pass", 21.0), kernel("threads256", "match", 48.0)),
+        *(kernel("threads1024", "sinkhorn_pass", 10.0), kernel("threads1024", "match", 10.0, "graph, warm")),
     ]
-    assert tune.winners(rows) == ["octets4", "together"]
+    assert tune.winners(rows) == ["octets4", "threads256"]
     steps = [Row("step", "loss and gradient", "cuda", "8x8x8", "graph", us, note="octets4") for us in (5.0, 9.0)]
     table = tune.variants_table([*rows, *steps]).splitlines()
     assert [line.split()[0] for line in table] == ["build,", "sm_90a", *TRIED]
-    assert table[2].split()[:4] == ["octets4", "18.0", "70.0", "7.0"] and table[1].split()[1:4] == ["20.0", "50.0", "-"]
+    assert table[3].split()[:4] == ["octets4", "18.0", "70.0", "7.0"] and table[1].split()[1:4] == ["20.0", "50.0", "-"]
 
 
 @pytest.mark.parametrize(
