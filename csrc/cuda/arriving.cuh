@@ -13,9 +13,8 @@ namespace bam::cuda {
 // The place of piece `piece` of this thread's `pieces`, of 16 bytes or of a multiple: a warp's are side by side, its
 // threads' next to each other, so that a thread's places are a fixed distance apart.
 __device__ __forceinline__ int piece_place(int piece, int pieces) {
-  const unsigned thread = threadIdx.x;
-  return static_cast<int>((thread / kWarp * static_cast<unsigned>(pieces) + static_cast<unsigned>(piece)) * kWarp +
-                          thread % kWarp);
+  const int thread = static_cast<int>(threadIdx.x);
+  return (thread / kWarp * pieces + piece) * kWarp + thread % kWarp;
 }
 
 // The place of octet q of this thread among a block's columns.

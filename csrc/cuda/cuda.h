@@ -71,9 +71,6 @@ struct Rows {
 #ifndef BAM_STAGES
 #define BAM_STAGES 4
 #endif
-#ifndef BAM_AHEAD
-#define BAM_AHEAD 1
-#endif
 
 // How a thread's columns lie: it owns kOwned, in octets that are neighbours' neighbours.
 constexpr int kOctet = 8, kOctets = BAM_OCTETS, kOwned = kOctet * kOctets;
@@ -87,17 +84,13 @@ static_assert(kRegisterThreads >= kMostThreads && kRegisterThreads <= 2048, "a b
 // Of the one-launch form, whose blocks have a multiprocessor alone: all of a thread's numbers are in registers.
 constexpr int kOnChipThreads = 256;
 // The rows of a Sinkhorn pass that share a reduction are a group: kGroupBytes of scores a column, or half of that where
-// the chip has no room for more. kGroups are on chip or on their way, beside the potentials of the columns, for which
-// there is room for two floats. kPassAhead: where a block has whole rows of 16-bit scores and room for all, half a
-// group is taken at a time, and its exponentials while the sums of the half before it meet.
+// the chip has no room for more. kGroups are on chip or on their way, beside the potentials of the columns.
 constexpr int kGroupBytes = 8, kGroups = BAM_GROUPS, kPotentialBytes = 2 * sizeof(float);
-constexpr bool kPassAhead = BAM_AHEAD != 0;
 static_assert(kGroups >= 2, "the next group comes while one is summed");
 template <class Score>
 constexpr int kMostRows = kGroupBytes / static_cast<int>(sizeof(Score));
 constexpr int kStages = BAM_STAGES;  // rows of an image that are on chip or on their way
-static_assert((kPassAhead ? 2 : 1) * kGroups <= kStages,
-              "the scratch has an arrival for each stage, which groups use too");
+static_assert(kGroups <= kStages, "the scratch has an arrival for each stage, which groups use too");
 static_assert(kStages <= 32, "each arrival is begun by one thread, and a block may be one warp");
 // Of the reductions of a row: two sets of what warps and blocks have, and of arrivals; then arrivals of the stages.
 constexpr int kPartsBytes = (2 * kMostThreads / 32 + 2 * kMostCluster) * 4 * 4;

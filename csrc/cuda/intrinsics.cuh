@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #ifdef __CUDACC__
+
 #include "waits.cuh"
 #else
 #include <cuda_bf16.h>
@@ -35,11 +36,6 @@ __device__ __forceinline__ float log2_fast(float x) {
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
-}
-
-// 1 / x to one unit in the last place, of a normal x whose reciprocal is normal.
-__device__ __forceinline__ float reciprocal_fast(float x) {
-  return __fdividef(1.0f, x);
 }
 
 // 1 / sqrt(x) to one unit in the last place.
@@ -88,11 +84,11 @@ __device__ __forceinline__ constexpr bool has_arrivals() {
 #endif
 }
 
-// A barrier in shared memory of one phase after another: a phase ends when `threads` threads have arrived, and when the
-// bytes that were said to come in it have come. One thread begins it; others may use it after a barrier of theirs.
-__device__ __forceinline__ void begin_arrival(Arrival* a, unsigned threads = 1) {
+// A barrier in shared memory of one phase after another: a phase ends when one thread has arrived, and when the bytes
+// that were said to come in it have come. One thread begins it; others may use it after a barrier of theirs.
+__device__ __forceinline__ void begin_arrival(Arrival* a) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(a)), "r"(threads) : "memory");
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(a)) : "memory");
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
 }
@@ -273,9 +269,6 @@ inline float exp2_fast(float x) {
 inline float log2_fast(float x) {
   return log2f(x);
 }
-inline float reciprocal_fast(float x) {
-  return 1.0f / x;
-}
 inline double inverse_sqrt(double x) {
   return 1.0 / sqrt(x);
 }
@@ -299,8 +292,8 @@ inline bool has_arrivals() {
   return emulator::has_arrivals();
 }
 inline void order_before_bulk_copies() {}
-inline void begin_arrival(Arrival* a, unsigned threads = 1) {
-  emulator::begin_arrival(a, threads);
+inline void begin_arrival(Arrival* a) {
+  emulator::begin_arrival(a);
 }
 inline void expect_bytes(Arrival* a, unsigned bytes) {
   emulator::expect_bytes(a, bytes);

@@ -40,23 +40,21 @@ class RowTeam {
     static_assert(kValues <= 4 && kWarp % kValues == 0, "the scratch of a warp is 4 floats");
     const float mine = over_lanes<1>(x, combine);
     const unsigned lane = threadIdx.x % kWarp, buffer = turn_ % 2;
-    if (lane < kValues) of_warps()[threadIdx.x / kWarp * kValues + lane] = mine;
+    float* of_warps = scratch_ + buffer * (kMostThreads / kWarp) * 4;
+    if (lane < kValues) of_warps[threadIdx.x / kWarp * kValues + lane] = mine;
     sync_block();
-    float all = gather<kValues, kValues>(of_warps(), blockDim.x / kWarp, combine);
+    float all = gather<kValues, kValues>(of_warps, blockDim.x / kWarp, combine);
     if (kCluster) {
       float* of_blocks = scratch_ + (2 * kMostThreads / kWarp + buffer * kMostCluster) * 4;
       to_all(x, all);
       exchange_blocks(x, of_blocks, arrivals_ + buffer);
       all = gather<4, kValues>(of_blocks, cluster_size(), combine);
     }
-    take_turn();
+    turn_ = (turn_ + 1) % 4;
     return all;
   }
 
- protected:
-  __device__ __forceinline__ float* of_warps() const { return scratch_ + turn_ % 2 * (kMostThreads / kWarp) * 4; }
-  __device__ __forceinline__ void take_turn() { turn_ = (turn_ + 1) % 4; }
-
+ private:
   // Over the lanes of a warp; lane l gets value l % kValues. While a lane has several values it hands every other one
   // to the lane that keeps those. The two that a step combines are the same two in both of its lanes.
   template <int kOffset, int kValues, class Combine>

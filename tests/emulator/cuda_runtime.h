@@ -43,7 +43,7 @@ void sync_cluster();
 // launch is one of code for sm_90, which has these. Bulk copies come when they are waited for or, with threads
 // backwards, so that the one that asks is the last to reach a barrier and the first to leave it, at once.
 bool has_arrivals();
-void begin_arrival(void* arrival, unsigned threads);
+void begin_arrival(void* arrival);
 void expect_bytes(void* arrival, unsigned bytes);
 void arrive(void* arrival);
 void wait_for_arrival(void* arrival, bool odd);

@@ -48,7 +48,7 @@ struct Copy {
 };
 
 struct Arrival {
-  unsigned expected = 1, arrived = 0;
+  bool arrived = false;
   int64_t bytes = 0;  // that were said to come and have not, or less than 0: that came before it was said
   uint64_t phase = 0;
   std::vector<Copy> under_way;
@@ -305,26 +305,24 @@ static Arrival& arrival_of(Block& block, void* mine) {
   return found->second;
 }
 static void end_phase_if_complete(Arrival& a) {
-  if (a.arrived < a.expected || a.bytes || !a.under_way.empty()) return;
-  a.arrived = 0;
+  if (!a.arrived || a.bytes || !a.under_way.empty()) return;
+  a.arrived = false;
   ++a.phase;
 }
 bool has_arrivals() {
   return programmatic;
 }
-void begin_arrival(void* arrival, unsigned threads) {
+void begin_arrival(void* arrival) {
   if (reinterpret_cast<uintptr_t>(arrival) % 8) fail("an arrival that is not aligned");
-  Arrival& a = current->block->arrivals[static_cast<unsigned char*>(arrival) - current->block->memory()];
-  a = {};
-  a.expected = threads;
+  current->block->arrivals[static_cast<unsigned char*>(arrival) - current->block->memory()] = {};
 }
 void expect_bytes(void* arrival, unsigned bytes) {
   arrival_of(*current->block, arrival).bytes += bytes;
 }
 void arrive(void* arrival) {
   Arrival& a = arrival_of(*current->block, arrival);
-  if (a.arrived == a.expected) fail("one thread too many arrives in a phase");
-  ++a.arrived;
+  if (a.arrived) fail("a second thread arrives in one phase");
+  a.arrived = true;
   end_phase_if_complete(a);
 }
 static void bring(Arrival& a, const Copy& copy) {

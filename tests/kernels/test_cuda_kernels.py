@@ -91,27 +91,6 @@ def test_more_chunks_than_threads_have_on_their_way_at_once():
     assert_close(c.cpu(), torch.softmax(exact, 1).sum(0), 5e-6)
 
 
-@pytest.mark.parametrize("m", [1, 2, 3, 16, 37])
-def test_poor_guesses_and_masked_rows_among_rows_taken_ahead(kernels, m, monkeypatch):  # noqa: F811
-    """In one chunk, so that a group is added while the next is on its way, and begun again where a guess was poor."""
-    monkeypatch.setattr(launch_sinkhorn, "pass_rows", lambda m, shape, device: 40)
-    n, epsilon = 300, 0.05
-    s, step, exact = scores(kernels, DEVICE, m, n, torch.int16)
-    masked = [i for i in (2, 11, 36) if i < m]
-    s[masked] = -32768
-    row, c = one(m), empty(n)
-    col = Potential(torch.full((n,), -500.0, device=DEVICE), torch.full((n,), 0.75, device=DEVICE))
-    for i, guess in ((0, -900.0), (3, 40.0), (8, 2000.0), (9, -2000.0), (35, 900.0)):
-        row.exponent[i % m] = guess
-    kernels.sinkhorn_pass(s, LOG2_E / epsilon * step, row, col, c, accumulate=False)
-    left = [i for i in range(m) if i not in masked]
-    x = exact[left] / epsilon
-    f = (-torch.logsumexp(x, 1)) * LOG2_E - math.log2(0.75) + 500
-    assert_close(log2(row).cpu()[left], f, 1e-7, 2e-6)
-    assert row.mantissa[masked].isinf().all()
-    assert_close(c.cpu(), torch.softmax(x, 1).sum(0), 5e-6)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int16], ids=str)
 def test_a_chip_with_room_for_half_a_group(dtype, monkeypatch):
     """Bit for bit what whole groups give: in the same chunks, rows are added to the columns one after another."""
@@ -224,12 +203,8 @@ def test_no_result_depends_on_the_order_of_threads(kernels, monkeypatch):  # noq
             row, shift, sums, c = one(23), empty(n), empty(n), empty(n)
             kernels.column_lse(s, 20.0, row, shift, sums, accumulate=False)
             kernels.sinkhorn_pass(s, 20.0, row, col, c, accumulate=False)
-            fixed, of_fixed = (s * 20000).to(torch.int16), empty(n)
-            kernels.sinkhorn_pass(fixed, 0.001, row, col, of_fixed, accumulate=False)
             square = s[:, :23].contiguous()
-            outcomes.append(
-                [shift, sums, *row, c, of_fixed, kernels.symmetrize_(square), square, *kernels.normalize(s)[:2]]
-            )
+            outcomes.append([shift, sums, *row, c, kernels.symmetrize_(square), square, *kernels.normalize(s)[:2]])
             if kernels.fits_on_chip(23, 92, torch.float32, DEVICE):
                 small = kernels.sinkhorn(s[:, :92].contiguous(), 20.0, one(23), 3)
                 outcomes[-1] += [*small[0], small[1]]

@@ -26,8 +26,8 @@ FAULTS = {
     "wrong phase": Fault(
         "sinkhorn_pass",
         "sinkhorn_pass",
-        "arriving_.template wait<kLater>(stage(i), odd_use(static_cast<unsigned>(i) / kRows, kStages));",
-        "arriving_.template wait<kLater>(stage(i), odd_use(static_cast<unsigned>(i) / kRows, kStages) ^ 1);",
+        "arriving.wait<kGroups - 1>(stage_of(group, kGroups), odd_use(group, kGroups));",
+        "arriving.wait<kGroups - 1>(stage_of(group, kGroups), odd_use(group, kGroups) ^ 1);",
     ),
     # The results are right; the 4 bytes after `sums` are overwritten, and a guarded page there ends the process.
     "write past the end": Fault(
