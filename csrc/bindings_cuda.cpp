@@ -104,8 +104,8 @@ void bind_match(py::class_<Kernels>& c) {
   c.def("match", [](const Kernels& k, py::tuple target, py::tuple source, std::array<int64_t, 8> dimensions,
                     std::array<ScalarPair, 3> scales, float gradient_scale, float pair_weight, Address row_exponent,
                     int64_t row_view_stride, Pair col, Address sums, int64_t sums_stride, Address targets,
-                    int64_t targets_view_stride, Pair row_out, GradientTuple gradient, TeamPair of, Address means,
-                    WhereTuple where) {
+                    int64_t targets_view_stride, Pair row_out, GradientTuple gradient, TeamPair of, int stages,
+                    Address means, WhereTuple where) {
     const auto [L, V, b, n, W, T, B, top_k] = dimensions;
     const auto [address, type, view_stride, row_stride] = gradient;
     call(k.match,
@@ -137,6 +137,7 @@ void bind_match(py::class_<Kernels>& c) {
           view_stride,
           row_stride,
           team(of),
+          stages,
           as<float>(means)},
          where);
   });
@@ -248,6 +249,7 @@ void bind_cuda(py::module_& m) {
   constants["groups"] = kGroups;
   constants["potential_bytes"] = kPotentialBytes;
   constants["stages"] = kStages;
+  constants["few_stages"] = kFewStages;
   constants["scratch_bytes"] = kScratchBytes;
   m.attr("cuda_constants") = constants;
 #ifdef BAM_BOUNDED_WAITS

@@ -122,12 +122,14 @@ PROBLEMS = {
     ),
     "crops": Problem(5, 2, 300, ((26, 11),), ((8, 3),), torch.float32, {"epsilon": 0.02}, budget=0.6),
     "one view": Problem(1, 0, 33, ((33, 3),), ((7, 3),), options=MASK_OFF),
+    # 7650 and 5610 keys, five targets an image: less room on chip for the rows of an image than elsewhere.
+    "many targets": Problem(5, 0, 64, ((17, 225), (17, 165)), ((6, 3),), options={"target_views": 5, "key_views": 2}),
     # 16,048 and 16,086 keys: rows over clusters of blocks on Hopper and newer, long rows elsewhere.
     "rows over clusters": Problem(3, 2, 64, ((17, 472), (21, 383)), ((4, 9), (8, 65), (9, 57)), top_k=True),
     # 140,160 and 131,094 keys: beyond clusters of blocks.
     "long rows": Problem(2, 2, 64, ((8, 8760), (9, 7283)), ((4, 9), (9, 61)), top_k=True),
 }
-ATTENTION = "attention"  # the eighth problem: `sinkhorn_attention` and its gradient
+ATTENTION = "attention"  # beside these problems: `sinkhorn_attention` and its gradient
 Results = dict[str, Tensor]
 
 

@@ -127,10 +127,10 @@ def form_of(case: Case, m: int, n: int, device: Any) -> str:
     if case.check == "on_chip":
         return "too large for the chip" if shapes.on_chip(m, n, device) is None else "cluster"
     if case.check == "match":
-        team = shapes.match_team(2, n, 2, device)
+        shape = shapes.match_shape(2, n, 2, device)
     else:
         shape = shapes.pass_shape(n, 2, device)
-        team = None if shape is None else shape.team
+    team = None if shape is None else shape.team
     return "long" if team is None else "cluster" if team.cluster > 1 else "block"
 
 

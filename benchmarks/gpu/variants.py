@@ -5,12 +5,12 @@ registers. One block of 512 threads fills a multiprocessor, and the whole block 
 """
 
 TRIED = {
-    # Twice the warps, of 64 registers: more to choose from, but twice the shuffles per score, and `match` spills.
-    "threads1024": "BAM_OCTETS=1 BAM_THREADS=1024 BAM_REGISTER_THREADS=1024",
     # Half the warps, of up to 255 registers: half the shuffles per score and more independent instructions.
     "octets4": "BAM_OCTETS=4 BAM_THREADS=256 BAM_REGISTER_THREADS=256",
     # Two blocks of 256 threads on a multiprocessor, two per row in a cluster: one computes while the other waits.
     "threads256": "BAM_THREADS=256",
     # More rows in flight, in groups of two: shows whether the pass and the match wait for the latency of reads.
-    "deeper": "BAM_GROUPS=3 BAM_STAGES=6",
+    "deeper": "BAM_GROUPS=3 BAM_STAGES=8",
+    # Fewer rows in flight for the match, as in clusters.
+    "shallow": "BAM_STAGES=4",
 }

@@ -69,7 +69,7 @@ struct Rows {
 #define BAM_GROUPS 2
 #endif
 #ifndef BAM_STAGES
-#define BAM_STAGES 4
+#define BAM_STAGES 6
 #endif
 
 // How a thread's columns lie: it owns kOwned, in octets that are neighbours' neighbours.
@@ -89,7 +89,9 @@ constexpr int kGroupBytes = 8, kGroups = BAM_GROUPS, kPotentialBytes = 2 * sizeo
 static_assert(kGroups >= 2, "the next group comes while one is summed");
 template <class Score>
 constexpr int kMostRows = kGroupBytes / static_cast<int>(sizeof(Score));
-constexpr int kStages = BAM_STAGES;  // rows of an image that are on chip or on their way
+// Rows of an image that are on chip or on their way: of int16 scores in one block that has room for them; else fewer.
+constexpr int kStages = BAM_STAGES, kFewStages = 4;
+static_assert(kFewStages <= kStages, "the scratch has an arrival for each stage");
 static_assert(kGroups <= kStages, "the scratch has an arrival for each stage, which groups use too");
 static_assert(kStages <= 32, "each arrival is begun by one thread, and a block may be one warp");
 // Of the reductions of a row: two sets of what warps and blocks have, and of arrivals; then arrivals of the stages.
@@ -184,6 +186,7 @@ struct Match {
   FloatType gradient_type;
   int64_t gradient_view_stride, gradient_row_stride;
   Team team;     // rows on chip; threads 0: rows of any length, which are read once for every sum
+  int stages;    // kStages, which int16 scores in one block may have, or kFewStages
   float* means;  // (b, n) workspace of long rows with top_k
 };
 

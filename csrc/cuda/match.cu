@@ -17,10 +17,10 @@ struct SourceRow {
   float exponent, total, dot;
 };
 
-template <class Score, bool kCluster>
-class Image : Targets<Score, kCluster> {
+template <class Score, bool kCluster, int kRing>
+class Image : Targets<Score, kCluster, kRing> {
  public:
-  __device__ Image(const MatchArguments& a, unsigned i) : Targets<Score, kCluster>(a, i) {}
+  __device__ Image(const MatchArguments& a, unsigned i) : Targets<Score, kCluster, kRing>(a, i) {}
 
   __device__ void run() {
     follow_earlier_kernels();
@@ -29,7 +29,7 @@ class Image : Targets<Score, kCluster> {
   }
 
  private:
-  using Base = Targets<Score, kCluster>;
+  using Base = Targets<Score, kCluster, kRing>;
   using Base::a_;
   using Base::all_;
   using Base::arriving_;
@@ -199,7 +199,7 @@ class Image : Targets<Score, kCluster> {
   // The row of the image before which all are asked for once sums of source rows v and v + 1 have met. No thread reads
   // the pair before this one any more, nor this pair, unless finish_sources or finish_cut_octets does.
   __device__ __forceinline__ int fetched_after(int v) const {
-    return L_ + v + kStages + (v >= 0 && (is_target(v) || a_.gradient_cut) ? 0 : kPair);
+    return L_ + v + kRing + (v >= 0 && (is_target(v) || a_.gradient_cut) ? 0 : kPair);
   }
 
   __device__ void match_sources() {
@@ -254,19 +254,21 @@ class Image : Targets<Score, kCluster> {
   SourceSums of_rows_;    // of those that this thread looks after
 };
 
-template <class Score, bool kCluster>
+template <class Score, bool kCluster, int kRing>
 __global__ void __launch_bounds__(kMostThreads, kRegisterThreads / kMostThreads) match_kernel(const MatchArguments a) {
-  Image<Score, kCluster>(a, blockIdx.x / (kCluster ? a.p.team.cluster : 1)).run();
+  Image<Score, kCluster, kRing>(a, blockIdx.x / (kCluster ? a.p.team.cluster : 1)).run();
 }
 
 template <class Score>
 void launch_match(const char* name, const MatchArguments& a, const Where& where) {
   const Match& p = a.p;
   const int64_t share = static_cast<int64_t>(p.team.threads) * kOwned;
-  const int64_t shared = kScratchBytes + share * (p.L * sizeof(float) + kStages * sizeof(Score));
+  const int64_t shared = kScratchBytes + share * (p.L * sizeof(float) + p.stages * sizeof(Score));
   const Shape shape = {dim3(static_cast<unsigned>(p.b * p.team.cluster)), p.team.threads, shared, p.team.cluster};
-  if (p.team.cluster > 1) launch(name, match_kernel<Score, true>, shape, where, a);
-  else launch(name, match_kernel<Score, false>, shape, where, a);
+  if (p.team.cluster > 1) return launch(name, match_kernel<Score, true, kFewStages>, shape, where, a);
+  if constexpr (sizeof(Score) == 2)
+    if (p.stages == kStages) return launch(name, match_kernel<Score, false, kStages>, shape, where, a);
+  launch(name, match_kernel<Score, false, kFewStages>, shape, where, a);
 }
 
 }  // namespace

@@ -14,10 +14,11 @@ using Chosen = unsigned;
 static_assert(kOwned <= 32, "one bit for each");
 
 constexpr int kPair = 2;  // rows that share a reduction
-static_assert(kStages >= 2 * kPair, "the next pair comes while one is finished");
+static_assert(kFewStages >= 2 * kPair, "the next pair comes while one is finished");
 static_assert(kPair == 2, "sums of two numbers a row are reduced at once, four at most");
 
-template <class Score, bool kCluster>
+// kRing: rows on chip or on their way.
+template <class Score, bool kCluster, int kRing>
 class Targets {
  protected:
   __device__ Targets(const MatchArguments& a, unsigned i)
@@ -28,7 +29,7 @@ class Targets {
         L_(static_cast<int>(a.p.L)),
         first_(kCluster ? static_cast<int>(cluster_rank()) * share_ : 0),
         team_(static_cast<float*>(shared_memory())),
-        arriving_(static_cast<float*>(shared_memory()), kStages, a.p.n - first_) {
+        arriving_(static_cast<float*>(shared_memory()), kRing, a.p.n - first_) {
     targets_ = reinterpret_cast<float4*>(static_cast<char*>(shared_memory()) + kScratchBytes);
     ring_ = reinterpret_cast<Score*>(targets_ + p_.L * share_ / 4);
     reports_ = thread() == 0;
@@ -36,7 +37,7 @@ class Targets {
 
   // Asks for the first rows, then finds the targets, which are written where they are wanted, and their entropy.
   __device__ void find() {
-    fetch_rows(0, kStages);
+    fetch_rows(0, kRing);
     scale_ = number(p_.target_scale);
     source_scale_ = number(p_.source_scale);
     find_targets();
@@ -57,8 +58,8 @@ class Targets {
     if (!arriving_.takes_part(aligned)) return;
     if (u < p_.L + p_.V)
       arriving_.fetch(row_on_chip(u), (is_target ? target_row(u) : source_row(u - p_.L)) + first_, aligned,
-                      stage_of(u, kStages));
-    arriving_.send_off(stage_of(u, kStages));
+                      stage_of(u, kRing));
+    arriving_.send_off(stage_of(u, kRing));
   }
   __device__ void fetch_rows(unsigned begin, unsigned end) const {
 #pragma unroll 1
@@ -67,10 +68,10 @@ class Targets {
   // kLater: how many of the rows after u have been fetched, or fewer.
   template <int kLater>
   __device__ const Score* await_row(unsigned u) const {
-    arriving_.template wait<kLater>(stage_of(u, kStages), odd_use(u, kStages));
+    arriving_.template wait<kLater>(stage_of(u, kRing), odd_use(u, kRing));
     return row_on_chip(u);
   }
-  __device__ __forceinline__ Score* row_on_chip(unsigned u) const { return ring_ + stage_of(u, kStages) * share_; }
+  __device__ __forceinline__ Score* row_on_chip(unsigned u) const { return ring_ + stage_of(u, kRing) * share_; }
   __device__ const Score* target_row(int64_t t) const {
     return static_cast<const Score*>(p_.target.data) + t * p_.target.view_stride + i_ * p_.target.row_stride;
   }
@@ -184,13 +185,13 @@ class Targets {
       for (bool again = false;; again = true) {
         OwnColumns col;  // on its way while the rows are awaited; no registers are left to keep it
         col.load(p_.col, first_, p_.n);
-        read_pair<kStages - kPair>(s, t, t + kPair > L_);
+        read_pair<kRing - kPair>(s, t, t + kPair > L_);
         if (again) target_exponents(s, col, everything, exponent);
         target_terms(s, col, everything, exponent, p, sums);
         if (again || !is_poor_pair(sums)) break;
       }
       // These rows are not read again: those that follow take their places.
-      fetch_rows(t + kStages, (t + kPair < L_ ? t + kPair : L_) + kStages);
+      fetch_rows(t + kRing, (t + kPair < L_ ? t + kPair : L_) + kRing);
       if (t == 0 && p_.row_out.exponent && reports_) {
         const Power found = reciprocal(exponent[0], sums[0]);
         p_.row_out.exponent[i_] = found.exponent;
@@ -288,7 +289,7 @@ class Targets {
   RowTeam<kCluster> team_;
   Arriving arriving_;
   float4* targets_;  // (L, share)
-  Score* ring_;      // (kStages, share)
+  Score* ring_;      // (kRing, share)
   bool reports_;
   float scale_ = 0.0f, source_scale_ = 0.0f;
   float entropy_ = 0.0f;    // of targets, where this thread reports

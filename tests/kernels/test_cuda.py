@@ -78,9 +78,12 @@ def test_shapes_of_launches():
     assert shapes.pass_shape(8192, 4, A100) == ((512, 1), 1, 108)
     assert shapes.pass_shape(2000, 2, replace(A100, shared_bytes=20 << 10)) is None
     for device, score_bytes in ((H100, 2), (H100, 4), (A100, 2)):
-        assert shapes.match_team(2, 8192, score_bytes, device) == (512, 1)
-    assert shapes.match_team(2, 8192, 4, A100) is None  # float32 scores: 196 kB
-    assert shapes.match_team(8, 8192, 2, H100) == (256, 2)  # 8 rows of targets do not fit one block
+        assert shapes.match_shape(2, 8192, score_bytes, device).team == (512, 1)
+    assert shapes.match_shape(2, 8192, 4, A100) is None  # float32 scores: 196 kB
+    # Six rows of int16 scores at once in one block, where they fit it; 8 rows of targets do not.
+    assert [shapes.match_shape(2, 8192, 2, device).stages for device in (H100, A100)] == [6, 6]
+    assert shapes.match_shape(5, 8192, 2, H100) == ((512, 1), 4) and shapes.match_shape(2, 64, 4, H100) == ((32, 1), 4)
+    assert shapes.match_shape(8, 8192, 2, H100) == ((256, 2), 4)
     for device in (H100, A100):
         for m, n in ((1, 1), (512, 512), (2048, 8192), (100_000, 300)):
             shape = shapes.pass_shape(n, 2, device)

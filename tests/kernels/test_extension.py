@@ -50,7 +50,7 @@ OLDER = """
 import sys
 from types import SimpleNamespace
 import torch
-names = ("owned", "threads", "stages", "group_bytes", "groups", "potential_bytes", "scratch_bytes")
+names = ("owned", "threads", "stages", "few_stages", "group_bytes", "groups", "potential_bytes", "scratch_bytes")
 sys.modules["bam_kernels._C"] = SimpleNamespace(with_cuda=True, cuda_constants=dict.fromkeys(names, 1))
 from bam_kernels.backends import cuda
 print(cuda.unavailable(torch.device("cuda")))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from bam_kernels.backends import cuda, triton
+from bam_kernels.backends.cuda import shapes
 from bam_kernels.backends.cuda.device import Device
 from bam_kernels.backends.cuda.row_kernels import CudaKernels
 from bam_kernels.engine import attention, gradient, rows, scores
@@ -107,7 +108,7 @@ def _sinkhorn_on_chip(s, m, n, scale, row, col, c, rows, cluster, iterations, wh
 
 def _match(target, source, dimensions, *rest):
     _L, V, *_, top_k = dimensions
-    targets, row_out, gradient, team = rest[8], rest[10], rest[11], rest[12]
+    targets, row_out, gradient, team, stages = rest[8], rest[10], rest[11], rest[12], rest[13]
     long = "_long" if team.threads == 0 else ""
     return _forms(
         f"match{long}_kernel<{_type(target)}{', cluster' if team.cluster > 1 else ''}>",
@@ -118,6 +119,7 @@ def _match(target, source, dimensions, *rest):
         top_k=top_k,
         one_view=V == 1,
         odd_views=V % 2,
+        few_rows_at_once=stages == shapes.FEW_STAGES and team.cluster == 1 and _type(target) == "int16",
         aligned=_is_aligned(_type(target), target[3]),
         not_aligned=not _is_aligned(_type(target), target[3]),
     )

@@ -25,7 +25,7 @@ SHORT = {
     "column_lse_kernel<float32>": (*SUMS, "not masked"),
     "column_lse_kernel<float32, epilogue>": (*SUMS, "masked", "not masked"),
     "quantize_kernel": (*ALIGNED, *CHUNKS, "masked", "not masked"),
-    "match_kernel<int16>": (*MATCH, "odd views", "one view"),
+    "match_kernel<int16>": (*MATCH, "odd views", "one view", "few rows at once"),
     "match_kernel<float32>": (*MATCH, "odd views", "one view", "row out"),
     "sinkhorn_pass_kernel<int16>": (*ALIGNED, "groups of 8 bytes"),
     "sinkhorn_pass_kernel<float32>": (*ALIGNED, "groups of 8 bytes"),

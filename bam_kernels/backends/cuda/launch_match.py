@@ -7,7 +7,7 @@ from ...layout import Layout
 from ..addresses import address, pair, scores_of
 from ..interface import LOG2_E, MatchSums, Number, Potential
 from .launch import FLOAT_TYPES, Launcher, number
-from .shapes import IMAGES_AT_ONCE, LONG, match_team
+from .shapes import IMAGES_AT_ONCE, LONG, match_shape
 
 
 class MatchKernels(Launcher):
@@ -45,9 +45,9 @@ class MatchKernels(Launcher):
         if not V:
             per_image.zero_()
         top_k = top_k if top_k < n else 0
-        team = match_team(L, n, target.element_size(), self._device(target)) or LONG
-        images = min(b, IMAGES_AT_ONCE) if team == LONG and top_k else b
-        means = torch.empty(images if team == LONG and top_k else 0, n, dtype=torch.float32, device=device)
+        shape = match_shape(L, n, target.element_size(), self._device(target)) or LONG
+        images = min(b, IMAGES_AT_ONCE) if shape == LONG and top_k else b
+        means = torch.empty(images if shape == LONG and top_k else 0, n, dtype=torch.float32, device=device)
         for first in range(0, b, images):
             part = slice(first, min(first + images, b))
             g = gradient[:, part] if gradient is not None else None
@@ -71,7 +71,7 @@ class MatchKernels(Launcher):
                 targets.stride(0) if targets is not None else 0,
                 pair(row_out.rows(first, part.stop) if row_out is not None else None, device),
                 gradient_of(g, device),
-                team,
+                *shape,
                 address(means, device),
                 self._launch_context(target),
             )

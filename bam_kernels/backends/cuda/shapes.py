@@ -26,6 +26,7 @@ MOST_THREADS = _constant("threads")
 REGISTER_THREADS = _constant("register_threads")  # threads of whole-row kernels in a multiprocessor's registers
 ON_CHIP_THREADS = _constant("on_chip_threads")
 STAGES = _constant("stages")
+FEW_STAGES = _constant("few_stages")
 GROUP_BYTES = _constant("group_bytes")
 GROUPS = _constant("groups")
 POTENTIAL_BYTES = _constant("potential_bytes")
@@ -51,9 +52,6 @@ class Team(NamedTuple):
 
     threads: int
     cluster: int
-
-
-LONG = Team(0, 1)  # stands for rows of any length, read again for every sum
 
 
 def round_up(n: int, multiple: int) -> int:
@@ -97,9 +95,27 @@ def pass_shape(n: int, score_bytes: int, device: Device) -> Pass | None:
     return min(passes, key=lambda shape: (shape.team.cluster, -shape.at_once), default=None)
 
 
-def match_team(L: int, n: int, score_bytes: int, device: Device) -> Team | None:
-    """The smallest team that holds an image's L target rows and the scores that are being loaded; None: none."""
-    return row_team(n, 4 * L + STAGES * score_bytes, device)
+class MatchShape(NamedTuple):
+    """Launch shape of a match: a team, and how many of an image's rows are on chip or on their way at once."""
+
+    team: Team
+    stages: int
+
+
+LONG = MatchShape(Team(0, 1), 0)  # stands for rows of any length, read again for every sum
+
+
+def match_shape(L: int, n: int, score_bytes: int, device: Device) -> MatchShape | None:
+    """Choose the smallest team that holds an image's L target rows and the scores that are being loaded; None: none.
+
+    A single block takes STAGES rows of int16 scores at once where it has room for them.
+    """
+    team = row_team(n, 4 * L + FEW_STAGES * score_bytes, device)
+    if team is None:
+        return None
+    may_have = score_bytes == 2 and team.cluster == 1
+    has_room = may_have and team == row_team(n, 4 * L + STAGES * score_bytes, device)
+    return MatchShape(team, STAGES if has_room else FEW_STAGES)
 
 
 def pass_rows(m: int, shape: Pass, device: Device) -> int:
