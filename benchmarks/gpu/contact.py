@@ -109,7 +109,7 @@ class Contact:
         if importlib.util.find_spec("xdist") and workers:
             command += ["-n", str(workers)]
         if importlib.util.find_spec("pytest_timeout"):
-            command += ["--timeout", "60", "--timeout-method", "thread"]
+            command += ["--timeout", "120", "--timeout-method", "thread"]
         environment = self.environment(variant, OMP_NUM_THREADS="2")
         environment["PYTHONPATH"] += f":{REPOSITORY / 'benchmarks' / 'gpu'}"
         if self.toy:

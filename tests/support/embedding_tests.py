@@ -174,7 +174,9 @@ class EmbeddingTests(NormTests):
         half, potential = whole.half_rows(*given, room[1 : 1 + n])
         alone, same = whole.half_rows(*given)
         found, expected = (*half[:2], half.bias, *potential), (*alone[:2], alone.bias, *same)
-        assert all(map(torch.equal, found, expected))
+        # A kernel with a message is compiled by itself, and may round a sum otherwise.
+        for with_message, without in zip(found, expected, strict=True):
+            assert_close(with_message, without, 1e-6 if without.dtype != torch.float16 else 2**-10, 1e-6)
         sent = room[1 : 1 + n]
         assert torch.equal(sent[:, :d], half.read[:n]) and (sent[:, d:-2] == 0).all()
         assert torch.equal(sent[:, -2:].contiguous().view(torch.float32)[:, 0], half.bias[:n])
