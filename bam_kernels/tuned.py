@@ -1,6 +1,6 @@
 """Results of `python -m bam_kernels.tune` on a GPU: rates for the planner, tiles for the Triton kernels.
 
-There is one JSON file per kind of GPU, found by the GPU's name. Without a file, rates are stated constants and tiles
+There is one JSON file per kind of GPU, found by the GPU's name. Without a file, rates are those of one H200 and tiles
 follow from shapes. backends/triton/tiles.py defines the kernels and shapes that are keys of tiles.
 """
 

@@ -4,7 +4,7 @@
 
 The first table measures `bam_loss` and its gradient on one rank of W. The other ranks' keys are already there, so
 nothing is sent. Its forecast takes the products and passes at the rates measured on this machine. The second table is a
-forecast, with messages, at the stated rates of an H200 for the published batch: 8 views of 256 images, 4096 features, a
+forecast, with messages, at the rates of an H200 for the published batch: 8 views of 256 images, 4096 features, a
 teacher of 2 views.
 """
 
@@ -95,7 +95,7 @@ def forecast_row(W: int) -> dict[str, Any]:
         "forecast_ms": 1e3 * forecast.step_s,
         "forecast_bytes": forecast.total_bytes,
         "sent_bytes": sum(message.bytes for message in forecast.messages),
-        "rates": "stated, H200",
+        "rates": "measured on an H200",
     }
 
 
@@ -112,7 +112,7 @@ def main(options: ScaleOptions) -> int:
         here.append(measured_row(options, machine, W, teacher))
     print(f"\none rank's share, measured and forecast\n{plain_table(here)}")
     anywhere = [forecast_row(W) for W in options.forecast_ranks]
-    print(f"\nforecast at stated rates: nothing of this has been run\n{plain_table(anywhere)}")
+    print(f"\nforecast at the rates of an H200: nothing of this has been run\n{plain_table(anywhere)}")
     keys = dict.fromkeys(key for row in here + anywhere for key in row)
     rows = [dict.fromkeys(keys) | row | machine.fields() for row in here + anywhere]
     rows = [{"benchmark": "scale"} | row for row in rows]

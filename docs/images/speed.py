@@ -38,7 +38,7 @@ CPU = Panel(
 )
 H200 = Panel(
     "One H200, fp16, teacher: 2048 x 65536 x 1024",
-    "h200-2026-11-26/loss.json",
+    "h200-2026-11-27/loss.json",
     {"part": "whole, teacher", "M": 2048, "N": 65536, "D": 1024},
     {
         "cuda-int16-graph": "bam_kernels, CUDA",

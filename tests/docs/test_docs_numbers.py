@@ -121,14 +121,17 @@ def test_accuracy(head, file, kinds):
                 assert_rounded([cell], errors)
 
 
+H200 = "h200-2026-11-27"
+
+
 def test_speed_of_a_gpu():
     """Before a slash medians of CUDA graphs, behind it wall times of eager calls."""
     rows = table("docs/gpu.md", "| M x N x D | cuda | triton | compile | authors | three products alone |")
-    assert len(rows) == len({(r["part"], r["M"], r["N"], r["D"]) for r in results("h200-2026-11-26/loss.json")})
+    assert len(rows) == len({(r["part"], r["M"], r["N"], r["D"]) for r in results(f"{H200}/loss.json")})
     for first, *cells in rows:
         part = "whole, teacher" if first.endswith("teacher") else "whole"
         M, N, D = map(int, numbers(first))
-        found = {row["kind"]: row for row in results("h200-2026-11-26/loss.json", part=part, M=M, N=N, D=D)}
+        found = {row["kind"]: row for row in results(f"{H200}/loss.json", part=part, M=M, N=N, D=D)}
         values = []
         for kind in ("cuda-int16", "triton-int16", "compile-autocast"):
             values += [found[f"{kind}-graph"]["median_ms"], found[kind]["wall_ms"]]
@@ -143,6 +146,26 @@ def test_memory_of_the_gradient_cache():
         (row,) = results("cpu_virtual_batch.json", images=int(images))
         parts = ("peak_bytes", "peak_of_loss_bytes", "embeddings_bytes", "beyond_bytes")
         assert_rounded(cells, [row["micro_batches"], *(row[part] / MB for part in parts)])
+
+
+def steps_as_graphs(file: str) -> dict[tuple[str, bool], float]:
+    """Microseconds of steps with the CUDA kernels, by shape and whether there is a teacher."""
+    lines = (ROOT / "benchmarks" / "results" / H200 / file).read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if (row["name"], row["how"]) == ("loss and gradient", "graph")]
+    return {(row["shape"], row["teacher"]): row["value"] for row in rows}
+
+
+def test_steps_before_and_after_tuning():
+    head = "| M x N x D | before | after | times faster |"
+    rows = table(f"benchmarks/results/{H200}/README.md", head)
+    before, after = steps_as_graphs("before.jsonl"), steps_as_graphs("after.jsonl")
+    assert len(rows) == len(before) == len(after)
+    for first, *cells in rows:
+        step = "x".join(numbers(first)), first.endswith("teacher")
+        assert_rounded(cells, [before[step], after[step], before[step] / after[step]])
+    said = re.search(r"Without a teacher ours took ([\d., and]+) ms", (ROOT / "docs" / "gpu.md").read_text())
+    shapes = ("2048x8192x4096", "2048x8192x256", "512x512x256")
+    assert_rounded(re.findall(r"[\d.]+", said[1]), [after[shape, False] / 1e3 for shape in shapes])
 
 
 def test_forecast():

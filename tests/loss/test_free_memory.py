@@ -1,6 +1,7 @@
 """The default memory budget: what is free under cgroups' limits, read when it matters, and what plans make of it."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -259,12 +260,13 @@ def test_the_engine_follows_from_what_is_free_at_each_call(free):
     alone, of_two = (
         cost.Problem(Layout(B=8192, V=2, L=2, T=2, D=64, W=W), True, 3, True, True, False, False) for W in (1, 2)
     )
-    slab_s = sum(cost.slab_seconds(alone, cost.slabs_of("", alone, sys.maxsize, CPU), cost.H200).values())
-    flash_s = sum(cost.flash_seconds(alone, cost.H200).values())
+    rates = replace(cost.H200, flash_flops=400e12, exponentials=4e12)
+    slab_s = sum(cost.slab_seconds(alone, cost.slabs_of("", alone, sys.maxsize, CPU), rates).values())
+    flash_s = sum(cost.flash_seconds(alone, rates).values())
     assert slab_s < cost.KEPT_MARGIN * flash_s
 
     def chosen(problem: cost.Problem, budget: int | None = None) -> str:
-        return cost.choose_way(problem, ("triton", "flash"), 0, budget, CPU, cost.H200)
+        return cost.choose_way(problem, ("triton", "flash"), 0, budget, CPU, rates)
 
     assert chosen(alone) == "triton"
     free.append(2 * GIB)
