@@ -11,6 +11,7 @@ from ..layout import Layout
 from ..tuned import Tuning, tuning
 from ..ways import WAYS, Way
 from .plan import FLASH_FEATURES, SlabPlan, plan_slabs
+from .rows import sent_columns
 
 FLOAT_BYTES, HALF_BYTES = 4, 2
 FLASH_OUT = 256  # features of a gradient that a flash program holds; scores are computed again for every further 256
@@ -60,7 +61,7 @@ H200 = Rates(
     latency_s=5e-6,
     cuda_exponentials=0.97e12,
 )
-"""Rates measured on one H200: a product of 8192^3, a copy, the column step and two passes of 2048 x 8192 int16 scores;
+"""Rates measured on H200s: a product of 8192^3, a copy, the column step and two passes of 2048 x 8192 int16 scores;
 flash from a whole step of 2048 x 8192 x 256. Links are not measured: one 400 Gb/s adapter per GPU is assumed."""
 
 
@@ -71,7 +72,8 @@ def rates() -> Rates:
 
 @lru_cache
 def _rates(tuned: Tuning) -> Rates:
-    return replace(H200, **tuned.rates)
+    # A file without a rate of the CUDA kernels does not mix this GPU's rates with those of an H200.
+    return replace(replace(H200, cuda_exponentials=None), **tuned.rates) if tuned.rates else H200
 
 
 @dataclass(frozen=True)
@@ -146,14 +148,15 @@ def flash_seconds(x: Problem, rates: Rates) -> dict[str, float]:
 def _message_seconds(x: Problem, rates: Rates) -> dict[str, float]:
     layout = x.layout
     ring = layout.W - 1
-    block = layout.T * layout.B * layout.D
+    n = layout.T * layout.B
+    key_bytes = sent_columns(layout.D, x.sixteen_bit) * x.key_bytes
     gathers = 1 + (x.regather and x.needs_grad)
     column_bytes = FLOAT_BYTES * (x.iterations + 1) * layout.N
     hops = 2 * (layout.W - 1).bit_length()
     return {
-        "gather": gathers * ring * (block * x.key_bytes / rates.link_bytes + rates.latency_s),
+        "gather": gathers * ring * (n * key_bytes / rates.link_bytes + rates.latency_s),
         "column sums": 2 * ring / layout.W * column_bytes / rates.link_bytes + x.iterations * hops * rates.latency_s,
-        "scatter": ring * (block * FLOAT_BYTES / rates.link_bytes + rates.latency_s) if x.scatters else 0.0,
+        "scatter": ring * (n * layout.D * FLOAT_BYTES / rates.link_bytes + rates.latency_s) if x.scatters else 0.0,
     }
 
 

@@ -27,7 +27,7 @@ struct Chunks {
 };
 
 // The columns of a thread: `left` of 8 from j on; and the rows of its chunk, `rows` from `first` on. A row has fewer
-// than 2^31 columns, and so has a chunk rows: a launch has 128 chunks where it has many rows.
+// than 2^31 columns, and a chunk fewer rows: no device holds that many.
 struct Place {
   unsigned j;
   int left, rows;

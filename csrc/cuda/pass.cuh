@@ -1,5 +1,4 @@
-// Some rows of a Sinkhorn pass whose scores are in shared memory: what a pass over a slab and the one-launch form
-// share.
+// Some rows of a Sinkhorn pass whose scores are in shared memory, and a thread's own columns, which the match uses too.
 #pragma once
 
 #include "arriving.cuh"

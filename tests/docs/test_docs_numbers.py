@@ -148,17 +148,17 @@ def test_memory_of_the_gradient_cache():
         assert_rounded(cells, [row["micro_batches"], *(row[part] / MB for part in parts)])
 
 
-def steps_as_graphs(file: str) -> dict[tuple[str, bool], float]:
-    """Microseconds of steps with the CUDA kernels, by shape and whether there is a teacher."""
+def steps(file: str, how: str, what: str = "value") -> dict[tuple[str, bool], float]:
+    """Microseconds, or another number, of steps with the CUDA kernels, by shape and whether there is a teacher."""
     lines = (ROOT / "benchmarks" / "results" / H200 / file).read_text().splitlines()
-    rows = [row for row in map(json.loads, lines) if (row["name"], row["how"]) == ("loss and gradient", "graph")]
-    return {(row["shape"], row["teacher"]): row["value"] for row in rows}
+    rows = [row for row in map(json.loads, lines) if (row["name"], row["how"]) == ("loss and gradient", how)]
+    return {(row["shape"], row["teacher"]): row[what] for row in rows}
 
 
 def test_steps_before_and_after_tuning():
     head = "| M x N x D | before | after | times faster |"
     rows = table(f"benchmarks/results/{H200}/README.md", head)
-    before, after = steps_as_graphs("before.jsonl"), steps_as_graphs("after.jsonl")
+    before, after = steps("before.jsonl", "graph"), steps("after.jsonl", "graph")
     assert len(rows) == len(before) == len(after)
     for first, *cells in rows:
         step = "x".join(numbers(first)), first.endswith("teacher")
@@ -166,6 +166,19 @@ def test_steps_before_and_after_tuning():
     said = re.search(r"Without a teacher ours took ([\d., and]+) ms", (ROOT / "docs" / "gpu.md").read_text())
     shapes = ("2048x8192x4096", "2048x8192x256", "512x512x256")
     assert_rounded(re.findall(r"[\d.]+", said[1]), [after[shape, False] / 1e3 for shape in shapes])
+
+
+def test_walls_and_peaks_of_eager_steps():
+    rows = table(
+        f"benchmarks/results/{H200}/README.md",
+        "| M x N x D | before | b94970c | fe24b84 | after | peak before | peak after |",
+    )
+    walls = [steps(f"{name}.jsonl", "wall") for name in ("before", "b94970c", "fe24b84", "after")]
+    peaks = [steps(f"{name}.jsonl", "wall", "peak_mb") for name in ("before", "after")]
+    assert len(rows) == len(walls[0])
+    for first, *cells in rows:
+        step = "x".join(numbers(first)), first.endswith("teacher")
+        assert_rounded(cells, [of[step] for of in (*walls, *peaks)])
 
 
 def test_forecast():

@@ -83,6 +83,8 @@ def test_shapes_of_launches():
     # Six rows of int16 scores at once in one block, where they fit it; 8 rows of targets do not.
     assert [shapes.match_shape(2, 8192, 2, device).stages for device in (H100, A100)] == [6, 6]
     assert shapes.match_shape(5, 8192, 2, H100) == ((512, 1), 4) and shapes.match_shape(2, 64, 4, H100) == ((32, 1), 4)
+    # Six rows, where two blocks with four fit a multiprocessor, would leave room for one.
+    assert [shapes.match_shape(L, 4096, 2, H100) for L in (2, 4)] == [((256, 1), 6), ((256, 1), 4)]
     assert shapes.match_shape(8, 8192, 2, H100) == ((256, 2), 4)
     for device in (H100, A100):
         for m, n in ((1, 1), (512, 512), (2048, 8192), (100_000, 300)):

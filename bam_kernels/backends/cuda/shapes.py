@@ -108,14 +108,20 @@ LONG = MatchShape(Team(0, 1), 0)  # stands for rows of any length, read again fo
 def match_shape(L: int, n: int, score_bytes: int, device: Device) -> MatchShape | None:
     """Choose the smallest team that holds an image's L target rows and the scores that are being loaded; None: none.
 
-    A single block takes STAGES rows of int16 scores at once where it has room for them.
+    A single block takes STAGES rows of int16 scores at once, where as many blocks fit the device as with fewer rows.
     """
-    team = row_team(n, 4 * L + FEW_STAGES * score_bytes, device)
-    if team is None:
-        return None
-    may_have = score_bytes == 2 and team.cluster == 1
-    has_room = may_have and team == row_team(n, 4 * L + STAGES * score_bytes, device)
-    return MatchShape(team, STAGES if has_room else FEW_STAGES)
+
+    def column_bytes(stages: int) -> int:
+        return 4 * L + stages * score_bytes
+
+    team = row_team(n, column_bytes(FEW_STAGES), device)
+    if team is None or team.cluster > 1 or score_bytes != 2:
+        return team and MatchShape(team, FEW_STAGES)
+    few, most = (
+        device.blocks(team.threads, SCRATCH_BYTES + team.threads * OWNED * column_bytes(stages), REGISTER_THREADS)
+        for stages in (FEW_STAGES, STAGES)
+    )
+    return MatchShape(team, STAGES if most == few else FEW_STAGES)
 
 
 def pass_rows(m: int, shape: Pass, device: Device) -> int:
