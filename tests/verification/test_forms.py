@@ -68,7 +68,7 @@ OTHERS = {
     "normalize_kernel<float16>": ("centre", "norms alone", "message"),
     "normalize_kernel<bfloat16>": ("centre", "norms alone", "message"),
     "mean_row_kernel<float32>": ("norm", "no norm"),
-    "mean_row_kernel<float16>": ("norm",),
+    "mean_row_kernel<float16>": ("norm", "no norm"),
     "mean_row_kernel<bfloat16>": ("norm",),
     "product_step_kernel": ("other rows", "no other rows"),
     "centre_potential_kernel": (),
