@@ -17,6 +17,12 @@ constexpr int kRows = 4;                  // of a warp, on their way at once
 static_assert(kRows * kOctet <= 32, "positives are the bits of a word");
 constexpr int64_t kBiasBytes = kWarps * kColumns * sizeof(float), kSumsBytes = 2 * kBiasBytes;
 constexpr int kSumBlocks = 3, kQuantizeBlocks = 4;  // for whose registers a multiprocessor has room: shapes.py counts
+// On sm_100 the epilogue would spill with the registers that three blocks leave it.
+#if __CUDA_ARCH__ >= 1000
+constexpr int kEpilogueBlocks = 2;
+#else
+constexpr int kEpilogueBlocks = kSumBlocks;
+#endif
 
 constexpr int kMergeThreads = 128;  // 4 to a column: they have the partials of 32 chunks on their way at once
 constexpr int kAddThreads = 512;    // 16 to a column, for 144 chunks
@@ -238,7 +244,8 @@ __device__ __forceinline__ void store_sums(const Sums& p, int64_t j, const Colum
 }
 
 template <class Score, bool kEpilogue>
-__global__ void __launch_bounds__(kThreads, kSumBlocks) column_lse_kernel(const Chunks a) {
+__global__ void __launch_bounds__(kThreads, kEpilogue ? kEpilogueBlocks : kSumBlocks)
+    column_lse_kernel(const Chunks a) {
   follow_earlier_kernels();
   const ColumnLse& p = a.p;
   const Place at(a);
