@@ -116,8 +116,9 @@ def test_every_kernel_is_there_and_the_hot_ones_stay_in_registers(architecture):
     for name in ("sinkhorn_pass", "match"):
         assert found[name].registers <= 128
     assert found["sinkhorn_on_chip"].registers <= 255
-    # Three blocks of 256 threads, four, and two of 512 that have all their reads on their way.
-    for name, threads in (("column_lse", 3 * 256), ("quantize", 4 * 256), ("add_chunks", 2 * 512)):
+    # Three blocks of 256 threads (two on sm_100), four, and two of 512 that have all their reads on their way.
+    sums_at_once = 2 if architecture.startswith("100") else 3
+    for name, threads in (("column_lse", sums_at_once * 256), ("quantize", 4 * 256), ("add_chunks", 2 * 512)):
         assert found[name].registers * threads <= 1 << 16, found[name]
 
 
