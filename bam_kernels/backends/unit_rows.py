@@ -1,9 +1,29 @@
 """Normalisation of embeddings shared by the GPU backends."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from .interface import BIAS_COLUMNS, LOG2_E, Potential, UnitRows
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One reading of embeddings x, and the tensors that it fills; `half_rows` and UnitRows say what they hold.
+
+    norm is filled always, read if given, and all others only with a centre. scale: of the potential `row`, which is
+    2^(scale * <unit_i, centre>).
+    """
+
+    x: Tensor
+    norm: Tensor
+    read: Tensor | None = None
+    centre: Tensor | None = None
+    bias: Tensor | None = None
+    row: Potential | None = None
+    scale: float = 0.0
+    message: Tensor | None = None
 
 
 class UnitRowsKernels:
@@ -13,7 +33,7 @@ class UnitRowsKernels:
         """L2-normalise x (m, D) or (V, B, D), any float type and strides, into view-major unit rows (m, D) float32."""
         read = torch.empty(x.shape[:-1].numel(), x.shape[-1], dtype=torch.float32, device=x.device)
         norm = _empty_norms(x)
-        self._read_rows(x, norm, read, None, None, None, 0.0, None)
+        self._read_rows(Reading(x, norm, read))
         return UnitRows(read, norm, x)
 
     def mean_row(self, x: Tensor) -> Tensor:
@@ -26,7 +46,7 @@ class UnitRowsKernels:
         The sum over ranks, which have as many rows each, is the mean of all rows.
         """
         norm = _empty_norms(x)
-        self._read_rows(x, norm, None, None, None, None, 0.0, None)
+        self._read_rows(Reading(x, norm))
         return self._mean_row(x, norm, ranks)
 
     def half_rows(
@@ -44,24 +64,11 @@ class UnitRowsKernels:
         norm = _empty_norms(x)
         read = torch.empty(len(norm), x.shape[-1], dtype=torch.float16, device=x.device)
         bias, row = torch.empty(len(norm), dtype=torch.float32, device=x.device), Potential.empty(len(norm), x.device)
-        self._read_rows(x, norm, read, centre, bias, row, LOG2_E / epsilon, message)
+        self._read_rows(Reading(x, norm, read, centre, bias, row, LOG2_E / epsilon, message))
         return UnitRows(read, norm, x, bias), row
 
-    def _read_rows(
-        self,
-        x: Tensor,
-        norm: Tensor,
-        read: Tensor | None,
-        centre: Tensor | None,
-        bias: Tensor | None,
-        row: Potential | None,
-        scale: float,
-        message: Tensor | None,
-    ) -> None:
-        """Fill norm and, if given, read from x.
-
-        With a centre, also fill bias, the potential row = 2^(scale * <unit_i, centre>) and, if given, the message.
-        """
+    def _read_rows(self, to: Reading) -> None:
+        """Fill the tensors of a reading."""
         raise NotImplementedError
 
     def _mean_row(self, x: Tensor, norm: Tensor | None, ranks: int) -> Tensor:

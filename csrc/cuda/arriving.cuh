@@ -46,7 +46,7 @@ class Arriving {
   __device__ __forceinline__ void fetch(Score* to, const Score* row, bool aligned, int stage) const {
     fetch(to, row, 0, 1, aligned, stage);
   }
-  // Those of `rows` rows, `stride` apart, to places one after another.
+  // Fetches this block's columns of `rows` rows, which lie `stride` scores apart, to one place after another.
   template <class Score>
   __device__ __forceinline__ void fetch(Score* to, const Score* row, int64_t stride, int rows, bool aligned,
                                         int stage) const {
@@ -83,7 +83,7 @@ class Arriving {
   // One of the last warp: the first has more to do than others when sums of a row have met.
   static __device__ __forceinline__ bool is_elected() { return threadIdx.x == blockDim.x - kWarp; }
 
-  // What no bulk copy brings of this thread's octets.
+  // Fetches those of this thread's octets that no bulk copy brings.
   template <class Score>
   __device__ __forceinline__ void fetch_own(Score* to, const Score* row, bool aligned) const {
 #pragma unroll

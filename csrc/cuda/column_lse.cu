@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(kThreads, kQuantizeBlocks) quantize_kernel(con
   }
 }
 
-// Of an octet of columns: those of Column.
+// The sums of an octet of columns, each total * 2^most as in Column.
 struct Columns {
   float most[kOctet], total[kOctet];
 };
@@ -286,7 +286,7 @@ struct Merge {
   bool accumulate;
 };
 
-// Of the first warp, and of all others, which help it.
+// The column that a thread helps to merge: lane l of every warp has column l of the block's 32.
 __device__ __forceinline__ int64_t merged_column() {
   return static_cast<int64_t>(blockIdx.x) * kWarp + threadIdx.x % kWarp;
 }

@@ -81,7 +81,7 @@ static_assert(kMostThreads % 32 == 0 && kMostThreads <= 1024, "whole warps, as m
 constexpr int kRegisterThreads = BAM_REGISTER_THREADS;
 static_assert(kRegisterThreads % kMostThreads == 0, "whole blocks of the most threads");
 static_assert(kRegisterThreads >= kMostThreads && kRegisterThreads <= 2048, "a block at least, and what runs at once");
-// Of the one-launch form, whose blocks have a multiprocessor alone: all of a thread's numbers are in registers.
+// Threads of a block of the one-launch Sinkhorn. With so few a multiprocessor's registers hold all that threads need.
 constexpr int kOnChipThreads = 256;
 // The rows of a Sinkhorn pass that share a reduction are a group: kGroupBytes of scores a column, or half of that where
 // the chip has no room for more. kGroups are on chip or on their way, beside the potentials of the columns.

@@ -34,7 +34,7 @@ struct Team {
       if (first < d) of_octet(o, first);
     }
   }
-  // What one warp holds has one turn.
+  // Whether d features take more than one turn; a row of one warp never does.
   __device__ bool is_beyond_a_turn(int64_t d) const { return kWide && turn < d; }
   // of_turn(its first feature), turn by turn.
   template <class OfTurn>
@@ -43,7 +43,8 @@ struct Team {
       for (int64_t from = 0; from < d; from += turn) of_turn(from);
     else of_turn(0);
   }
-  // The same in every thread of the row. A kernel calls this once: its room is not used again.
+  // Sums x over the threads of a row; every thread gets the result. A kernel may call it once: a second sum would
+  // overwrite shared memory that some threads still read.
   template <int kValues>
   __device__ void sum(double (&x)[kValues]) const {
     static_assert(kValues <= kSums, "there is room");

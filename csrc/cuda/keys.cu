@@ -93,7 +93,7 @@ struct Extremes {
   }
 };
 
-// Of the block between two products: what it has read of keys and rows.
+// What product_step needs of its input: |centre|^2, and the extremes of the biases of keys and of rows.
 struct StepParts {
   double squares = 0.0;
   Extremes keys, rows;
@@ -138,7 +138,7 @@ __device__ __forceinline__ void load_some(float (&read)[kReads], const float* x,
 template <bool kVector>
 __device__ __forceinline__ StepParts read_parts(const ProductStep& p) {
   StepParts found;
-  // What whole vectors leave is in the last few.
+  // The biases that are not in whole vectors are among the last few.
   const int64_t back = kVector ? 1 + threadIdx.x % kPerVector : 1;
   const float last_key = p.key_bias[p.n - back], last_row = p.row_bias[p.m - back];
   const float last_other = p.other > 0 ? p.other_bias[p.other - back] : last_row;

@@ -49,7 +49,7 @@ class Targets {
     }
   }
 
-  // The one that looks after rows; in other blocks of a cluster than the first it has none.
+  // Number of this thread among those that look after rows; in a cluster only the first block's threads have one.
   static __device__ __forceinline__ unsigned thread() { return !kCluster || cluster_rank() == 0 ? threadIdx.x : ~0u; }
 
   // Row u of the image: its target rows, then its source rows.
@@ -141,7 +141,7 @@ class Targets {
     }
   }
 
-  // Each octet by `load(octet, place)`.
+  // Fills x octet by octet: load(octet, its place in the row).
   template <class Load>
   static __device__ __forceinline__ void read_octets(float (&x)[kOwned], Load load) {
 #pragma unroll
@@ -152,7 +152,7 @@ class Targets {
       for (int k = 0; k < kOctet; ++k) x[q * kOctet + k] = part[k];
     }
   }
-  // Of the pair of rows that begins at row u; of that row twice where it is alone.
+  // Reads this thread's scores of rows u and u + 1 of the image; with `alone`, of row u twice.
   template <int kLater>
   __device__ __forceinline__ void read_pair(float (&x)[kPair][kOwned], int u, bool alone) const {
     const Score* rows[kPair];

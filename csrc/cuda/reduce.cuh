@@ -34,7 +34,8 @@ class RowTeam {
   __device__ __forceinline__ void reduce(float (&x)[kValues], Combine combine) {
     to_all(x, reduce_to_lanes(x, combine));
   }
-  // The same, but lane l of a warp gets value l % kValues alone, for work that lanes share; x is left as it may be.
+  // Reduces as `reduce` does, but lane l of a warp gets value l % kValues only, for work that lanes share. x is
+  // overwritten.
   template <int kValues, class Combine>
   __device__ __forceinline__ float reduce_to_lanes(float (&x)[kValues], Combine combine) {
     static_assert(kValues <= 4 && kWarp % kValues == 0, "the scratch of a warp is 4 floats");
@@ -88,7 +89,7 @@ class RowTeam {
     }
     wait_for_arrival<true>(arrival, turn_ / 2);
   }
-  // What each lane has of its value, in every lane.
+  // Gives every lane all values, of which lane l has value l % kValues.
   template <int kValues>
   static __device__ __forceinline__ void to_all(float (&x)[kValues], float of_lane) {
 #pragma unroll

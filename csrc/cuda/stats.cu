@@ -6,7 +6,7 @@
 namespace bam::cuda {
 namespace {
 
-// Of the one block: some threads read columns and others the rest, so that all reads are on their way at once.
+// Threads of the one block. Some read columns and others the rest, so that all reads are on their way at once.
 constexpr int kThreads = 1024, kColumnThreads = 512, kNormThreads = 256;
 constexpr int kImageThreads = kThreads - kColumnThreads - kNormThreads;
 

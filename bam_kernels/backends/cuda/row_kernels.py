@@ -12,7 +12,7 @@ from torch import Tensor
 from ...layout import Layout
 from ..addresses import FLOAT64, address, pair, scores_of
 from ..interface import LOG2_E, DeviceNumber, Number, Positives, Potential, UnitRows
-from ..unit_rows import UnitRowsKernels
+from ..unit_rows import Reading, UnitRowsKernels
 from .launch import FLOAT_TYPES, as_float32, number, positives_of, rows_of
 from .launch_match import MatchKernels
 from .launch_sinkhorn import SinkhornKernels
@@ -26,32 +26,22 @@ class CudaKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
 
     backend = "cuda"
 
-    def _read_rows(
-        self,
-        x: Tensor,
-        norm: Tensor,
-        read: Tensor | None,
-        centre: Tensor | None,
-        bias: Tensor | None,
-        row: Potential | None,
-        scale: float,
-        message: Tensor | None,
-    ) -> None:
-        device = x.device
+    def _read_rows(self, to: Reading) -> None:
+        device = to.x.device
         # With a centre the kernel writes fp16.
-        read_types = (torch.float32 if centre is None else torch.float16,)
+        read_types = (torch.float32 if to.centre is None else torch.float16,)
         self._kernels.normalize(
-            rows_of(x, device),
-            len(norm),
-            x.shape[-1],
-            address(centre, device),
-            address(read, device, read_types),
-            address(norm, device, FLOAT64),
-            address(bias, device),
-            as_float32(scale),
-            pair(row, device),
-            _message(message, device),
-            self._launch_context(x),
+            rows_of(to.x, device),
+            len(to.norm),
+            to.x.shape[-1],
+            address(to.centre, device),
+            address(to.read, device, read_types),
+            address(to.norm, device, FLOAT64),
+            address(to.bias, device),
+            as_float32(to.scale),
+            pair(to.row, device),
+            _message(to.message, device),
+            self._launch_context(to.x),
         )
 
     def _mean_row(self, x: Tensor, norm: Tensor | None, ranks: int) -> Tensor:

@@ -21,7 +21,7 @@ from ..interface import (
     Potential,
     UnitRows,
 )
-from ..unit_rows import UnitRowsKernels
+from ..unit_rows import Reading, UnitRowsKernels
 from . import embed, plan, scores
 from .launch import check_scores, image_index, number
 from .launch_match import MatchKernels
@@ -36,35 +36,25 @@ class TritonKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
 
     backend = "triton"
 
-    def _read_rows(
-        self,
-        x: Tensor,
-        norm: Tensor,
-        read: Tensor | None,
-        centre: Tensor | None,
-        bias: Tensor | None,
-        row: Potential | None,
-        scale: float,
-        message: Tensor | None,
-    ) -> None:
-        assert centre is None or centre.dtype == torch.float32
-        block = block_of(x.shape[-1])
+    def _read_rows(self, to: Reading) -> None:
+        assert to.centre is None or to.centre.dtype == torch.float32
+        block = block_of(to.x.shape[-1])
         self._run(
             embed.unit_rows_kernel,
-            (len(norm),),
-            x,
-            centre,
-            read,
-            norm,
-            bias,
-            *(row if row is not None else (None, None)),
-            message,
-            *(message.shape if message is not None else (0, 0)),
-            scale,
-            *_rows_of(x),
-            UNIT=1.0 if centre is None else HALF_UNIT,
+            (len(to.norm),),
+            to.x,
+            to.centre,
+            to.read,
+            to.norm,
+            to.bias,
+            *(to.row if to.row is not None else (None, None)),
+            to.message,
+            *(to.message.shape if to.message is not None else (0, 0)),
+            to.scale,
+            *_rows_of(to.x),
+            UNIT=1.0 if to.centre is None else HALF_UNIT,
             BLOCK=block,
-            HELD=block >= x.shape[-1],
+            HELD=block >= to.x.shape[-1],
             num_warps=warps(block, 8),
         )
 
