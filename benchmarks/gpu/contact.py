@@ -1,4 +1,4 @@
-"""Runs and times every kernel on this GPU and checks that it is right: about 400 s, one archive.
+"""Runs and times every kernel on this GPU and checks that it is right: about 250 s, one archive.
 
     python benchmarks/gpu/contact.py --out /tmp/contact --archive contact.tar.gz --extensions build/gpu
 

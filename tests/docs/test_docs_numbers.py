@@ -122,20 +122,96 @@ def test_accuracy(head, file, kinds):
 
 
 H200 = "h200-2026-11-27"
+RESULTS_OF_H200 = f"benchmarks/results/{H200}/README.md"
+
+
+def problems_of(file: str) -> list[dict[str, dict]]:
+    """Rows of a result file of the H200 by problem, in each by kind."""
+    found: dict[str, dict[str, dict]] = {}
+    for row in results(f"{H200}/{file}"):
+        found.setdefault(row["problem"], {})[row["kind"]] = row
+    return list(found.values())
+
+
+def gpu_table(page: str, head: str) -> list[tuple[list[str], dict[str, dict]]]:
+    """Cells behind the first one of each row of a table of steps, and the measured rows of its problem by kind."""
+    rows = []
+    for first, *cells in table(page, head):
+        part, (M, N, D) = "whole, teacher" if first.endswith("teacher") else "whole", map(int, numbers(first))
+        problem = {row["kind"]: row for row in results(f"{H200}/loss.json", part=part, M=M, N=N, D=D)}
+        rows.append((cells, problem))
+    return rows
+
+
+SLOWER = ("compile-autocast", "authors-autocast")
 
 
 def test_speed_of_a_gpu():
     """Before a slash medians of CUDA graphs, behind it wall times of eager calls."""
-    rows = table("docs/gpu.md", "| M x N x D | cuda | triton | compile | authors | three products alone |")
-    assert len(rows) == len({(r["part"], r["M"], r["N"], r["D"]) for r in results(f"{H200}/loss.json")})
-    for first, *cells in rows:
-        part = "whole, teacher" if first.endswith("teacher") else "whole"
-        M, N, D = map(int, numbers(first))
-        found = {row["kind"]: row for row in results(f"{H200}/loss.json", part=part, M=M, N=N, D=D)}
-        values = []
-        for kind in ("cuda-int16", "triton-int16", "compile-autocast"):
-            values += [found[f"{kind}-graph"]["median_ms"], found[kind]["wall_ms"]]
-        assert_rounded(cells, [*values, found["authors-autocast"]["wall_ms"], found["gemms-half"]["median_ms"]])
+    rows = gpu_table("docs/gpu.md", "| M x N x D | cuda | triton | compile | authors | three products alone |")
+    assert len(rows) == len(problems_of("loss.json"))
+    for cells, of in rows:
+        assert_rounded(cells[-1:], [of["gemms-half"]["median_ms"]])
+        for cell, kind in zip(cells, ("cuda-int16", "triton-int16", *SLOWER), strict=False):
+            graph = [of[f"{kind}-graph"]["median_ms"]] if f"{kind}-graph" in of else []
+            assert_rounded([cell], [*graph, of[kind]["wall_ms"]] if kind in of else [])
+
+
+def test_steps_of_a_gpu_beside_other_code():
+    """Medians of CUDA graphs, of the authors' code of eager calls, and how many times as long two of them take."""
+    head = "| M x N x D | cuda | triton | compile | authors | three products alone | compile | authors |"
+    rows = gpu_table(RESULTS_OF_H200, head)
+    graphs = [of for of in problems_of("loss.json") if "cuda-int16-graph" in of]
+    assert len(rows) == len(graphs)
+    for cells, of in rows:
+        kinds = ("cuda-int16-graph", "triton-int16-graph", "compile-autocast-graph", "authors-autocast", "gemms-half")
+        times = [1e3 * of[kind]["median_ms"] for kind in kinds]
+        assert_rounded(cells, [*times, times[2] / times[0], times[3] / times[0]])
+
+
+@pytest.mark.parametrize(
+    "page, head, kinds",
+    [
+        (
+            "docs/gpu.md",
+            "| M x N x D | cuda | flash engine | compile | authors |",
+            ["cuda-int16", "triton-flash-int16", *SLOWER],
+        ),
+        (
+            RESULTS_OF_H200,
+            "| M x N x D | cuda | cuda, small budget | flash | compile | authors |",
+            ["cuda-int16", "cuda-int16-again", "triton-flash-int16", *SLOWER],
+        ),
+    ],
+    ids=["docs", "results"],
+)
+def test_peaks_of_a_gpu(page, head, kinds):
+    rows = gpu_table(page, head)
+    assert len(rows) == 5
+    for cells, of in rows:
+        assert_rounded(cells, [of[kind]["peak_bytes"] / MB for kind in kinds if kind in of])
+
+
+@pytest.mark.parametrize(
+    "part, head, kinds",
+    [
+        (
+            "sinkhorn",
+            "| from scores | us | error of P |",
+            ["cuda-int16-graph", "cuda-graph", "triton-int16-graph", "triton-graph", "compile-graph", "authors"],
+        ),
+        (
+            "potentials",
+            "| from embeddings | us | error of P |",
+            ["cuda-graph", "triton-graph", "compile-graph", "flash-sinkhorn-graph", "flash-sinkhorn-tf32-graph"],
+        ),
+    ],
+)
+def test_sinkhorn_of_a_gpu(part, head, kinds):
+    found = {row["kind"]: row for row in results(f"{H200}/sinkhorn.json", part=part)}
+    for (_, time, error), kind in zip(table(RESULTS_OF_H200, head), kinds, strict=True):
+        assert_rounded([time], [1e3 * found[kind]["median_ms"]])
+        assert error == f"{found[kind]['error_P']:.1e}".replace("e-0", "e-")
 
 
 def test_memory_of_the_gradient_cache():
@@ -157,20 +233,17 @@ def steps(file: str, how: str, what: str = "value") -> dict[tuple[str, bool], fl
 
 def test_steps_before_and_after_tuning():
     head = "| M x N x D | before | after | times faster |"
-    rows = table(f"benchmarks/results/{H200}/README.md", head)
+    rows = table(RESULTS_OF_H200, head)
     before, after = steps("before.jsonl", "graph"), steps("after.jsonl", "graph")
     assert len(rows) == len(before) == len(after)
     for first, *cells in rows:
         step = "x".join(numbers(first)), first.endswith("teacher")
         assert_rounded(cells, [before[step], after[step], before[step] / after[step]])
-    said = re.search(r"Without a teacher ours took ([\d., and]+) ms", (ROOT / "docs" / "gpu.md").read_text())
-    shapes = ("2048x8192x4096", "2048x8192x256", "512x512x256")
-    assert_rounded(re.findall(r"[\d.]+", said[1]), [after[shape, False] / 1e3 for shape in shapes])
 
 
 def test_walls_and_peaks_of_eager_steps():
     rows = table(
-        f"benchmarks/results/{H200}/README.md",
+        RESULTS_OF_H200,
         "| M x N x D | before | b94970c | fe24b84 | after | peak before | peak after |",
     )
     walls = [steps(f"{name}.jsonl", "wall") for name in ("before", "b94970c", "fe24b84", "after")]
