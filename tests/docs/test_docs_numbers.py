@@ -125,48 +125,54 @@ H200 = "h200-2026-11-27"
 RESULTS_OF_H200 = f"benchmarks/results/{H200}/README.md"
 
 
-def problems_of(file: str) -> list[dict[str, dict]]:
-    """Rows of a result file of the H200 by problem, in each by kind."""
-    found: dict[str, dict[str, dict]] = {}
-    for row in results(f"{H200}/{file}"):
-        found.setdefault(row["problem"], {})[row["kind"]] = row
-    return list(found.values())
+def problems_of_a_gpu() -> dict[tuple, dict[str, dict]]:
+    """Steps measured on the H200: by (part, M, N, D), and of each problem by kind."""
+    problems: dict[tuple, dict[str, dict]] = {}
+    for row in results(f"{H200}/loss.json"):
+        problems.setdefault((row["part"], row["M"], row["N"], row["D"]), {})[row["kind"]] = row
+    return problems
 
 
 def gpu_table(page: str, head: str) -> list[tuple[list[str], dict[str, dict]]]:
-    """Cells behind the first one of each row of a table of steps, and the measured rows of its problem by kind."""
-    rows = []
-    for first, *cells in table(page, head):
-        part, (M, N, D) = "whole, teacher" if first.endswith("teacher") else "whole", map(int, numbers(first))
-        problem = {row["kind"]: row for row in results(f"{H200}/loss.json", part=part, M=M, N=N, D=D)}
-        rows.append((cells, problem))
-    return rows
+    """Cells behind the first one of each row of a table of steps, and what was measured of that problem, by kind."""
+    rows = table(page, head)
+    assert len(rows) == len({first for first, *_ in rows})
+    keys = [("whole, teacher" if row[0].endswith("teacher") else "whole", *map(int, numbers(row[0]))) for row in rows]
+    return [(row[1:], problems_of_a_gpu()[key]) for row, key in zip(rows, keys, strict=True)]
 
 
-SLOWER = ("compile-autocast", "authors-autocast")
+def error(row: dict, what: str) -> str:
+    return f"{row[what]:.1e}".replace("e-0", "e-")
+
+
+OTHERS_ON_A_GPU = ("compile-autocast", "authors-autocast")
 
 
 def test_speed_of_a_gpu():
     """Before a slash medians of CUDA graphs, behind it wall times of eager calls."""
     rows = gpu_table("docs/gpu.md", "| M x N x D | cuda | triton | compile | authors | three products alone |")
-    assert len(rows) == len(problems_of("loss.json"))
-    for cells, of in rows:
-        assert_rounded(cells[-1:], [of["gemms-half"]["median_ms"]])
-        for cell, kind in zip(cells, ("cuda-int16", "triton-int16", *SLOWER), strict=False):
-            graph = [of[f"{kind}-graph"]["median_ms"]] if f"{kind}-graph" in of else []
-            assert_rounded([cell], [*graph, of[kind]["wall_ms"]] if kind in of else [])
+    assert len(rows) == len(problems_of_a_gpu())
+    for (*cells, products), measured in rows:
+        assert_rounded([products], [measured["gemms-half"]["median_ms"]])
+        for cell, kind in zip(cells, ("cuda-int16", "triton-int16", *OTHERS_ON_A_GPU), strict=True):
+            graph = [measured[f"{kind}-graph"]["median_ms"]] if f"{kind}-graph" in measured else []
+            assert_rounded([cell], [*graph, measured[kind]["wall_ms"]] if kind in measured else [])
+            assert graph or cell == "-" or cell.startswith("- / ")
 
 
 def test_steps_of_a_gpu_beside_other_code():
-    """Medians of CUDA graphs, of the authors' code of eager calls, and how many times as long two of them take."""
-    head = "| M x N x D | cuda | triton | compile | authors | three products alone | compile | authors |"
-    rows = gpu_table(RESULTS_OF_H200, head)
-    graphs = [of for of in problems_of("loss.json") if "cuda-int16-graph" in of]
-    assert len(rows) == len(graphs)
-    for cells, of in rows:
+    """Medians of CUDA graphs, of the authors' code of eager calls; how many times as long they take; and errors."""
+    times, more = (
+        "cuda | triton | compile | authors | three products alone",
+        "compile | authors | error: cuda | compile",
+    )
+    rows = gpu_table(RESULTS_OF_H200, f"| M x N x D | {times} | {more} |")
+    assert len(rows) == sum("cuda-int16-graph" in measured for measured in problems_of_a_gpu().values())
+    for cells, measured in rows:
         kinds = ("cuda-int16-graph", "triton-int16-graph", "compile-autocast-graph", "authors-autocast", "gemms-half")
-        times = [1e3 * of[kind]["median_ms"] for kind in kinds]
-        assert_rounded(cells, [*times, times[2] / times[0], times[3] / times[0]])
+        us = [1e3 * measured[kind]["median_ms"] for kind in kinds]
+        assert_rounded(cells[:7], [*us, us[2] / us[0], us[3] / us[0]])
+        assert cells[7:] == [error(measured[kind], "error_gradient") for kind in (kinds[0], kinds[2])]
 
 
 @pytest.mark.parametrize(
@@ -175,12 +181,12 @@ def test_steps_of_a_gpu_beside_other_code():
         (
             "docs/gpu.md",
             "| M x N x D | cuda | flash engine | compile | authors |",
-            ["cuda-int16", "triton-flash-int16", *SLOWER],
+            ["cuda-int16", "triton-flash-int16", *OTHERS_ON_A_GPU],
         ),
         (
             RESULTS_OF_H200,
             "| M x N x D | cuda | cuda, small budget | flash | compile | authors |",
-            ["cuda-int16", "cuda-int16-again", "triton-flash-int16", *SLOWER],
+            ["cuda-int16", "cuda-int16-again", "triton-flash-int16", *OTHERS_ON_A_GPU],
         ),
     ],
     ids=["docs", "results"],
@@ -188,8 +194,9 @@ def test_steps_of_a_gpu_beside_other_code():
 def test_peaks_of_a_gpu(page, head, kinds):
     rows = gpu_table(page, head)
     assert len(rows) == 5
-    for cells, of in rows:
-        assert_rounded(cells, [of[kind]["peak_bytes"] / MB for kind in kinds if kind in of])
+    for cells, measured in rows:
+        for cell, kind in zip(cells, kinds, strict=True):
+            assert_rounded([cell], [measured[kind]["peak_bytes"] / MB] if kind in measured else [])
 
 
 @pytest.mark.parametrize(
@@ -198,20 +205,36 @@ def test_peaks_of_a_gpu(page, head, kinds):
         (
             "sinkhorn",
             "| from scores | us | error of P |",
-            ["cuda-int16-graph", "cuda-graph", "triton-int16-graph", "triton-graph", "compile-graph", "authors"],
+            {
+                "cuda, int16 scores, graph": "cuda-int16-graph",
+                "cuda, float32 scores, graph": "cuda-graph",
+                "triton, int16 scores, graph": "triton-int16-graph",
+                "triton, float32 scores, graph": "triton-graph",
+                "`torch.compile`, graph": "compile-graph",
+                "authors' code, which makes P of all rows, called eagerly": "authors",
+            },
         ),
         (
             "potentials",
             "| from embeddings | us | error of P |",
-            ["cuda-graph", "triton-graph", "compile-graph", "flash-sinkhorn-graph", "flash-sinkhorn-tf32-graph"],
+            {
+                "cuda, graph": "cuda-graph",
+                "triton, graph": "triton-graph",
+                "`torch.compile`, graph": "compile-graph",
+                "flash-sinkhorn 0.4.1, float32, graph": "flash-sinkhorn-graph",
+                "flash-sinkhorn 0.4.1, TF32, graph": "flash-sinkhorn-tf32-graph",
+            },
         ),
     ],
+    ids=["scores", "embeddings"],
 )
 def test_sinkhorn_of_a_gpu(part, head, kinds):
-    found = {row["kind"]: row for row in results(f"{H200}/sinkhorn.json", part=part)}
-    for (_, time, error), kind in zip(table(RESULTS_OF_H200, head), kinds, strict=True):
-        assert_rounded([time], [1e3 * found[kind]["median_ms"]])
-        assert error == f"{found[kind]['error_P']:.1e}".replace("e-0", "e-")
+    measured = {row["kind"]: row for row in results(f"{H200}/sinkhorn.json", part=part)}
+    rows = table(RESULTS_OF_H200, head)
+    assert [first for first, *_ in rows] == list(kinds)
+    for (_, time, said), kind in zip(rows, kinds.values(), strict=True):
+        assert_rounded([time], [1e3 * measured[kind]["median_ms"]])
+        assert said == error(measured[kind], "error_P")
 
 
 def test_memory_of_the_gradient_cache():
