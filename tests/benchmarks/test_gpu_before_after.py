@@ -37,7 +37,7 @@ def test_two_commits_are_timed_in_turn(tmp_path) -> None:
 
 
 def test_medians_before_and_after(tmp_path) -> None:
-    """Of 20 and 24 to 11; one row that only one commit has, and no first calls."""
+    """Runs of 20 and 24 us before, of 11 after. One row is of one commit alone. First calls are left out."""
 
     def row(name: str, us: float, how: str = "graph") -> rows.Row:
         return rows.Row("kernel", name, "cuda", "8x8", how, us)

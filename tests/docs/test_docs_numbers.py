@@ -162,11 +162,8 @@ def test_speed_of_a_gpu():
 
 def test_steps_of_a_gpu_beside_other_code():
     """Medians of CUDA graphs, of the authors' code of eager calls; how many times as long they take; and errors."""
-    times, more = (
-        "cuda | triton | compile | authors | three products alone",
-        "compile | authors | error: cuda | compile",
-    )
-    rows = gpu_table(RESULTS_OF_H200, f"| M x N x D | {times} | {more} |")
+    head = "| M x N x D | cuda | triton | compile | authors | three products alone | "
+    rows = gpu_table(RESULTS_OF_H200, f"{head}compile | authors | error: cuda | compile |")
     assert len(rows) == sum("cuda-int16-graph" in measured for measured in problems_of_a_gpu().values())
     for cells, measured in rows:
         kinds = ("cuda-int16-graph", "triton-int16-graph", "compile-autocast-graph", "authors-autocast", "gemms-half")

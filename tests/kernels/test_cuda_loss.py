@@ -17,6 +17,7 @@ from problems import (
     features,
     loss_and_grad,
 )
+from recorded_operators import RecordedOperators
 
 from bam_kernels import bam_loss, bam_targets, reference
 from bam_kernels.backends import cuda
@@ -132,14 +133,10 @@ def launches_of_a_small_step(kernels, R, ranks, monkeypatch) -> tuple[list[str],
     torch.set_float32_matmul_precision("high")
     launched: list[str] = []
 
-    class Operators(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, operator, types, arguments=(), options=None):
-            name, result = operator.overloadpacket.__name__, operator(*arguments, **(options or {}))
-            of_no_rows = isinstance(result, torch.Tensor) and result.numel() == 0
-            casts_for_cpu = name == "_to_copy" and arguments[0].dtype == torch.float16
-            if name not in NO_LAUNCH and not of_no_rows and not casts_for_cpu:
-                launched.append(name)
-            return result
+    def launches_nothing(name, arguments, result) -> bool:
+        of_no_rows = isinstance(result, torch.Tensor) and result.numel() == 0
+        casts_for_cpu = name == "_to_copy" and arguments[0].dtype == torch.float16
+        return name in NO_LAUNCH or of_no_rows or casts_for_cpu
 
     def given(*tensors):
         return [features(views, 8, 16, seed=views).to(DEVICE) if views else None for views in tensors]
@@ -150,7 +147,7 @@ def launches_of_a_small_step(kernels, R, ranks, monkeypatch) -> tuple[list[str],
     layout = options.layout("bam_loss", student, teacher)
     recorded(kernels, launched)
     before = emulated.library().emulator_launches()
-    with torch.no_grad(), Operators():
+    with torch.no_grad(), RecordedOperators(launched, launches_nothing):
         slab.evaluate(Call("bam_loss", student, teacher, layout, options, ranks, kernels, True, sixteen_bit=True))
     return launched, emulated.library().emulator_launches() - before
 
@@ -193,19 +190,13 @@ def test_keys_are_sent_from_where_they_are_made(in_use, R, matmul_precision):
     """With several ranks the kernel that makes fp16 keys writes the message, which nothing copies."""
     torch.set_float32_matmul_precision("high")
     launched: list[str] = []
-
-    class Operators(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, operator, types, arguments=(), options=None):
-            launched.append(operator.overloadpacket.__name__)
-            return operator(*arguments, **(options or {}))
-
     student, teacher = features(2, 8, 20).to(DEVICE), features(R, 8, 20, seed=1).to(DEVICE) if R else None
     ranks = SimulatedRanks(3, 1, features(1, 48, 20)[0].to(DEVICE))
     options = Options(group=ranks)
     call = Call(
         "bam_loss", student, teacher, options.layout("bam_loss", student, teacher), options, ranks, in_use, True, True
     )
-    with torch.no_grad(), Operators():
+    with torch.no_grad(), RecordedOperators(launched):
         rows = rows_and_keys(call, None)
     assert set(launched) <= NO_LAUNCH
     made = rows.z if R == 0 else rows.target

@@ -4,6 +4,7 @@ import pytest
 import torch
 from derivative_tests import check_errors, check_scale_of_the_gradient, check_transforms, forward, functions, twice
 from problems import features, needs_cpu_kernels
+from recorded_operators import RecordedOperators
 from torch import Tensor
 
 from bam_kernels import bam_loss, bam_targets, sinkhorn_attention
@@ -37,16 +38,11 @@ def test_a_float16_gradient_is_rounded_in_one_launch():
     """Unless it is recorded. torch's transforms give the same."""
     z, launched = features(2, 6, 5).half().requires_grad_(), []
 
-    class Operators(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, operator, types, arguments=(), options=None):
-            launched.append(operator.overloadpacket.__name__)
-            return operator(*arguments, **(options or {}))
-
     def f(x: Tensor) -> Tensor:
         return bam_loss(x, backend="cpu")
 
     loss, scale = f(z), torch.tensor(3.0, requires_grad=True)
-    with Operators():
+    with RecordedOperators(launched):
         (g,) = torch.autograd.grad(loss, z, scale.detach(), retain_graph=True)
     assert [name for name in launched if name != "detach"] == ["rounded_product", "view"]
     (recorded,) = torch.autograd.grad(loss, z, scale, create_graph=True)

@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 from problems import FLOAT32, FLOAT64, GOLDEN_FILES, assert_close, features, load, needs_cpu_kernels
+from row_problems import EMPTY
 from torch import Tensor
 
 from bam_kernels import bam_loss, bam_targets, reference, sinkhorn_attention
@@ -137,8 +138,7 @@ def test_attention_of_ranks(normalize, mask, views, key_views, backend, dtype, b
 @pytest.mark.parametrize("epsilon", [0.05, 0.0])  # sums as multiples of one number for all columns, or of each its own
 def test_column_potential_of_all_ranks(epsilon):
     """Sums of one size, of other sizes, empty on one rank, empty on all."""
-    empty = -16777216.0  # a column's shift where all its scores are masked
-    shift = torch.tensor([[3.0, -20.0, empty, empty], [3.0, 28.0, 5.0, empty]])
+    shift = torch.tensor([[3.0, -20.0, EMPTY, EMPTY], [3.0, 28.0, 5.0, EMPTY]])
     sums = torch.tensor([[1.5, 1.0, 0.0, 0.0], [1.25, 1.75, 1.5, 0.0]])
 
     def run(group: ThreadRanks):

@@ -9,6 +9,7 @@ from bam_kernels.backends.cpu import LOG2_E, Potential
 from bam_kernels.layout import Layout
 
 MASKED = -1e30
+EMPTY = -16777216.0  # the shift of a column whose scores are all masked
 
 
 def representable(epsilon: float) -> float:

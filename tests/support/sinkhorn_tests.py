@@ -8,13 +8,12 @@ import math
 
 import pytest
 import torch
-from row_problems import MASKED, assert_close, log2, made_scores, masked, representable
+from row_problems import EMPTY, MASKED, assert_close, log2, made_scores, masked, representable
 
 from bam_kernels.backends.interface import LOG2_E, DeviceNumber, Positives, Potential
 from bam_kernels.layout import Layout
 
 EPSILONS = [representable(0.05), representable(1e-3)]
-EMPTY = -16777216.0  # the shift of an empty column
 STEP = 1 / 32768  # a power of two: the scale of int16 scores rounds as that of float32 ones
 
 

@@ -14,7 +14,7 @@ from bam_kernels.backends.extension import _C
 ALIGNED = ("aligned", "not aligned")
 CHUNKS = ("one chunk", "several chunks")
 SUMS = (*ALIGNED, *CHUNKS, "accumulate in one chunk")
-# Of the length of an embedding.
+# Branches by the number of features: a row of few is one warp's, of more several warps'.
 WARPS = {
     f"{kernel}_kernel: {warps} a row"
     for kernel in ("normalize", "centre_potential", "project")
