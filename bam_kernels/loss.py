@@ -4,8 +4,7 @@ layout.py defines the dimension letters.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
@@ -14,18 +13,21 @@ from torch import Tensor, nn
 
 from . import reference
 from .agreement import share_errors_with_ranks
-from .backends import choose, decide_early, row_kernels
-from .engine import flash, slab
-from .engine.call import Call
-from .engine.cost import Problem, choose_way, fastest_rows, flash_supports, rates
+from .backends import decide_early
+from .checked_call import PACKED, checked_call, unpacked
+from .engine.step import Step
 from .header import NonFinite
-from .layout import Layout
-from .operators import as_tensor, define, make_differentiable, refuse_second_derivative, rounded_product, wants_gradient
-from .options import Options, check_bool, check_positive, options_of, python_number
-from .precision import float32_products, is_sixteen_bit, product_precision
-from .ranks import Ranks, ranks_named, ranks_of
+from .operators import (
+    are_plain,
+    define,
+    direct,
+    make_differentiable,
+    refuse_second_derivative,
+    rounded_product,
+    wants_gradient,
+)
+from .options import Options, check_bool, options_of, python_number
 from .stats import BAMStats
-from .ways import WAYS, Way, split
 
 
 def bam_loss(
@@ -130,26 +132,19 @@ def _loss(
     student: Tensor, teacher: Tensor | None, options: Options, return_stats: bool
 ) -> Tensor | tuple[Tensor, BAMStats]:
     with share_errors_with_ranks("bam_loss", options.group, student):
-        options = options.checked("bam_loss")
-        return_stats = python_number("bam_loss", "return_stats", return_stats)
-        check_bool("bam_loss", "return_stats", return_stats)
-        layout = options.layout("bam_loss", student, teacher)
-        ways = _ways("bam_loss", options, layout, student)
+        if type(return_stats) is not bool:
+            return_stats = python_number("bam_loss", "return_stats", return_stats)
+            check_bool("bam_loss", "return_stats", return_stats)
+        call = checked_call("bam_loss", student, teacher, options)
+        ways = call.ways(student)
     if ways == "reference":
-        return reference.loss(student, teacher, layout, options, return_stats)
-    problem = _problem("bam_loss", layout, options, ways)
+        return reference.loss(student, teacher, call.layout, call.options, return_stats)
     teacher = teacher.detach() if teacher is not None else None
-    loss, stats, _ = _loss_operator(student, teacher, *problem, wants_gradient(student))
+    if call.plain:
+        loss, stats, _ = _loss_directly(student, teacher, call.step(ways), wants_gradient(student))
+    else:
+        loss, stats, _ = _loss_operator(student, teacher, *call.packed(ways), wants_gradient(student))
     return (loss, BAMStats(*stats.unbind())) if return_stats else loss
-
-
-def _ways(name: str, options: Options, layout: Layout, student: Tensor) -> str:
-    """How to compute: "reference" or joined ways, as `choose` returns them."""
-    ranks, engine = ranks_of(name, options.group), options.engine
-    ways = choose(name, options, student.device, student.dtype, engine, ranks)
-    if ways == "flash" and engine == "auto" and not flash_supports(layout, options.top_k, options.regather):
-        return choose(name, options, student.device, student.dtype, "slab", ranks)
-    return ways
 
 
 def bam_targets(student: Tensor, teacher: Tensor | None = None, **options: Any) -> Tensor:
@@ -161,100 +156,32 @@ def bam_targets(student: Tensor, teacher: Tensor | None = None, **options: Any) 
     Raises: ValueError or TypeError as `bam_loss`.
     """
     with share_errors_with_ranks("bam_targets", options.get("group"), student):
-        resolved = options_of("bam_targets", options)
-        layout = resolved.layout("bam_targets", student, teacher)
-        ways = _ways("bam_targets", resolved, layout, student)
+        call = checked_call("bam_targets", student, teacher, options_of("bam_targets", options))
+        ways = call.ways(student)
     if ways == "reference":
-        return reference.targets(student, teacher, layout, resolved)
+        return reference.targets(student, teacher, call.layout, call.options)
     teacher = teacher.detach() if teacher is not None else None
-    return _targets_operator(student.detach(), teacher, *_problem("bam_targets", layout, resolved, ways))
+    return _targets_operator(student.detach(), teacher, *call.packed(ways))
 
 
-# An operator takes the tensors, the dimensions V, L, T, R, W and this rank, temperature and epsilon, the names of the
-# ranks and of the ways that it may choose from, and these fields of Options.
-_FIELDS = {
-    "iterations": "int",
-    "top_k": "int",
-    "mask_positives": "bool",
-    "target_rows": "str",
-    "precision": "str",
-    "memory_budget": "int?",
-    "regather": "bool",
-    "non_finite": "str",
-}
-_PROBLEM = "SymInt[] dimensions, Tensor scales, str group, str ways, "
-_PROBLEM += ", ".join(f"{t} {name}" for name, t in _FIELDS.items())
+def _loss_impl(
+    student: Tensor, teacher: Tensor | None, numbers: list[int], scales: Tensor, text: str, needs_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return unpacked("bam_loss", student, numbers, scales, text).loss(student, teacher, needs_grad)
 
 
-def _problem(name: str, layout: Layout, options: Options, ways: str) -> tuple[Any, ...]:
-    """Arguments of the loss and target operators after the tensors, in the order of `_PROBLEM`."""
-    return (
-        [layout.V, layout.L, layout.T, layout.R, layout.W, layout.rank],
-        as_tensor(options.temperature, options.epsilon),
-        ranks_of(name, options.group)[2],
-        ways,
-        *[getattr(options, field) for field in _FIELDS],
-    )
-
-
-@contextmanager
-def _call(
-    name: str, student: Tensor, teacher: Tensor | None, problem: tuple[Any, ...], ranks: Ranks, *, needs_grad: bool
-) -> Iterator[tuple[Any, Call]]:
-    """Make the engine and its call from an operator's arguments; in the block, product precision is set."""
-    (V, L, T, R, _, _), scales, _, joined_ways, *fields_given = problem
-    temperature, epsilon = scales.tolist()
-    named = dict(zip(_FIELDS, fields_given, strict=True))
-    for field, value in (("temperature", temperature), ("epsilon", epsilon)):
-        check_positive(name, field, value)  # a compiled function does not check values of tensors
-    options = Options(temperature=temperature, epsilon=epsilon, **named)
-    ways, D = split(joined_ways), student.shape[-1]
-    layout = Layout(B=student.numel() // (V * D), V=V, L=L, T=T, D=D, R=R, W=ranks.W, rank=ranks.rank)
-    options.check_keys(name, layout)  # again: W may have changed since a function was compiled
-    sixteen_bit = is_sixteen_bit(WAYS[ways[0]].backend, options, student.dtype, student.device)
-    with product_precision(student.device, options.precision):
-        way = _fastest(ways, options, layout, student, sixteen_bit, needs_grad=needs_grad)
-        options = replace(options, backend=way.backend, engine=way.engine)
-        call = Call(name, student, teacher, layout, options, ranks, row_kernels(way.backend), needs_grad, sixteen_bit)
-        yield flash if way.engine == "flash" else slab, call
-
-
-def _fastest(
-    ways: tuple[str, ...], options: Options, layout: Layout, student: Tensor, sixteen_bit: bool, *, needs_grad: bool
-) -> Way:
-    """Choose one of the ways for a problem. Reads the product precision of the moment."""
-    if len(ways) == 1:
-        return WAYS[ways[0]]
-    if "flash" not in ways:
-        return fastest_rows(ways)
-    shared = not layout.R or options.target_rows == "student"
-    scatters = needs_grad and not layout.R
-    problem = Problem(layout, shared, options.iterations, needs_grad, scatters, sixteen_bit, options.regather)
-    at = rates() if sixteen_bit else rates().float32(float32_products(student.device))
-    return WAYS[choose_way(problem, ways, options.top_k, options.memory_budget, student.device, at)]
-
-
-def _loss_impl(student: Tensor, teacher: Tensor | None, *problem_and_needs_grad: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *problem, needs_grad = problem_and_needs_grad
-    ranks = ranks_named(problem[2])
-    try:
-        with _call("bam_loss", student, teacher, tuple(problem), ranks, needs_grad=needs_grad) as (engine, call):
-            result = engine.evaluate(call)
-    except NonFinite:
-        loss, stats, dz = _loss_fake(student, teacher, *problem_and_needs_grad)
-        return loss.fill_(math.nan), stats.fill_(math.nan), dz.fill_(math.nan)
-    dz = result.dz if result.dz is not None else student.new_empty(0, dtype=torch.float32)
-    return result.loss.float(), result.stats.float(), dz
-
-
-def _loss_fake(student: Tensor, teacher: Tensor | None, *problem_and_needs_grad: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _loss_fake(student: Tensor, teacher: Tensor | None, *packed_and_needs_grad: Any) -> tuple[Tensor, Tensor, Tensor]:
     D = student.shape[-1]
-    needs_grad = problem_and_needs_grad[-1]
+    needs_grad = packed_and_needs_grad[-1]
     return (
         student.new_empty((), dtype=torch.float32),
         student.new_empty(6, dtype=torch.float32),
         student.new_empty((student.numel() // D, D) if needs_grad else 0, dtype=torch.float32),
     )
+
+
+def _loss_of_step(student: Tensor, teacher: Tensor | None, step: Step, needs_grad: bool) -> tuple[Tensor, ...]:
+    return step.loss(student, teacher, needs_grad)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -291,23 +218,27 @@ def _backward(ctx: Any, grad_loss: Tensor | None, _: None, grad_dz: Tensor | Non
 
 
 def _scaled(grad_loss: Tensor, dz: Tensor, dtype: torch.dtype, shape: torch.Size) -> Tensor:
-    if dtype == dz.dtype or torch.is_grad_enabled():  # a product that is recorded is made of torch's own operators
+    if torch.is_grad_enabled():  # a product that is recorded is made of torch's own operators
         return (grad_loss * dz).to(dtype).view(shape)
+    if dtype == dz.dtype:
+        is_one = are_plain(grad_loss) and grad_loss.device.type == "cpu" and grad_loss.item() == 1.0
+        return (dz.detach() if is_one else grad_loss * dz).view(shape)
+    if are_plain(grad_loss):
+        return torch.mul(grad_loss, dz, out=torch.empty_like(dz, dtype=dtype)).view(shape)
     return rounded_product(grad_loss, dz, dtype).view(shape)
 
 
-def _targets_impl(student: Tensor, teacher: Tensor | None, *problem: Any) -> Tensor:
-    (*_, W, rank), _, group = problem[:3]
-    ranks = ranks_named(group, W, rank)
+def _targets_impl(student: Tensor, teacher: Tensor | None, *packed: Any) -> Tensor:
+    step = unpacked("bam_targets", student, *packed, same_world=True)
     try:
-        with _call("bam_targets", student, teacher, problem, ranks, needs_grad=False) as (engine, call):
+        with step.call(student, teacher, needs_grad=False) as (engine, call):
             return engine.targets(call)
     except NonFinite:
-        return _targets_fake(student, teacher, *problem).fill_(math.nan)
+        return _targets_fake(student, teacher, *packed).fill_(math.nan)
 
 
-def _targets_fake(student: Tensor, teacher: Tensor | None, dimensions: list[int], *rest: Any) -> Tensor:
-    V, L, T, _, W = dimensions[:5]
+def _targets_fake(student: Tensor, teacher: Tensor | None, numbers: list[int], *rest: Any) -> Tensor:
+    V, L, T, _, W = numbers[:5]
     B = student.numel() // (V * student.shape[-1])
     return student.new_empty((L * B, T * B * W), dtype=torch.float32)
 
@@ -322,7 +253,7 @@ _gradient_operator = make_differentiable(
 )
 _loss_operator = make_differentiable(
     define(
-        f"loss(Tensor student, Tensor? teacher, {_PROBLEM}, bool needs_grad) -> (Tensor loss, Tensor stats, Tensor dz)",
+        f"loss(Tensor student, Tensor? teacher, {PACKED}, bool needs_grad) -> (Tensor loss, Tensor stats, Tensor dz)",
         _loss_impl,
         _loss_fake,
     ),
@@ -330,8 +261,9 @@ _loss_operator = make_differentiable(
     _setup_context,
     setup_compiled=_setup_compiled,
 )
+_loss_directly = direct(_loss_of_step, _backward, _setup_context)
 _targets_operator = define(
-    f"targets(Tensor student, Tensor? teacher, {_PROBLEM}) -> Tensor", _targets_impl, _targets_fake
+    f"targets(Tensor student, Tensor? teacher, {PACKED}) -> Tensor", _targets_impl, _targets_fake
 )
 
 
@@ -371,14 +303,12 @@ class BAMLoss(nn.Module):
 
         With backend="auto" and several ranks on GPUs, every rank must call this, unless `forward` was called before.
         """
-        options = self._options_at(step).checked("BAMLoss")
-        layout = options.layout("BAMLoss", student, teacher)
-        ways = _ways("BAMLoss", options, layout, student)
+        call = checked_call("BAMLoss", student, teacher, self._options_at(step))
+        ways = call.ways(student)
         if ways == "reference":
             return ways
-        problem, ranks = _problem("BAMLoss", layout, options, ways), ranks_named(ranks_of("BAMLoss", options.group)[2])
-        with _call("BAMLoss", student, teacher, problem, ranks, needs_grad=wants_gradient(student)) as (_, call):
-            return f"{call.options.backend} {call.options.engine}"
+        with call.step(ways).call(student, teacher, needs_grad=wants_gradient(student)) as (_, chosen):
+            return f"{chosen.options.backend} {chosen.options.engine}"
 
     def _options_at(self, step: int | None) -> Options:
         """Options at a step. Raises: ValueError if epsilon is a schedule and there is no step."""
@@ -387,8 +317,7 @@ class BAMLoss(nn.Module):
             if step is None:
                 raise ValueError("BAMLoss: epsilon is a schedule, so forward needs step, got None")
             epsilon = epsilon(step)
-        named = {f.name: getattr(self.options, f.name) for f in fields(self.options) if f.name != "epsilon"}
-        return Options(epsilon=epsilon, **named)
+        return self.options if epsilon is self.options.epsilon else replace(self.options, epsilon=epsilon)
 
     def extra_repr(self) -> str:
         shown = {f.name: getattr(self.options, f.name) for f in fields(self.options)}

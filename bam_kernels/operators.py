@@ -46,16 +46,11 @@ def make_differentiable(
     setup = setup_compiled or setup_context
     torch.library.register_autograd(f"bam_kernels::{name}", backward, setup_context=setup, lib=library)
 
-    def no_forward_mode(*_: Any) -> Any:
-        raise NotImplementedError(
-            f'bam_kernels: {name} has no forward-mode derivative (jvp, jacfwd, hessian); backend="reference" has'
-        )
-
     members = {
         "forward": staticmethod(lambda *args: operator(*args)),
         "setup_context": staticmethod(setup_context or (lambda ctx, inputs, output: None)),
         "backward": staticmethod(backward),
-        "jvp": staticmethod(jvp or no_forward_mode),
+        "jvp": staticmethod(jvp or _without_forward_mode(name)),
         "generate_vmap_rule": True,
     }
     function: Any = types.new_class(name, (torch.autograd.Function,), exec_body=lambda body: body.update(members))
@@ -75,6 +70,52 @@ def make_differentiable(
     return call
 
 
+def direct(
+    implementation: Callable[..., Any],
+    backward: Callable[..., Any],
+    setup_context: Callable[..., None],
+) -> Callable[..., Any]:
+    """Return a function with derivatives that calls no operator, which saves the host the time of torch.library.
+
+    For tensors of which `are_plain` is true. backward, setup_context: as in `make_differentiable`. implementation: its
+    arguments may be of any type.
+    """
+
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        output = implementation(*arguments)
+        setup_context(ctx, arguments, output)
+        return output
+
+    name = implementation.__name__
+    members = {
+        "forward": staticmethod(forward),
+        "backward": staticmethod(backward),
+        "jvp": staticmethod(_without_forward_mode(name)),
+    }
+    function: Any = types.new_class(name, (torch.autograd.Function,), exec_body=lambda body: body.update(members))
+    return function.apply
+
+
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def are_plain(*tensors: Tensor | None) -> bool:
+    """Whether these are tensors with memory, and nothing but autograd watches the operators that take them."""
+    return (
+        not torch.compiler.is_compiling()
+        and all(x is None or (type(x) in PLAIN and x.device.type != "meta") for x in tensors)
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.maybe_current_level() is None
+        and not any(x is not None and _is_batch(x) for x in tensors)
+    )
+
+
+def _is_batch(x: Tensor) -> bool:
+    """Whether x stands for a batch of tensors, as in torch.func.vmap or with is_grads_batched=True."""
+    of_torch = torch._C._functorch
+    return of_torch.is_functorch_wrapped_tensor(x) or of_torch.is_legacy_batchedtensor(x)
+
+
 def _inside_transform() -> bool:
     """Whether a forward-mode derivative or a transform of torch.func is active while the compiler traces."""
     return torch.autograd.forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None
@@ -89,6 +130,15 @@ def as_tensor(*numbers: Any) -> Tensor:
         return torch.tensor(numbers, dtype=torch.float64, device="cpu")
     one = torch.ones((), dtype=torch.float64, device="cpu")
     return torch.stack([one * number for number in numbers])
+
+
+def _without_forward_mode(name: str) -> Callable[..., Any]:
+    def jvp(*_: Any) -> Any:
+        raise NotImplementedError(
+            f'bam_kernels: {name} has no forward-mode derivative (jvp, jacfwd, hessian); backend="reference" has'
+        )
+
+    return jvp
 
 
 def wants_gradient(x: Tensor) -> bool:

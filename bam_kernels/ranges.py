@@ -1,7 +1,7 @@
 """Named ranges for Nsight Systems in the domain "bam_kernels": gather, scores, Sinkhorn, match, gradient.
 
 Ranges are off, and nvtx is not imported, unless the environment has BAM_KERNELS_NVTX=1 or `enable` was called. A range
-that is on costs about a microsecond.
+that is on costs about a microsecond, and a step then runs through the engine's Python each time.
 """
 
 from collections.abc import Iterator
@@ -20,6 +20,11 @@ def enable() -> None:
     global _enabled
     _domain()
     _enabled = True
+
+
+def are_on() -> bool:
+    """Whether ranges are on."""
+    return _enabled
 
 
 @cache

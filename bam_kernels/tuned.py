@@ -98,6 +98,11 @@ def use_tiles(tiles: dict[Key, tuple[int, ...]]) -> Iterator[None]:
         _candidate_tiles = before
 
 
+def uses_candidates() -> bool:
+    """Whether launches take their tiles from `use_tiles`."""
+    return _candidate_tiles is not None
+
+
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):

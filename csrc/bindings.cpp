@@ -1,130 +1,228 @@
 // Python bindings: addresses and sizes in, nothing torch. The caller keeps the tensors alive and checks shapes.
 #include "bindings.h"
 
+#include <algorithm>
+#include <cmath>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 namespace {
 
 using namespace bam::bindings;
+using bam::Address;
+using bam::Memory;
 
-template <class Params>
-void call(void (*kernel)(const Params&), const Params& params) {
-  py::gil_scoped_release release;
-  kernel(params);
+using bam::cpu::Kernels;
+using KernelTable = Table<Kernels>;
+
+// Launch a kernel; params(at) makes its parameters with the addresses of memory `at`.
+template <class Params, class MakeParams>
+void call(const KernelTable& table, void (*kernel)(const Params&), MakeParams params) {
+  table.run([=](const Memory& at, void*) { kernel(params(at)); }, nullptr);
+}
+
+void bind_scores(py::class_<KernelTable>& c) {
+  c.def("mask_positives", [](const KernelTable& k, Address s, int64_t rows, int64_t row_stride, int64_t first,
+                             int64_t period, int64_t B, int64_t T, int64_t own_columns, int threads) {
+    call(k, bam::cpu::mask_positives, [=](const Memory& at) {
+      return bam::MaskPositives{at.as<float>(s), rows, row_stride, first, period, B, T, own_columns, threads};
+    });
+  });
+  c.def("quantize",
+        [](const KernelTable& k, Address s, int64_t rows, int64_t n, float steps_per_unit, Address out, int threads) {
+          call(k, k.kernels->quantize, [=](const Memory& at) {
+            return bam::Quantize{at.as<const float>(s), rows, n, steps_per_unit, at.as<int16_t>(out), threads};
+          });
+        });
+  c.def("column_lse", [](const KernelTable& k, ScoresTuple s, int64_t rows, int64_t n, float scale, Pair row,
+                         Address shift, Address sum, bool accumulate, int threads) {
+    call(k, k.kernels->column_lse, [=](const Memory& at) {
+      return bam::ColumnLse{scores(at, s),     rows,       n,      scale, potential(at, row), at.as<float>(shift),
+                            at.as<float>(sum), accumulate, threads};
+    });
+  });
+}
+
+void bind_sinkhorn(py::class_<KernelTable>& c) {
+  c.def("sinkhorn_pass", [](const KernelTable& k, ScoresTuple s, int64_t rows, int64_t n, float scale, Pair row,
+                            Pair col, Address sums, bool accumulate, int threads) {
+    call(k, k.kernels->sinkhorn_pass, [=](const Memory& at) {
+      return bam::SinkhornPass{scores(at, s),      rows,       n,      scale, potential(at, row), potential(at, col),
+                               at.as<float>(sums), accumulate, threads};
+    });
+  });
+  c.def("reciprocal_potential", [](const KernelTable& k, Pair col, Address shift, Address sum, int64_t n) {
+    k.run(
+        [=](const Memory& at, void*) {
+          bam::cpu::reciprocal_potential(potential(at, col), at.as<const float>(shift), at.as<const float>(sum), n);
+        },
+        nullptr);
+  });
+  c.def("divide_potential", [](const KernelTable& k, Pair col, Address sums, int64_t n) {
+    k.run([=](const Memory& at, void*) { bam::cpu::divide_potential(potential(at, col), at.as<const float>(sums), n); },
+          nullptr);
+  });
+}
+
+void bind_match(py::class_<KernelTable>& c) {
+  c.def("match", [](const KernelTable& k, ScoresTuple target, ScoresTuple source, std::array<int64_t, 8> dimensions,
+                    std::array<float, 4> scales, Address row_exponent, int64_t row_view_stride, Pair col,
+                    Address col_log2, std::array<Address, 3> sums, Address targets, int64_t targets_view_stride,
+                    Pair row_out, std::array<int64_t, 3> gradient, int threads) {
+    call(k, k.kernels->match, [=](const Memory& at) {
+      const auto [L, V, b, n, W, T, B, top_k] = dimensions;
+      bam::Match match{};
+      match.target = scores(at, target);
+      match.source = scores(at, source);
+      match.L = L;
+      match.V = V;
+      match.b = b;
+      match.n = n;
+      match.W = W;
+      match.T = T;
+      match.B = B;
+      match.top_k = top_k;
+      match.target_scale = scales[0];
+      match.source_scale = scales[1];
+      match.source_step_over_tau = scales[2];
+      match.gradient_scale = scales[3];
+      match.row_exponent = at.as<const float>(row_exponent);
+      match.row_view_stride = row_view_stride;
+      match.col = potential(at, col);
+      match.col_log2 = at.as<const float>(col_log2);
+      match.loss = at.as<double>(sums[0]);
+      match.target_entropy = at.as<double>(sums[1]);
+      match.source_entropy = at.as<double>(sums[2]);
+      match.targets = at.as<float>(targets);
+      match.targets_view_stride = targets_view_stride;
+      match.row_out = potential(at, row_out);
+      match.gradient = at.as<float>(gradient[0]);
+      match.gradient_view_stride = gradient[1];
+      match.gradient_row_stride = gradient[2];
+      match.threads = threads;
+      return match;
+    });
+  });
+}
+
+void bind_plan(py::class_<KernelTable>& c) {
+  c.def("plan_products", [](const KernelTable& k, ScoresTuple s, int64_t rows, int64_t n, float scale, Pair row,
+                            Pair col, Address v, Address u, Address y, Address w, int threads) {
+    call(k, k.kernels->plan_products, [=](const Memory& at) {
+      return bam::PlanProducts{scores(at, s),
+                               rows,
+                               n,
+                               scale,
+                               potential(at, row),
+                               potential(at, col),
+                               at.as<const float>(v),
+                               at.as<const float>(u),
+                               at.as<float>(y),
+                               at.as<float>(w),
+                               threads};
+    });
+  });
+  c.def("plan_subtract", [](const KernelTable& k, ScoresTuple s, int64_t rows, int64_t n, float scale, Pair row,
+                            Pair col, Address u, Address v, Address x, int threads) {
+    call(k, k.kernels->plan_subtract, [=](const Memory& at) {
+      return bam::PlanSubtract{scores(at, s),
+                               rows,
+                               n,
+                               scale,
+                               potential(at, row),
+                               potential(at, col),
+                               at.as<const float>(u),
+                               at.as<const float>(v),
+                               at.as<float>(x),
+                               threads};
+    });
+  });
+  c.def("symmetrize", [](const KernelTable& k, Address G, int64_t m, int64_t stride, Address row_sums, int threads) {
+    call(k, k.kernels->symmetrize, [=](const Memory& at) {
+      return bam::Symmetrize{at.as<float>(G), m, stride, at.as<float>(row_sums), threads};
+    });
+  });
+}
+
+void bind_embeddings(py::class_<KernelTable>& c) {
+  c.def("normalize", [](const KernelTable& k, Address x, int64_t rows, int64_t d, int64_t row_stride, Address unit,
+                        Address norm, int threads) {
+    call(k, k.kernels->normalize, [=](const Memory& at) {
+      return bam::Normalize{at.as<const float>(x), rows,   d, row_stride, at.as<float>(unit),
+                            at.as<double>(norm),   threads};
+    });
+  });
+  c.def("require_finite", [](const KernelTable& k, Address norm, int64_t rows) {
+    k.run(
+        [=](const Memory& at, void*) {
+          const double* first = at.as<const double>(norm);
+          if (!std::all_of(first, first + rows, [](double x) { return std::isfinite(x); }))
+            throw std::domain_error("a row has values that are not finite");
+        },
+        nullptr);
+  });
+  c.def("centre_potential", [](const KernelTable& k, Address unit, Address centre, int64_t rows, int64_t d,
+                               double scale, Pair row, int threads) {
+    call(k, k.kernels->centre_potential, [=](const Memory& at) {
+      return bam::CentrePotential{
+          at.as<const float>(unit), at.as<const float>(centre), rows, d, scale, potential(at, row), threads};
+    });
+  });
+  c.def("project", [](const KernelTable& k, Address d, Address unit, Address norm, double factor, int64_t rows,
+                      int64_t features, int threads) {
+    call(k, k.kernels->project, [=](const Memory& at) {
+      return bam::Project{at.as<float>(d), at.as<const float>(unit), at.as<const double>(norm), factor, rows, features,
+                          threads};
+    });
+  });
+}
+
+void bind_launch_list(py::module_& m) {
+  py::class_<bam::LaunchList, std::shared_ptr<bam::LaunchList>>(
+      m, "LaunchList", "Launches that were recorded as they ran, to be run again on other memory.")
+      .def(py::init<>())
+      .def("__len__", &bam::LaunchList::size)
+      .def("addresses", &bam::LaunchList::addresses, "Addresses that launch i used.")
+      .def(
+          "place",
+          [](bam::LaunchList& list, std::size_t i, const std::vector<std::pair<std::size_t, Address>>& places) {
+            std::vector<bam::Place> placed;
+            for (const auto& [base, offset] : places) placed.push_back({base, offset});
+            list.place(i, std::move(placed));
+          },
+          "Say once where each address of launch i will be: bytes after a base of `run`.")
+      .def(
+          "run",
+          [](const bam::LaunchList& list, std::size_t first, std::size_t last, const std::vector<Address>& bases,
+             Address stream) {
+            py::gil_scoped_release release;
+            list.run(first, last, bases, reinterpret_cast<void*>(stream));
+          },
+          "Run launches first .. last - 1 on memory at these bases.");
 }
 
 void bind_cpu(py::module_& m) {
-  using bam::cpu::Kernels;
-  py::class_<Kernels>(m, "CpuKernels")
-      .def_property_readonly("isa", [](const Kernels& k) { return std::string(k.isa); })
-      .def("column_lse",
-           [](const Kernels& k, py::tuple s, int64_t rows, int64_t n, float scale, py::tuple row, Address shift,
-              Address sum, bool accumulate, int threads) {
-             call(k.column_lse, bam::ColumnLse{scores(s), rows, n, scale, potential(row), as<float>(shift),
-                                               as<float>(sum), accumulate, threads});
-           })
-      .def("sinkhorn_pass",
-           [](const Kernels& k, py::tuple s, int64_t rows, int64_t n, float scale, py::tuple row, py::tuple col,
-              Address c, bool accumulate, int threads) {
-             call(k.sinkhorn_pass, bam::SinkhornPass{scores(s), rows, n, scale, potential(row), potential(col),
-                                                     as<float>(c), accumulate, threads});
-           })
-      .def("match",
-           [](const Kernels& k, py::dict p, int threads) {
-             bam::Match match{};
-             match.target = scores(p["target"]);
-             match.source = scores(p["source"]);
-             match.L = p["L"].cast<int64_t>();
-             match.V = p["V"].cast<int64_t>();
-             match.b = p["b"].cast<int64_t>();
-             match.n = p["n"].cast<int64_t>();
-             match.W = p["W"].cast<int64_t>();
-             match.T = p["T"].cast<int64_t>();
-             match.B = p["B"].cast<int64_t>();
-             match.top_k = p["top_k"].cast<int64_t>();
-             match.target_scale = p["target_scale"].cast<float>();
-             match.source_scale = p["source_scale"].cast<float>();
-             match.source_step_over_tau = p["source_step_over_tau"].cast<float>();
-             match.gradient_scale = p["gradient_scale"].cast<float>();
-             match.row_exponent = as<const float>(p["row_exponent"].cast<Address>());
-             match.row_view_stride = p["row_view_stride"].cast<int64_t>();
-             match.col = potential(py::tuple(p["col"]));
-             match.col_log2 = as<const float>(p["col_log2"].cast<Address>());
-             match.loss = as<double>(p["loss"].cast<Address>());
-             match.target_entropy = as<double>(p["target_entropy"].cast<Address>());
-             match.source_entropy = as<double>(p["source_entropy"].cast<Address>());
-             match.targets = as<float>(p["targets"].cast<Address>());
-             match.targets_view_stride = p["targets_view_stride"].cast<int64_t>();
-             match.row_out = potential(py::tuple(p["row_out"]));
-             match.gradient = as<float>(p["gradient"].cast<Address>());
-             match.gradient_view_stride = p["gradient_view_stride"].cast<int64_t>();
-             match.gradient_row_stride = p["gradient_row_stride"].cast<int64_t>();
-             match.threads = threads;
-             call(k.match, match);
-           })
-      .def("plan_products",
-           [](const Kernels& k, py::tuple s, int64_t rows, int64_t n, float scale, py::tuple row, py::tuple col,
-              Address v, Address u, Address y, Address w, int threads) {
-             call(k.plan_products,
-                  bam::PlanProducts{scores(s), rows, n, scale, potential(row), potential(col), as<const float>(v),
-                                    as<const float>(u), as<float>(y), as<float>(w), threads});
-           })
-      .def("plan_subtract",
-           [](const Kernels& k, py::tuple s, int64_t rows, int64_t n, float scale, py::tuple row, py::tuple col,
-              Address u, Address v, Address x, int threads) {
-             call(k.plan_subtract, bam::PlanSubtract{scores(s), rows, n, scale, potential(row), potential(col),
-                                                     as<const float>(u), as<const float>(v), as<float>(x), threads});
-           })
-      .def("normalize",
-           [](const Kernels& k, Address x, int64_t rows, int64_t d, int64_t row_stride, Address unit, Address norm,
-              int threads) {
-             call(k.normalize,
-                  bam::Normalize{as<const float>(x), rows, d, row_stride, as<float>(unit), as<double>(norm), threads});
-           })
-      .def("centre_potential",
-           [](const Kernels& k, Address unit, Address centre, int64_t rows, int64_t d, double scale, py::tuple row,
-              int threads) {
-             call(k.centre_potential, bam::CentrePotential{as<const float>(unit), as<const float>(centre), rows, d,
-                                                           scale, potential(row), threads});
-           })
-      .def("project",
-           [](const Kernels& k, Address d, Address unit, Address norm, double factor, int64_t rows, int64_t features,
-              int threads) {
-             call(k.project, bam::Project{as<float>(d), as<const float>(unit), as<const double>(norm), factor, rows,
-                                          features, threads});
-           })
-      .def("symmetrize",
-           [](const Kernels& k, Address G, int64_t m, int64_t stride, Address row_sums, int threads) {
-             call(k.symmetrize, bam::Symmetrize{as<float>(G), m, stride, as<float>(row_sums), threads});
-           })
-      .def("quantize",
-           [](const Kernels& k, Address s, int64_t rows, int64_t n, float steps_per_unit, Address out, int threads) {
-             call(k.quantize, bam::Quantize{as<const float>(s), rows, n, steps_per_unit, as<int16_t>(out), threads});
-           });
-
+  py::class_<KernelTable> table(m, "CpuKernels");
+  table.def_property_readonly("isa", [](const KernelTable& k) { return std::string(k.kernels->isa); });
+  bind_recorded(table);
+  bind_scores(table);
+  bind_sinkhorn(table);
+  bind_match(table);
+  bind_plan(table);
+  bind_embeddings(table);
   m.def(
       "cpu_kernels",
       [](const std::string& isa) {
         const Kernels* kernels = bam::cpu::find_kernels(isa.c_str());
         if (!kernels) throw py::value_error("this processor, or this build, cannot run the kernels for " + isa);
-        return kernels;
+        return KernelTable{kernels};
       },
-      py::arg("isa") = "auto", py::return_value_policy::reference,
+      py::arg("isa") = "auto",
       "The kernels for an instruction set (auto, avx512, avx2, plain); auto is the best this processor runs.");
   m.def(
-      "cpu_kernels_at", [](Address table) { return as<const Kernels>(table); }, py::return_value_policy::reference,
+      "cpu_kernels_at", [](Address table) { return KernelTable{reinterpret_cast<const Kernels*>(table)}; },
       "Kernels of another build by the address of their table: for tests.");
-  m.def("mask_positives", [](Address s, int64_t rows, int64_t row_stride, int64_t first, int64_t period, int64_t B,
-                             int64_t T, int64_t own_columns, int threads) {
-    call(bam::cpu::mask_positives,
-         bam::MaskPositives{as<float>(s), rows, row_stride, first, period, B, T, own_columns, threads});
-  });
-  m.def("reciprocal_potential", [](py::tuple col, Address shift, Address sum, int64_t n) {
-    bam::cpu::reciprocal_potential(potential(col), as<const float>(shift), as<const float>(sum), n);
-  });
-  m.def("divide_potential",
-        [](py::tuple col, Address c, int64_t n) { bam::cpu::divide_potential(potential(col), as<const float>(c), n); });
 }
 
 }  // namespace
@@ -137,6 +235,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "bam_kernels: compiled kernels, called with addresses; see csrc/bam.h";
   // Hash of csrc/, equal on every machine; after a space the compiler of the CUDA kernels, if there are any.
   m.attr("built_from") = std::string(bam::built_from);
+  bind_launch_list(m);
   bind_cpu(m);
   bam::bindings::bind_cuda(m);
 }

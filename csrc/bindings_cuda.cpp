@@ -1,9 +1,5 @@
 // Bindings of the CUDA kernels' table. Without nvcc the class is there all the same, for a table that tests build.
-#include <pybind11/stl.h>
-
-#include <array>
 #include <string>
-#include <tuple>
 #include <utility>
 
 #include "bindings.h"
@@ -14,8 +10,9 @@ namespace {
 
 using namespace bam::cuda;
 
-// As Python writes them.
-using Pair = std::pair<Address, Address>;
+using KernelTable = Table<Kernels>;
+
+// Arguments as Python writes them.
 using ScalarPair = std::pair<float, Address>;                        // factor, address of a device scalar or 0
 using RowsTuple = std::tuple<Address, int, std::array<int64_t, 4>>;  // address, float type, rows of a view, strides
 using PositivesTuple = std::tuple<bool, int64_t, int64_t, int64_t, int64_t, int64_t>;
@@ -24,15 +21,12 @@ using TeamPair = std::pair<int, int>;                              // threads, c
 using WhereTuple = std::tuple<int, Address, bool, int64_t>;        // device, stream, programmatic, shared_bytes
 using GradientTuple = std::tuple<Address, int, int64_t, int64_t>;  // address, float type, view stride, row stride
 
-Potential potential(const Pair& p) {
-  return bindings::potential(p.first, p.second);
+Scalar scalar(const Memory& at, const ScalarPair& s) {
+  return {s.first, at.as<const float>(s.second)};
 }
-Scalar scalar(const ScalarPair& s) {
-  return {s.first, as<const float>(s.second)};
-}
-Rows rows(const RowsTuple& r) {
-  const auto [address, type, n] = r;
-  return {as<const void>(address), static_cast<FloatType>(type), n[0], n[1], n[2], n[3]};
+Rows rows(const Memory& at, const RowsTuple& r) {
+  const auto& n = std::get<2>(r);
+  return {at.as<const void>(std::get<0>(r)), static_cast<FloatType>(std::get<1>(r)), n[0], n[1], n[2], n[3]};
 }
 Positives positives(const PositivesTuple& p) {
   return {std::get<0>(p), std::get<1>(p), std::get<2>(p), std::get<3>(p), std::get<4>(p), std::get<5>(p)};
@@ -41,170 +35,269 @@ Team team(const TeamPair& t) {
   return {t.first, t.second};
 }
 
-template <class Params>
-void call(void (*kernel)(const Params&, const Where&), const Params& params, const WhereTuple& where) {
-  py::gil_scoped_release release;
-  kernel(params, {std::get<0>(where), as<void>(std::get<1>(where)), std::get<2>(where), std::get<3>(where)});
+// Launch a kernel; params(at) makes its parameters with the addresses of memory `at`.
+template <class Params, class MakeParams>
+void call(const KernelTable& table, void (*Kernels::*kernel)(const Params&, const Where&), const WhereTuple& w,
+          MakeParams params) {
+  const Where where{std::get<0>(w), nullptr, std::get<2>(w), std::get<3>(w)};
+  table.run(
+      [=, function = table.kernels->*kernel](const Memory& at, void* stream) {
+        Where now = where;
+        now.stream = stream;
+        function(params(at), now);
+      },
+      reinterpret_cast<void*>(std::get<1>(w)));
 }
 
-void bind_scores(py::class_<Kernels>& c) {
-  c.def("column_lse", [](const Kernels& k, py::tuple s, int64_t m, int64_t n, ScalarPair scale, Pair row, Address shift,
-                         Address sum, bool accumulate, Address partial, int64_t chunk_rows, Address bias, Address fixed,
-                         int64_t fixed_stride, ScalarPair step, PositivesTuple of, WhereTuple where) {
-    call(k.column_lse,
-         {scores(s), m, n, scalar(scale), potential(row), as<float>(shift), as<float>(sum), accumulate,
-          as<float>(partial), chunk_rows, as<const float>(bias), as<int16_t>(fixed), fixed_stride, scalar(step),
-          positives(of)},
-         where);
+void bind_scores(py::class_<KernelTable>& c) {
+  c.def("column_lse", [](const KernelTable& k, ScoresTuple s, int64_t m, int64_t n, ScalarPair scale, Pair row,
+                         Address shift, Address sum, bool accumulate, Address partial, int64_t chunk_rows, Address bias,
+                         Address fixed, int64_t fixed_stride, ScalarPair step, PositivesTuple of, WhereTuple where) {
+    call(k, &Kernels::column_lse, where, [=](const Memory& at) {
+      return cuda::ColumnLse{scores(at, s),
+                             m,
+                             n,
+                             scalar(at, scale),
+                             potential(at, row),
+                             at.as<float>(shift),
+                             at.as<float>(sum),
+                             accumulate,
+                             at.as<float>(partial),
+                             chunk_rows,
+                             at.as<const float>(bias),
+                             at.as<int16_t>(fixed),
+                             fixed_stride,
+                             scalar(at, step),
+                             positives(of)};
+    });
   });
   c.def("mask_positives",
-        [](const Kernels& k, Address s, int64_t m, int64_t row_stride, PositivesTuple of, WhereTuple where) {
-          call(k.mask_positives, {as<float>(s), m, row_stride, positives(of)}, where);
+        [](const KernelTable& k, Address s, int64_t m, int64_t row_stride, PositivesTuple of, WhereTuple where) {
+          call(k, &Kernels::mask_positives, where,
+               [=](const Memory& at) { return cuda::MaskPositives{at.as<float>(s), m, row_stride, positives(of)}; });
         });
 }
 
-void bind_sinkhorn(py::class_<Kernels>& c) {
-  c.def("sinkhorn_pass", [](const Kernels& k, py::tuple s, int64_t m, int64_t n, ScalarPair scale, Pair row, Pair col,
-                            Address sums, bool accumulate, bool divide, Address partial, int64_t chunk_rows,
+void bind_sinkhorn(py::class_<KernelTable>& c) {
+  c.def("sinkhorn_pass", [](const KernelTable& k, ScoresTuple s, int64_t m, int64_t n, ScalarPair scale, Pair row,
+                            Pair col, Address sums, bool accumulate, bool divide, Address partial, int64_t chunk_rows,
                             TeamPair of, int group, WhereTuple where) {
-    call(k.sinkhorn_pass,
-         {scores(s), m, n, scalar(scale), potential(row), potential(col), as<float>(sums), accumulate, divide,
-          as<float>(partial), chunk_rows, team(of), group},
-         where);
+    call(k, &Kernels::sinkhorn_pass, where, [=](const Memory& at) {
+      return cuda::SinkhornPass{scores(at, s),
+                                m,
+                                n,
+                                scalar(at, scale),
+                                potential(at, row),
+                                potential(at, col),
+                                at.as<float>(sums),
+                                accumulate,
+                                divide,
+                                at.as<float>(partial),
+                                chunk_rows,
+                                team(of),
+                                group};
+    });
   });
-  c.def("row_step", [](const Kernels& k, py::tuple s, int64_t m, int64_t n, ScalarPair scale, Pair row, Pair col,
+  c.def("row_step", [](const KernelTable& k, ScoresTuple s, int64_t m, int64_t n, ScalarPair scale, Pair row, Pair col,
                        WhereTuple where) {
-    call(k.row_step, {scores(s), m, n, scalar(scale), potential(row), potential(col)}, where);
+    call(k, &Kernels::row_step, where, [=](const Memory& at) {
+      return cuda::RowStep{scores(at, s), m, n, scalar(at, scale), potential(at, row), potential(at, col)};
+    });
   });
   c.def("sinkhorn_on_chip",
-        [](const Kernels& k, py::tuple s, int64_t m, int64_t n, ScalarPair scale, Pair row, Pair col, Address sums,
-           int64_t block_rows, int cluster, int iterations, WhereTuple where) {
-          call(k.sinkhorn_on_chip,
-               {scores(s), m, n, scalar(scale), potential(row), potential(col), as<float>(sums), block_rows, cluster,
-                iterations},
-               where);
+        [](const KernelTable& k, ScoresTuple s, int64_t m, int64_t n, ScalarPair scale, Pair row, Pair col,
+           Address sums, int64_t block_rows, int cluster, int iterations, WhereTuple where) {
+          call(k, &Kernels::sinkhorn_on_chip, where, [=](const Memory& at) {
+            return cuda::SinkhornOnChip{
+                scores(at, s),      m,          n,       scalar(at, scale), potential(at, row), potential(at, col),
+                at.as<float>(sums), block_rows, cluster, iterations};
+          });
         });
   c.def("reciprocal_potential",
-        [](const Kernels& k, Address shift, Address sum, Pair col, int64_t n, WhereTuple where) {
-          call(k.reciprocal_potential, {as<const float>(shift), as<const float>(sum), potential(col), n}, where);
+        [](const KernelTable& k, Address shift, Address sum, Pair col, int64_t n, WhereTuple where) {
+          call(k, &Kernels::reciprocal_potential, where, [=](const Memory& at) {
+            return cuda::ReciprocalPotential{at.as<const float>(shift), at.as<const float>(sum), potential(at, col), n};
+          });
         });
-  c.def("column_totals",
-        [](const Kernels& k, Address shift, Address sum, float common, Address total, int64_t n, WhereTuple where) {
-          call(k.column_totals, {as<const float>(shift), as<const float>(sum), common, as<double>(total), n}, where);
-        });
-  c.def("total_potential", [](const Kernels& k, Address total, float common, Pair col, int64_t n, WhereTuple where) {
-    call(k.total_potential, {as<const double>(total), common, potential(col), n}, where);
+  c.def("column_totals", [](const KernelTable& k, Address shift, Address sum, float common, Address total, int64_t n,
+                            WhereTuple where) {
+    call(k, &Kernels::column_totals, where, [=](const Memory& at) {
+      return cuda::ColumnTotals{at.as<const float>(shift), at.as<const float>(sum), common, at.as<double>(total), n};
+    });
   });
-  c.def("divide_potential", [](const Kernels& k, Pair col, Address sums, int64_t n, WhereTuple where) {
-    call(k.divide_potential, {potential(col), as<const float>(sums), n}, where);
+  c.def("total_potential",
+        [](const KernelTable& k, Address total, float common, Pair col, int64_t n, WhereTuple where) {
+          call(k, &Kernels::total_potential, where, [=](const Memory& at) {
+            return cuda::TotalPotential{at.as<const double>(total), common, potential(at, col), n};
+          });
+        });
+  c.def("divide_potential", [](const KernelTable& k, Pair col, Address sums, int64_t n, WhereTuple where) {
+    call(k, &Kernels::divide_potential, where,
+         [=](const Memory& at) { return cuda::DividePotential{potential(at, col), at.as<const float>(sums), n}; });
   });
 }
 
-void bind_match(py::class_<Kernels>& c) {
-  c.def("match", [](const Kernels& k, py::tuple target, py::tuple source, std::array<int64_t, 8> dimensions,
+void bind_match(py::class_<KernelTable>& c) {
+  c.def("match", [](const KernelTable& k, ScoresTuple target, ScoresTuple source, std::array<int64_t, 8> dimensions,
                     std::array<ScalarPair, 3> scales, float gradient_scale, float pair_weight, Address row_exponent,
                     int64_t row_view_stride, Pair col, Address sums, int64_t sums_stride, Address targets,
                     int64_t targets_view_stride, Pair row_out, GradientTuple gradient, TeamPair of, int stages,
                     Address means, WhereTuple where) {
-    const auto [L, V, b, n, W, T, B, top_k] = dimensions;
-    const auto [address, type, view_stride, row_stride] = gradient;
-    call(k.match,
-         {scores(target),
-          scores(source),
-          L,
-          V,
-          b,
-          n,
-          W,
-          T,
-          B,
-          top_k,
-          scalar(scales[0]),
-          scalar(scales[1]),
-          scalar(scales[2]),
-          gradient_scale,
-          pair_weight,
-          as<const float>(row_exponent),
-          row_view_stride,
-          potential(col),
-          as<float>(sums),
-          sums_stride,
-          as<float>(targets),
-          targets_view_stride,
-          potential(row_out),
-          as<void>(address),
-          static_cast<FloatType>(type),
-          view_stride,
-          row_stride,
-          team(of),
-          stages,
-          as<float>(means)},
-         where);
+    call(k, &Kernels::match, where, [=](const Memory& at) {
+      const auto [L, V, b, n, W, T, B, top_k] = dimensions;
+      const auto [address, type, view_stride, row_stride] = gradient;
+      return cuda::Match{scores(at, target),
+                         scores(at, source),
+                         L,
+                         V,
+                         b,
+                         n,
+                         W,
+                         T,
+                         B,
+                         top_k,
+                         scalar(at, scales[0]),
+                         scalar(at, scales[1]),
+                         scalar(at, scales[2]),
+                         gradient_scale,
+                         pair_weight,
+                         at.as<const float>(row_exponent),
+                         row_view_stride,
+                         potential(at, col),
+                         at.as<float>(sums),
+                         sums_stride,
+                         at.as<float>(targets),
+                         targets_view_stride,
+                         potential(at, row_out),
+                         at.as<void>(address),
+                         static_cast<FloatType>(type),
+                         view_stride,
+                         row_stride,
+                         team(of),
+                         stages,
+                         at.as<float>(means)};
+    });
   });
 }
 
-void bind_plan(py::class_<Kernels>& c) {
+void bind_plan(py::class_<KernelTable>& c) {
   c.def("plan_products",
-        [](const Kernels& k, py::tuple s, int64_t m, int64_t n, ScalarPair scale, Pair row, Pair col, Address v,
+        [](const KernelTable& k, ScoresTuple s, int64_t m, int64_t n, ScalarPair scale, Pair row, Pair col, Address v,
            Address u, Address y, Address w, bool accumulate, Address partial, int64_t chunk_rows, WhereTuple where) {
-          call(k.plan_products,
-               {scores(s), m, n, scalar(scale), potential(row), potential(col), as<const float>(v), as<const float>(u),
-                as<float>(y), as<float>(w), accumulate, as<float>(partial), chunk_rows},
-               where);
+          call(k, &Kernels::plan_products, where, [=](const Memory& at) {
+            return cuda::PlanProducts{scores(at, s),
+                                      m,
+                                      n,
+                                      scalar(at, scale),
+                                      potential(at, row),
+                                      potential(at, col),
+                                      at.as<const float>(v),
+                                      at.as<const float>(u),
+                                      at.as<float>(y),
+                                      at.as<float>(w),
+                                      accumulate,
+                                      at.as<float>(partial),
+                                      chunk_rows};
+          });
         });
-  c.def("plan_subtract", [](const Kernels& k, py::tuple s, int64_t m, int64_t n, ScalarPair scale, Pair row, Pair col,
-                            Address u, Address v, Address x, int64_t x_stride, WhereTuple where) {
-    call(k.plan_subtract,
-         {scores(s), m, n, scalar(scale), potential(row), potential(col), as<const float>(u), as<const float>(v),
-          as<float>(x), x_stride},
-         where);
+  c.def("plan_subtract", [](const KernelTable& k, ScoresTuple s, int64_t m, int64_t n, ScalarPair scale, Pair row,
+                            Pair col, Address u, Address v, Address x, int64_t x_stride, WhereTuple where) {
+    call(k, &Kernels::plan_subtract, where, [=](const Memory& at) {
+      return cuda::PlanSubtract{scores(at, s),
+                                m,
+                                n,
+                                scalar(at, scale),
+                                potential(at, row),
+                                potential(at, col),
+                                at.as<const float>(u),
+                                at.as<const float>(v),
+                                at.as<float>(x),
+                                x_stride};
+    });
   });
-  c.def("symmetrize", [](const Kernels& k, Address G, int type, int64_t m, int64_t stride, Address row_sums,
+  c.def("symmetrize", [](const KernelTable& k, Address G, int type, int64_t m, int64_t stride, Address row_sums,
                          Address partial, WhereTuple where) {
-    call(k.symmetrize, {as<void>(G), static_cast<FloatType>(type), m, stride, as<float>(row_sums), as<float>(partial)},
-         where);
+    call(k, &Kernels::symmetrize, where, [=](const Memory& at) {
+      return cuda::Symmetrize{at.as<void>(G), static_cast<FloatType>(type), m,
+                              stride,         at.as<float>(row_sums),       at.as<float>(partial)};
+    });
   });
 }
 
-void bind_embeddings(py::class_<Kernels>& c) {
-  c.def("normalize", [](const Kernels& k, RowsTuple x, int64_t m, int64_t d, Address centre, Address read, Address norm,
-                        Address bias, double scale, Pair row, MessageTuple sent, WhereTuple where) {
-    const auto [to, columns, sent_rows] = sent;
-    call(k.normalize,
-         {rows(x), m, d, as<const float>(centre), as<void>(read), as<double>(norm), as<float>(bias), scale,
-          potential(row), as<void>(to), columns, sent_rows},
-         where);
+void bind_embeddings(py::class_<KernelTable>& c) {
+  c.def("normalize", [](const KernelTable& k, RowsTuple x, int64_t m, int64_t d, Address centre, Address read,
+                        Address norm, Address bias, double scale, Pair row, MessageTuple sent, WhereTuple where) {
+    call(k, &Kernels::normalize, where, [=](const Memory& at) {
+      const auto [to, columns, sent_rows] = sent;
+      return cuda::Normalize{rows(at, x),
+                             m,
+                             d,
+                             at.as<const float>(centre),
+                             at.as<void>(read),
+                             at.as<double>(norm),
+                             at.as<float>(bias),
+                             scale,
+                             potential(at, row),
+                             at.as<void>(to),
+                             columns,
+                             sent_rows};
+    });
   });
-  c.def("mean_row", [](const Kernels& k, RowsTuple x, Address norm, int64_t m, int64_t d, int64_t ranks, Address mean,
-                       WhereTuple where) {
-    call(k.mean_row, {rows(x), as<const double>(norm), m, d, ranks, as<float>(mean)}, where);
+  c.def("mean_row", [](const KernelTable& k, RowsTuple x, Address norm, int64_t m, int64_t d, int64_t ranks,
+                       Address mean, WhereTuple where) {
+    call(k, &Kernels::mean_row, where, [=](const Memory& at) {
+      return cuda::MeanRow{rows(at, x), at.as<const double>(norm), m, d, ranks, at.as<float>(mean)};
+    });
   });
-  c.def("product_step", [](const Kernels& k, Address centre, int64_t d, Address key_bias, int64_t n, Address row_bias,
-                           int64_t m, Address other_bias, int64_t other, Address step, WhereTuple where) {
-    call(k.product_step,
-         {as<const float>(centre), as<const float>(key_bias), as<const float>(row_bias), as<const float>(other_bias), d,
-          n, m, other, as<float>(step)},
-         where);
-  });
-  c.def("centre_potential", [](const Kernels& k, Address read, int64_t m, int64_t d, Address centre, double scale,
+  c.def("product_step",
+        [](const KernelTable& k, Address centre, int64_t d, Address key_bias, int64_t n, Address row_bias, int64_t m,
+           Address other_bias, int64_t other, Address step, WhereTuple where) {
+          call(k, &Kernels::product_step, where, [=](const Memory& at) {
+            return cuda::ProductStep{at.as<const float>(centre),
+                                     at.as<const float>(key_bias),
+                                     at.as<const float>(row_bias),
+                                     at.as<const float>(other_bias),
+                                     d,
+                                     n,
+                                     m,
+                                     other,
+                                     at.as<float>(step)};
+          });
+        });
+  c.def("centre_potential", [](const KernelTable& k, Address read, int64_t m, int64_t d, Address centre, double scale,
                                Pair row, WhereTuple where) {
-    call(k.centre_potential, {as<const float>(read), m, d, as<const float>(centre), scale, potential(row)}, where);
+    call(k, &Kernels::centre_potential, where, [=](const Memory& at) {
+      return cuda::CentrePotential{at.as<const float>(read),   m,     d,
+                                   at.as<const float>(centre), scale, potential(at, row)};
+    });
   });
-  c.def("project", [](const Kernels& k, Address d, RowsTuple x, Address norm, float factor, int64_t m, int64_t features,
-                      WhereTuple where) {
-    call(k.project, {as<float>(d), rows(x), as<const double>(norm), factor, m, features}, where);
+  c.def("project", [](const KernelTable& k, Address d, RowsTuple x, Address norm, float factor, int64_t m,
+                      int64_t features, WhereTuple where) {
+    call(k, &Kernels::project, where, [=](const Memory& at) {
+      return cuda::Project{at.as<float>(d), rows(at, x), at.as<const double>(norm), factor, m, features};
+    });
   });
 }
 
-void bind_stats(py::class_<Kernels>& c) {
+void bind_stats(py::class_<KernelTable>& c) {
   c.def("loss_and_stats",
-        [](const Kernels& k, Address images, int64_t count, Address sums, int64_t n, Address norm, int64_t m,
+        [](const KernelTable& k, Address images, int64_t count, Address sums, int64_t n, Address norm, int64_t m,
            std::array<int64_t, 3> dimensions, double uniform_loss, Address loss, Address stats, WhereTuple where) {
-          const auto [B, L, V] = dimensions;
-          call(k.loss_and_stats,
-               {as<const float>(images), count, as<const float>(sums), n, as<const double>(norm), m, B, L, V,
-                uniform_loss, as<float>(loss), as<float>(stats)},
-               where);
+          call(k, &Kernels::loss_and_stats, where, [=](const Memory& at) {
+            const auto [B, L, V] = dimensions;
+            return cuda::LossAndStats{at.as<const float>(images),
+                                      count,
+                                      at.as<const float>(sums),
+                                      n,
+                                      at.as<const double>(norm),
+                                      m,
+                                      B,
+                                      L,
+                                      V,
+                                      uniform_loss,
+                                      at.as<float>(loss),
+                                      at.as<float>(stats)};
+          });
         });
 }
 
@@ -229,7 +322,8 @@ py::dict device(int index) {
 }  // namespace
 
 void bind_cuda(py::module_& m) {
-  py::class_<Kernels> table(m, "CudaKernels");
+  py::class_<KernelTable> table(m, "CudaKernels");
+  bind_recorded(table);
   bind_scores(table);
   bind_sinkhorn(table);
   bind_match(table);
@@ -237,7 +331,7 @@ void bind_cuda(py::module_& m) {
   bind_embeddings(table);
   bind_stats(table);
   m.def(
-      "cuda_kernels_at", [](Address address) { return as<const Kernels>(address); }, py::return_value_policy::reference,
+      "cuda_kernels_at", [](Address address) { return KernelTable{reinterpret_cast<const Kernels*>(address)}; },
       "Kernels of another build by the address of their table: for tests.");
   py::dict constants;
   constants["owned"] = kOwned;
@@ -259,7 +353,7 @@ void bind_cuda(py::module_& m) {
 #endif
 #ifdef BAM_WITH_CUDA
   m.attr("with_cuda") = true;
-  m.def("cuda_kernels", [] { return &kernels; }, py::return_value_policy::reference);
+  m.def("cuda_kernels", [] { return KernelTable{&kernels}; });
   m.def("cuda_devices", [] {
     const Devices found = devices();
     return py::make_tuple(found.count, found.fault);

@@ -67,6 +67,14 @@ def seeded(request) -> None:
     torch.manual_seed(zlib.crc32(request.node.name.encode()))
 
 
+@pytest.fixture(autouse=True)
+def nothing_recorded() -> None:
+    """No call repeats what another test has recorded or checked."""
+    from bam_kernels import checked_call
+
+    checked_call.forget()
+
+
 @pytest.fixture
 def threads() -> Iterator[None]:
     """The test may call torch.set_num_threads."""

@@ -28,6 +28,16 @@ def address(x: Tensor | None, device: torch.device, dtypes: Collection[torch.dty
     return x.data_ptr()
 
 
+def first_address(x: Tensor) -> int:
+    """Address of the first element of x, for records of which memory is which; kernels get theirs from `address`."""
+    return x.data_ptr()
+
+
+def storage_address(x: Tensor) -> int:
+    """Address of the memory that x is a view of; 0 if it has none."""
+    return x.untyped_storage().data_ptr()
+
+
 def pair(potential: Potential | None, device: torch.device) -> tuple[int, int]:
     """Addresses of a potential's exponent and mantissa; 0 and 0 for None."""
     if potential is None:

@@ -39,6 +39,14 @@ class CpuKernels:
         self._kernels = table if table is not None else _C.cpu_kernels(isa)
         self.isa: str = self._kernels.isa
 
+    def recorded(self, recorder: Any) -> "CpuKernels":
+        """These kernels, whose launches a Recorder also notes."""
+        return CpuKernels(table=self._kernels.recorded(recorder.launches))
+
+    def require_finite(self, norm: Tensor) -> None:
+        """Raise ValueError if a norm of rows, norm (m,) float64, is not finite."""
+        self._kernels.require_finite(address(norm, CPU, FLOAT64), len(norm))
+
     def normalize(self, x: Tensor) -> UnitRows:
         """L2-normalise x (m, D) or (V, B, D), any float type and strides, into view-major unit rows (m, D) float32."""
         x = x.float().flatten(0, -2)
@@ -87,7 +95,7 @@ class CpuKernels:
     def mask_positives_(self, scores: Tensor, positives: Positives) -> Tensor:
         """Write the masked score where rows of (m, N) float32 scores meet keys of their own image."""
         layout = positives.layout
-        _C.mask_positives(
+        self._kernels.mask_positives(
             address(scores, CPU),
             len(scores),
             scores.stride(0),
@@ -127,7 +135,7 @@ class CpuKernels:
     def reciprocal_potential(self, shift: Tensor, sums: Tensor) -> Potential:
         """Column potential 1 / (sums_j * 2^shift_j)."""
         col = Potential(torch.empty_like(shift), torch.empty_like(shift))
-        _C.reciprocal_potential(pair(col, CPU), address(shift, CPU), address(sums, CPU), len(shift))
+        self._kernels.reciprocal_potential(pair(col, CPU), address(shift, CPU), address(sums, CPU), len(shift))
         return col
 
     def column_totals(self, shift: Tensor, sums: Tensor, common: int) -> Tensor:
@@ -141,7 +149,7 @@ class CpuKernels:
 
     def divide_potential_(self, col: Potential, c: Tensor) -> None:
         """Divide the column potential by c, in place."""
-        _C.divide_potential(pair(col, CPU), address(c, CPU), len(c))
+        self._kernels.divide_potential(pair(col, CPU), address(c, CPU), len(c))
 
     def sinkhorn_pass(
         self,
@@ -204,39 +212,25 @@ class CpuKernels:
         assert row_exponent.stride(1) == 1 and (targets is None or targets.stride()[1:] == (n, 1))
         per_image = torch.zeros(3, b, dtype=torch.float64, device=CPU)
         col_log2 = col.mantissa.log2()
-        addresses: dict[str, Any] = {
-            "target": scores_of(target, CPU),
-            "source": scores_of(source, CPU),
-            "row_exponent": address(row_exponent, CPU),
-            "row_view_stride": row_exponent.stride(0),
-            "col": pair(col, CPU),
-            "col_log2": address(col_log2, CPU),
-            "loss": address(per_image[0], CPU, FLOAT64),
-            "target_entropy": address(per_image[1], CPU, FLOAT64),
-            "source_entropy": address(per_image[2], CPU, FLOAT64),
-            "targets": address(targets, CPU),
-            "targets_view_stride": targets.stride(0) if targets is not None else 0,
-            "row_out": pair(row_out, CPU),
-            "gradient": address(gradient, CPU),
-            "gradient_view_stride": gradient.stride(0) if gradient is not None else 0,
-            "gradient_row_stride": gradient.stride(1) if gradient is not None else 0,
-        }
         self._kernels.match(
-            dict(
-                addresses,
-                L=L,
-                V=V,
-                b=b,
-                n=n,
-                W=layout.W,
-                T=layout.T,
-                B=layout.B,
-                top_k=top_k,
-                target_scale=LOG2_E / epsilon * step,
-                source_scale=LOG2_E / temperature * step,
-                source_step_over_tau=step / temperature,
-                gradient_scale=gradient_factor / (layout.B * temperature),
+            scores_of(target, CPU),
+            scores_of(source, CPU),
+            (L, V, b, n, layout.W, layout.T, layout.B, top_k),
+            (
+                LOG2_E / epsilon * step,
+                LOG2_E / temperature * step,
+                step / temperature,
+                gradient_factor / (layout.B * temperature),
             ),
+            address(row_exponent, CPU),
+            row_exponent.stride(0),
+            pair(col, CPU),
+            address(col_log2, CPU),
+            [address(of_images, CPU, FLOAT64) for of_images in per_image],
+            address(targets, CPU),
+            targets.stride(0) if targets is not None else 0,
+            pair(row_out, CPU),
+            (address(gradient, CPU), *(gradient.stride()[:2] if gradient is not None else (0, 0))),
             _threads((L + V) * b * n),
         )
         return MatchSums(per_image)

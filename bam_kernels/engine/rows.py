@@ -134,13 +134,24 @@ def checked_rows(call: Call) -> tuple[UnitRows, UnitRows | None] | None:
     16-bit rows are made later, because they need the centre of all ranks.
     Raises: ValueError on non-finite rows.
     """
-    z = None if call.sixteen_bit else call.kernels.normalize(call.student)
-    check_finite(call.name, "student", call.student if z is None else z.norm)
-    if call.teacher is None:
-        return None if z is None else (z, None)
-    y = None if call.sixteen_bit else call.kernels.normalize(call.teacher)
-    check_finite(call.name, "teacher", call.teacher if y is None else y.norm)
+    z = _checked(call, "student", call.student)
+    y = _checked(call, "teacher", call.teacher) if call.teacher is not None else None
     return None if z is None else (z, y)
+
+
+def _checked(call: Call, argument: str, x: Tensor) -> UnitRows | None:
+    if call.sixteen_bit:
+        check_finite(call.name, argument, x)
+        return None
+    rows, require_finite = call.kernels.normalize(x), getattr(call.kernels, "require_finite", None)
+    try:
+        if require_finite is not None:
+            require_finite(rows.norm)
+            return rows
+    except ValueError:  # the next line says which row it is
+        pass
+    check_finite(call.name, argument, rows.norm)
+    return rows
 
 
 def rows_and_keys(call: Call, read: tuple[UnitRows, UnitRows | None] | None) -> Rows:

@@ -37,30 +37,17 @@ def leaf(x: Tensor, requires_grad: bool = True) -> Tensor:
 @pytest.mark.parametrize("needs_grad", [True, False])
 def test_opcheck_of_the_loss(needs_grad, R, target_rows, dimensions):
     student, teacher = features(3, 6, 8), features(R, 6, 8, seed=1) if R else None
+    arguments = loss_arguments(student, teacher, target_rows=target_rows, precision="exact")
     if dimensions == 2:
         student, teacher = student.flatten(0, 1), teacher.flatten(0, 1) if R else None
-    args = (leaf(student, needs_grad), teacher, [3, 2, 2, R, 1, 0], *loss_arguments(target_rows))
+    args = (leaf(student, needs_grad), teacher, *arguments)
     torch.library.opcheck(torch.ops.bam_kernels.loss.default, (*args, needs_grad))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_opcheck_of_the_loss_in_16_bit(dtype):
-    args = (
-        [3, 2, 2, 2, 1, 0],
-        SCALES,
-        "",
-        "cpu",
-        3,
-        4,
-        True,
-        "teacher",
-        "default",
-        10**6,
-        False,
-        "error",
-        True,
-    )
     student, teacher = features(3, 6, 8).to(dtype), features(2, 6, 8, seed=1).to(dtype)
+    args = (*loss_arguments(student, teacher, top_k=4, memory_budget=10**6), True)
     torch.library.opcheck(torch.ops.bam_kernels.loss.default, (leaf(student), teacher, *args))
 
 

@@ -420,9 +420,9 @@ def test_newer_precision_flag(matmul_precision, flag):
 
 
 def operator(student, teacher, needs_grad):
-    """torch.ops.bam_kernels.loss with default options."""
-    dimensions = [len(student), 2, 2, len(teacher) if teacher is not None else 0, 1, 0]
-    return torch.ops.bam_kernels.loss(student, teacher, dimensions, *loss_arguments(), needs_grad)
+    """torch.ops.bam_kernels.loss with default options, and exact products."""
+    arguments = loss_arguments(student, teacher, precision="exact")
+    return torch.ops.bam_kernels.loss(student, teacher, *arguments, needs_grad)
 
 
 @pytest.mark.parametrize("R", [0, 2])

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from bam_kernels import bam_loss, reference
 from bam_kernels.backends import cpu
+from bam_kernels.checked_call import checked_call
+from bam_kernels.options import Options
 
 GOLDEN_FILES = sorted((Path(__file__).resolve().parents[1] / "golden").glob("*.npz"))
 COSINES = (0.0, 0.9, 0.99, 0.999)  # mean cosine between images: training may start near collapse
@@ -117,10 +119,9 @@ def features(views: int, images: int, D: int, *, cosine: float = 0.0, seed: int 
     return x * (2 + 2 * torch.rand(views, images, 1, generator=generator, **float32))
 
 
-def loss_arguments(target_rows: str = "teacher") -> tuple:
-    """Arguments of torch.ops.bam_kernels.loss behind its dimensions: default options, exact products, on the CPU."""
-    scales = torch.tensor([0.1, 0.05], dtype=torch.float64)
-    return scales, "", "cpu", 3, 0, True, target_rows, "exact", None, False, "error"
+def loss_arguments(student: Tensor, teacher: Tensor | None, **options: Any) -> tuple:
+    """Arguments of torch.ops.bam_kernels.loss after student (V, B, D) and teacher, for CPU kernels."""
+    return checked_call("bam_loss", student, teacher, Options(**options)).packed("cpu")
 
 
 def loss_and_grad(function, student: Tensor, teacher: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:

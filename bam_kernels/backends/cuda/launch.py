@@ -2,7 +2,8 @@
 
 import ctypes
 from collections.abc import Callable
-from typing import Any
+from copy import copy
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -50,6 +51,12 @@ class Launcher:
     def __init__(self, table: Any, query_device: Callable[[int], Device], device_type: str = "cuda") -> None:
         self._kernels, self._query_device, self._device_type = table, query_device, device_type
 
+    def recorded(self, recorder: Any) -> Self:
+        """These kernels, whose launches a Recorder also notes."""
+        kernels = copy(self)
+        kernels._kernels = self._kernels.recorded(recorder.launches)
+        return kernels
+
     def _device(self, x: Tensor) -> Device:
         return self._query_device(x.device.index or 0)
 
@@ -61,5 +68,6 @@ class Launcher:
         if x.device.type != self._device_type:
             raise TypeError(f"these kernels run on {self._device_type} tensors, got one on {x.device}")
         device = self._device(x)
-        stream = torch.cuda.current_stream(x.device).cuda_stream if self._device_type == "cuda" else 0
-        return x.device.index or 0, stream, device.programmatic, device.shared_bytes
+        index = x.device.index or 0
+        stream = torch._C._cuda_getCurrentRawStream(index) if self._device_type == "cuda" else 0
+        return index, stream, device.programmatic, device.shared_bytes

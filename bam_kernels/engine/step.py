@@ -1,0 +1,166 @@
+"""One call of `bam_loss` or `bam_targets`, with checked arguments: how it is computed, and its recordings.
+
+layout.py defines the dimension letters.
+"""
+
+import math
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ranges, tuned
+from ..backends import row_kernels
+from ..backends.addresses import first_address
+from ..header import NonFinite
+from ..layout import Layout
+from ..options import Options
+from ..precision import float32_products, is_sixteen_bit, product_precision
+from ..ranks import ONE_RANK, ranks_named
+from ..ways import WAYS, Way, split
+from . import flash, slab
+from .call import Call
+from .cost import Problem, choose_way, fastest_rows, rates
+from .recording import NotRecordable, Recorder, Recording
+
+MOST_RECORDED_SCORES = 1 << 25  # with more scores, a device needs longer than the host needs to prepare its work
+MOST_RECORDINGS = 16  # of one step, which differ in strides and flags
+
+Result = tuple[Tensor, Tensor, Tensor]  # the loss (), its statistics (6,) and dz (M, D) or empty, all float32
+FIRST = "first"  # in place of a recording: the step has run once
+NEVER = "never"  # in place of a recording: the step cannot be recorded
+
+
+@dataclass(eq=False)
+class Step:
+    """One kind of call: dimensions, options, and how it may be computed.
+
+    name      public function, for messages
+    options   checked; group and backend are unused
+    ways      as `choose` returns them
+    group     name of the ranks, as `ranks_of` returns it
+    """
+
+    name: str
+    layout: Layout
+    options: Options
+    ways: str
+    group: str
+    _recordings: dict[Hashable, Recording | str] = field(default_factory=dict)
+
+    def loss(self, student: Tensor, teacher: Tensor | None, needs_grad: bool) -> Result:
+        """Compute loss, statistics and dz. Calls like an earlier one repeat its operations, without the engine.
+
+        The first call goes through the engine, the second is recorded. Recordings differ in all that operations depend
+        on besides this step: types, strides, flags of torch.
+        """
+        key = self._key(student, teacher, needs_grad)
+        state = self._recordings.get(key) if key is not None else NEVER
+        if isinstance(state, Recording):
+            with product_precision(student.device, self.options.precision):
+                try:
+                    loss, stats, dz = state.run(*_given(student, teacher))
+                    return loss, stats, dz
+                except ValueError:  # a row is not finite, which the engine reports
+                    state = NEVER
+        if state is None:
+            self._set(key, FIRST)
+        return self._computed(student, teacher, needs_grad, key if state is FIRST else None)
+
+    def _computed(self, student: Tensor, teacher: Tensor | None, needs_grad: bool, record_as: Hashable) -> Result:
+        """Compute with the engine; record_as: key of the recording to make, or None."""
+        try:
+            with self.call(student, teacher, needs_grad=needs_grad) as (engine, call):
+                if record_as is not None:
+                    return self._recorded(engine, call, record_as)
+                return _result(engine, call)
+        except NonFinite:
+            D = student.shape[-1]
+            dz = student.new_full((self.layout.M if needs_grad else 0, D), math.nan, dtype=torch.float32)
+            loss = student.new_full((), math.nan, dtype=torch.float32)
+            return loss, loss.expand(6).clone(), dz
+
+    def _recorded(self, engine: Any, call: Call, key: Hashable) -> Result:
+        """Compute with the engine and keep a recording, if it can be made."""
+        try:
+            recorder = Recorder(_given(call.student, call.teacher))
+            with recorder:
+                result = _result(engine, replace(call, kernels=call.kernels.recorded(recorder)))
+            self._set(key, recorder.finish(result))
+            return result
+        except NotRecordable:
+            result = _result(engine, call)  # raises if a row is not finite, which is no reason for the next line
+            self._set(key, NEVER)
+            return result
+
+    def _set(self, key: Hashable, state: Recording | str) -> None:
+        if len(self._recordings) >= MOST_RECORDINGS:
+            self._recordings.clear()
+        self._recordings[key] = state
+
+    def _key(self, student: Tensor, teacher: Tensor | None, needs_grad: bool) -> Hashable:
+        """All that operations depend on besides the step; None if they must not be repeated from a recording."""
+        layout = self.layout
+        if (
+            ranks_named(self.group) is not ONE_RANK
+            or max(layout.V, layout.R) * layout.B * layout.N > MOST_RECORDED_SCORES
+            or ranges.are_on()
+            or tuned.uses_candidates()
+            or torch._C._len_torch_dispatch_stack()
+            or torch._C._functorch.maybe_current_level() is not None
+        ):
+            return None
+        device = student.device
+        return (
+            needs_grad,
+            _geometry(student),
+            _geometry(teacher) if teacher is not None else None,
+            device,
+            torch.get_num_threads() if device.type == "cpu" else 0,
+            float32_products(device),
+            tuned.tuning(),
+            *[row_kernels(WAYS[way].backend) for way in split(self.ways)],
+        )
+
+    @contextmanager
+    def call(self, student: Tensor, teacher: Tensor | None, *, needs_grad: bool) -> Iterator[tuple[Any, Call]]:
+        """Choose the engine and make its call; in the block, product precision is set."""
+        options, ways, ranks = self.options, split(self.ways), ranks_named(self.group)
+        sixteen_bit = is_sixteen_bit(WAYS[ways[0]].backend, options, student.dtype, student.device)
+        with product_precision(student.device, options.precision):
+            way = self._fastest(ways, student, sixteen_bit, needs_grad=needs_grad)
+            chosen = replace(options, backend=way.backend, engine=way.engine)
+            kernels = row_kernels(way.backend)
+            call = Call(self.name, student, teacher, self.layout, chosen, ranks, kernels, needs_grad, sixteen_bit)
+            yield flash if way.engine == "flash" else slab, call
+
+    def _fastest(self, ways: tuple[str, ...], student: Tensor, sixteen_bit: bool, *, needs_grad: bool) -> Way:
+        """Choose one of the ways. Reads the product precision of the moment."""
+        layout, options = self.layout, self.options
+        if len(ways) == 1:
+            return WAYS[ways[0]]
+        if "flash" not in ways:
+            return fastest_rows(ways)
+        shared = not layout.R or options.target_rows == "student"
+        scatters = needs_grad and not layout.R
+        problem = Problem(layout, shared, options.iterations, needs_grad, scatters, sixteen_bit, options.regather)
+        at = rates() if sixteen_bit else rates().float32(float32_products(student.device))
+        return WAYS[choose_way(problem, ways, options.top_k, options.memory_budget, student.device, at)]
+
+
+def _result(engine: Any, call: Call) -> Result:
+    found = engine.evaluate(call)
+    dz = found.dz if found.dz is not None else call.student.new_empty(0, dtype=torch.float32)
+    return found.loss.float(), found.stats.float(), dz
+
+
+def _given(student: Tensor, teacher: Tensor | None) -> tuple[Tensor, ...]:
+    return (student,) if teacher is None else (student, teacher)
+
+
+def _geometry(x: Tensor) -> tuple[Any, ...]:
+    """What operations on x depend on besides its contents; compiled kernels depend on the alignment of its address."""
+    return x.dtype, x.shape, x.stride(), first_address(x) % 16
