@@ -18,7 +18,14 @@ import torch
 import torch_defaults
 
 pytest.register_assert_rewrite(
-    "problems", "row_problems", "match_tests", "sinkhorn_tests", "embedding_tests", "derivative_tests", "loss_checks"
+    "problems",
+    "row_problems",
+    "match_tests",
+    "sinkhorn_tests",
+    "embedding_tests",
+    "derivative_tests",
+    "loss_checks",
+    "stats_checks",
 )
 
 

@@ -102,7 +102,7 @@ def evaluate(call: Call) -> Evaluation:
             centred = z if call.sixteen_bit else z - x.keys.centre
             dk, sums = flash.key_gradient(z, centred, row, source, col, **scales)
             blocks = dk.addr_(sums, x.keys.centre).split(n)
-            dz[:n] += call.ranks.scatter(lambda rank: blocks[rank])
+            dz[:n].add_(call.ranks.scatter(lambda rank: blocks[rank]))
         dz = kernels.project_(dz, x.z)
     total = Sums(kernels)
     total.add(matched)

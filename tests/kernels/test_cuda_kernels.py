@@ -14,10 +14,10 @@ from cuda_device import DEVICE, device_of, empty, kernels, kernels_on, one, pyte
 from embedding_tests import EmbeddingTests
 from row_problems import MASKED, assert_close, log2, made_scores, masked, representable
 from sinkhorn_tests import SinkhornTests, on_device, scores, sixteen_bit
+from stats_checks import SPOILT, check_loss_and_stats
 
 from bam_kernels.backends.cuda import launch_sinkhorn, shapes
 from bam_kernels.backends.interface import LOG2_E, Positives, Potential
-from bam_kernels.engine.sums import loss_and_stats
 from bam_kernels.layout import Layout
 
 
@@ -173,21 +173,9 @@ def test_what_fits_on_chip():
 
 # One of everything; more than a turn of the block.
 @pytest.mark.parametrize("count", [1, 700])
-@pytest.mark.parametrize("spoilt", ["nothing", "a norm", "column sums"])
+@pytest.mark.parametrize("spoilt", SPOILT)
 def test_loss_and_stats(whole, count, spoilt):
-    layout = Layout(B=count, V=3, L=2, T=2, D=1)
-    images, c, norm = torch.rand(3, count), 1 + torch.rand(2 * count), torch.rand(3 * count).double()
-    if spoilt == "a norm":
-        norm[-1] = math.inf
-    if spoilt == "column sums":  # after a single iteration
-        c.fill_(math.nan)
-    given = images.to(DEVICE), c.to(DEVICE), norm.to(DEVICE), layout, 7.5
-    loss, stats = whole.loss_and_stats(*given)
-    expected_loss, expected = loss_and_stats(images.double(), c.double(), norm, layout, 7.5)
-    assert expected.isnan().sum() == {"nothing": 0, "a norm": 4, "column sums": 1}[spoilt]
-    assert torch.equal(stats.cpu().isnan(), expected.isnan()) and torch.equal(loss.cpu().isnan(), expected_loss.isnan())
-    assert_close(loss.cpu().nan_to_num(), expected_loss.nan_to_num(), 1e-6)
-    assert_close(stats.cpu().nan_to_num(), expected.nan_to_num(), 1e-6, 1e-7)
+    check_loss_and_stats(whole, DEVICE, count, spoilt)
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="the emulator runs threads in either order")

@@ -17,7 +17,7 @@ from problems import (
     features,
     loss_and_grad,
 )
-from recorded_operators import RecordedOperators
+from recorded_operators import NO_LAUNCH, RecordedOperators, launches_nothing
 
 from bam_kernels import bam_loss, bam_targets, reference
 from bam_kernels.backends import cuda
@@ -112,9 +112,6 @@ def test_which_kernels_ran(in_use):
     assert called.count("sinkhorn_pass") == (0 if at_once else 3)
 
 
-# Operators of torch that only look at tensors, or allocate them.
-NO_LAUNCH = {"empty", "empty_like", "new_empty", "view", "alias", "detach", "slice", "select", "unbind", "t"}
-NO_LAUNCH |= {"permute", "transpose"}
 EMBEDDING = ["normalize", "mean_row", "normalize"]
 # Ours, and with torch's; sums of blocks that a second kernel adds up count twice.
 KERNELS = {("one launch", 0): 11, ("one launch", 2): 11, ("a launch a pass", 0): 15, ("a launch a pass", 2): 15}
@@ -132,11 +129,6 @@ def launches_of_a_small_step(kernels, R, ranks, monkeypatch) -> tuple[list[str],
     """
     torch.set_float32_matmul_precision("high")
     launched: list[str] = []
-
-    def launches_nothing(name, arguments, result) -> bool:
-        of_no_rows = isinstance(result, torch.Tensor) and result.numel() == 0
-        casts_for_cpu = name == "_to_copy" and arguments[0].dtype == torch.float16
-        return name in NO_LAUNCH or of_no_rows or casts_for_cpu
 
     def given(*tensors):
         return [features(views, 8, 16, seed=views).to(DEVICE) if views else None for views in tensors]

@@ -3,7 +3,19 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+# Operators of torch that only look at tensors, or allocate them.
+NO_LAUNCH = {"empty", "empty_like", "new_empty", "view", "alias", "detach", "slice", "select", "unbind", "t"}
+NO_LAUNCH |= {"permute", "transpose", "split"}
+
+
+def launches_nothing(name: str, arguments: Any, result: Any) -> bool:
+    """Whether an operator of a 16-bit step launches nothing on a GPU; a CPU casts to float32 for its products."""
+    of_no_rows = isinstance(result, torch.Tensor) and result.numel() == 0
+    casts_for_cpu = name == "_to_copy" and arguments[0].dtype == torch.float16
+    return name in NO_LAUNCH or of_no_rows or casts_for_cpu
 
 
 class RecordedOperators(TorchDispatchMode):

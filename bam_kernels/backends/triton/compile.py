@@ -158,7 +158,8 @@ def _call_row_kernels(kernels: TritonKernels, n: int, L: int, V: int, dtype: tor
     row, col = Potential(_empty(m), _empty(m)), Potential(_empty(n), _empty(n))
     images = s.view(V, B, n)
     step = DeviceNumber(1.0, _empty(1)) if dtype == torch.int16 else 1.0
-    kernels.sinkhorn_pass(s, step, row, col, _empty(n), False)
+    for divide in (False, True):
+        kernels.sinkhorn_pass(s, step, row, col, _empty(n), False, divide)
     G = images.view(torch.float16) if dtype == torch.int16 else images
 
     def match(source: Tensor | None, top_k: int, **results: Any) -> None:
@@ -212,6 +213,12 @@ def _call_preparation(kernels: TritonKernels) -> None:
     kernels.column_totals(_empty(8192), _empty(8192), 29)
     kernels.total_potential(_empty(8192, dtype=torch.float64), 29)
     kernels.divide_potential_(Potential(_empty(8192), _empty(8192)), _empty(8192))
+    for images, norm in (
+        (_empty(3, 256), None),
+        (_empty(3, 256), unit.norm),
+        (_empty(3, 4, dtype=torch.float64), None),
+    ):
+        kernels.loss_and_stats(images, _empty(8192), norm, layout, 9.0)
 
 
 def _call_flash_kernels(record: Launch, n: int, D: int, dtype: torch.dtype, precision: str, masked: bool) -> None:
@@ -222,7 +229,7 @@ def _call_flash_kernels(record: Launch, n: int, D: int, dtype: torch.dtype, prec
     kernels = FlashKernels(k, bias, layout, masked=masked, unit=64.0, precision=precision, run=record)
     row, col = Potential(_empty(layout.M), _empty(layout.M)), Potential(_empty(n), _empty(n))
     kernels.column_lse(x, 1.0, row, _empty(n), _empty(n), False)
-    kernels.sinkhorn_pass(x, 1.0, row, col, _empty(n), False)
+    kernels.sinkhorn_pass(x, 1.0, row, col, _empty(n), False, divide=True)
     kernels.row_step(x, 1.0, None, row)
     scales = {"epsilon": 0.05, "temperature": 0.1}
     kernels.match(x, x, row, row, col, needs_grad=True, **scales)

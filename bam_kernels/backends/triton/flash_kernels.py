@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ...layout import Layout
 from ..interface import LOG2_E, MatchSums, Number, Potential
-from . import flash_keys, flash_match, flash_sinkhorn, sinkhorn
+from . import flash_keys, flash_match, flash_sinkhorn, stats
 from .launch import Launch, launch
 from .launch_sinkhorn import SinkhornKernels
-from .tiles import FlashTile, block_of, flash_tile, split
+from .tiles import FlashTile, block_of, flash_tile, split, warps
 
 
 def _as_float(scale: Number) -> float:
@@ -55,7 +55,8 @@ class FlashKernels(SinkhornKernels):
     ) -> None:
         """Write column sums Σ_i 2^(scale * x_i·k_j) row_i as sums_j * 2^shift_j."""
         assert not accumulate
-        self._lse(self.keys, x, row, scale, shift, sums, keys_are_own=True)
+        partial = self._partial_lse(self.keys, x, row, scale, keys_are_own=True)
+        self._merge_lse(partial, shift, sums, None, False)
 
     def sinkhorn_pass(
         self,
@@ -73,28 +74,17 @@ class FlashKernels(SinkhornKernels):
         """
         assert not accumulate
         self.row_step(x, scale, col, row)
-        self.column_sums(x, scale, row, col, c)
-        if divide:
-            self.divide_potential_(col, c)
+        self.column_sums(x, scale, row, col, c, divide)
 
     def row_step(self, x: Tensor, scale: Number, col: Potential | None, row: Potential) -> None:
         """Row step: row_i = 1 / Σ_j 2^(scale * x_i·k_j) col_j; col None: 1."""
-        m = len(x)
-        shift, sums = torch.empty(2, m, dtype=torch.float32, device=x.device)
-        self._lse(x, self.keys, col, scale, shift, sums, keys_are_own=False)
-        self._run(sinkhorn.reciprocal_potential_kernel, (-(-m // 256),), shift, sums, *row, m, BLOCK=256, num_warps=4)
+        partial = self._partial_lse(x, self.keys, col, scale, keys_are_own=False)
+        self._merge_lse(partial, None, None, row, False)
 
-    def _lse(
-        self,
-        own: Tensor,
-        other: Tensor,
-        potential: Potential | None,
-        scale: Number,
-        shift: Tensor,
-        sums: Tensor,
-        *,
-        keys_are_own: bool,
-    ) -> None:
+    def _partial_lse(
+        self, own: Tensor, other: Tensor, potential: Potential | None, scale: Number, *, keys_are_own: bool
+    ) -> Tensor:
+        """Sums of every chunk of `other` for all of `own`, as shifts and sums (2, chunks, own)."""
         m, n = len(own), len(other)
         tile = self._tile(m, n)
         tiles = -(-m // tile.block_m)
@@ -118,23 +108,12 @@ class FlashKernels(SinkhornKernels):
             X_ARE_KEYS=keys_are_own,
             **self._constants(tile),
         )
-        block = block_of(m, 64)
-        self._run(
-            sinkhorn.merge_lse_kernel,
-            (-(-m // block),),
-            *partial,
-            shift,
-            sums,
-            chunks,
-            m,
-            ACCUMULATE=False,
-            CHUNKS=64,
-            BLOCK=block,
-            num_warps=4,
-        )
+        return partial
 
-    def column_sums(self, x: Tensor, scale: Number, row: Potential, col: Potential, c: Tensor) -> None:
-        """Column sums c_j = Σ_i 2^(scale * x_i·k_j) row_i col_j."""
+    def column_sums(
+        self, x: Tensor, scale: Number, row: Potential, col: Potential, c: Tensor, divide: bool = False
+    ) -> None:
+        """Column sums c_j = Σ_i 2^(scale * x_i·k_j) row_i col_j. divide: afterwards col is divided by c."""
         m, n = len(self.keys), len(x)
         tile = self._tile(m, n)
         tiles = -(-m // tile.block_m)
@@ -158,7 +137,7 @@ class FlashKernels(SinkhornKernels):
             x.stride(0),
             **self._constants(tile),
         )
-        self._add_chunks(partial, col.mantissa, c, False)
+        self._add_chunks(partial, col.mantissa, c, False, col if divide else None)
 
     def targets(self, y: Tensor, scale: Number, row: Potential, col: Potential, out: Tensor) -> None:
         """Write the targets P (m, N) float32 of rows y (m, D) to `out`."""
@@ -233,15 +212,25 @@ class FlashKernels(SinkhornKernels):
         return self._match_sums(sums, source, temperature), self._sum_chunks(dz) if dz is not None else None
 
     def _match_sums(self, sums: Tensor, source: Potential, temperature: float) -> MatchSums:
-        L, V, B = self.layout.L, self.layout.V, self.layout.B
-        matched, attended, informed = sums.sum((0, 2), dtype=torch.float64)
-        over_tau = 1 / (temperature * self.unit**2)
-        lse = -source.natural_log()
-        total = lse.sum()
-        # Σ_v a_v lse_v: a view that gives a target is matched to one target fewer.
-        weighted = L * total - lse[: L * B].sum() if V > 1 else total
-        loss = self.layout.pair_weight * weighted - matched * over_tau
-        return MatchSums(torch.stack([loss, -informed / LOG2_E, total - attended * over_tau])[:, None])
+        layout, block = self.layout, block_of(self.layout.M, 512)
+        programs = -(-layout.M // block)
+        images = torch.empty(3, programs, dtype=torch.float64, device=sums.device)
+        self._run(
+            stats.flash_sums_kernel,
+            (programs,),
+            sums,
+            *source,
+            images,
+            layout.pair_weight,
+            1 / (temperature * self.unit**2),
+            len(sums),
+            layout.B,
+            layout.L,
+            layout.V,
+            BLOCK=block,
+            num_warps=warps(block, 4),
+        )
+        return MatchSums(images)
 
     def key_gradient(
         self,
@@ -278,6 +267,7 @@ class FlashKernels(SinkhornKernels):
             dk,
             partial,
             *self._scales(epsilon, temperature),
+            1 / (layout.B * temperature),
             layout.pair_weight,
             layout.L,
             layout.V,
@@ -289,7 +279,7 @@ class FlashKernels(SinkhornKernels):
             self.keys.stride(0),
             **self._constants(tile, wide=True),
         )
-        return self._sum_chunks(dk), self._sum_chunks(partial).div_(layout.B * temperature)
+        return self._sum_chunks(dk), self._sum_chunks(partial)
 
     def _sum_chunks(self, partial: Tensor) -> Tensor:
         """Sum of partial (chunks, ...) over chunks, without a launch if there is one chunk."""

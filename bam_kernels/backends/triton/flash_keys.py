@@ -27,6 +27,7 @@ def flash_dk_kernel(
     target_scale,
     source_scale,
     gradient_scale,
+    sum_scale,
     pair_weight,
     L,
     V,
@@ -51,7 +52,7 @@ def flash_dk_kernel(
     G as in flash_match_kernel. Shapes: z (V*B, D), whose first L*B rows are also the target rows; w (V*B, D): the rows
     to be summed, z or z minus a common vector (the caller adds Σ_i G_ij times the vector); k (n, D), bias and
     potentials as in flash_match_kernel -> dk (chunks, n, D) times gradient_scale * B tau, partial (chunks, n) times
-    B tau.
+    sum_scale * B tau.
     Numerics: Pbar_v is Σ_t P_t less P_v for v < L, exact to float32's rounding of the sum.
     Cost: L + V score products of an image's views (again for every BLOCK_OUT features), V products with w.
     """
@@ -113,4 +114,4 @@ def flash_dk_kernel(
     offs_d = first_d + tl.arange(0, BLOCK_OUT)
     at = dk + (chunk.to(tl.int64) * n + offs_j)[:, None] * D + offs_d[None, :]
     tl.store(at, acc * (gradient_scale / GRADIENT_FACTOR), mask=mask_j[:, None] & (offs_d < D)[None, :])
-    tl.store(partial + chunk.to(tl.int64) * n + offs_j, total, mask=mask_j)
+    tl.store(partial + chunk.to(tl.int64) * n + offs_j, total * sum_scale, mask=mask_j)

@@ -45,7 +45,7 @@ class MatchKernels(Launcher):
         assert row_exponent.stride(1) == 1 and (targets is None or targets.stride()[1:] == (n, 1))
         assert gradient is None or (source is not None and gradient.stride(2) == 1)
         factor, step_pointer = number(step)
-        per_image = torch.zeros(3, b, dtype=torch.float32, device=target.device)
+        per_image = torch.empty(3, b, dtype=torch.float32, device=target.device)
         top_k = top_k if top_k < n else 0
         on_chip = image_tile(L, n)
         long = on_chip is None

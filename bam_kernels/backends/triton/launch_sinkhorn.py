@@ -74,6 +74,13 @@ class SinkhornKernels(Launcher):
             BLOCK_N=tile.block_n,
             num_warps=tile.num_warps,
         )
+        self._merge_lse(partial, shift, sums, None, accumulate)
+
+    def _merge_lse(
+        self, partial: Tensor, shift: Tensor | None, sums: Tensor | None, potential: Potential | None, accumulate: bool
+    ) -> None:
+        """Add up partial sums (2, chunks, n) into `shift` and `sums`, or into `potential`, their reciprocal."""
+        chunks, n = partial.shape[1:]
         block = block_of(n, 64)
         self._run(
             sinkhorn.merge_lse_kernel,
@@ -81,7 +88,8 @@ class SinkhornKernels(Launcher):
             *partial,
             shift,
             sums,
-            tile.chunks,
+            *(potential if potential is not None else (None, None)),
+            chunks,
             n,
             ACCUMULATE=accumulate,
             CHUNKS=64,
@@ -89,7 +97,15 @@ class SinkhornKernels(Launcher):
             num_warps=4,
         )
 
-    def _add_chunks(self, partial: Tensor, factor: Tensor | None, out: Tensor, accumulate: bool) -> None:
+    def _add_chunks(
+        self,
+        partial: Tensor,
+        factor: Tensor | None,
+        out: Tensor,
+        accumulate: bool,
+        divide: Potential | None = None,
+    ) -> None:
+        """Add up partial sums (chunks, n) into `out`, times `factor`; then divide the potential `divide` by `out`."""
         chunks, n = partial.shape
         block = block_of(n, 64)
         self._run(
@@ -98,6 +114,7 @@ class SinkhornKernels(Launcher):
             partial,
             factor,
             out,
+            *(divide if divide is not None else (None, None)),
             chunks,
             n,
             ACCUMULATE=accumulate,
@@ -146,14 +163,10 @@ class SinkhornKernels(Launcher):
     ) -> None:
         """One Sinkhorn iteration: row_i = 1 / Σ_j 2^(scale*s_ij) col_j, then c_j = Σ_i 2^(scale*s_ij) row_i col_j.
 
-        accumulate: c_j is increased by the sum. divide: these are the last rows, so that col is divided by c. One read
-        of the scores if a row fits on chip (LONGEST_ROW columns), else two.
+        accumulate: c_j is increased by the sum. divide: these are the last rows, so that the kernel that adds up the
+        sums of chunks also divides col by c. One read of the scores if a row fits on chip (LONGEST_ROW columns), else
+        two.
         """
-        self._pass(s, scale, row, col, c, accumulate)
-        if divide:
-            self.divide_potential_(col, c)
-
-    def _pass(self, s: Tensor, scale: Number, row: Potential, col: Potential, c: Tensor, accumulate: bool) -> None:
         check_scores(s)
         m, n = s.shape
         if n > LONGEST_ROW:
@@ -170,7 +183,7 @@ class SinkhornKernels(Launcher):
                 BLOCK_N=block,
                 num_warps=8,
             )
-            self._column_products(s, scale, row, col, None, c, accumulate)
+            self._column_products(s, scale, row, col, None, c, accumulate, divide)
             return
         tile = row_tile(m, n)
         partial = torch.empty(tile.chunks, n, dtype=torch.float32, device=s.device)
@@ -190,10 +203,18 @@ class SinkhornKernels(Launcher):
             BLOCK_N=tile.block_n,
             num_warps=tile.num_warps,
         )
-        self._add_chunks(partial, col.mantissa, c, accumulate)
+        self._add_chunks(partial, col.mantissa, c, accumulate, col if divide else None)
 
     def _column_products(
-        self, s: Tensor, scale: Number, row: Potential, col: Potential, u: Tensor | None, w: Tensor, accumulate: bool
+        self,
+        s: Tensor,
+        scale: Number,
+        row: Potential,
+        col: Potential,
+        u: Tensor | None,
+        w: Tensor,
+        accumulate: bool,
+        divide: bool = False,
     ) -> None:
         m, n = s.shape
         tile = column_tile(m, n)
@@ -215,4 +236,4 @@ class SinkhornKernels(Launcher):
             BLOCK_N=tile.block_n,
             num_warps=2 * tile.num_warps,  # row weights and column sums need registers: with fewer warps sm_100 spills
         )
-        self._add_chunks(partial, col.mantissa, w, accumulate)
+        self._add_chunks(partial, col.mantissa, w, accumulate, col if divide else None)

@@ -80,8 +80,9 @@ def match_kernel(
     Shapes: target (L, b, n) and source (V, b, n) or None float32 or int16, columns in gathered order;
     row_exponent (L, b): guesses of the targets' row potentials, which cost time where bad, never accuracy;
     col potential (n,) -> sums (3, b) float32: Σ_v a_v lse_v - <Pbar_v, s_v>/tau, Σ_t H(P_t), Σ_v H(A_v), natural
-    logarithms; targets (L, b, n) float32 or None; row_out (b,), the potential of target view 0, or None; gradient
-    (V, b, n) of any float type or None, which may be `source` (then `target` too), times gradient_scale * B * tau.
+    logarithms, the first and the last 0 without a source; targets (L, b, n) float32 or None; row_out (b,), the
+    potential of target view 0, or None; gradient (V, b, n) of any float type or None, which may be `source` (then
+    `target` too), times gradient_scale * B * tau.
     Scales: log2(e)/eps, log2(e)/tau and 1/tau, each times `step`, a device scalar, where it is given; pair_weight is
     1/(L (V-1)), 1 where V = 1.
     TOP_K: the k columns of the largest mean over the targets, ties to the lower public column; P is renormalised from
@@ -149,3 +150,6 @@ def match_kernel(
             row += source_view_stride
         tl.store(sums + i, lse - tl.sum(matched, axis=0) * score_over_tau)
         tl.store(sums + 2 * b + i, source_entropy)
+    else:
+        tl.store(sums + i, 0.0)
+        tl.store(sums + 2 * b + i, 0.0)

@@ -247,3 +247,6 @@ def match_long_kernel(
                 row += source_view_stride
     if source is not None:
         tl.store(sums + i, tl.sum(matched, axis=0) * -score_over_tau + lse)
+    else:
+        tl.store(sums + i, 0.0)
+        tl.store(sums + 2 * b + i, 0.0)

@@ -6,11 +6,13 @@ on the device of their arguments, on the current stream, without host synchronis
 run.
 """
 
+import ctypes
 from functools import cache
 
 import torch
 from torch import Tensor
 
+from ...layout import Layout
 from ..interface import (
     FIXED_STEPS,
     HALF_UNIT,
@@ -22,7 +24,7 @@ from ..interface import (
     UnitRows,
 )
 from ..unit_rows import Reading, UnitRowsKernels
-from . import embed, plan, scores
+from . import embed, plan, scores, stats
 from .launch import check_scores, image_index, number
 from .launch_match import MatchKernels
 from .launch_sinkhorn import SinkhornKernels
@@ -205,6 +207,37 @@ class TritonKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
             num_warps=warps(block, 16),
         )
         return out
+
+    def loss_and_stats(
+        self, images: Tensor, column_sums: Tensor, norm: Tensor | None, layout: Layout, uniform_loss: float
+    ) -> tuple[Tensor, Tensor]:
+        """Compute `loss_and_stats` of engine/sums.py in one launch, rounded to float32 at the end."""
+        assert images.is_contiguous() and column_sums.is_contiguous() and column_sums.dtype == torch.float32
+        loss = torch.empty((), dtype=torch.float32, device=images.device)
+        out = torch.empty(6, dtype=torch.float32, device=images.device)
+        count, n, m = images.shape[1], len(column_sums), len(norm) if norm is not None else 0
+        block = block_of(max(count, n, m), 4096)
+        rounded = ctypes.c_float(uniform_loss).value
+        self._run(
+            stats.loss_and_stats_kernel,
+            (1,),
+            images,
+            column_sums,
+            norm,
+            loss,
+            out,
+            rounded,
+            uniform_loss - rounded,
+            count,
+            n,
+            m,
+            layout.B,
+            layout.L,
+            layout.V,
+            BLOCK=block,
+            num_warps=warps(block, 8),
+        )
+        return loss, out
 
     def plan_products(
         self, s: Tensor, scale: Number, row: Potential, col: Potential, v: Tensor | None, u: Tensor | None

@@ -96,6 +96,8 @@ def merge_lse_kernel(
     partial_sums,
     shift,
     sums,
+    exponent,
+    mantissa,
     chunks,
     n,
     ACCUMULATE: tl.constexpr,
@@ -104,6 +106,7 @@ def merge_lse_kernel(
 ):
     """Add up (shift, sums) of all chunks into `shift`, `sums` (n,); with ACCUMULATE, add the old values too.
 
+    If `exponent`, `mantissa` (n,) are given, the potential 1 / (sums_j * 2^shift_j) is written there and nothing else.
     Shapes: partials (chunks, n), chunks <= CHUNKS.
     """
     offs_n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -119,16 +122,29 @@ def merge_lse_kernel(
     total = tl.sum(tl.load(partial_sums + at, mask=mask, other=0.0) * tl.exp2(each - most[None, :]), axis=0)
     if ACCUMULATE:
         total += tl.load(sums + offs_n, mask=mask_n, other=0.0) * tl.exp2(before - most)
-    tl.store(shift + offs_n, most, mask=mask_n)
-    tl.store(sums + offs_n, total, mask=mask_n)
+    if exponent is not None:
+        _store_reciprocal(exponent, mantissa, offs_n, most, total, mask_n)
+    else:
+        tl.store(shift + offs_n, most, mask=mask_n)
+        tl.store(sums + offs_n, total, mask=mask_n)
 
 
 @triton.jit(do_not_specialize=["chunks"])
 def add_chunks_kernel(
-    partial, factor, out, chunks, n, ACCUMULATE: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr
+    partial,
+    factor,
+    out,
+    exponent,
+    mantissa,
+    chunks,
+    n,
+    ACCUMULATE: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """out_j = factor_j * Σ_chunk partial[chunk, j], in a fixed order; with ACCUMULATE, added to the old out_j.
 
+    If `exponent`, `mantissa` (n,) are given, this potential is then divided by out_j; `factor` may be its mantissa.
     Shapes: partial (chunks, n), factor (n,) or None: 1, out (n,); CHUNKS chunks are read at once.
     """
     offs_n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -144,6 +160,19 @@ def add_chunks_kernel(
     if ACCUMULATE:
         total += tl.load(out + offs_n, mask=mask_n, other=0.0)
     tl.store(out + offs_n, total, mask=mask_n)
+    if exponent is not None:
+        # Every thread has read its factor before another thread overwrites the mantissa.
+        tl.debug_barrier()
+        _divide(exponent, mantissa, offs_n, total, mask_n)
+
+
+@triton.jit
+def _divide(exponent, mantissa, offs, divisor, mask):
+    """potential_j <- potential_j / divisor_j; kept where divisor_j is 0, NaN where it is NaN."""
+    power, new_mantissa = split(tl.load(mantissa + offs, mask=mask, other=1.0) / tl.where(divisor > 0.0, divisor, 1.0))
+    new_mantissa = tl.where(divisor > 0.0, new_mantissa, divisor)  # NaN
+    tl.store(mantissa + offs, new_mantissa, mask=mask & (divisor != 0.0))
+    tl.store(exponent + offs, tl.load(exponent + offs, mask=mask, other=0.0) + power, mask=mask & (divisor > 0.0))
 
 
 @triton.jit
@@ -192,11 +221,7 @@ def divide_potential_kernel(exponent, mantissa, c, n, BLOCK: tl.constexpr):
     """potential_j <- potential_j / c_j, all (n,); a potential is kept if c_j = 0 and becomes NaN if c_j is NaN."""
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < n
-    divisor = tl.load(c + offs, mask=mask, other=1.0)
-    power, new_mantissa = split(tl.load(mantissa + offs, mask=mask, other=1.0) / tl.where(divisor > 0.0, divisor, 1.0))
-    new_mantissa = tl.where(divisor > 0.0, new_mantissa, divisor)  # NaN
-    tl.store(mantissa + offs, new_mantissa, mask=mask & (divisor != 0.0))
-    tl.store(exponent + offs, tl.load(exponent + offs, mask=mask, other=0.0) + power, mask=mask & (divisor > 0.0))
+    _divide(exponent, mantissa, offs, tl.load(c + offs, mask=mask, other=1.0), mask)
 
 
 @triton.jit(do_not_specialize=["m", "rows"])
