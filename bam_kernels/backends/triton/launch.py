@@ -1,7 +1,7 @@
 """Launch a Triton kernel on the device of its tensors, and convert common arguments for kernels."""
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from ..interface import Number, Positives
 from .interpreter import patch_interpreter_index
 
 Launch = Callable[..., None]
+COMPILE_OPTIONS = {"enable_fp_fusion": True}  # of every kernel
 patch_interpreter_index()
 
 
@@ -19,9 +20,14 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     """Launch a kernel on the first tensor's device, on its current stream; nothing is launched for an empty grid."""
     if 0 in grid:
         return
+    with on_device_of(args):
+        kernel[grid](*args, **COMPILE_OPTIONS, **options)
+
+
+def on_device_of(args: Sequence[Any]) -> AbstractContextManager[Any]:
+    """Context in which the device of the first tensor is current."""
     device = next(arg.device for arg in args if isinstance(arg, Tensor))
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[grid](*args, enable_fp_fusion=True, **options)
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def image_index(positives: Positives | None) -> tuple[int, int, int, int, int]:

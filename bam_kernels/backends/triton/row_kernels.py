@@ -235,7 +235,7 @@ class TritonKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
             layout.L,
             layout.V,
             BLOCK=block,
-            num_warps=warps(block, 8),
+            num_warps=warps(block, 16),
         )
         return loss, out
 

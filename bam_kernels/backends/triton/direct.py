@@ -1,0 +1,112 @@
+"""Launch a compiled kernel again on other memory, without Triton's look at every argument.
+
+`kernel[grid](...)` finds the compiled kernel by the types, values and alignments of all arguments at every launch. A
+recorded launch keeps what was found. Its form is how Triton's own `JITFunction.run` calls a compiled kernel, in
+versions 3.6 to 3.8:
+
+    run(grid_x, grid_y, grid_z, stream, function, metadata, launch_metadata, enter_hook, exit_hook, *all_arguments)
+
+All parameters of the kernel follow in order, with constants and None in their places. A pointer may be an integer,
+which Triton passes on as it is.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from operator import itemgetter
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from .launch import COMPILE_OPTIONS, on_device_of
+
+ALIGNMENT = 16  # bytes; Triton compiles a pointer that is divisible by it for wide reads and writes
+
+
+class DirectLaunch:
+    """One recorded launch: grid, numbers and constants are kept, addresses are given at each run.
+
+    It keeps no tensor. New memory must have the shapes, strides and dtypes of the recorded tensors, and addresses that
+    `accepts` allows. The device of the recorded launch must be current. Triton's launch hooks are not called.
+    """
+
+    def __init__(self, arguments: Sequence[Any]) -> None:
+        """arguments: of all parameters of the kernel, in order."""
+        places = [place for place, value in enumerate(arguments) if isinstance(value, Tensor)]
+        others = [place for place in range(len(arguments)) if place not in places]
+        order = {place: index for index, place in enumerate([*places, *others])}
+        self._tensors = len(places)
+        self._aligned = [arguments[place].data_ptr() % ALIGNMENT == 0 for place in places]
+        self._constants = tuple(arguments[place] for place in others)
+        self._in_order = itemgetter(*(order[place] for place in range(len(arguments))))
+
+    def accepts(self, pointers: Sequence[int]) -> bool:
+        """Whether the compiled kernel is right for these addresses: those it takes as aligned are so."""
+        pairs = zip(self._aligned, pointers, strict=True)
+        return all(pointer % ALIGNMENT == 0 for aligned, pointer in pairs if aligned)
+
+    def run(self, pointers: Sequence[int], stream: int) -> None:
+        """Launch on a stream's handle. pointers: an address for every recorded tensor, in the order of parameters."""
+        raise NotImplementedError
+
+    def _filled(self, pointers: Sequence[Any]) -> tuple[Any, ...]:
+        """All arguments, with `pointers` in the places of tensors."""
+        if len(pointers) != self._tensors:
+            raise ValueError(f"the launch has {self._tensors} tensors, got {len(pointers)} pointers")
+        return self._in_order((*pointers, *self._constants))
+
+
+class CompiledLaunch(DirectLaunch):
+    """A launch of a compiled kernel."""
+
+    def __init__(self, compiled: Any, grid: tuple[int, ...], arguments: Sequence[Any]) -> None:
+        super().__init__(arguments)
+        self._compiled = compiled  # Triton 3.8 unloads a kernel's code when the object goes
+        self._grid = (*grid, 1, 1)[:3]
+        self._run = compiled.run  # loads the code, so it comes before `function`
+        self._handles = compiled.function, compiled.packed_metadata
+
+    def run(self, pointers: Sequence[int], stream: int) -> None:
+        self._run(*self._grid, stream, *self._handles, None, None, None, *self._filled(pointers))
+
+
+class InterpretedLaunch(DirectLaunch):
+    """A launch under the interpreter, which takes tensors: views of the memory at the addresses."""
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any]) -> None:
+        super().__init__(arguments)
+        self._kernel, self._grid = kernel, grid
+        self._shapes = [_without_memory(value) for value in arguments if isinstance(value, Tensor)]
+
+    def run(self, pointers: Sequence[int], stream: int) -> None:
+        tensors = [_view(pointer, like) for pointer, like in zip(pointers, self._shapes, strict=True)]
+        self._kernel[self._grid](*self._filled(tensors))
+
+
+def direct(kernel: Any, grid: tuple[int, ...], args: Sequence[Any], options: dict[str, Any]) -> DirectLaunch | None:
+    """Record a launch that `launch(kernel, grid, *args, **options)` has made, without making it again.
+
+    None if Triton returns no compiled kernel.
+    """
+    assert 0 not in grid
+    names = list(kernel.arg_names)[len(args) :]
+    arguments = [*args, *(options[name] for name in names)]
+    if triton.knobs.runtime.interpret:
+        return InterpretedLaunch(kernel, grid, arguments)
+    with on_device_of(args):
+        compiled = kernel.warmup(*args, grid=grid, **COMPILE_OPTIONS, **options)
+        return CompiledLaunch(compiled, grid, arguments) if compiled is not None else None
+
+
+def _without_memory(x: Tensor) -> Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
+def _view(address: int, like: Tensor) -> Tensor:
+    """Tensor on the memory at `address`, with the shape, strides and dtype of `like`."""
+    if not like.numel():
+        return torch.empty_like(like, device="cpu")
+    elements = 1 + sum((size - 1) * stride for size, stride in zip(like.shape, like.stride(), strict=True))
+    memory = (ctypes.c_char * (elements * like.element_size())).from_address(address)
+    return torch.frombuffer(memory, dtype=like.dtype).as_strided(like.shape, like.stride())
