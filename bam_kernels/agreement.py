@@ -16,21 +16,26 @@ from .header import Header, NonFinite
 from .ranks import Ranks, ranks_named, ranks_of
 
 
-@contextmanager
-def share_errors_with_ranks(operation: str, group: Any, x: Any) -> Iterator[None]:
-    """Report a ValueError or TypeError raised in the block to all ranks of `group`, then raise it here.
+class share_errors_with_ranks:
+    """Context that reports a ValueError or TypeError raised in it to all ranks of `group`, before it goes on.
 
     x: the tensor whose device the ranks communicate on. Nothing is reported for tensors on GPUs, where ranks do not
     compare headers at every call.
     """
-    try:
-        yield
-    except (ValueError, TypeError) as error:
-        device = x.device if isinstance(x, Tensor) else torch.device("cpu")
+
+    def __init__(self, operation: str, group: Any, x: Any) -> None:
+        self._operation, self._group, self._x = operation, group, x
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if not isinstance(error, (ValueError, TypeError)):
+            return
+        device = self._x.device if isinstance(self._x, Tensor) else torch.device("cpu")
         if device.type == "cpu" and not torch.compiler.is_compiling():
-            ranks = ranks_named(ranks_of(operation, group)[2])
-            ranks.agree(Header(operation, {}, str(error)), device)
-        raise
+            ranks = ranks_named(ranks_of(self._operation, self._group)[2])
+            ranks.agree(Header(self._operation, {}, str(error)), device)
 
 
 @contextmanager

@@ -285,10 +285,8 @@ class BAMLoss(nn.Module):
         super().__init__()
         self.epsilon = epsilon
         self.return_stats = python_number("BAMLoss", "return_stats", return_stats)
-        self.options = options_of("BAMLoss", options)
+        self.options = options_of("BAMLoss", options if callable(epsilon) else options | {"epsilon": epsilon})
         check_bool("BAMLoss", "return_stats", self.return_stats)
-        if not callable(epsilon):
-            Options(epsilon=epsilon).checked("BAMLoss")
         if self.options.backend == "auto":
             decide_early()
 

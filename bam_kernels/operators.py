@@ -101,13 +101,16 @@ PLAIN = (Tensor, torch.nn.Parameter)
 
 def are_plain(*tensors: Tensor | None) -> bool:
     """Whether these are tensors with memory, and nothing but autograd watches the operators that take them."""
-    return (
-        not torch.compiler.is_compiling()
-        and all(x is None or (type(x) in PLAIN and x.device.type != "meta") for x in tensors)
-        and not torch._C._len_torch_dispatch_stack()
-        and torch._C._functorch.maybe_current_level() is None
-        and not any(x is not None and _is_batch(x) for x in tensors)
-    )
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.maybe_current_level() is not None
+    ):
+        return False
+    for x in tensors:
+        if x is not None and (type(x) not in PLAIN or x.is_meta or _is_batch(x)):
+            return False
+    return True
 
 
 def _is_batch(x: Tensor) -> bool:

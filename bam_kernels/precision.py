@@ -1,7 +1,7 @@
 """Precision of matrix products: the choice of 16-bit arithmetic, and torch's flags set for the length of a block."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -58,13 +58,22 @@ _PRODUCTS: dict[str, Any] = {
 }
 
 
-@contextmanager
-def product_precision(device: torch.device, precision: str) -> Iterator[None]:
-    """Set the precision of matrix products in the block, outside autocast.
+def product_precision(device: torch.device, precision: str) -> AbstractContextManager[None]:
+    """Context that sets the precision of matrix products, outside autocast.
 
     precision "exact": float32 products whatever torch's global flags; "default": as the flags say. fp16 products add in
     float32. The flags are process-wide; leaving the block restores them, also after an exception.
     """
+    is_set = not (
+        torch.is_autocast_enabled(device.type)
+        or torch.backends.cuda.matmul.allow_fp16_accumulation
+        or (precision == "exact" and float32_products(device) != "highest")
+    )
+    return nullcontext() if is_set else _set_precision(device, precision)
+
+
+@contextmanager
+def _set_precision(device: torch.device, precision: str) -> Iterator[None]:
     half_accumulation = torch.backends.cuda.matmul.allow_fp16_accumulation
     with torch.autocast(device.type, enabled=False), _exact_float32(device) if precision == "exact" else nullcontext():
         try:

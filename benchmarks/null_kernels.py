@@ -23,7 +23,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -68,6 +68,16 @@ _library = torch.library.Library("bam_null", "DEF")
 _library.define("product(Tensor a, Tensor b, Tensor(a!) out, bool add) -> ()")
 
 
+class NullLaunch:
+    """A recorded launch of a Triton kernel, which is counted when it is repeated."""
+
+    def __init__(self, kernels: "NullKernels", kernel: Any, *_: Any) -> None:
+        self._launch = partial(kernels._launch_triton, kernel, ())
+
+    def run(self, pointers: Sequence[int], stream: int) -> None:
+        self._launch()
+
+
 class NullKernels:
     """Row kernels of both backends that count launches by the name of the kernel and do nothing else."""
 
@@ -80,7 +90,7 @@ class NullKernels:
         if backend == "triton":
             from bam_kernels.backends.triton.row_kernels import TritonKernels
 
-            return TritonKernels(self._launch_triton)
+            return TritonKernels(self._launch_triton, partial(NullLaunch, self))
         from bam_kernels.backends.cuda.row_kernels import CudaKernels
 
         self._cuda_names = kernel_names()

@@ -68,6 +68,7 @@ def _embed(call: Call) -> "tuple[Rows, FlashKernels]":
         masked=call.options.mask_positives,
         unit=x.keys.unit,
         precision="ieee" if float32_products(call.student.device) == "highest" else "tf32",
+        run=call.kernels.run,
     )
     return x, flash
 

@@ -100,7 +100,8 @@ class Gradient:
         H z = H k' + rowsum(H) centre; products with k' stay small near collapse.
         """
         keys, N = self.keys.whole, self.layout.N
-        multiply(G[N:], keys, self.d[N:])
+        if len(G) > N:
+            multiply(G[N:], keys, self.d[N:])
         H = G[:N]
         self.column_sums = self.kernels.symmetrize_(H)
         d = multiply(H, keys, self.d[:N])

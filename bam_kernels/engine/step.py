@@ -6,7 +6,7 @@ layout.py defines the dimension letters.
 import math
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,12 +19,13 @@ from ..header import NonFinite
 from ..layout import Layout
 from ..options import Options
 from ..precision import float32_products, is_sixteen_bit, product_precision
-from ..ranks import ONE_RANK, ranks_named
+from ..ranks import DEFAULT_GROUP, ONE_RANK, ranks_named
 from ..ways import WAYS, Way, split
 from . import flash, slab
 from .call import Call
 from .cost import Problem, choose_way, fastest_rows, rates
-from .recording import NotRecordable, Recorder, Recording
+from .recorder import NotRecordable, Recorder
+from .recording import Recording
 
 MOST_RECORDED_SCORES = 1 << 25  # with more scores, a device needs longer than the host needs to prepare its work
 MOST_RECORDINGS = 16  # of one step, which differ in strides and flags
@@ -49,7 +50,14 @@ class Step:
     options: Options
     ways: str
     group: str
-    _recordings: dict[Hashable, Recording | str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        layout = self.layout
+        scores = max(layout.V, layout.R) * layout.B * layout.N
+        self._may_record = self.group in (DEFAULT_GROUP, ONE_RANK.name) and layout.W == 1
+        self._may_record = self._may_record and scores <= MOST_RECORDED_SCORES
+        self._backends = [WAYS[way].backend for way in split(self.ways)]
+        self._recordings: dict[Hashable, Recording | str] = {}
 
     def loss(self, student: Tensor, teacher: Tensor | None, needs_grad: bool) -> Result:
         """Compute loss, statistics and dz. Calls like an earlier one repeat its operations, without the engine.
@@ -103,10 +111,8 @@ class Step:
 
     def _key(self, student: Tensor, teacher: Tensor | None, needs_grad: bool) -> Hashable:
         """All that operations depend on besides the step; None if they must not be repeated from a recording."""
-        layout = self.layout
         if (
-            ranks_named(self.group) is not ONE_RANK
-            or max(layout.V, layout.R) * layout.B * layout.N > MOST_RECORDED_SCORES
+            not self._may_record
             or ranges.are_on()
             or tuned.uses_candidates()
             or torch._C._len_torch_dispatch_stack()
@@ -122,7 +128,7 @@ class Step:
             torch.get_num_threads() if device.type == "cpu" else 0,
             float32_products(device),
             tuned.tuning(),
-            *[row_kernels(WAYS[way].backend) for way in split(self.ways)],
+            *[row_kernels(backend) for backend in self._backends],
         )
 
     @contextmanager

@@ -88,16 +88,13 @@ def test_the_launchers_of_triton_take_such_a_call(signature, calls):
 
 def test_the_compiled_kernel_is_that_of_the_recorded_alignment(calls):
     """An aligned pointer must stay aligned; one that is not may become so."""
-    for offset, accepted in ((0, False), (1, True)):
+    for offset in (0, 1):
         kernel, grid, args, options = launch_of_sums(offset=offset)
         launch(kernel, grid, *args, **options)
         recorded = direct(kernel, grid, args, options)
         recorded.run([16, 32, 48, 64], STREAM)
         assert calls[-1][4:6] == calls[-2][4:6]
         assert calls[-1][5] is calls[-2][5]  # the metadata of one compiled kernel
-        assert recorded.accepts([16, 32, 48, 64])
-        assert recorded.accepts([24, 32, 48, 64]) is accepted
-        assert not recorded.accepts([16, 32, 48, 60])
     assert calls[0][5] is not calls[2][5]
 
 

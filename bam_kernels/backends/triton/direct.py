@@ -21,14 +21,13 @@ from torch import Tensor
 
 from .launch import COMPILE_OPTIONS, on_device_of
 
-ALIGNMENT = 16  # bytes; Triton compiles a pointer that is divisible by it for wide reads and writes
-
 
 class DirectLaunch:
     """One recorded launch: grid, numbers and constants are kept, addresses are given at each run.
 
-    It keeps no tensor. New memory must have the shapes, strides and dtypes of the recorded tensors, and addresses that
-    `accepts` allows. The device of the recorded launch must be current. Triton's launch hooks are not called.
+    It keeps no tensor. New memory must have the shapes, strides and dtypes of the recorded tensors. Where an address
+    was divisible by 16, the new one must be too, because the kernel is compiled for wide reads and writes there. The
+    device of the recorded launch must be current. Triton's launch hooks are not called.
     """
 
     def __init__(self, arguments: Sequence[Any]) -> None:
@@ -37,14 +36,8 @@ class DirectLaunch:
         others = [place for place in range(len(arguments)) if place not in places]
         order = {place: index for index, place in enumerate([*places, *others])}
         self._tensors = len(places)
-        self._aligned = [arguments[place].data_ptr() % ALIGNMENT == 0 for place in places]
         self._constants = tuple(arguments[place] for place in others)
         self._in_order = itemgetter(*(order[place] for place in range(len(arguments))))
-
-    def accepts(self, pointers: Sequence[int]) -> bool:
-        """Whether the compiled kernel is right for these addresses: those it takes as aligned are so."""
-        pairs = zip(self._aligned, pointers, strict=True)
-        return all(pointer % ALIGNMENT == 0 for aligned, pointer in pairs if aligned)
 
     def run(self, pointers: Sequence[int], stream: int) -> None:
         """Launch on a stream's handle. pointers: an address for every recorded tensor, in the order of parameters."""

@@ -90,7 +90,7 @@ class FlashKernels(SinkhornKernels):
         tiles = -(-m // tile.block_m)
         chunks, rows = split(tiles, n, tile.block_n)
         partial = torch.empty(2, chunks, m, dtype=torch.float32, device=own.device)
-        self._run(
+        self.run(
             flash_sinkhorn.flash_lse_kernel,
             (tiles, chunks),
             own,
@@ -119,7 +119,7 @@ class FlashKernels(SinkhornKernels):
         tiles = -(-m // tile.block_m)
         chunks, rows = split(tiles, n, tile.block_n)
         partial = torch.empty(chunks, m, dtype=torch.float32, device=x.device)
-        self._run(
+        self.run(
             flash_sinkhorn.flash_column_sums_kernel,
             (tiles, chunks),
             self.keys,
@@ -144,7 +144,7 @@ class FlashKernels(SinkhornKernels):
         m, n = out.shape
         assert len(y) == m and out.is_contiguous()
         tile = self._tile(m, n)
-        self._run(
+        self.run(
             flash_match.flash_targets_kernel,
             (-(-m // tile.block_m), -(-n // tile.block_n)),
             y,
@@ -185,7 +185,7 @@ class FlashKernels(SinkhornKernels):
         chunks, rows = split(tiles * V, n, tile.block_n)
         sums = torch.empty(chunks, 3, layout.M, dtype=torch.float32, device=z.device)
         dz = torch.empty(chunks, layout.M, layout.D, dtype=torch.float32, device=z.device) if needs_grad else None
-        self._run(
+        self.run(
             flash_match.flash_match_kernel,
             (tiles, V, chunks),
             z,
@@ -215,7 +215,7 @@ class FlashKernels(SinkhornKernels):
         layout, block = self.layout, block_of(self.layout.M, 512)
         programs = -(-layout.M // block)
         images = torch.empty(3, programs, dtype=torch.float64, device=sums.device)
-        self._run(
+        self.run(
             stats.flash_sums_kernel,
             (programs,),
             sums,
@@ -254,7 +254,7 @@ class FlashKernels(SinkhornKernels):
         chunks, images = split(tiles, layout.B, tile.block_n)
         dk = torch.empty(chunks, layout.N, layout.D, dtype=torch.float32, device=z.device)
         partial = torch.empty(chunks, layout.N, dtype=torch.float32, device=z.device)
-        self._run(
+        self.run(
             flash_keys.flash_dk_kernel,
             (tiles, chunks),
             z,

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from copy import copy
+from functools import partial
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -50,7 +52,19 @@ def check_scores(s: Tensor) -> None:
 
 
 class Launcher:
-    """Base of the Triton launchers; `run(kernel, grid, *args, num_warps, **constants)` launches one kernel."""
+    """Base of the Triton launchers.
 
-    def __init__(self, run: Launch = launch) -> None:
-        self._run = run
+    run     run(kernel, grid, *args, num_warps, **constants) launches one kernel
+    repeat  repeat(kernel, grid, args, options) makes of a launch one that runs again on other memory; None: `direct`
+    """
+
+    def __init__(self, run: Launch = launch, repeat: Callable[..., Any] | None = None) -> None:
+        self.run, self._repeat = run, repeat
+
+    def recorded(self, recorder: Any) -> Self:
+        """These kernels, whose launches a Recorder also notes."""
+        from .direct import direct  # imports this module
+
+        kernels = copy(self)
+        kernels.run = partial(recorder.launch, self.run, self._repeat or direct)
+        return kernels

@@ -59,7 +59,7 @@ class MatchKernels(Launcher):
         for first in range(0, b, images):
             part = slice(first, min(first + images, b))
             g = gradient[:, part] if gradient is not None else None
-            self._run(
+            self.run(
                 match_long.match_long_kernel if long else match.match_kernel,
                 (part.stop - first,),
                 target[:, part],

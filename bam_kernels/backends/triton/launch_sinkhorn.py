@@ -53,7 +53,7 @@ class SinkhornKernels(Launcher):
         m, n = s.shape
         tile = column_tile(m, n)
         partial = torch.empty(2, tile.chunks, n, dtype=torch.float32, device=s.device)
-        self._run(
+        self.run(
             sinkhorn.column_lse_kernel,
             (-(-n // tile.block_n), tile.chunks),
             s,
@@ -82,7 +82,7 @@ class SinkhornKernels(Launcher):
         """Add up partial sums (2, chunks, n) into `shift` and `sums`, or into `potential`, their reciprocal."""
         chunks, n = partial.shape[1:]
         block = block_of(n, 64)
-        self._run(
+        self.run(
             sinkhorn.merge_lse_kernel,
             (-(-n // block),),
             *partial,
@@ -108,7 +108,7 @@ class SinkhornKernels(Launcher):
         """Add up partial sums (chunks, n) into `out`, times `factor`; then divide the potential `divide` by `out`."""
         chunks, n = partial.shape
         block = block_of(n, 64)
-        self._run(
+        self.run(
             sinkhorn.add_chunks_kernel,
             (-(-n // block),),
             partial,
@@ -127,7 +127,7 @@ class SinkhornKernels(Launcher):
         """Column potential 1 / (sums_j * 2^shift_j)."""
         n = len(shift)
         col = Potential(torch.empty_like(shift), torch.empty_like(shift))
-        self._run(sinkhorn.reciprocal_potential_kernel, (-(-n // 256),), shift, sums, *col, n, BLOCK=256, num_warps=4)
+        self.run(sinkhorn.reciprocal_potential_kernel, (-(-n // 256),), shift, sums, *col, n, BLOCK=256, num_warps=4)
         return col
 
     def column_totals(self, shift: Tensor, sums: Tensor, common: int) -> Tensor:
@@ -135,7 +135,7 @@ class SinkhornKernels(Launcher):
         n = len(shift)
         total = torch.empty(n, dtype=torch.float64, device=shift.device)
         grid = (-(-n // 256),)
-        self._run(sinkhorn.column_totals_kernel, grid, shift, sums, float(common), total, n, BLOCK=256, num_warps=4)
+        self.run(sinkhorn.column_totals_kernel, grid, shift, sums, float(common), total, n, BLOCK=256, num_warps=4)
         return total
 
     def total_potential(self, total: Tensor, common: int) -> Potential:
@@ -143,13 +143,13 @@ class SinkhornKernels(Launcher):
         n = len(total)
         col = Potential(*torch.empty(2, n, dtype=torch.float32, device=total.device).unbind())
         grid = (-(-n // 256),)
-        self._run(sinkhorn.total_potential_kernel, grid, total, float(common), *col, n, BLOCK=256, num_warps=4)
+        self.run(sinkhorn.total_potential_kernel, grid, total, float(common), *col, n, BLOCK=256, num_warps=4)
         return col
 
     def divide_potential_(self, col: Potential, c: Tensor) -> None:
         """Divide the column potential by c, in place."""
         n = len(c)
-        self._run(sinkhorn.divide_potential_kernel, (-(-n // 256),), *col, c, n, BLOCK=256, num_warps=4)
+        self.run(sinkhorn.divide_potential_kernel, (-(-n // 256),), *col, c, n, BLOCK=256, num_warps=4)
 
     def sinkhorn_pass(
         self,
@@ -171,7 +171,7 @@ class SinkhornKernels(Launcher):
         m, n = s.shape
         if n > LONGEST_ROW:
             block = 4096
-            self._run(
+            self.run(
                 sinkhorn.row_step_kernel,
                 (m,),
                 s,
@@ -187,7 +187,7 @@ class SinkhornKernels(Launcher):
             return
         tile = row_tile(m, n)
         partial = torch.empty(tile.chunks, n, dtype=torch.float32, device=s.device)
-        self._run(
+        self.run(
             sinkhorn.sinkhorn_pass_kernel,
             (tile.chunks,),
             s,
@@ -219,7 +219,7 @@ class SinkhornKernels(Launcher):
         m, n = s.shape
         tile = column_tile(m, n)
         partial = torch.empty(tile.chunks, n, dtype=torch.float32, device=s.device)
-        self._run(
+        self.run(
             plan.column_products_kernel,
             (-(-n // tile.block_n), tile.chunks),
             s,

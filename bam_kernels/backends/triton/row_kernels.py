@@ -41,7 +41,7 @@ class TritonKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
     def _read_rows(self, to: Reading) -> None:
         assert to.centre is None or to.centre.dtype == torch.float32
         block = block_of(to.x.shape[-1])
-        self._run(
+        self.run(
             embed.unit_rows_kernel,
             (len(to.norm),),
             to.x,
@@ -63,7 +63,7 @@ class TritonKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
     def _mean_row(self, x: Tensor, norm: Tensor | None, ranks: int) -> Tensor:
         m, d = x.shape[:-1].numel(), x.shape[-1]
         mean = torch.empty(d, dtype=torch.float32, device=x.device)
-        self._run(
+        self.run(
             embed.mean_row_kernel,
             (-(-d // MEAN_TILE[1]),),
             x,
@@ -89,7 +89,7 @@ class TritonKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
         step = torch.empty(1, dtype=torch.float32, device=centre.device)
         d, n, m, other = len(centre), len(key_bias), len(row_bias), len(other_bias) if other_bias is not None else 0
         block = block_of(max(d, n, m, other), 4096)
-        self._run(
+        self.run(
             embed.product_step_kernel,
             (1,),
             centre,
@@ -114,7 +114,7 @@ class TritonKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
         assert read.stride(1) == 1 and centre.is_contiguous()
         row = Potential.empty(m, read.device)
         block = block_of(d)
-        self._run(
+        self.run(
             embed.centre_potential_kernel,
             (m,),
             read,
@@ -135,7 +135,7 @@ class TritonKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
         """
         assert d.is_contiguous()
         block = block_of(d.shape[1])
-        self._run(
+        self.run(
             embed.project_kernel,
             (len(d),),
             d,
@@ -156,7 +156,7 @@ class TritonKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
         tiles = -(-m // tile)
         partial = torch.empty(tiles, m, dtype=torch.float32, device=G.device)
         sums = torch.empty(m, dtype=torch.float32, device=G.device)
-        self._run(plan.symmetrize_kernel, (tiles, tiles), G, partial, m, G.stride(0), TILE=tile, num_warps=8)
+        self.run(plan.symmetrize_kernel, (tiles, tiles), G, partial, m, G.stride(0), TILE=tile, num_warps=8)
         self._add_chunks(partial, None, sums, False)
         return sums
 
@@ -164,7 +164,7 @@ class TritonKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
         """Write the masked score where rows of (m, N) float32 scores meet keys of their own image."""
         assert s.stride(1) == 1 and s.dtype == torch.float32
         block, m = 256, len(s)
-        self._run(
+        self.run(
             scores.mask_positives_kernel,
             (-(-m * positives.layout.T // block),),
             s,
@@ -191,7 +191,7 @@ class TritonKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
         assert s.stride(1) == 1 and out.stride(1) == 1
         m, n = s.shape
         block = block_of(n, 2048)
-        self._run(
+        self.run(
             scores.quantize_kernel,
             (m, -(-n // block)),
             s,
@@ -218,7 +218,7 @@ class TritonKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
         count, n, m = images.shape[1], len(column_sums), len(norm) if norm is not None else 0
         block = block_of(max(count, n, m), 4096)
         rounded = ctypes.c_float(uniform_loss).value
-        self._run(
+        self.run(
             stats.loss_and_stats_kernel,
             (1,),
             images,
@@ -249,7 +249,7 @@ class TritonKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
         w = torch.empty(n if u is not None else 0, dtype=torch.float32, device=s.device)
         if v is not None:
             block = block_of(n)
-            self._run(
+            self.run(
                 plan.row_products_kernel,
                 (m,),
                 s,
@@ -281,7 +281,7 @@ class TritonKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
         check_scores(s)
         m, n = s.shape
         block = block_of(n, 2048)
-        self._run(
+        self.run(
             plan.plan_subtract_kernel,
             (m, -(-n // block)),
             x,
