@@ -110,7 +110,7 @@ class StepGraphs:
         """
         refusal = refusal or self._refusal(student.device)
         if refusal is not None:
-            self._warn(refusal)
+            self.warn(refusal)
             return _plain(step, student, teacher)
         with self._cuda.device(student.device):
             if self._cuda.is_current_stream_capturing():
@@ -125,7 +125,8 @@ class StepGraphs:
             return "on ROCm a capture may hang"
         return None
 
-    def _warn(self, reason: str) -> None:
+    def warn(self, reason: str) -> None:
+        """Warn that a call runs without a graph, once for each reason."""
         if reason not in self._warned:
             self._warned.add(reason)
             warnings.warn(f"BAMLoss: cuda_graph=True runs without a graph: {reason}", stacklevel=4)
@@ -143,7 +144,7 @@ class StepGraphs:
             if not seen and len(self._graphs) < MOST_GRAPHS:
                 self._graphs[problem] = None
             elif not seen:
-                self._warn(f"it had {MOST_GRAPHS} different shapes, types or options, and this is one more")
+                self.warn(f"it had {MOST_GRAPHS} different shapes, types or options, and this is one more")
         result = _plain(step, student, teacher)
         if seen:
             with self._lock:
@@ -180,7 +181,7 @@ class StepGraphs:
                 graph.reset()
                 _end_allocation(device, self._devices[device].pool)
                 self._failed = graph  # kept, because the allocator of pinned memory may still refer to it
-                self._warn(f"the capture of a step failed with {type(error).__name__}: {error}")
+                self.warn(f"the capture of a step failed with {type(error).__name__}: {error}")
                 return None
         return _Graph(graph, inputs, outputs, self._cuda.current_stream())
 

@@ -6,6 +6,7 @@ layout.py defines the dimension letters.
 import math
 from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from .agreement import share_errors_with_ranks
 from .backends import decide_early
 from .checked_call import PACKED, checked_call, unpacked
 from .engine.step import Step
+from .graphs import StepGraphs
 from .header import NonFinite
 from .operators import (
     are_plain,
@@ -27,6 +29,7 @@ from .operators import (
     wants_gradient,
 )
 from .options import Options, check_bool, options_of, python_number
+from .precision import flags_of_products
 from .stats import BAMStats
 
 
@@ -129,7 +132,7 @@ def bam_loss(
 
 
 def _loss(
-    student: Tensor, teacher: Tensor | None, options: Options, return_stats: bool
+    student: Tensor, teacher: Tensor | None, options: Options, return_stats: bool, graphs: StepGraphs | None = None
 ) -> Tensor | tuple[Tensor, BAMStats]:
     with share_errors_with_ranks("bam_loss", options.group, student):
         if type(return_stats) is not bool:
@@ -138,10 +141,12 @@ def _loss(
         call = checked_call("bam_loss", student, teacher, options)
         ways = call.ways(student)
     if ways == "reference":
+        if graphs is not None:
+            graphs.warn("the reference computes this call, and a graph needs kernels")
         return reference.loss(student, teacher, call.layout, call.options, return_stats)
     teacher = teacher.detach() if teacher is not None else None
     if call.plain:
-        loss, stats, _ = _loss_directly(student, teacher, call.step(ways), wants_gradient(student))
+        loss, stats, _ = _loss_directly(student, teacher, call.step(ways), wants_gradient(student), graphs)
     else:
         loss, stats, _ = _loss_operator(student, teacher, *call.packed(ways), wants_gradient(student))
     return (loss, BAMStats(*stats.unbind())) if return_stats else loss
@@ -180,8 +185,14 @@ def _loss_fake(student: Tensor, teacher: Tensor | None, *packed_and_needs_grad: 
     )
 
 
-def _loss_of_step(student: Tensor, teacher: Tensor | None, step: Step, needs_grad: bool) -> tuple[Tensor, ...]:
-    return step.loss(student, teacher, needs_grad)
+def _loss_of_step(
+    student: Tensor, teacher: Tensor | None, step: Step, needs_grad: bool, graphs: StepGraphs | None
+) -> tuple[Tensor, ...]:
+    if graphs is None:
+        return step.loss(student, teacher, needs_grad)
+    refusal = "the batch is spread over several ranks" if step.layout.W > 1 else None
+    key = step, needs_grad, *flags_of_products(student.device)
+    return graphs(key, partial(step.loss, needs_grad=needs_grad), student.detach(), teacher, refusal)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -274,19 +285,32 @@ class BAMLoss(nn.Module):
         loss = criterion(student, teacher, step=step)
 
     epsilon: a float, or a schedule: a callable from the step to a float; `forward` then needs `step`.
+    cuda_graph: replay whole steps, loss and gradient, as CUDA graphs: less time on the host for small problems. The
+    first two calls with a problem (options, torch's flags, shapes, types, device) run as usual, later ones replay.
+    A graph needs kernels, not the reference, and one rank on a CUDA device, not ROCm. Elsewhere, for more than 8
+    problems, and after a capture that failed, calls run without one, and a warning says why once. In a capture of your
+    own the step becomes a part of your graph. Graphs keep their memory until the module is freed; copies have none.
     return_stats, options: as `bam_loss`. With backend="auto" and a CUDA context, GPU kernels that are not known yet are
     tried at construction, for minutes.
     Raises: ValueError or TypeError as `bam_loss`, for options already at construction.
     """
 
     def __init__(
-        self, *, epsilon: float | Callable[[int], float] = 0.05, return_stats: bool = False, **options: Any
+        self,
+        *,
+        epsilon: float | Callable[[int], float] = 0.05,
+        cuda_graph: bool = False,
+        return_stats: bool = False,
+        **options: Any,
     ) -> None:
         super().__init__()
         self.epsilon = epsilon
         self.return_stats = python_number("BAMLoss", "return_stats", return_stats)
         self.options = options_of("BAMLoss", options if callable(epsilon) else options | {"epsilon": epsilon})
         check_bool("BAMLoss", "return_stats", self.return_stats)
+        self.cuda_graph = python_number("BAMLoss", "cuda_graph", cuda_graph)
+        check_bool("BAMLoss", "cuda_graph", self.cuda_graph)
+        self._graphs = StepGraphs() if self.cuda_graph else None
         if self.options.backend == "auto":
             decide_early()
 
@@ -294,7 +318,7 @@ class BAMLoss(nn.Module):
         self, student: Tensor, teacher: Tensor | None = None, step: int | None = None
     ) -> Tensor | tuple[Tensor, BAMStats]:
         """Loss of student and teacher embeddings, as `bam_loss`; with return_stats, (loss, BAMStats)."""
-        return _loss(student, teacher, self._options_at(step), self.return_stats)
+        return _loss(student, teacher, self._options_at(step), self.return_stats, self._graphs)
 
     def way(self, student: Tensor, teacher: Tensor | None = None, step: int | None = None) -> str:
         """What `forward` computes these embeddings with: "reference", or the backend and its engine, "cuda slab".
@@ -319,6 +343,6 @@ class BAMLoss(nn.Module):
 
     def extra_repr(self) -> str:
         shown = {f.name: getattr(self.options, f.name) for f in fields(self.options)}
-        shown |= {"epsilon": self.epsilon, "return_stats": self.return_stats}
-        default = {f.name: f.default for f in fields(Options)} | {"return_stats": False}
+        shown |= {"epsilon": self.epsilon, "cuda_graph": self.cuda_graph, "return_stats": self.return_stats}
+        default = {f.name: f.default for f in fields(Options)} | {"cuda_graph": False, "return_stats": False}
         return ", ".join(f"{name}={value}" for name, value in shown.items() if value != default[name])

@@ -48,6 +48,13 @@ def float32_products(device: torch.device) -> str:
     return setting if newer_setting != "highest" else newer_setting
 
 
+def flags_of_products(device: torch.device) -> tuple[Any, ...]:
+    """All flags of torch that decide about the products of a step."""
+    matmul = torch.backends.cuda.matmul
+    reduced = matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction
+    return float32_products(device), torch.is_autocast_enabled(device.type), matmul.allow_fp16_accumulation, *reduced
+
+
 def _fp32_precision(device_type: str) -> str:
     return getattr(_PRODUCTS[device_type], "fp32_precision", "none") if device_type in _PRODUCTS else "none"
 
