@@ -71,10 +71,9 @@ struct Match {
   const float* row_exponent;  // guess for target row (t, i), at t*row_view_stride + i
   int64_t row_view_stride;
   Potential col;           // (n)
-  const float* col_log2;   // (n) log2 of col.mantissa
-  double* loss;            // (b) sum_v a_v*lse_v - <Pbar_v, s_v>/tau, natural log
+  double* loss;            // (b) sum_v a_v*lse_v - <Pbar_v, s_v>/tau, natural log; 0 without sources
   double* target_entropy;  // (b) sum_t H(P_t)
-  double* source_entropy;  // (b) sum_v H(A_v)
+  double* source_entropy;  // (b) sum_v H(A_v); 0 without sources
   float* targets;          // row (t, i) at t*targets_view_stride + i*n; null: not wanted
   int64_t targets_view_stride;
   Potential row_out;  // (b) potential of target row 0; null: not wanted
@@ -114,6 +113,14 @@ struct Normalize {
   int64_t m, d, row_stride;
   float* unit;   // (m, d)
   double* norm;  // (m)
+  int threads;
+};
+
+// Mean of rows. Four rows are added in float, and fours of rows in double.
+struct MeanRow {
+  const float* x;
+  int64_t m, d, row_stride;
+  float* mean;  // (d)
   int threads;
 };
 
@@ -163,6 +170,20 @@ struct MaskPositives {
   int threads;
 };
 
+// The loss and its statistics in the order of BAMStats, from the sums of images and columns, added up in double.
+struct LossAndStats {
+  const double* images;  // (3, count) losses, target entropies and source entropies of images
+  int64_t count;
+  const float* c;  // (n) the column sums before the last column step
+  int64_t n;
+  const double* norm;  // (m) norms of rows, or null; one that is not finite makes the loss NaN
+  int64_t m;
+  int64_t B, L, V;
+  double uniform_loss;
+  float* loss;   // (1)
+  float* stats;  // (6)
+};
+
 namespace cpu {
 
 struct Kernels {
@@ -173,6 +194,7 @@ struct Kernels {
   void (*plan_products)(const PlanProducts&);
   void (*plan_subtract)(const PlanSubtract&);
   void (*normalize)(const Normalize&);
+  void (*mean_row)(const MeanRow&);
   void (*centre_potential)(const CentrePotential&);
   void (*project)(const Project&);
   void (*quantize)(const Quantize&);
@@ -187,6 +209,9 @@ void mask_positives(const MaskPositives&);
 void reciprocal_potential(Potential col, const float* shift, const float* sum, int64_t n);
 // col <- col / c; a column with c = 0 keeps its potential.
 void divide_potential(Potential col, const float* c, int64_t n);
+void loss_and_stats(const LossAndStats&);
+// Number of infinite and NaN entries of norm (m).
+int64_t count_not_finite(const double* norm, int64_t m);
 
 }  // namespace cpu
 }  // namespace bam

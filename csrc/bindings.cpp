@@ -1,8 +1,6 @@
 // Python bindings: addresses and sizes in, nothing torch. The caller keeps the tensors alive and checks shapes.
 #include "bindings.h"
 
-#include <algorithm>
-#include <cmath>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -66,44 +64,43 @@ void bind_sinkhorn(py::class_<KernelTable>& c) {
 }
 
 void bind_match(py::class_<KernelTable>& c) {
-  c.def("match", [](const KernelTable& k, ScoresTuple target, ScoresTuple source, std::array<int64_t, 8> dimensions,
-                    std::array<float, 4> scales, Address row_exponent, int64_t row_view_stride, Pair col,
-                    Address col_log2, std::array<Address, 3> sums, Address targets, int64_t targets_view_stride,
-                    Pair row_out, std::array<int64_t, 3> gradient, int threads) {
-    call(k, k.kernels->match, [=](const Memory& at) {
-      const auto [L, V, b, n, W, T, B, top_k] = dimensions;
-      bam::Match match{};
-      match.target = scores(at, target);
-      match.source = scores(at, source);
-      match.L = L;
-      match.V = V;
-      match.b = b;
-      match.n = n;
-      match.W = W;
-      match.T = T;
-      match.B = B;
-      match.top_k = top_k;
-      match.target_scale = scales[0];
-      match.source_scale = scales[1];
-      match.source_step_over_tau = scales[2];
-      match.gradient_scale = scales[3];
-      match.row_exponent = at.as<const float>(row_exponent);
-      match.row_view_stride = row_view_stride;
-      match.col = potential(at, col);
-      match.col_log2 = at.as<const float>(col_log2);
-      match.loss = at.as<double>(sums[0]);
-      match.target_entropy = at.as<double>(sums[1]);
-      match.source_entropy = at.as<double>(sums[2]);
-      match.targets = at.as<float>(targets);
-      match.targets_view_stride = targets_view_stride;
-      match.row_out = potential(at, row_out);
-      match.gradient = at.as<float>(gradient[0]);
-      match.gradient_view_stride = gradient[1];
-      match.gradient_row_stride = gradient[2];
-      match.threads = threads;
-      return match;
-    });
-  });
+  c.def("match",
+        [](const KernelTable& k, ScoresTuple target, ScoresTuple source, std::array<int64_t, 8> dimensions,
+           std::array<float, 4> scales, Address row_exponent, int64_t row_view_stride, Pair col, Address sums,
+           Address targets, int64_t targets_view_stride, Pair row_out, std::array<int64_t, 3> gradient, int threads) {
+          call(k, k.kernels->match, [=](const Memory& at) {
+            const auto [L, V, b, n, W, T, B, top_k] = dimensions;
+            bam::Match match{};
+            match.target = scores(at, target);
+            match.source = scores(at, source);
+            match.L = L;
+            match.V = V;
+            match.b = b;
+            match.n = n;
+            match.W = W;
+            match.T = T;
+            match.B = B;
+            match.top_k = top_k;
+            match.target_scale = scales[0];
+            match.source_scale = scales[1];
+            match.source_step_over_tau = scales[2];
+            match.gradient_scale = scales[3];
+            match.row_exponent = at.as<const float>(row_exponent);
+            match.row_view_stride = row_view_stride;
+            match.col = potential(at, col);
+            match.loss = at.as<double>(sums);
+            match.target_entropy = match.loss + b;
+            match.source_entropy = match.loss + 2 * b;
+            match.targets = at.as<float>(targets);
+            match.targets_view_stride = targets_view_stride;
+            match.row_out = potential(at, row_out);
+            match.gradient = at.as<float>(gradient[0]);
+            match.gradient_view_stride = gradient[1];
+            match.gradient_row_stride = gradient[2];
+            match.threads = threads;
+            return match;
+          });
+        });
 }
 
 void bind_plan(py::class_<KernelTable>& c) {
@@ -156,12 +153,17 @@ void bind_embeddings(py::class_<KernelTable>& c) {
   c.def("require_finite", [](const KernelTable& k, Address norm, int64_t rows) {
     k.run(
         [=](const Memory& at, void*) {
-          const double* first = at.as<const double>(norm);
-          if (!std::all_of(first, first + rows, [](double x) { return std::isfinite(x); }))
+          if (bam::cpu::count_not_finite(at.as<const double>(norm), rows))
             throw std::domain_error("a row has values that are not finite");
         },
         nullptr);
   });
+  c.def("mean_row",
+        [](const KernelTable& k, Address x, int64_t rows, int64_t d, int64_t row_stride, Address mean, int threads) {
+          call(k, k.kernels->mean_row, [=](const Memory& at) {
+            return bam::MeanRow{at.as<const float>(x), rows, d, row_stride, at.as<float>(mean), threads};
+          });
+        });
   c.def("centre_potential", [](const KernelTable& k, Address unit, Address centre, int64_t rows, int64_t d,
                                double scale, Pair row, int threads) {
     call(k, k.kernels->centre_potential, [=](const Memory& at) {
@@ -176,6 +178,28 @@ void bind_embeddings(py::class_<KernelTable>& c) {
                           threads};
     });
   });
+}
+
+void bind_stats(py::class_<KernelTable>& c) {
+  c.def("loss_and_stats",
+        [](const KernelTable& k, Address images, int64_t count, Address sums, int64_t n, Address norm, int64_t m,
+           std::array<int64_t, 3> dimensions, double uniform_loss, Address loss, Address stats) {
+          call(k, bam::cpu::loss_and_stats, [=](const Memory& at) {
+            const auto [B, L, V] = dimensions;
+            return bam::LossAndStats{at.as<const double>(images),
+                                     count,
+                                     at.as<const float>(sums),
+                                     n,
+                                     at.as<const double>(norm),
+                                     m,
+                                     B,
+                                     L,
+                                     V,
+                                     uniform_loss,
+                                     at.as<float>(loss),
+                                     at.as<float>(stats)};
+          });
+        });
 }
 
 void bind_launch_list(py::module_& m) {
@@ -211,6 +235,7 @@ void bind_cpu(py::module_& m) {
   bind_match(table);
   bind_plan(table);
   bind_embeddings(table);
+  bind_stats(table);
   m.def(
       "cpu_kernels",
       [](const std::string& isa) {

@@ -25,9 +25,14 @@ def unavailable() -> str | None:
     return None
 
 
-def _threads(elements: int) -> int:
-    """Number of threads: torch's, or 1 if starting threads would take longer than the work."""
-    return 1 if elements < 16384 else torch.get_num_threads()
+# Elements from which threads gain more than it takes to start them: of kernels that do much arithmetic on an element,
+# and of kernels that add it up.
+LEAST_SHARED, LEAST_SHARED_SUMS = 1 << 15, 1 << 18
+
+
+def _threads(elements: int, least: int = LEAST_SHARED) -> int:
+    """Number of threads: torch's, or 1 for fewer elements than `least`."""
+    return 1 if elements < least else torch.get_num_threads()
 
 
 class CpuKernels:
@@ -45,6 +50,7 @@ class CpuKernels:
 
     def require_finite(self, norm: Tensor) -> None:
         """Raise ValueError if a norm of rows, norm (m,) float64, is not finite."""
+        assert norm.is_contiguous()
         self._kernels.require_finite(address(norm, CPU, FLOAT64), len(norm))
 
     def normalize(self, x: Tensor) -> UnitRows:
@@ -61,8 +67,14 @@ class CpuKernels:
         return UnitRows(unit, norm, unit)
 
     def mean_row(self, x: Tensor) -> Tensor:
-        """Mean (D,) of float32 rows x (m, D)."""
-        return x.mean(0)
+        """Mean (D,) of float32 rows x (m, D), summed in float64 but for fours of rows."""
+        assert x.stride(1) == 1
+        m, d = x.shape
+        mean = torch.empty(d, dtype=torch.float32, device=CPU)
+        self._kernels.mean_row(
+            address(x, CPU), m, d, x.stride(0), address(mean, CPU), _threads(m * d, LEAST_SHARED_SUMS)
+        )
+        return mean
 
     def centre_potential(self, read: Tensor, centre: Tensor, epsilon: float) -> Potential:
         """Row potential exp(<unit_i, centre>/eps) of float32 rows, from which Sinkhorn on centred keys starts."""
@@ -89,7 +101,9 @@ class CpuKernels:
         m = len(G)
         assert G.shape == (m, m) and G.stride(1) == 1
         sums = torch.empty(m, dtype=torch.float32, device=CPU)
-        self._kernels.symmetrize(address(G, CPU), m, G.stride(0), address(sums, CPU), _threads(m * m))
+        self._kernels.symmetrize(
+            address(G, CPU), m, G.stride(0), address(sums, CPU), _threads(m * m, LEAST_SHARED_SUMS)
+        )
         return sums
 
     def mask_positives_(self, scores: Tensor, positives: Positives) -> Tensor:
@@ -210,8 +224,7 @@ class CpuKernels:
         L, b, n = target.shape
         V = len(source) if source is not None else 0
         assert row_exponent.stride(1) == 1 and (targets is None or targets.stride()[1:] == (n, 1))
-        per_image = torch.zeros(3, b, dtype=torch.float64, device=CPU)
-        col_log2 = col.mantissa.log2()
+        per_image = torch.empty(3, b, dtype=torch.float64, device=CPU)
         self._kernels.match(
             scores_of(target, CPU),
             scores_of(source, CPU),
@@ -225,8 +238,7 @@ class CpuKernels:
             address(row_exponent, CPU),
             row_exponent.stride(0),
             pair(col, CPU),
-            address(col_log2, CPU),
-            [address(of_images, CPU, FLOAT64) for of_images in per_image],
+            address(per_image, CPU, FLOAT64),
             address(targets, CPU),
             targets.stride(0) if targets is not None else 0,
             pair(row_out, CPU),
@@ -234,6 +246,27 @@ class CpuKernels:
             _threads((L + V) * b * n),
         )
         return MatchSums(per_image)
+
+    def loss_and_stats(
+        self, images: Tensor, column_sums: Tensor, norm: Tensor | None, layout: Layout, uniform_loss: float
+    ) -> tuple[Tensor, Tensor]:
+        """Compute `loss_and_stats` of engine/sums.py, rounded to float32 at the end."""
+        assert images.is_contiguous() and column_sums.is_contiguous() and (norm is None or norm.is_contiguous())
+        loss = torch.empty((), dtype=torch.float32, device=CPU)
+        stats = torch.empty(6, dtype=torch.float32, device=CPU)
+        self._kernels.loss_and_stats(
+            address(images, CPU, FLOAT64),
+            images.shape[1],
+            address(column_sums, CPU),
+            len(column_sums),
+            address(norm, CPU, FLOAT64),
+            len(norm) if norm is not None else 0,
+            (layout.B, layout.L, layout.V),
+            uniform_loss,
+            address(loss, CPU),
+            address(stats, CPU),
+        )
+        return loss, stats
 
     def plan_products(
         self, scores: Tensor, scale: float, row: Potential, col: Potential, v: Tensor | None, u: Tensor | None

@@ -13,10 +13,10 @@ from torch import Tensor
 from ..agreement import agree_with_ranks
 from ..backends.interface import LOG2_E, Potential, RowKernels, UnitRows
 from ..layout import Layout
-from ..options import AttentionOptions, check_finite
+from ..options import AttentionOptions
 from ..ranks import ONE_RANK, Ranks
 from .plan import plan_slabs
-from .rows import Keys
+from .rows import Keys, check_norms
 from .scores import Scores, TargetScores
 from .slab import balance
 
@@ -66,7 +66,7 @@ def _prepare(
 
 def _rows(argument: str, x: Tensor, normalize: bool, kernels: RowKernels) -> UnitRows:
     rows = kernels.normalize(x)
-    check_finite("sinkhorn_attention", argument, rows.norm)
+    check_norms("sinkhorn_attention", argument, rows.norm, kernels)
     return rows if normalize else rows._replace(read=x.float().contiguous())
 
 

@@ -8,6 +8,7 @@ key, computed before rounding. So no precision is lost near collapse.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -134,24 +135,29 @@ def checked_rows(call: Call) -> tuple[UnitRows, UnitRows | None] | None:
     16-bit rows are made later, because they need the centre of all ranks.
     Raises: ValueError on non-finite rows.
     """
-    z = _checked(call, "student", call.student)
-    y = _checked(call, "teacher", call.teacher) if call.teacher is not None else None
-    return None if z is None else (z, y)
-
-
-def _checked(call: Call, argument: str, x: Tensor) -> UnitRows | None:
     if call.sixteen_bit:
-        check_finite(call.name, argument, x)
+        check_finite(call.name, "student", call.student)
+        if call.teacher is not None:
+            check_finite(call.name, "teacher", call.teacher)
         return None
-    rows, require_finite = call.kernels.normalize(x), getattr(call.kernels, "require_finite", None)
+    z = call.kernels.normalize(call.student)
+    check_norms(call.name, "student", z.norm, call.kernels)
+    if call.teacher is None:
+        return z, None
+    y = call.kernels.normalize(call.teacher)
+    check_norms(call.name, "teacher", y.norm, call.kernels)
+    return z, y
+
+
+def check_norms(name: str, argument: str, norm: Tensor, kernels: Any) -> None:
+    """Call `check_finite` on norms of rows, unless the kernels have a faster check and find nothing."""
     try:
-        if require_finite is not None:
-            require_finite(rows.norm)
-            return rows
-    except ValueError:  # the next line says which row it is
+        if hasattr(kernels, "require_finite"):
+            kernels.require_finite(norm)
+            return
+    except ValueError:  # check_finite says which row it is
         pass
-    check_finite(call.name, argument, rows.norm)
-    return rows
+    check_finite(name, argument, norm)
 
 
 def rows_and_keys(call: Call, read: tuple[UnitRows, UnitRows | None] | None) -> Rows:

@@ -60,4 +60,66 @@ void divide_potential(Potential col, const float* c, int64_t n) {
   }
 }
 
+namespace {
+
+// Sums are taken in this many lanes, so that as many additions are on their way at once. Lanes are added in order.
+constexpr int64_t kSums = 8;
+
+template <class Number>
+double sum_of(const Number* x, int64_t n) {
+  double lanes[kSums] = {};
+  int64_t i = 0;
+  for (; i + kSums <= n; i += kSums)
+    for (int64_t l = 0; l < kSums; ++l) lanes[l] += x[i + l];
+  for (; i < n; ++i) lanes[i % kSums] += x[i];
+  double total = 0.0;
+  for (const double lane : lanes) total += lane;
+  return total;
+}
+
+struct Extremes {
+  float least, most;
+};
+
+// The least and the largest of x (n), NaN left out.
+Extremes extremes_of(const float* x, int64_t n) {
+  float least[kSums], most[kSums];
+  for (int64_t l = 0; l < kSums; ++l) least[l] = INFINITY, most[l] = -INFINITY;
+  const auto take = [&](int64_t l, float low, float high) {
+    least[l] = low < least[l] ? low : least[l];
+    most[l] = high > most[l] ? high : most[l];
+  };
+  int64_t j = 0;
+  for (; j + kSums <= n; j += kSums)
+    for (int64_t l = 0; l < kSums; ++l) take(l, x[j + l], x[j + l]);
+  for (; j < n; ++j) take(0, x[j], x[j]);
+  for (int64_t l = 1; l < kSums; ++l) take(0, least[l], most[l]);
+  return {least[0], most[0]};
+}
+
+}  // namespace
+
+void loss_and_stats(const LossAndStats& p) {
+  const Extremes c = extremes_of(p.c, p.n);
+  const double B = (double)p.B, mean = sum_of(p.c, p.n) / (double)p.n;  // NaN if a column sum is
+  const double above = c.most / mean - 1.0, below = 1.0 - c.least / mean;
+  const double spoilt = p.norm && count_not_finite(p.norm, p.m) ? (double)NAN : 0.0;
+  const double loss = sum_of(p.images, p.count) / B + spoilt;
+  const double target_entropy = sum_of(p.images + p.count, p.count) / (B * (double)p.L) + spoilt;
+  const double source_entropy = sum_of(p.images + 2 * p.count, p.count) / (B * (double)p.V) + spoilt;
+  p.loss[0] = (float)loss;
+  p.stats[0] = (float)target_entropy;
+  p.stats[1] = (float)source_entropy;
+  p.stats[2] = (float)(loss - target_entropy);
+  p.stats[3] = (float)(below > above ? below : above);
+  p.stats[4] = (float)p.uniform_loss;
+  p.stats[5] = (float)(p.uniform_loss - loss);
+}
+
+int64_t count_not_finite(const double* norm, int64_t m) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < m; ++i) count += norm[i] - norm[i] != 0.0;
+  return count;
+}
+
 }  // namespace bam::cpu

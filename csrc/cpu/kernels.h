@@ -11,6 +11,7 @@ void match(const Match&);
 void plan_products(const PlanProducts&);
 void plan_subtract(const PlanSubtract&);
 void normalize(const Normalize&);
+void mean_row(const MeanRow&);
 void centre_potential(const CentrePotential&);
 void project(const Project&);
 void quantize(const Quantize&);

@@ -14,12 +14,13 @@ constexpr double kLn2 = 0.693147180559945309;
 
 // The workspace of one thread: L target rows, Pbar, one source row; with top-k, the chosen columns.
 struct Workspace {
-  Workspace(int64_t L, int64_t n, int64_t k)
-      : stride(padded(n)), rows((L + 2) * stride), weights(L), kept(k), kept_values(k) {}
+  Workspace(int64_t L, int64_t n, int64_t k, const float* col_log2)
+      : stride(padded(n)), col_log2(col_log2), rows((L + 2) * stride), weights(L), kept(k), kept_values(k) {}
   float* target(int64_t t) { return rows.data + t * stride; }
   float* mean(int64_t L) { return rows.data + L * stride; }
   float* source(int64_t L) { return rows.data + (L + 1) * stride; }
   int64_t stride;
+  const float* col_log2;  // (n) log2 of col.mantissa, shared by the threads
   Buffer rows;
   Buffer weights;  // P_t = weights[t] * target(t)
   Buffer kept;     // int32 columns
@@ -34,10 +35,9 @@ struct TargetSums {
 // p_j = 2^(scale*s_j + col.exponent_j + exponent) * col.mantissa_j and its sums.
 template <class Score>
 BAM_INLINE TargetSums target_exponentials(const Score* __restrict__ s, const Match& m, float exponent,
-                                          float* __restrict__ p) {
+                                          const float* __restrict__ col_log2, float* __restrict__ p) {
   const float* __restrict__ col_exponent = m.col.exponent;
   const float* __restrict__ col_mantissa = m.col.mantissa;
-  const float* __restrict__ col_log2 = m.col_log2;
   const vfloat scales = splat(m.target_scale), exponents = splat(exponent);
   TargetSums sums = {0.0, 0.0};
   for (int64_t first = 0; first < m.n; first += kPanel) {
@@ -128,7 +128,9 @@ static int64_t largest_columns(const float* x, const Match& m, int32_t* kept) {
 
 // P over the kept columns alone, from the scores again: the kept mass of a view may have underflowed. Returns H(P).
 template <class Score>
-double renormalize(const Score* s, const Match& m, const int32_t* kept, int64_t count, float* values, float* p) {
+double renormalize(const Score* s, const Match& m, int64_t count, Workspace& work, float* p) {
+  const int32_t* kept = (const int32_t*)work.kept.data;
+  float* values = work.kept_values.data;
   float largest = -INFINITY;
   for (int64_t q = 0; q < count; ++q) {
     const int64_t j = kept[q];
@@ -142,12 +144,12 @@ double renormalize(const Score* s, const Match& m, const int32_t* kept, int64_t 
     const float x = exact_exponent(s, j, m.target_scale, m.col.exponent[j], exponent);
     values[q] = exp2(splat(x))[0] * m.col.mantissa[j];
     total += values[q];
-    dot += values[q] > 0.0f ? values[q] * (x + m.col_log2[j]) : 0.0f;
+    dot += values[q] > 0.0f ? values[q] * (x + work.col_log2[j]) : 0.0f;
   }
   memset(p, 0, m.n * sizeof(float));
   if (total == 0.0) return 0.0;
   for (int64_t q = 0; q < count; ++q) p[kept[q]] = (float)(values[q] / total);
-  return kLn2 * (log2(total) - dot / total);
+  return kLn2 * (::log2(total) - dot / total);
 }
 
 // Fills target(t) and weights[t] for t < L; returns the sum of the entropies.
@@ -157,14 +159,14 @@ double targets_of_image(const Match& m, int64_t i, Workspace& work) {
   for (int64_t t = 0; t < m.L; ++t) {
     const Score* s = row_of(m.target, Score{}, t, i);
     float exponent = m.row_exponent[t * m.row_view_stride + i];
-    TargetSums sums = target_exponentials(s, m, exponent, work.target(t));
+    TargetSums sums = target_exponentials(s, m, exponent, work.col_log2, work.target(t));
     if (!is_good_sum(sums.total)) {
       exponent = exponent_of_max(s, m.n, m.target_scale, m.col.exponent);
-      sums = target_exponentials(s, m, exponent, work.target(t));
+      sums = target_exponentials(s, m, exponent, work.col_log2, work.target(t));
     }
     work.weights.data[t] = sums.total > 0.0 ? (float)(1.0 / sums.total) : 0.0f;
     if (m.row_out.exponent && t == 0) set_reciprocal(m.row_out, i, exponent, sums.total);
-    if (sums.total > 0.0) entropy += kLn2 * (log2(sums.total) - sums.dot / sums.total);
+    if (sums.total > 0.0) entropy += kLn2 * (::log2(sums.total) - sums.dot / sums.total);
   }
   if (m.top_k <= 0 || m.top_k >= m.n) return entropy;
 
@@ -174,12 +176,11 @@ double targets_of_image(const Match& m, int64_t i, Workspace& work) {
     for (int64_t t = 0; t < m.L; ++t) total = fma(load(work.target(t) + j, part), splat(work.weights.data[t]), total);
     store(mean + j, total, part);
   });
-  int32_t* kept = (int32_t*)work.kept.data;
-  const int64_t count = largest_columns(mean, m, kept);
+  const int64_t count = largest_columns(mean, m, (int32_t*)work.kept.data);
   entropy = 0.0;
   for (int64_t t = 0; t < m.L; ++t) {
     const Score* s = row_of(m.target, Score{}, t, i);
-    entropy += renormalize(s, m, kept, count, work.kept_values.data, work.target(t));
+    entropy += renormalize(s, m, count, work, work.target(t));
     work.weights.data[t] = 1.0f;
   }
   return entropy;
@@ -238,7 +239,7 @@ void match_image(const Match& m, int64_t i, Workspace& work) {
       exponent = exponent_of_max(s, m.n, m.source_scale, nullptr);
       sums = source_exponentials(s, m.n, m.source_scale, exponent, pbar.row, e);
     }
-    const double log2_total = log2(sums.total);
+    const double log2_total = ::log2(sums.total);
     entropy += kLn2 * (log2_total - sums.dot / sums.total);
     const float a = m.V == 1 ? 1.0f : (float)(m.L - (v < m.L)) / (float)(m.L * (m.V - 1));
     if (matched) {
@@ -256,9 +257,15 @@ void match_image(const Match& m, int64_t i, Workspace& work) {
 template <class Score>
 void run(const Match& m) {
   const bool chooses = m.top_k > 0 && m.top_k < m.n;
+  Buffer col_log2(m.n);
 #pragma omp parallel num_threads(m.threads)
   {
-    Workspace work(m.L, m.n, chooses ? m.top_k : 0);
+    Workspace work(m.L, m.n, chooses ? m.top_k : 0, col_log2.data);
+#pragma omp for schedule(static)
+    for (int64_t first = 0; first < m.n; first += kPanel) {
+      for_columns(first, panel_end(first, m.n),
+                  [&](int64_t j, auto part) { store(col_log2.data + j, log2(load(m.col.mantissa + j, part)), part); });
+    }
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < m.b; ++i) {
       m.target_entropy[i] = targets_of_image<Score>(m, i, work);
@@ -271,6 +278,7 @@ void run(const Match& m) {
         }
       }
       if (m.source.data) match_image<Score>(m, i, work);
+      else m.loss[i] = m.source_entropy[i] = 0.0;
     }
   }
 }

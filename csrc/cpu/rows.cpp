@@ -10,14 +10,32 @@ constexpr double kNormFloor = 1e-12;
 
 // <a, b> in double: float32 rows of any finite magnitude have a finite norm.
 double dot(const float* a, const float* b, int64_t d) {
-  double lanes[8] = {};
+  constexpr int64_t kSums = 4;  // additions on their way at once
+  vdouble sums[kSums] = {};
   int64_t k = 0;
-  for (; k + 8 <= d; k += 8)
-    for (int l = 0; l < 8; ++l) lanes[l] += (double)a[k + l] * (double)b[k + l];
-  for (; k < d; ++k) lanes[k % 8] += (double)a[k] * (double)b[k];
+  for (; k + kSums * kDoubles <= d; k += kSums * kDoubles)
+    for (int64_t q = 0; q < kSums; ++q)
+      sums[q] += load_doubles(a + k + q * kDoubles) * load_doubles(b + k + q * kDoubles);
+  for (; k + kDoubles <= d; k += kDoubles) sums[0] += load_doubles(a + k) * load_doubles(b + k);
   double total = 0.0;
-  for (int l = 0; l < 8; ++l) total += lanes[l];
+  for (; k < d; ++k) total += (double)a[k] * (double)b[k];
+  const vdouble all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  for (int64_t l = 0; l < kDoubles; ++l) total += all[l];
   return total;
+}
+
+// sums_k = sum of x_ik over the rows first <= i < last. Four rows are added in float, and fours of rows in double.
+void add_rows(const MeanRow& p, int64_t first, int64_t last, double* __restrict__ sums) {
+  for (int64_t k = 0; k < p.d; ++k) sums[k] = 0.0;
+  int64_t i = first;
+  for (; i + 4 <= last; i += 4) {
+    const float *a = p.x + i * p.row_stride, *b = a + p.row_stride, *c = b + p.row_stride, *d = c + p.row_stride;
+    for (int64_t k = 0; k < p.d; ++k) sums[k] += (double)((a[k] + b[k]) + (c[k] + d[k]));
+  }
+  for (; i < last; ++i) {
+    const float* a = p.x + i * p.row_stride;
+    for (int64_t k = 0; k < p.d; ++k) sums[k] += (double)a[k];
+  }
 }
 
 }  // namespace
@@ -36,6 +54,23 @@ void normalize(const Normalize& p) {
     } else {
       for (int64_t k = 0; k < p.d; ++k) unit[k] = (float)(x[k] * inverse);
     }
+  }
+}
+
+void mean_row(const MeanRow& p) {
+  const Chunks chunks(p.m);
+  Buffer buffer(2 * chunks.count * p.d);
+  double* partial = (double*)buffer.data;  // (chunks, d)
+#pragma omp parallel for num_threads(p.threads) schedule(static)
+  for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
+    const int64_t first = chunk * chunks.rows;
+    const int64_t last = first + chunks.rows < p.m ? first + chunks.rows : p.m;
+    add_rows(p, first, last, partial + chunk * p.d);
+  }
+  for (int64_t k = 0; k < p.d; ++k) {
+    double total = 0.0;
+    for (int64_t chunk = 0; chunk < chunks.count; ++chunk) total += partial[chunk * p.d + k];
+    p.mean[k] = (float)(total / (double)p.m);
   }
 }
 

@@ -106,6 +106,22 @@ BAM_INLINE void store(float* p, vfloat x, Tail tail) {
   memcpy(p, &x, tail.count * sizeof(float));
 }
 
+// kDoubles floats as doubles. gcc 12 converts a vector two lanes at a time where no instruction is named.
+constexpr int64_t kDoubles = kLanes / 2;
+typedef double vdouble __attribute__((vector_size(4 * BAM_LANES)));
+BAM_INLINE vdouble load_doubles(const float* p) {
+#if defined(__AVX512F__) && BAM_LANES == 16
+  return (vdouble)_mm512_cvtps_pd(_mm256_loadu_ps(p));
+#elif defined(__AVX__) && BAM_LANES == 8
+  return (vdouble)_mm256_cvtps_pd(_mm_loadu_ps(p));
+#else
+  typedef float vhalf __attribute__((vector_size(2 * BAM_LANES)));
+  vhalf x;
+  memcpy(&x, p, sizeof x);
+  return __builtin_convertvector(x, vdouble);
+#endif
+}
+
 // Scores as floats; masked ones, and the lanes beyond a tail, as kMaskedScore.
 BAM_INLINE vfloat load_scores(const float* p, Full full) {
   return load(p, full);
@@ -162,16 +178,46 @@ BAM_INLINE vfloat exp2(vfloat x) {
   return p * (vfloat)(bits(rounded) << 23);
 }
 
+// log2 of normal x > 0, absolute error below 1e-7 for x in [1/2, 2]; an infinite or NaN x gives no meaningful number.
+// With x = 2^e m, m in [sqrt(1/2), sqrt(2)), and r = (m - 1) / (m + 1): log2(m) = 2/ln2 * (r + r^3/3 + r^5/5 + ...).
+BAM_INLINE vfloat log2(vfloat x) {
+  const vint e = (bits(x) - 0x3f3504f3) >> 23;
+  const vfloat m = (vfloat)(bits(x) - (e << 23));
+  const vfloat r = (m - 1.0f) / (m + 1.0f), r2 = r * r;
+  vfloat p = fma(splat(0x1.484b14p-2f), r2, splat(0x1.a61762p-2f));
+  p = fma(p, r2, splat(0x1.2776c6p-1f));
+  p = fma(p, r2, splat(0x1.ec709ep-1f));
+  return fma(p * r2, r, fma(splat(0x1.715476p+1f), r, __builtin_convertvector(e, vfloat)));
+}
+
 // x to the nearest integer where |x| < 2^22; beyond, x itself.
 BAM_INLINE vfloat round(vfloat x) {
   const vfloat magic = splat(12582912.0f);
   return max(x, -x) < splat(4194304.0f) ? (x + magic) - magic : x;
 }
 
+// Indices of the lanes of a vector.
+template <int... lane>
+struct LaneIndices {};
+#if BAM_LANES == 16
+typedef LaneIndices<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15> AllLanes;
+#elif BAM_LANES == 8
+typedef LaneIndices<0, 1, 2, 3, 4, 5, 6, 7> AllLanes;
+#else
+typedef LaneIndices<0, 1, 2, 3> AllLanes;
+#endif
+
+template <int step, int... lane>
+BAM_INLINE vfloat with_lanes_at_distance(vfloat x, LaneIndices<lane...>) {
+  return vfloat{x[lane ^ step]...};
+}
+
+// Sum of the lanes, by halves: a chain of 4 additions, where adding lane by lane is a chain of 16.
+template <int step = BAM_LANES / 2>
 BAM_INLINE float sum(vfloat x) {
-  float total = 0.0f;
-  for (int64_t l = 0; l < kLanes; ++l) total += x[l];
-  return total;
+  x += with_lanes_at_distance<step>(x, AllLanes{});
+  if constexpr (step > 1) return sum<step / 2>(x);
+  else return x[0];
 }
 
 BAM_INLINE float max(vfloat x) {
@@ -191,6 +237,23 @@ BAM_INLINE bool any_greater(vfloat a, vfloat b) {
   for (int64_t l = 0; l < kLanes; ++l) any |= greater[l];
   return any != 0;
 #endif
+}
+
+// Exchange the lanes of `upper` whose index has the bit `step` with the lanes of `lower` whose index has it not.
+template <int step, int... lane>
+BAM_INLINE void exchange_lanes(vfloat& upper, vfloat& lower, LaneIndices<lane...>) {
+  const vfloat a = upper, b = lower;
+  upper = vfloat{(lane & step ? b[lane & ~step] : a[lane])...};
+  lower = vfloat{(lane & step ? b[lane] : a[lane | step])...};
+}
+
+// Transpose a square of kLanes rows: each step exchanges the off-diagonal squares of `step` rows, the next does so
+// within all squares.
+template <int step = BAM_LANES / 2>
+BAM_INLINE void transpose(vfloat (&rows)[BAM_LANES]) {
+  for (int r = 0; r < BAM_LANES; ++r)
+    if (!(r & step)) exchange_lanes<step>(rows[r], rows[r + step], AllLanes{});
+  if constexpr (step > 1) transpose<step / 2>(rows);
 }
 
 // Floats aligned to a cache line, freed at the end of the scope. Rows are padded to whole lines, so that neighbours

@@ -8,49 +8,63 @@ namespace bam::cpu::BAM_ISA {
 namespace {
 
 constexpr int64_t kTile = 64;
+static_assert(kTile % kLanes == 0, "tiles are whole squares of kLanes rows");
 
-struct Tile {
-  float values[kTile][kTile];
-};
-
-void load_tile(const float* G, int64_t stride, int64_t rows, int64_t columns, Tile& tile) {
-  for (int64_t r = 0; r < rows; ++r) memcpy(tile.values[r], G + r * stride, columns * sizeof(float));
+// The rows of a square of G, up to kLanes of them; entries beyond `rows` and `columns` are 0.
+BAM_INLINE void load_square(const float* G, int64_t stride, int64_t rows, int64_t columns, vfloat (&square)[kLanes]) {
+  if (rows == kLanes && columns == kLanes) {
+    for (int64_t r = 0; r < kLanes; ++r) square[r] = load(G + r * stride, Full{});
+  } else {
+    for (int64_t r = 0; r < kLanes; ++r) square[r] = r < rows ? load(G + r * stride, Tail{columns}) : splat(0.0f);
+  }
 }
 
-void store_tile(float* G, int64_t stride, int64_t rows, int64_t columns, const Tile& tile) {
-  for (int64_t r = 0; r < rows; ++r) memcpy(G + r * stride, tile.values[r], columns * sizeof(float));
+BAM_INLINE void store_square(float* G, int64_t stride, int64_t rows, int64_t columns, const vfloat (&square)[kLanes]) {
+  if (rows == kLanes && columns == kLanes) {
+    for (int64_t r = 0; r < kLanes; ++r) store(G + r * stride, square[r], Full{});
+  } else {
+    for (int64_t r = 0; r < rows; ++r) store(G + r * stride, square[r], Tail{columns});
+  }
 }
 
-void transpose(const Tile& from, Tile& to) {
-  for (int64_t r = 0; r < kTile; ++r)
-    for (int64_t c = 0; c < kTile; ++c) to.values[c][r] = from.values[r][c];
+// Sum of the rows: a chain of vectors, where the sum of a row would be a chain of scalars.
+BAM_INLINE vfloat column_sums(const vfloat (&square)[kLanes]) {
+  vfloat total = square[0];
+  for (int64_t r = 1; r < kLanes; ++r) total += square[r];
+  return total;
 }
 
-// sums[c] = sum over the tile's rows: a chain of vectors, where the sum of a row would be a chain of scalars.
-void column_sums(const Tile& tile, int64_t columns, float* sums) {
-  float totals[kTile] = {};
-  for (int64_t r = 0; r < kTile; ++r)
-    for (int64_t c = 0; c < kTile; ++c) totals[c] += tile.values[r][c];
-  memcpy(sums, totals, columns * sizeof(float));
+BAM_INLINE void add_to(float* sums, vfloat x) {
+  store(sums, load(sums, Full{}) + x, Full{});
 }
 
-// The pair of tiles (I, J) and (J, I), or the diagonal tile. Entries beyond G are 0.
-void add_transposed(const Symmetrize& p, int64_t I, int64_t J, int64_t tiles, float* partial) {
-  const int64_t i = I * kTile, j = J * kTile;
-  const int64_t rows = p.m - i < kTile ? p.m - i : kTile, columns = p.m - j < kTile ? p.m - j : kTile;
+// The squares at (i, j) and (j, i), or the one on the diagonal.
+void add_transposed(const Symmetrize& p, int64_t i, int64_t j, float* sums_i, float* sums_j) {
+  const int64_t rows = p.m - i < kLanes ? p.m - i : kLanes, columns = p.m - j < kLanes ? p.m - j : kLanes;
   float* upper = p.G + i * p.stride + j;
   float* lower = p.G + j * p.stride + i;
-  Tile a{}, b{}, b_transposed;
-  load_tile(upper, p.stride, rows, columns, a);
-  load_tile(lower, p.stride, columns, rows, b);
-  transpose(b, b_transposed);
-  for (int64_t r = 0; r < kTile; ++r)
-    for (int64_t c = 0; c < kTile; ++c) a.values[r][c] += b_transposed.values[r][c];
-  transpose(a, b);
-  store_tile(upper, p.stride, rows, columns, a);
-  if (I != J) store_tile(lower, p.stride, columns, rows, b);
-  column_sums(b, rows, partial + (I * tiles + J) * kTile);
-  column_sums(a, columns, partial + (J * tiles + I) * kTile);
+  vfloat a[kLanes], b[kLanes];
+  load_square(upper, p.stride, rows, columns, a);
+  load_square(lower, p.stride, columns, rows, b);
+  transpose(b);
+  for (int64_t r = 0; r < kLanes; ++r) a[r] += b[r];
+  store_square(upper, p.stride, rows, columns, a);
+  if (i != j) add_to(sums_j, column_sums(a));
+  transpose(a);
+  if (i != j) store_square(lower, p.stride, columns, rows, a);
+  add_to(sums_i, column_sums(a));
+}
+
+// The pair of tiles (I, J) and (J, I), or the tile on the diagonal, and the sums of their rows.
+void add_transposed_tiles(const Symmetrize& p, int64_t I, int64_t J, int64_t tiles, float* partial) {
+  const int64_t first_i = I * kTile, first_j = J * kTile;
+  float* sums_i = partial + (I * tiles + J) * kTile;
+  float* sums_j = partial + (J * tiles + I) * kTile;
+  memset(sums_i, 0, kTile * sizeof(float));
+  memset(sums_j, 0, kTile * sizeof(float));
+  for (int64_t i = 0; i < kTile && first_i + i < p.m; i += kLanes)
+    for (int64_t j = I == J ? i : 0; j < kTile && first_j + j < p.m; j += kLanes)
+      add_transposed(p, first_i + i, first_j + j, sums_i + i, sums_j + j);
 }
 
 }  // namespace
@@ -63,14 +77,14 @@ void symmetrize(const Symmetrize& p) {
   for (int64_t half = 0; half < (tiles + 1) / 2; ++half) {
     const int64_t pair[2] = {half, tiles - 1 - half};
     for (int q = 0; q < (pair[0] == pair[1] ? 1 : 2); ++q)
-      for (int64_t J = pair[q]; J < tiles; ++J) add_transposed(p, pair[q], J, tiles, partial.data);
+      for (int64_t J = pair[q]; J < tiles; ++J) add_transposed_tiles(p, pair[q], J, tiles, partial.data);
   }
-  for (int64_t i = 0; i < p.m; ++i) {
-    const float* of_row = partial.data + (i / kTile) * tiles * kTile + i % kTile;
-    float total = 0.0f;
-    for (int64_t J = 0; J < tiles; ++J) total += of_row[J * kTile];
-    p.row_sums[i] = total;
-  }
+  for_columns(p.m, [&](int64_t i, auto part) {
+    const float* of_rows = partial.data + (i / kTile) * tiles * kTile + i % kTile;
+    vfloat total = splat(0.0f);
+    for (int64_t J = 0; J < tiles; ++J) total += load(of_rows + J * kTile, Full{});
+    store(p.row_sums + i, total, part);
+  });
 }
 
 }  // namespace bam::cpu::BAM_ISA

@@ -7,7 +7,7 @@
 namespace bam::cpu::BAM_ISA {
 
 extern const Kernels table;
-const Kernels table = {BAM_STRING(BAM_ISA), column_lse,       sinkhorn_pass, match,    plan_products, plan_subtract,
-                       normalize,           centre_potential, project,       quantize, symmetrize};
+const Kernels table = {BAM_STRING(BAM_ISA), column_lse, sinkhorn_pass,    match,   plan_products, plan_subtract,
+                       normalize,           mean_row,   centre_potential, project, quantize,      symmetrize};
 
 }  // namespace bam::cpu::BAM_ISA

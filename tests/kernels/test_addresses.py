@@ -86,7 +86,23 @@ def of_cuda() -> dict[str, dict]:
     }
 
 
-BACKENDS = {"cpu": shared("scores"), "cuda": of_cuda()}
+def of_cpu() -> dict[str, dict]:
+    """Arguments of each method of the CPU row kernels, by name."""
+    norm = made(M, dtype=torch.float64)
+    return shared("scores") | {
+        "mean_row": {"x": made(M, D)},
+        "require_finite": {"norm": norm},
+        "loss_and_stats": {
+            "images": made(3, 2, dtype=torch.float64),
+            "column_sums": made(N),
+            "norm": norm,
+            "layout": LAYOUT,
+            "uniform_loss": 1.0,
+        },
+    }
+
+
+BACKENDS = {"cpu": of_cpu(), "cuda": of_cuda()}
 # What a method is given and does not read, and an embedding, which may be of any float type on the CPU.
 UNREAD = {("project_", "rows.read"), *((of, "x") for of in ("normalize", "mean_row", "mean_unit_row"))}
 

@@ -18,6 +18,7 @@ from row_problems import (
 
 from bam_kernels.backends import cpu
 from bam_kernels.backends.cpu import LOG2_E, CpuKernels, Potential
+from bam_kernels.engine.sums import loss_and_stats
 from bam_kernels.layout import Layout
 
 if cpu.unavailable():
@@ -239,6 +240,82 @@ class TestNorms(NormTests):
         return torch.device("cpu")
 
 
+# One row; a block of 4 rows and a tail; a chunk of 16 rows and a tail; more than 64 chunks of 16. One feature; tails.
+@pytest.mark.parametrize("m", [1, 7, 17, 1031])
+@pytest.mark.parametrize("d", [1, 9, 40, 129])
+def test_mean_row(kernels, m, d):
+    x = torch.randn(m, d + 3)[:, 2:-1]
+    rows = x.double()
+    # Two roundings of fours of rows, one of the result.
+    bound = 2**-24 * (2 * rows.abs().mean(0) + rows.mean(0).abs())
+    assert_close(kernels.mean_row(x), rows.mean(0), 0, bound)
+
+
+# Fewer than the lanes of a sum; whole lanes; a tail.
+@pytest.mark.parametrize("count", [1, 8, 700])
+@pytest.mark.parametrize("spoilt", ["nothing", "a norm", "column sums"])
+def test_loss_and_stats(kernels, count, spoilt):
+    layout = Layout(B=count, V=3, L=2, T=2, D=1)
+    images, c, norm = (
+        torch.rand(3, count, dtype=torch.float64),
+        1 + torch.rand(2 * count),
+        torch.rand(3 * count).double(),
+    )
+    if spoilt == "a norm":
+        norm[-1] = math.inf
+    if spoilt == "column sums":  # after a single iteration
+        c.fill_(math.nan)
+    loss, stats = kernels.loss_and_stats(images, c, norm, layout, 7.5)
+    expected_loss, expected = loss_and_stats(images, c.double(), norm, layout, 7.5)
+    assert expected.isnan().sum() == {"nothing": 0, "a norm": 4, "column sums": 1}[spoilt]
+    assert torch.equal(stats.isnan(), expected.isnan()) and torch.equal(loss.isnan(), expected_loss.isnan())
+    # Float32's rounding of the result, and of the terms that cancel in its differences.
+    assert_close(loss.nan_to_num(), expected_loss.nan_to_num(), 2**-24)
+    assert_close(stats.nan_to_num(), expected.nan_to_num(), 2**-24, 1e-15)
+    without_norm = kernels.loss_and_stats(images, c, None, layout, 7.5)[0]
+    assert_close(without_norm, images[0].sum() / count, 2**-24)
+
+
+def test_sums_of_the_loss_are_float64(kernels):
+    # In float32 the ones are lost beside the large numbers, which cancel.
+    layout = Layout(B=40, V=1, L=1, T=1, D=1)
+    images = torch.ones(3, 40, dtype=torch.float64)
+    images[:, 0], images[:, 33] = 1e9, -1e9
+    loss, stats = kernels.loss_and_stats(images, torch.ones(40), None, layout, 0.0)
+    assert loss == 38 / torch.tensor(40.0) and (stats[:2] == loss).all()
+
+
+@pytest.mark.parametrize("m", [1, 2, 7, 512])
+@pytest.mark.parametrize("value", [math.inf, math.nan, -math.inf])
+def test_norms_must_be_finite(kernels, value, m):
+    norm = torch.rand(m, dtype=torch.float64)
+    norm[0] = 1e300  # finite, though not in float32
+    kernels.require_finite(norm)
+    norm[-1] = value
+    with pytest.raises(ValueError, match="not finite"):
+        kernels.require_finite(norm)
+
+
+# Less than a vector; a panel of 1024 columns and a tail.
+@pytest.mark.parametrize("n", [5, 1030])
+def test_entropies_count_the_mantissas_of_columns(kernels, n):
+    # Mantissas alone tell the columns apart: log2 P_j is that of the mantissa but for a constant.
+    layout = Layout(B=1, V=1, L=1, T=1, D=1, W=n)
+    mantissa = torch.linspace(0.5, 2, n)
+    matched = kernels.match(
+        torch.zeros(1, 1, n),
+        None,
+        layout,
+        Potential(torch.zeros(n), mantissa),
+        torch.zeros(1, 1),
+        epsilon=0.05,
+        temperature=0.1,
+    )
+    P = mantissa.double() / mantissa.double().sum()
+    assert_close(matched.target_entropy, -(P * P.log()).sum(), 0, 5e-7)
+    assert matched.loss == 0 and matched.source_entropy == 0
+
+
 @pytest.mark.parametrize("d", [1, 7, 8, 9, 64, 129])
 def test_project(kernels, d):
     x = torch.randn(6, d)
@@ -257,6 +334,24 @@ def test_symmetrize(kernels, m):
     sums = kernels.symmetrize_(G)
     assert torch.equal(G, expected)
     assert_close(sums, expected.double().sum(1), 0, 1e-5 * max(1, m**0.5))
+
+
+def test_any_number_of_threads_gives_the_same_bits_of_rows(kernels):
+    m, d = 1031, 260  # more than LEAST_SHARED_SUMS, a tail in every chunk and tile
+    x, gradient, square, threads = torch.randn(m, d), torch.randn(m, d), torch.randn(530, 530), torch.get_num_threads()
+    outcomes = []
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            rows, G = kernels.normalize(x), square.clone()
+            centre = kernels.mean_row(rows.read)
+            potential = kernels.centre_potential(rows.read, centre, 0.05)
+            projected, sums = kernels.project_(gradient.clone(), rows), kernels.symmetrize_(G)
+            outcomes.append([rows.read, rows.norm, centre, *potential, projected, sums, G])
+    finally:
+        torch.set_num_threads(threads)
+    for other in outcomes[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(outcomes[0], other, strict=True))
 
 
 def test_every_instruction_set_agrees_with_the_first():

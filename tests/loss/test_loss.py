@@ -18,6 +18,7 @@ from problems import (
     loss_arguments,
     needs_cpu_kernels,
 )
+from recorded_operators import RecordedOperators
 
 from bam_kernels import BAMLoss, BAMStats, bam_loss, bam_targets, reference
 from bam_kernels.backends import choose, cpu
@@ -283,6 +284,38 @@ def test_any_number_of_threads_gives_the_same_bits(threads, fixed, teacher, top_
         expected.backward()
         assert_close(results[0][0], expected.detach(), 1e-6)
         assert_close(results[0][2], leaf.grad, 1e-6 * leaf.grad.abs().max().item())
+
+
+# Operators of torch that compute nothing.
+ROOM_AND_VIEWS = {
+    "empty",
+    "new_empty",
+    "empty_like",
+    "unbind",
+    "slice",
+    "alias",
+    "view",
+    "flatten",
+    "numpy_T",
+    "reshape",
+    "to",
+}
+
+
+@pytest.mark.parametrize("teacher", [False, True])
+def test_between_kernels_torch_does_products_alone(monkeypatch, teacher):
+    evaluate, names = slab.evaluate, []
+
+    def recorded(call):
+        with RecordedOperators(names):
+            return evaluate(call)
+
+    monkeypatch.setattr(slab, "evaluate", recorded)
+    student = features(4, 33, 16).requires_grad_()
+    bam_loss(student, features(4, 33, 16) if teacher else None, backend="cpu").backward()
+    # Centred keys, scores, and the gradient; without a teacher also that of the keys.
+    computed = ["sub", "mm", "mm", "mm"] if teacher else ["sub", "mm", "mm", "mm", "addmm_", "addr_"]
+    assert [name for name in names if name not in ROOM_AND_VIEWS] == computed
 
 
 # Forms of input
