@@ -72,7 +72,8 @@ class Step:
                 try:
                     loss, stats, dz = state.run(*_given(student, teacher))
                     return loss, stats, dz
-                except ValueError:  # a row is not finite, which the engine reports
+                except (ValueError, torch.OutOfMemoryError):
+                    # A row is not finite, which the engine reports; or the engine may do with less memory.
                     state = NEVER
         if state is None:
             self._set(key, FIRST)

@@ -4,8 +4,9 @@ import pytest
 import torch
 from problems import COSINES, check_against_float64, features, loss_and_grad
 
-from bam_kernels import bam_loss, plan
+from bam_kernels import bam_loss, checked_call, plan
 from bam_kernels.backends import cuda, triton
+from bam_kernels.engine.recording import Recording
 from bam_kernels.simulated import SimulatedRanks
 
 if not torch.cuda.is_available():
@@ -56,10 +57,40 @@ def test_nothing_waits_for_the_device(engine):
     expected = step(student, engine)  # compiles the kernels and makes the plans
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found = step(student, engine)
+        found = [step(student, engine) for _ in range(3)]  # the first is recorded, the others repeat it
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert all(torch.equal(a, b) for again in found for a, b in zip(again, expected, strict=True))
+
+
+@pytest.mark.parametrize("R", [0, 2])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_repeated_step_is_the_step_of_the_engine(engine, R):
+    """Other inputs in other memory, on the current stream and on another, with NaN in the memory that it is given."""
+
+    def drawn(seed: int) -> list[torch.Tensor | None]:
+        student, teacher = (features(V, 96, 64, seed=seed + V) if V else None for V in (4, R))
+        return [x.to("cuda", torch.float16) if x is not None else None for x in (student, teacher)]
+
+    def loss_and_gradient(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return loss_and_grad(bam_loss, *drawn(seed), **way(engine))
+
+    expected = []
+    for seed in range(6):
+        checked_call.forget()
+        expected.append(loss_and_gradient(10 * seed))
+    checked_call.forget()
+    stream = torch.cuda.Stream()
+    for seed, (loss, gradient) in enumerate(expected):
+        held = [torch.full((1 << 20,), torch.nan, device="cuda") for _ in range(16)]
+        del held
+        with torch.cuda.stream(stream if seed % 2 else torch.cuda.current_stream()):
+            found = loss_and_gradient(10 * seed)
+        torch.cuda.synchronize()
+        assert torch.equal(found[0], loss) and torch.equal(found[1], gradient)
+    (call,) = checked_call._calls.values()
+    (recording,) = next(iter(call._steps.values()))._recordings.values()
+    assert isinstance(recording, Recording)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
