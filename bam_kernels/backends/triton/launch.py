@@ -2,9 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from copy import copy
-from functools import partial
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,22 +47,3 @@ def number(x: Number) -> tuple[float, Tensor | None]:
 
 def check_scores(s: Tensor) -> None:
     assert s.stride(-1) == 1 and s.dtype in (torch.float32, torch.int16)
-
-
-class Launcher:
-    """Base of the Triton launchers.
-
-    run     run(kernel, grid, *args, num_warps, **constants) launches one kernel
-    repeat  repeat(kernel, grid, args, options) makes of a launch one that runs again on other memory; None: `direct`
-    """
-
-    def __init__(self, run: Launch = launch, repeat: Callable[..., Any] | None = None) -> None:
-        self.run, self._repeat = run, repeat
-
-    def recorded(self, recorder: Any) -> Self:
-        """These kernels, whose launches a Recorder also notes."""
-        from .direct import direct  # imports this module
-
-        kernels = copy(self)
-        kernels.run = partial(recorder.launch, self.run, self._repeat or direct)
-        return kernels

@@ -8,7 +8,8 @@ from torch import Tensor
 from ...layout import Layout
 from ..interface import LOG2_E, MatchSums, Number, Potential
 from . import match, match_long
-from .launch import Launcher, check_scores, number
+from .launch import check_scores, number
+from .launcher import Launcher
 from .tiles import IMAGES_AT_ONCE, image_tile, long_image_tile
 
 

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from ..interface import Number, Positives, Potential
 from . import plan, sinkhorn
-from .launch import Launcher, check_scores, image_index, number
+from .launch import check_scores, image_index, number
+from .launcher import Launcher
 from .tiles import LONGEST_ROW, block_of, column_tile, row_tile
 
 
