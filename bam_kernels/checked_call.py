@@ -82,10 +82,11 @@ def checked_call(name: str, student: Tensor, teacher: Tensor | None, options: Op
         options = options.checked(name)
         layout = options.layout(name, student, teacher)
         call = CheckedCall(name, options, layout, ranks_of(name, options.group), are_plain(student, teacher))
-        if key is not None:
-            if len(_calls) >= MOST_CALLS:
-                _calls.clear()
-            _calls[key] = call
+        if len(_calls) >= MOST_CALLS:
+            _calls.pop(next(iter(_calls)), None)
+    if key is not None:
+        _calls.pop(key, None)
+        _calls[key] = call  # last, as the latest that was used: the first makes room for another
     return call
 
 
@@ -97,7 +98,7 @@ def forget() -> None:
 
 def _key(name: str, student: Tensor, teacher: Tensor | None, options: Options) -> Hashable:
     """All that the checks depend on; None if they must be made at every call."""
-    if not are_plain(student, teacher):
+    if student is None or not are_plain(student, teacher):
         return None
     values = _values(options.__dict__)
     types = tuple(map(type, values))  # 1, 1.0 and True are equal, but not equally right

@@ -22,11 +22,11 @@ from .header import NonFinite
 from .operators import (
     are_plain,
     define,
-    direct,
     make_differentiable,
     refuse_second_derivative,
     rounded_product,
     wants_gradient,
+    without_operator,
 )
 from .options import Options, check_bool, options_of, python_number
 from .precision import flags_of_products
@@ -232,8 +232,7 @@ def _scaled(grad_loss: Tensor, dz: Tensor, dtype: torch.dtype, shape: torch.Size
     if torch.is_grad_enabled():  # a product that is recorded is made of torch's own operators
         return (grad_loss * dz).to(dtype).view(shape)
     if dtype == dz.dtype:
-        is_one = are_plain(grad_loss) and grad_loss.device.type == "cpu" and grad_loss.item() == 1.0
-        return (dz.detach() if is_one else grad_loss * dz).view(shape)
+        return (grad_loss * dz).view(shape)
     if are_plain(grad_loss):
         return torch.mul(grad_loss, dz, out=torch.empty_like(dz, dtype=dtype)).view(shape)
     return rounded_product(grad_loss, dz, dtype).view(shape)
@@ -272,7 +271,7 @@ _loss_operator = make_differentiable(
     _setup_context,
     setup_compiled=_setup_compiled,
 )
-_loss_directly = direct(_loss_of_step, _backward, _setup_context)
+_loss_directly = without_operator("bam_loss", _loss_of_step, _backward, _setup_context)
 _targets_operator = define(
     f"targets(Tensor student, Tensor? teacher, {PACKED}) -> Tensor", _targets_impl, _targets_fake
 )
@@ -304,9 +303,9 @@ class BAMLoss(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        self.epsilon = epsilon
-        self.return_stats = python_number("BAMLoss", "return_stats", return_stats)
         self.options = options_of("BAMLoss", options if callable(epsilon) else options | {"epsilon": epsilon})
+        self.epsilon = epsilon if callable(epsilon) else self.options.epsilon
+        self.return_stats = python_number("BAMLoss", "return_stats", return_stats)
         check_bool("BAMLoss", "return_stats", self.return_stats)
         self.cuda_graph = python_number("BAMLoss", "cuda_graph", cuda_graph)
         check_bool("BAMLoss", "cuda_graph", self.cuda_graph)

@@ -70,15 +70,16 @@ def make_differentiable(
     return call
 
 
-def direct(
+def without_operator(
+    name: str,
     implementation: Callable[..., Any],
     backward: Callable[..., Any],
     setup_context: Callable[..., None],
 ) -> Callable[..., Any]:
     """Return a function with derivatives that calls no operator, which saves the host the time of torch.library.
 
-    For tensors of which `are_plain` is true. backward, setup_context: as in `make_differentiable`. implementation: its
-    arguments may be of any type.
+    For tensors of which `are_plain` is true. name: for messages. implementation: its arguments may be of any type.
+    backward, setup_context: as in `make_differentiable`.
     """
 
     def forward(ctx: Any, *arguments: Any) -> Any:
@@ -86,7 +87,6 @@ def direct(
         setup_context(ctx, arguments, output)
         return output
 
-    name = implementation.__name__
     members = {
         "forward": staticmethod(forward),
         "backward": staticmethod(backward),
@@ -100,7 +100,7 @@ PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def are_plain(*tensors: Tensor | None) -> bool:
-    """Whether these are tensors with memory, and nothing but autograd watches the operators that take them."""
+    """Whether the memory of these tensors holds their values, and nothing but autograd watches operators on them."""
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
@@ -108,7 +108,7 @@ def are_plain(*tensors: Tensor | None) -> bool:
     ):
         return False
     for x in tensors:
-        if x is not None and (type(x) not in PLAIN or x.is_meta or _is_batch(x)):
+        if x is not None and (type(x) not in PLAIN or x.is_meta or x.is_neg() or _is_batch(x)):
             return False
     return True
 

@@ -14,6 +14,10 @@ using bam::Memory;
 using bam::cpu::Kernels;
 using KernelTable = Table<Kernels>;
 
+struct NotFinite : std::domain_error {
+  using std::domain_error::domain_error;
+};
+
 // Launch a kernel; params(at) makes its parameters with the addresses of memory `at`.
 template <class Params, class MakeParams>
 void call(const KernelTable& table, void (*kernel)(const Params&), MakeParams params) {
@@ -154,7 +158,7 @@ void bind_embeddings(py::class_<KernelTable>& c) {
     k.run(
         [=](const Memory& at, void*) {
           if (bam::cpu::count_not_finite(at.as<const double>(norm), rows))
-            throw std::domain_error("a row has values that are not finite");
+            throw NotFinite("a row has values that are not finite");
         },
         nullptr);
   });
@@ -260,6 +264,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "bam_kernels: compiled kernels, called with addresses; see csrc/bam.h";
   // Hash of csrc/, equal on every machine; after a space the compiler of the CUDA kernels, if there are any.
   m.attr("built_from") = std::string(bam::built_from);
+  py::register_exception<NotFinite>(m, "NotFinite", PyExc_ValueError);
   bind_launch_list(m);
   bind_cpu(m);
   bam::bindings::bind_cuda(m);

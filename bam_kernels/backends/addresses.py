@@ -14,7 +14,7 @@ SCORES = (torch.float32, torch.int16)
 
 
 def address(x: Tensor | None, device: torch.device, dtypes: Collection[torch.dtype] = FLOAT32) -> int:
-    """Address of the first element of x; 0 for None.
+    """Address of the first element of x; 0 for None and for a tensor without elements.
 
     Raises: TypeError if x is not on the device of the kernel, or its dtype is not one of `dtypes`.
     """
@@ -25,11 +25,11 @@ def address(x: Tensor | None, device: torch.device, dtypes: Collection[torch.dty
             f"a kernel on {device} takes a tensor of {' or '.join(map(str, dtypes))} there, "
             f"got one of {x.dtype}, shape {tuple(x.shape)}, on {x.device}"
         )
-    return x.data_ptr()
+    return x.data_ptr() if x.numel() else 0
 
 
 def first_address(x: Tensor) -> int:
-    """Address of the first element of x, for records of which memory is which; kernels get theirs from `address`."""
+    """Address of the first element of x, without a check: kernels get addresses from `address`."""
     return x.data_ptr()
 
 

@@ -49,7 +49,7 @@ class CpuKernels:
         return CpuKernels(table=self._kernels.recorded(recorder.launches))
 
     def require_finite(self, norm: Tensor) -> None:
-        """Raise ValueError if a norm of rows, norm (m,) float64, is not finite."""
+        """Raise NotFinite if a norm of rows, norm (m,) float64, is not finite."""
         assert norm.is_contiguous()
         self._kernels.require_finite(address(norm, CPU, FLOAT64), len(norm))
 

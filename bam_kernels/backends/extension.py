@@ -47,3 +47,11 @@ else:
         _C = importlib.import_module(_NAME)
     except ImportError as error:
         import_error = error
+
+
+class _Never(Exception):
+    """Raised by nothing."""
+
+
+NotFinite: type[Exception] = getattr(_C, "NotFinite", _Never)
+"""Error of the CPU kernels for rows that are not finite."""

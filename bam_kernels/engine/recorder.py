@@ -107,7 +107,7 @@ class NotedOperator:
     results: dict[int, Block]
 
     def blocks(self) -> Iterator[Block]:
-        for x in tree_leaves(([[*self.arguments], self.keywords]), is_leaf=_is_view):
+        for x in tree_leaves((self.arguments, self.keywords), is_leaf=_is_view):
             if _is_view(x) and x.block is not None:
                 yield x.block
         yield from self.results.values()
@@ -191,23 +191,24 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
         keywords = keywords or {}
-        described, named = [self._described(x) for x in arguments], {k: self._described(x) for k, x in keywords.items()}
         taken = {storage_address(x) for x in tree_leaves((arguments, keywords)) if isinstance(x, Tensor)}
+        noted = NotedOperator(function, [*map(self._described, arguments)], self._described_by_name(keywords), {})
         result = function(*arguments, **keywords)
         results = result if isinstance(result, (tuple, list)) else (result,) if result is not None else ()
         if not all(isinstance(x, Tensor) for x in results) or DATA_DEPENDENT.intersection(function.tags):
             raise NotRecordable(f"{function} gives what depends on the contents of tensors")
         self._note_launches()  # before new memory takes the place of old memory
-        allocates = function in ALLOCATIONS
-        fresh = {
-            i: self._new_block(x, allocates)
-            for i, x in enumerate(results)
-            if x.numel() and storage_address(x) not in taken
-        }
-        is_view = not (fresh or function._schema.is_mutable)
-        if not (is_view or allocates) and (not results or any(x.numel() for x in results)):
-            self._results += fresh.values()
-            self.add(NotedOperator(function, described, named, fresh))
+        new = {i: x for i, x in enumerate(results) if x.numel() and storage_address(x) not in taken}
+        if function in ALLOCATIONS:
+            for x in new.values():
+                self._new_block(x, allocated=True)
+            return result
+        is_view, is_empty = not (new or function._schema.is_mutable), results and not any(x.numel() for x in results)
+        if is_view or is_empty:
+            return result
+        noted.results = {i: self._new_block(x, allocated=False) for i, x in new.items()}
+        self._results += noted.results.values()
+        self.add(noted)
         return result
 
     def add(self, operation: Noted) -> None:
@@ -240,8 +241,10 @@ class Recorder(TorchDispatchMode):
         """Describe a tensor. Raises: NotRecordable if it comes neither from the step nor from its inputs."""
         if not x.numel():
             return View(None, x.dtype, tuple(x.shape), x.stride(), 0)
-        block = self._block_at(first_address(x))
-        return View(block, x.dtype, tuple(x.shape), x.stride(), (first_address(x) - block.begin) // x.itemsize)
+        begin, block = first_address(x), self._block_at(first_address(x))
+        if begin + _extent(x) > block.end:
+            raise NotRecordable("a tensor is larger than the memory that the step has for it")
+        return View(block, x.dtype, tuple(x.shape), x.stride(), (begin - block.begin) // x.itemsize)
 
     def finish(self, outputs: Sequence[Tensor]) -> Recording:
         """The recording of all operations so far; outputs: tensors that a run returns. Raises: NotRecordable."""
@@ -300,23 +303,38 @@ class Recorder(TorchDispatchMode):
     def _block_at(self, address: int) -> Block:
         """The block of an address. Raises: NotRecordable if the step did not make it and did not take it as input."""
         place = bisect_right(self._blocks, address, key=lambda block: block.begin) - 1
-        if place < 0 or address > self._blocks[place].end:  # an empty tensor may begin where a block ends
+        if place < 0 or address >= self._blocks[place].end:
             raise NotRecordable("an operation uses memory from outside of the step")
         return self._blocks[place]
 
     def _described(self, x: Any) -> Any:
+        """An argument of an operator, with views in place of a tensor or of a list of tensors."""
         if isinstance(x, Tensor):
             return self.view(x)
-        return [self._described(element) for element in x] if isinstance(x, (list, tuple)) else x
+        if not isinstance(x, (list, tuple)) or not any(isinstance(element, Tensor) for element in x):
+            return x
+        if not all(isinstance(element, Tensor) for element in x):
+            raise NotRecordable("an operator takes a list of tensors and of what is none")
+        return [self.view(element) for element in x]
+
+    def _described_by_name(self, keywords: dict[str, Any]) -> dict[str, Any]:
+        described = {name: self._described(x) for name, x in keywords.items()}
+        if any(isinstance(x, list) and any(map(_is_view, x)) for x in described.values()):
+            raise NotRecordable("an operator takes a list of tensors by name")
+        return described
 
     def _new_block(self, x: Tensor, allocated: bool) -> Block:
         """A block for a tensor with new memory; blocks whose memory it takes have been freed."""
-        elements = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
         begin = first_address(x)
-        block = Block(begin, begin + elements * x.itemsize, allocated)
+        block = Block(begin, begin + _extent(x), allocated)
         self._blocks = [other for other in self._blocks if other.end <= block.begin or block.end <= other.begin]
         self._blocks.insert(bisect_right(self._blocks, begin, key=lambda block: block.begin), block)
         return block
+
+
+def _extent(x: Tensor) -> int:
+    """Bytes from the first element of x, which has one, to behind its last one."""
+    return x.itemsize * (1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)))
 
 
 def _whole_block(view: View) -> Block:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends.extension import NotFinite
 from ..backends.interface import BIAS_COLUMNS, HALF_UNIT, Potential, UnitRows, first_views
 from ..layout import Layout
 from ..options import check_finite
@@ -155,7 +156,7 @@ def check_norms(name: str, argument: str, norm: Tensor, kernels: Any) -> None:
         if hasattr(kernels, "require_finite"):
             kernels.require_finite(norm)
             return
-    except ValueError:  # check_finite says which row it is
+    except NotFinite:  # check_finite says which row it is
         pass
     check_finite(name, argument, norm)
 

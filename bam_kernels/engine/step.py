@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import ranges, tuned
 from ..backends import row_kernels
 from ..backends.addresses import first_address
+from ..backends.extension import NotFinite
 from ..header import NonFinite
 from ..layout import Layout
 from ..options import Options
@@ -53,9 +54,8 @@ class Step:
 
     def __post_init__(self) -> None:
         layout = self.layout
-        scores = max(layout.V, layout.R) * layout.B * layout.N
-        self._may_record = self.group in (DEFAULT_GROUP, ONE_RANK.name) and layout.W == 1
-        self._may_record = self._may_record and scores <= MOST_RECORDED_SCORES
+        alone = self.group in (DEFAULT_GROUP, ONE_RANK.name) and layout.W == 1
+        self._may_record = alone and max(layout.V, layout.R) * layout.B * layout.N <= MOST_RECORDED_SCORES
         self._backends = [WAYS[way].backend for way in split(self.ways)]
         self._recordings: dict[Hashable, Recording | str] = {}
 
@@ -72,8 +72,8 @@ class Step:
                 try:
                     loss, stats, dz = state.run(*_given(student, teacher))
                     return loss, stats, dz
-                except (ValueError, torch.OutOfMemoryError):
-                    # A row is not finite, which the engine reports; or the engine may do with less memory.
+                except (NotFinite, torch.OutOfMemoryError):
+                    # The engine reports the row that is not finite; it may do with less memory.
                     state = NEVER
         if state is None:
             self._set(key, FIRST)
@@ -128,7 +128,7 @@ class Step:
             device,
             torch.get_num_threads() if device.type == "cpu" else 0,
             float32_products(device),
-            tuned.tuning(),
+            tuned.tuning() if self._backends != ["cpu"] else None,
             *[row_kernels(backend) for backend in self._backends],
         )
 
