@@ -5,7 +5,7 @@ layout.py defines the dimension letters.
 
 import json
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from operator import itemgetter
 from types import NoneType
@@ -35,8 +35,9 @@ _values = itemgetter(*(name for name in NAMES if name != "group"))
 class CheckedCall:
     """A call of a public function whose arguments have been checked.
 
-    ranks   W, rank and name, as `ranks_of` returns them
-    plain   as `are_plain` of the tensors
+    options   without the group: a process group ends its threads only when nobody holds it
+    ranks     W, rank and name, as `ranks_of` returns them
+    plain     as `are_plain` of the tensors
     """
 
     name: str
@@ -81,12 +82,13 @@ def checked_call(name: str, student: Tensor, teacher: Tensor | None, options: Op
     if call is None:
         options = options.checked(name)
         layout = options.layout(name, student, teacher)
-        call = CheckedCall(name, options, layout, ranks_of(name, options.group), are_plain(student, teacher))
-        if len(_calls) >= MOST_CALLS:
-            _calls.pop(next(iter(_calls)), None)
+        ranks, plain = ranks_of(name, options.group), are_plain(student, teacher)
+        call = CheckedCall(name, replace(options, group=None), layout, ranks, plain)
     if key is not None:
         _calls.pop(key, None)
-        _calls[key] = call  # last, as the latest that was used: the first makes room for another
+        _calls[key] = call  # at the end, as the latest that was used; the first makes room for another
+        if len(_calls) > MOST_CALLS:
+            _calls.pop(list(_calls)[0], None)
     return call
 
 

@@ -143,7 +143,8 @@ def _loss(
     if ways == "reference":
         if graphs is not None:
             graphs.warn("the reference computes this call, and a graph needs kernels")
-        return reference.loss(student, teacher, call.layout, call.options, return_stats)
+        checked = replace(call.options, group=options.group)
+        return reference.loss(student, teacher, call.layout, checked, return_stats)
     teacher = teacher.detach() if teacher is not None else None
     if call.plain:
         loss, stats, _ = _loss_directly(student, teacher, call.step(ways), wants_gradient(student), graphs)
@@ -164,7 +165,8 @@ def bam_targets(student: Tensor, teacher: Tensor | None = None, **options: Any) 
         call = checked_call("bam_targets", student, teacher, options_of("bam_targets", options))
         ways = call.ways(student)
     if ways == "reference":
-        return reference.targets(student, teacher, call.layout, call.options)
+        checked = replace(call.options, group=options.get("group"))
+        return reference.targets(student, teacher, call.layout, checked)
     teacher = teacher.detach() if teacher is not None else None
     return _targets_operator(student.detach(), teacher, *call.packed(ways))
 
