@@ -106,7 +106,7 @@ class Step:
             return result
 
     def _set(self, key: Hashable, state: Recording | str) -> None:
-        if len(self._recordings) >= MOST_RECORDINGS:
+        if key not in self._recordings and len(self._recordings) >= MOST_RECORDINGS:
             self._recordings.clear()
         self._recordings[key] = state
 
