@@ -73,8 +73,13 @@ class InterpretedLaunch(DirectLaunch):
         self._shapes = [_without_memory(value) for value in arguments if isinstance(value, Tensor)]
 
     def run(self, pointers: Sequence[int], stream: int) -> None:
-        tensors = [_view(pointer, like) for pointer, like in zip(pointers, self._shapes, strict=True)]
-        self._kernel[self._grid](*self._filled(tensors))
+        # The interpreter takes tensors that begin at one address for views of one storage, so they share the longest.
+        given = list(zip(pointers, self._shapes, strict=True))
+        longest: dict[int, int] = {}
+        for pointer, like in given:
+            longest[pointer] = max(longest.get(pointer, 0), _extent_bytes(like))
+        storages = {pointer: _storage_at(pointer, size) for pointer, size in longest.items() if size}
+        self._kernel[self._grid](*self._filled([_view(storages.get(pointer), like) for pointer, like in given]))
 
 
 def direct(kernel: Any, grid: tuple[int, ...], args: Sequence[Any], options: dict[str, Any]) -> DirectLaunch | None:
@@ -96,10 +101,22 @@ def _without_memory(x: Tensor) -> Tensor:
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
 
 
-def _view(address: int, like: Tensor) -> Tensor:
-    """Tensor on the memory at `address`, with the shape, strides and dtype of `like`."""
+def _extent_bytes(like: Tensor) -> int:
+    """Bytes from the first element of a tensor to behind its last one."""
     if not like.numel():
-        return torch.empty_like(like, device="cpu")
+        return 0
     elements = 1 + sum((size - 1) * stride for size, stride in zip(like.shape, like.stride(), strict=True))
-    memory = (ctypes.c_char * (elements * like.element_size())).from_address(address)
-    return torch.frombuffer(memory, dtype=like.dtype).as_strided(like.shape, like.stride())
+    return elements * like.element_size()
+
+
+def _storage_at(address: int, size: int) -> torch.UntypedStorage:
+    """Storage of the `size` bytes of memory at `address`."""
+    memory = (ctypes.c_char * size).from_address(address)
+    return torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
+
+
+def _view(storage: torch.UntypedStorage | None, like: Tensor) -> Tensor:
+    """Tensor at the begin of a storage, with the shape, strides and dtype of `like`; storage None: without elements."""
+    if storage is None:
+        return torch.empty_like(like, device="cpu")
+    return torch.empty(0, dtype=like.dtype, device="cpu").set_(storage, 0, like.shape, like.stride())
