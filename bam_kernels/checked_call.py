@@ -88,7 +88,8 @@ def checked_call(name: str, student: Tensor, teacher: Tensor | None, options: Op
         _calls.pop(key, None)
         _calls[key] = call  # at the end, as the latest that was used; the first makes room for another
         if len(_calls) > MOST_CALLS:
-            _calls.pop(list(_calls)[0], None)
+            oldest, *_ = _calls
+            _calls.pop(oldest, None)
     return call
 
 
