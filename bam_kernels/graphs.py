@@ -3,17 +3,20 @@
 layout.py defines the dimension letters.
 """
 
+import sys
 import warnings
 from collections.abc import Callable, Hashable
 from contextlib import suppress
 from dataclasses import dataclass
 from threading import Lock
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 MOST_GRAPHS = 8
+LIBRARY = __name__.partition(".")[0]
 
 Result = tuple[Tensor, Tensor, Tensor]
 Step = Callable[[Tensor, Tensor | None], Result]
@@ -61,6 +64,15 @@ def _end_allocation(device: torch.device, pool: Any) -> None:
     if device.type == "cuda" and end is not None:
         with suppress(RuntimeError):  # they have left
             end(device.index, pool)
+
+
+def _frames_of_libraries() -> int:
+    """Number of frames from the caller of this function to the first that is neither of this library nor of torch."""
+    frame: FrameType | None = sys._getframe(1)
+    frames = 0
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (LIBRARY, "torch"):
+        frame, frames = frame.f_back, frames + 1
+    return frames
 
 
 def _plain(step: Step, student: Tensor, teacher: Tensor | None) -> Result:
@@ -129,7 +141,8 @@ class StepGraphs:
         """Warn that a call runs without a graph, once for each reason."""
         if reason not in self._warned:
             self._warned.add(reason)
-            warnings.warn(f"BAMLoss: cuda_graph=True runs without a graph: {reason}", stacklevel=4)
+            message = f"BAMLoss: cuda_graph=True runs without a graph: {reason}"
+            warnings.warn(message, stacklevel=_frames_of_libraries() + 1)
 
     def _run(self, key: Hashable, step: Step, student: Tensor, teacher: Tensor | None) -> Result:
         """Replay the problem's graph, or run the step and maybe capture it. The student's device is current."""

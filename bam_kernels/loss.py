@@ -141,7 +141,7 @@ def _loss(
         call = checked_call("bam_loss", student, teacher, options)
         ways = call.ways(student)
     if ways == "reference":
-        if graphs is not None:
+        if graphs is not None and not torch.compiler.is_compiling():
             graphs.warn("the reference computes this call, and a graph needs kernels")
         checked = replace(call.options, group=options.group)
         return reference.loss(student, teacher, call.layout, checked, return_stats)
@@ -287,10 +287,12 @@ class BAMLoss(nn.Module):
 
     epsilon: a float, or a schedule: a callable from the step to a float; `forward` then needs `step`.
     cuda_graph: replay whole steps, loss and gradient, as CUDA graphs: less time on the host for small problems. The
-    first two calls with a problem (options, torch's flags, shapes, types, device) run as usual, later ones replay.
-    A graph needs kernels, not the reference, and one rank on a CUDA device, not ROCm. Elsewhere, for more than 8
-    problems, and after a capture that failed, calls run without one, and a warning says why once. In a capture of your
-    own the step becomes a part of your graph. Graphs keep their memory until the module is freed; copies have none.
+    first two calls with a problem (options, torch's flags, shapes, types, device, whether a gradient is wanted) run as
+    usual, later ones replay. A graph needs kernels, not the reference, and one rank on a CUDA device, not ROCm.
+    Elsewhere, for more than 8 problems, and for new problems after a capture that failed, calls run without one, and a
+    warning says why once. In a capture of your own the step becomes a part of your graph; in functions that
+    torch.compile has compiled, and in torch.func's transforms, there are no graphs, without a warning. Graphs keep
+    their memory until the module is freed; copies have none.
     return_stats, options: as `bam_loss`. With backend="auto" and a CUDA context, GPU kernels that are not known yet are
     tried at construction, for minutes.
     Raises: ValueError or TypeError as `bam_loss`, for options already at construction.
@@ -311,7 +313,7 @@ class BAMLoss(nn.Module):
         check_bool("BAMLoss", "return_stats", self.return_stats)
         self.cuda_graph = python_number("BAMLoss", "cuda_graph", cuda_graph)
         check_bool("BAMLoss", "cuda_graph", self.cuda_graph)
-        self._graphs = StepGraphs() if self.cuda_graph else None
+        self._graphs = StepGraphs()
         if self.options.backend == "auto":
             decide_early()
 
@@ -319,7 +321,8 @@ class BAMLoss(nn.Module):
         self, student: Tensor, teacher: Tensor | None = None, step: int | None = None
     ) -> Tensor | tuple[Tensor, BAMStats]:
         """Loss of student and teacher embeddings, as `bam_loss`; with return_stats, (loss, BAMStats)."""
-        return _loss(student, teacher, self._options_at(step), self.return_stats, self._graphs)
+        graphs = self._graphs if self.cuda_graph else None
+        return _loss(student, teacher, self._options_at(step), self.return_stats, graphs)
 
     def way(self, student: Tensor, teacher: Tensor | None = None, step: int | None = None) -> str:
         """What `forward` computes these embeddings with: "reference", or the backend and its engine, "cuda slab".

@@ -4,7 +4,7 @@ Inside `null_kernels()` the backends cuda and triton take CPU tensors. Every lau
 and does nothing, so losses and gradients are whatever the allocated memory held. What does nothing:
 
 - CUDA kernels: the table of csrc/cuda/cuda.h, compiled with functions that count their calls.
-- Triton kernels: the function that launches them. Triton's own launcher is not called.
+- Triton kernels: the function that launches them, and the launcher of a compiled kernel, which a repeated step calls.
 - Matrix products: one operator of torch, so that a call of torch's dispatcher remains in the place of each product.
 - Operators of torch that read or write all embeddings (IDLE_OPERATORS): an empty implementation for CPU tensors.
 - The check of the embeddings for values that are not finite, which is made on CPUs only.
@@ -68,14 +68,16 @@ _library = torch.library.Library("bam_null", "DEF")
 _library.define("product(Tensor a, Tensor b, Tensor(a!) out, bool add) -> ()")
 
 
-class NullLaunch:
-    """A recorded launch of a Triton kernel, which is counted when it is repeated."""
+class NullCompiled:
+    """Stand-in for a kernel that Triton has compiled: what `CompiledLaunch` reads; `run` counts a launch."""
 
-    def __init__(self, kernels: "NullKernels", kernel: Any, *_: Any) -> None:
-        self._launch = partial(kernels._launch_triton, kernel, ())
+    function, packed_metadata = 0, ()
 
-    def run(self, pointers: Sequence[int], stream: int) -> None:
-        self._launch()
+    def __init__(self, count: Callable[[], None]) -> None:
+        self._count = count
+
+    def run(self, *arguments: Any) -> None:
+        self._count()
 
 
 class NullKernels:
@@ -90,7 +92,7 @@ class NullKernels:
         if backend == "triton":
             from bam_kernels.backends.triton.row_kernels import TritonKernels
 
-            return TritonKernels(self._launch_triton, partial(NullLaunch, self))
+            return TritonKernels(self._launch_triton, self._repeat_triton)
         from bam_kernels.backends.cuda.row_kernels import CudaKernels
 
         self._cuda_names = kernel_names()
@@ -98,6 +100,13 @@ class NullKernels:
 
     def _launch_triton(self, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         self._counted[kernel.__name__] += 1
+
+    def _repeat_triton(self, kernel: Any, grid: tuple[int, ...], args: Sequence[Any], options: dict[str, Any]) -> Any:
+        """The launch that a recorded step repeats, as of a compiled kernel."""
+        from bam_kernels.backends.triton.direct import CompiledLaunch, all_arguments
+
+        compiled = NullCompiled(partial(self._launch_triton, kernel, grid))
+        return CompiledLaunch(compiled, grid, all_arguments(kernel, args, options))
 
     def multiply(self, a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
         """Stand-in for `bam_kernels.precision.multiply`: one operator, which counts a product."""

@@ -14,6 +14,12 @@ using bam::Memory;
 using bam::cpu::Kernels;
 using KernelTable = Table<Kernels>;
 
+// Arguments in braces, because these are evaluated in order.
+struct Arguments {
+  bam::Potential col;
+  const float *first, *second;
+};
+
 struct NotFinite : std::domain_error {
   using std::domain_error::domain_error;
 };
@@ -57,13 +63,18 @@ void bind_sinkhorn(py::class_<KernelTable>& c) {
   c.def("reciprocal_potential", [](const KernelTable& k, Pair col, Address shift, Address sum, int64_t n) {
     k.run(
         [=](const Memory& at, void*) {
-          bam::cpu::reciprocal_potential(potential(at, col), at.as<const float>(shift), at.as<const float>(sum), n);
+          const Arguments given{potential(at, col), at.as<const float>(shift), at.as<const float>(sum)};
+          bam::cpu::reciprocal_potential(given.col, given.first, given.second, n);
         },
         nullptr);
   });
   c.def("divide_potential", [](const KernelTable& k, Pair col, Address sums, int64_t n) {
-    k.run([=](const Memory& at, void*) { bam::cpu::divide_potential(potential(at, col), at.as<const float>(sums), n); },
-          nullptr);
+    k.run(
+        [=](const Memory& at, void*) {
+          const Arguments given{potential(at, col), at.as<const float>(sums), nullptr};
+          bam::cpu::divide_potential(given.col, given.first, n);
+        },
+        nullptr);
   });
 }
 

@@ -18,7 +18,8 @@ struct Place {
   Address offset;
 };
 
-// Turns the addresses of a launch into pointers. A launch asks for its addresses in the same order whenever it runs.
+// Turns the addresses of a launch into pointers. A launch must ask for its addresses in the same order whenever it
+// runs: in statements or in braces, since C++ leaves the order of a function's arguments open.
 class Memory {
  public:
   // The memory that addresses name. noted: gets every address that is asked for; or null.

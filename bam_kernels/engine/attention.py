@@ -141,7 +141,7 @@ def backward(
     ds = _score_gradient(rows, options.epsilon, options.iterations, plan, grads)
     dq, dk = ds @ rows.k.read, ds.T @ rows.q.read
     if k is None:
-        dq[: layout.N] += dk
+        dq[: layout.N].add_(dk)
         dk = dk[:0, 0]
     elif options.normalize:
         dk = kernels.project_(dk, rows.k)

@@ -120,7 +120,7 @@ class Gradient:
             else:
                 self.dk_own = self._scatter(lambda keys, out: out.copy_(dk[keys]))
         if self.dk_own is not None:
-            self.d[:n] += self.dk_own
+            self.d[:n].add_(self.dk_own)
         factor = 1.0
         if self.keys.sixteen_bit:
             factor = 1 / (GRADIENT_FACTOR * self.keys.unit * self.layout.B * temperature)

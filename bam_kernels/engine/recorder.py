@@ -175,7 +175,7 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         super().__init__()
-        self.launches: Any = _C.LaunchList() if _C is not None else ()
+        self.launches: Any = getattr(_C, "LaunchList", tuple)()
         self._launched: list[list[tuple[Block, int]]] = []  # by launch: block and offset of each address
         self._operations: list[Noted] = []
         self._results: list[Block] = []

@@ -130,7 +130,11 @@ class Contact:
             self.pytest("tests-triton", triton, 170, 8),
             self.pytest(
                 "tests-gpu",
-                [TESTS / "kernels" / "test_gpu.py", TESTS / "loss" / "test_gradient_cache.py"],
+                [
+                    TESTS / "kernels" / "test_gpu.py",
+                    TESTS / "kernels" / "test_gpu_graphs.py",
+                    TESTS / "loss" / "test_gradient_cache.py",
+                ],
                 240,
                 3,
                 "-m",

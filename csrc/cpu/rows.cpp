@@ -1,4 +1,4 @@
-// Embedding rows: the L2 normalisation, its gradient, and scores to fixed point.
+// Embedding rows: the L2 normalisation, its gradient, the mean row, and scores to fixed point.
 #include <math.h>
 
 #include "kernels.h"

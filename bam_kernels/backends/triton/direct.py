@@ -88,13 +88,17 @@ def direct(kernel: Any, grid: tuple[int, ...], args: Sequence[Any], options: dic
     None if Triton returns no compiled kernel.
     """
     assert 0 not in grid
-    names = list(kernel.arg_names)[len(args) :]
-    arguments = [*args, *(options[name] for name in names)]
+    arguments = all_arguments(kernel, args, options)
     if triton.knobs.runtime.interpret:
         return InterpretedLaunch(kernel, grid, arguments)
     with on_device_of(args):
         compiled = kernel.warmup(*args, grid=grid, **COMPILE_OPTIONS, **options)
         return CompiledLaunch(compiled, grid, arguments) if compiled is not None else None
+
+
+def all_arguments(kernel: Any, args: Sequence[Any], options: dict[str, Any]) -> list[Any]:
+    """Arguments of all parameters of the kernel, in order: `args`, then constants by name."""
+    return [*args, *(options[name] for name in list(kernel.arg_names)[len(args) :])]
 
 
 def _without_memory(x: Tensor) -> Tensor:
