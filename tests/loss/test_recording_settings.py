@@ -90,6 +90,8 @@ def test_number_of_threads(threads):
         check_equal(found, by_engine(*case.inputs(0)))
         assert expected is None or torch.allclose(found[0], expected[0], rtol=1e-6, atol=0)
         expected = found
+    (call,) = checked_call._calls.values()
+    assert len(call.step("cpu")._recordings) == 2  # launches are recorded with their number of threads
 
 
 def test_precision_of_products(matmul_precision):
