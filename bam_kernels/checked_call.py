@@ -26,7 +26,7 @@ from .ranks import ranks_named, ranks_of
 # Arguments of the operators after the tensors: [V, L, T, R, W, rank, iterations, top_k, memory_budget or 0], then
 # [temperature, epsilon], then what else there is as `_text` writes it.
 PACKED = "SymInt[] numbers, Tensor scales, str text"
-MOST_CALLS = 256  # kept; a schedule of epsilon makes a new one at every step
+MOST_CALLS = 256  # checked calls that are kept; a schedule of epsilon makes one at every step
 OPTION_TYPES = {int, float, bool, str, NoneType}  # whose values never change and are equal only if they are the same
 _values = itemgetter(*(name for name in NAMES if name != "group"))
 
@@ -104,7 +104,7 @@ def _key(name: str, student: Tensor, teacher: Tensor | None, options: Options) -
     if student is None or not are_plain(student, teacher):
         return None
     values = _values(options.__dict__)
-    types = tuple(map(type, values))  # 1, 1.0 and True are equal, but not equally right
+    types = tuple(map(type, values))  # 1, 1.0 and True are equal, but not all of them are valid
     if not OPTION_TYPES.issuperset(types):
         return None
     given = [x for x in (student, teacher) if x is not None]

@@ -116,7 +116,7 @@ struct Normalize {
   int threads;
 };
 
-// Mean of rows. Four rows are added in float, and fours of rows in double.
+// Mean of rows. Groups of four rows are added in float, and the groups in double.
 struct MeanRow {
   const float* x;
   int64_t m, d, row_stride;

@@ -1,5 +1,5 @@
-// What both files of bindings do with addresses and launches. Nothing torch: the caller keeps the tensors alive and
-// checks shapes.
+// Addresses and launches for both files of bindings. Nothing here depends on torch: the caller keeps the tensors alive
+// and checks shapes.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -67,7 +67,7 @@ class CpuKernels:
         return UnitRows(unit, norm, unit)
 
     def mean_row(self, x: Tensor) -> Tensor:
-        """Mean (D,) of float32 rows x (m, D), summed in float64 but for fours of rows."""
+        """Mean (D,) of float32 rows x (m, D), in float64 sums of groups of four rows."""
         assert x.stride(1) == 1
         m, d = x.shape
         mean = torch.empty(d, dtype=torch.float32, device=CPU)

@@ -50,7 +50,7 @@ else:
 
 
 class _Never(Exception):
-    """Raised by nothing."""
+    """Stand-in that no code raises."""
 
 
 NotFinite: type[Exception] = getattr(_C, "NotFinite", _Never)

@@ -113,8 +113,7 @@ class NotedOperator:
         yield from self.results.values()
 
     def placed(self, places: Places) -> Operation:
-        arguments = enumerate(self.arguments)
-        lists = [(i, x) for i, x in arguments if isinstance(x, list) and any(map(_is_view, x))]
+        lists = [(i, x) for i, x in enumerate(self.arguments) if isinstance(x, list) and any(map(_is_view, x))]
         return Operator(
             self.function,
             [None if _is_view(x) else x for x in self.arguments],
@@ -196,7 +195,7 @@ class Recorder(TorchDispatchMode):
         result = function(*arguments, **keywords)
         results = result if isinstance(result, (tuple, list)) else (result,) if result is not None else ()
         if not all(isinstance(x, Tensor) for x in results) or DATA_DEPENDENT.intersection(function.tags):
-            raise NotRecordable(f"{function} gives what depends on the contents of tensors")
+            raise NotRecordable(f"{function} has a result whose size or value depends on the contents of tensors")
         self._note_launches()  # before new memory takes the place of old memory
         new = {i: x for i, x in enumerate(results) if x.numel() and storage_address(x) not in taken}
         if function in ALLOCATIONS:
@@ -314,7 +313,7 @@ class Recorder(TorchDispatchMode):
         if not isinstance(x, (list, tuple)) or not any(isinstance(element, Tensor) for element in x):
             return x
         if not all(isinstance(element, Tensor) for element in x):
-            raise NotRecordable("an operator takes a list of tensors and of what is none")
+            raise NotRecordable("an operator takes a list that mixes tensors and other values")
         return [self.view(element) for element in x]
 
     def _described_by_name(self, keywords: dict[str, Any]) -> dict[str, Any]:

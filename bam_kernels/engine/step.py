@@ -29,7 +29,7 @@ from .recorder import NotRecordable, Recorder
 from .recording import Recording
 
 MOST_RECORDED_SCORES = 1 << 25  # with more scores, a device needs longer than the host needs to prepare its work
-MOST_RECORDINGS = 16  # of one step, which differ in strides and flags
+MOST_RECORDINGS = 16  # recordings of one step; they differ in strides and flags
 
 Result = tuple[Tensor, Tensor, Tensor]  # the loss (), its statistics (6,) and dz (M, D) or empty, all float32
 FIRST = "first"  # in place of a recording: the step has run once
@@ -41,7 +41,7 @@ class Step:
     """One kind of call: dimensions, options, and how it may be computed.
 
     name      public function, for messages
-    options   checked; group and backend are unused
+    options   checked, without the process group; backend and engine are unused
     ways      as `choose` returns them
     group     name of the ranks, as `ranks_of` returns it
     """
@@ -73,7 +73,7 @@ class Step:
                     loss, stats, dz = state.run(*_given(student, teacher))
                     return loss, stats, dz
                 except (NotFinite, torch.OutOfMemoryError):
-                    # The engine reports the row that is not finite; it may do with less memory.
+                    # The engine reports which row is not finite, and can work with less memory.
                     state = NEVER
         if state is None:
             self._set(key, FIRST)

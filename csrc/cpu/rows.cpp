@@ -24,7 +24,7 @@ double dot(const float* a, const float* b, int64_t d) {
   return total;
 }
 
-// sums_k = sum of x_ik over the rows first <= i < last. Four rows are added in float, and fours of rows in double.
+// sums_k = sum of x_ik over the rows first <= i < last. Groups of four rows are added in float, the groups in double.
 void add_rows(const MeanRow& p, int64_t first, int64_t last, double* __restrict__ sums) {
   for (int64_t k = 0; k < p.d; ++k) sums[k] = 0.0;
   int64_t i = first;

@@ -12,7 +12,7 @@ from ..interface import Number, Positives
 from .interpreter import patch_interpreter_index
 
 Launch = Callable[..., None]
-COMPILE_OPTIONS = {"enable_fp_fusion": True}  # of every kernel
+COMPILE_OPTIONS = {"enable_fp_fusion": True}  # options of every launch
 patch_interpreter_index()
 
 
