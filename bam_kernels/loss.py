@@ -141,7 +141,7 @@ def _loss(
         call = checked_call("bam_loss", student, teacher, options)
         ways = call.ways(student)
     if ways == "reference":
-        if graphs is not None and not torch.compiler.is_compiling():
+        if graphs is not None:
             graphs.warn("the reference computes this call, and a graph needs kernels")
         checked = replace(call.options, group=options.group)
         return reference.loss(student, teacher, call.layout, checked, return_stats)
@@ -313,7 +313,7 @@ class BAMLoss(nn.Module):
         check_bool("BAMLoss", "return_stats", self.return_stats)
         self.cuda_graph = python_number("BAMLoss", "cuda_graph", cuda_graph)
         check_bool("BAMLoss", "cuda_graph", self.cuda_graph)
-        self._graphs = StepGraphs()
+        self._graphs: StepGraphs | None = None  # made when it is needed: a compiled function may construct this module
         if self.options.backend == "auto":
             decide_early()
 
@@ -321,8 +321,7 @@ class BAMLoss(nn.Module):
         self, student: Tensor, teacher: Tensor | None = None, step: int | None = None
     ) -> Tensor | tuple[Tensor, BAMStats]:
         """Loss of student and teacher embeddings, as `bam_loss`; with return_stats, (loss, BAMStats)."""
-        graphs = self._graphs if self.cuda_graph else None
-        return _loss(student, teacher, self._options_at(step), self.return_stats, graphs)
+        return _loss(student, teacher, self._options_at(step), self.return_stats, self._steps_as_graphs())
 
     def way(self, student: Tensor, teacher: Tensor | None = None, step: int | None = None) -> str:
         """What `forward` computes these embeddings with: "reference", or the backend and its engine, "cuda slab".
@@ -335,6 +334,13 @@ class BAMLoss(nn.Module):
             return ways
         with call.step(ways).call(student, teacher, needs_grad=wants_gradient(student)) as (_, chosen):
             return f"{chosen.options.backend} {chosen.options.engine}"
+
+    def _steps_as_graphs(self) -> StepGraphs | None:
+        if not self.cuda_graph or torch.compiler.is_compiling():
+            return None
+        if self._graphs is None:
+            self._graphs = StepGraphs()
+        return self._graphs
 
     def _options_at(self, step: int | None) -> Options:
         """Options at a step. Raises: ValueError if epsilon is a schedule and there is no step."""
