@@ -4,8 +4,6 @@ Which arguments are None and how switches are set decides which lines a GPU's co
 look at lines that it does not run.
 """
 
-from functools import partial
-
 import pytest
 import torch
 from problems import features
@@ -38,9 +36,7 @@ def launched(monkeypatch) -> set[tuple[str, ...]]:
         found.add(ahead.form(kernel, args, options))
         launch(kernel, grid, *args, **options)
 
-    monkeypatch.setattr(backend.kernels(), "_run", recorded)
-    flash = backend.flash()
-    monkeypatch.setattr(backend, "flash", lambda: partial(flash, run=recorded))
+    monkeypatch.setattr(backend.kernels(), "run", recorded)
     return found
 
 
