@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .engine.step import Result
+
 MOST_GRAPHS = 8
 LIBRARY = __name__.partition(".")[0]
 
-Result = tuple[Tensor, Tensor, Tensor]
 Step = Callable[[Tensor, Tensor | None], Result]
 
 # PyTorch allows one capture at a time in a process.

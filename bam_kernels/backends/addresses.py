@@ -38,6 +38,13 @@ def storage_address(x: Tensor) -> int:
     return x.untyped_storage().data_ptr()
 
 
+def extent_bytes(x: Tensor) -> int:
+    """Bytes of memory from the first element of x to the end of its last one; 0 for a tensor without elements."""
+    if not x.numel():
+        return 0
+    return x.itemsize * (1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)))
+
+
 def pair(potential: Potential | None, device: torch.device) -> tuple[int, int]:
     """Addresses of a potential's exponent and mantissa; 0 and 0 for None."""
     if potential is None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode_temporarily
 from torch.utils._pytree import tree_leaves
 
-from ..backends.addresses import first_address, storage_address
+from ..backends.addresses import extent_bytes, first_address, storage_address
 from ..backends.extension import _C
 from .recording import NO_BASE, Launches, Operation, Operator, Place, Recording, Release, TritonLaunch
 
@@ -241,7 +241,7 @@ class Recorder(TorchDispatchMode):
         if not x.numel():
             return View(None, x.dtype, tuple(x.shape), x.stride(), 0)
         begin, block = first_address(x), self._block_at(first_address(x))
-        if begin + _extent(x) > block.end:
+        if begin + extent_bytes(x) > block.end:
             raise NotRecordable("a tensor is larger than the memory that the step has for it")
         return View(block, x.dtype, tuple(x.shape), x.stride(), (begin - block.begin) // x.itemsize)
 
@@ -325,15 +325,10 @@ class Recorder(TorchDispatchMode):
     def _new_block(self, x: Tensor, allocated: bool) -> Block:
         """A block for a tensor with new memory; blocks whose memory it takes have been freed."""
         begin = first_address(x)
-        block = Block(begin, begin + _extent(x), allocated)
+        block = Block(begin, begin + extent_bytes(x), allocated)
         self._blocks = [other for other in self._blocks if other.end <= block.begin or block.end <= other.begin]
         self._blocks.insert(bisect_right(self._blocks, begin, key=lambda block: block.begin), block)
         return block
-
-
-def _extent(x: Tensor) -> int:
-    """Bytes from the first element of x, which has one, to behind its last one."""
-    return x.itemsize * (1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)))
 
 
 def _whole_block(view: View) -> Block:

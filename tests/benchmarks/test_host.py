@@ -175,7 +175,7 @@ def test_allocations() -> None:
 
 
 def test_operators() -> None:
-    """Those that Python calls: empty, zeros (which calls two), view, two slices, add, to (which calls three)."""
+    """Operators called from Python count (empty, zeros, view, two slices, add, to), not those that they call inside."""
     assert host.operators(allocate_four)[0] == 7
 
 

@@ -37,7 +37,7 @@ def recorded(tensors: list[Tensor]):
 
 
 def placed(tensors: list[Tensor]):
-    """Its launches, with a base for each tensor."""
+    """The launches of `recorded`, placed so that each tensor is the start of a base of its own."""
     launches = recorded(tensors)
     launches.place(0, [(0, 0), (1, 0), (2, 0)])
     launches.place(1, [(2, 0)])

@@ -270,7 +270,7 @@ def test_a_process_group_that_comes_later_and_goes(store):
 
 
 def test_a_default_group_of_two_ranks_that_comes_later(store):
-    """Its keys are those of two ranks. The fake backend sends nothing, so nothing is computed here."""
+    """The checked layout counts the keys of both ranks. No loss is computed, because the fake backend sends nothing."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     student, teacher = Case(V=3, R=2).inputs(0)

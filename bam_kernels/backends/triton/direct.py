@@ -19,6 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..addresses import extent_bytes
 from .launch import COMPILE_OPTIONS, on_device_of
 
 
@@ -77,7 +78,7 @@ class InterpretedLaunch(DirectLaunch):
         given = list(zip(pointers, self._shapes, strict=True))
         longest: dict[int, int] = {}
         for pointer, like in given:
-            longest[pointer] = max(longest.get(pointer, 0), _extent_bytes(like))
+            longest[pointer] = max(longest.get(pointer, 0), extent_bytes(like))
         storages = {pointer: _storage_at(pointer, size) for pointer, size in longest.items() if size}
         self._kernel[self._grid](*self._filled([_view(storages.get(pointer), like) for pointer, like in given]))
 
@@ -103,14 +104,6 @@ def all_arguments(kernel: Any, args: Sequence[Any], options: dict[str, Any]) -> 
 
 def _without_memory(x: Tensor) -> Tensor:
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-
-
-def _extent_bytes(like: Tensor) -> int:
-    """Bytes from the first element of a tensor to behind its last one."""
-    if not like.numel():
-        return 0
-    elements = 1 + sum((size - 1) * stride for size, stride in zip(like.shape, like.stride(), strict=True))
-    return elements * like.element_size()
 
 
 def _storage_at(address: int, size: int) -> torch.UntypedStorage:
