@@ -172,7 +172,7 @@ def test_threads_share_a_list():
 
 
 def test_the_list_outlives_the_kernels():
-    """And a null address stays null: scores that are not there."""
+    """Kernels may be freed before their launches run again. An address that was null stays null."""
     launches, n = _C.LaunchList(), 4
     kernels = _C.cpu_kernels("plain").recorded(launches)
     s, row, y = torch.zeros(2, n), torch.zeros(2, 2), torch.zeros(2)

@@ -134,7 +134,7 @@ def test_each_problem_has_its_graph(step_graphs, cuda):
 
 
 def test_other_strides_use_the_same_graph(step_graphs, cuda):
-    """It reads contiguous rows. Nothing could be copied into the strides of an expanded tensor."""
+    """A graph reads contiguous rows, because nothing can be copied into the strides of an expanded tensor."""
     captured = []
 
     def noted(student, teacher):

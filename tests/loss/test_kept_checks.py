@@ -58,7 +58,7 @@ OPTIONS = {
 
 
 def check_good_calls(case: Case, **options) -> None:
-    """They repeat their recording, and are right."""
+    """Check that valid calls repeat their recording and give the results of the engine."""
     for seed in (1, 2):
         check_equal(repeated(*case.inputs(seed), **options), by_engine(*case.inputs(seed), **options))
 

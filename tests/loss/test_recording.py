@@ -66,7 +66,7 @@ every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 @every_case
 def test_a_repeated_step_is_the_engines(case):
-    """And is near the float64 reference, so that it is not an equal error of both."""
+    """Results equal the engine's bit for bit, and the float64 reference shows that both are not equally wrong."""
     record(*case.inputs(0), **case.options)
     for seed in (1, 2):
         given = case.inputs(seed)
@@ -309,7 +309,7 @@ def test_a_step_that_cannot_be_recorded_is_computed(obstacle, monkeypatch):
 
 
 def test_outputs_that_are_views_of_one_result_are_kept_apart(monkeypatch):
-    """They come from an operator of torch, whose result is new in every run."""
+    """The outputs come from an operator of torch, whose result is new memory in every run."""
     case, evaluate = Case(V=3), slab.evaluate
     expected = [by_engine(*case.inputs(seed)) for seed in range(5)]
     with pytest.MonkeyPatch.context() as patch:

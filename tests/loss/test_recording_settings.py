@@ -186,7 +186,7 @@ def compile_afresh():
 
 @pytest.mark.parametrize("R", [0, 2])
 def test_a_compiled_function(R, compile_afresh):
-    """It repeats recordings of its own, and eager calls keep theirs."""
+    """A compiled function has recordings of its own; eager calls go on repeating theirs."""
     case = Case(V=3, R=R)
     compiled = torch.compile(bam_loss, fullgraph=True, backend="aot_eager")
     record(*case.inputs(0))

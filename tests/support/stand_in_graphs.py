@@ -119,7 +119,7 @@ class StandInCuda:
 
     @contextmanager
     def graph(self, graph: StandInGraph, pool: object, stream: StandInStream, capture_error_mode: str):
-        """As torch.cuda.graph, whose end leaves the stream as it is if it fails."""
+        """Stand-in for torch.cuda.graph, which does not restore the stream if the end of a capture fails."""
         assert capture_error_mode == "thread_local" and not self.capturing
         self.pools.append(pool)
         before, self.current, self.capturing = self.current, stream, True
