@@ -54,9 +54,12 @@ def agree_with_ranks(
     try:
         yield from _agree(ranks, Header(operation, values), device)
     except NonFinite as error:
-        if values.get("non_finite") == "nan":
-            raise
-        raise ValueError(str(error)) from None
+        raise for_caller(error, values) from None
+
+
+def for_caller(error: NonFinite, values: dict[str, Any]) -> ValueError:
+    """The error of a call with these values: NonFinite if its caller returns NaN then, else ValueError."""
+    return error if values.get("non_finite") == "nan" else ValueError(str(error))
 
 
 def _agree(ranks: Ranks | Exchanges, header: Header, device: torch.device) -> Iterator[None]:

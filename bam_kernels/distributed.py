@@ -43,7 +43,7 @@ class GroupRanks:
 
         On GPUs, reading the gathered headers waits for the device; BAM_KERNELS_CHECK_RANKS=1 compares at every call.
         """
-        encoded, kind = header.encoded(), header.kind()
+        encoded, kind = header.encoded, header.kind
         every_call = is_on(CHECK_EVERY_CALL) or device.type == "cpu"
         if kind in self._agreed_kinds and not every_call:
             return
@@ -53,7 +53,7 @@ class GroupRanks:
 
     def common_ways(self, operation: str, ways: tuple[str, ...], device: torch.device) -> tuple[str, ...]:
         header = ways_header(operation, ways)
-        return header.common_ways(self._gather_headers(header, header.encoded(), device))
+        return header.common_ways(self._gather_headers(header, header.encoded, device))
 
     def _gather_headers(self, header: Header, encoded: bytes, device: torch.device) -> list[bytes]:
         """All-gather of one header of each rank."""

@@ -6,6 +6,7 @@ message that does not come; ranks with different headers raise an error that say
 
 import json
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from .tuned import tuning
@@ -39,6 +40,7 @@ class Header:
     fault: str = ""
     non_finite: bool = False
 
+    @cached_property
     def encoded(self) -> bytes:
         """The header as JSON, padded to HEADER_BYTES bytes."""
         fault = self.fault.encode("ascii", "replace").decode()[:FAULT_CHARACTERS]
@@ -47,10 +49,11 @@ class Header:
         assert len(text) <= HEADER_BYTES, f"header of {len(text)} bytes"
         return text.ljust(HEADER_BYTES)
 
+    @cached_property
     def kind(self) -> bytes:
         """The header without the scheduled options: it changes only when number, order or size of messages may."""
         fixed = {key: value for key, value in self.values.items() if key not in SCHEDULED}
-        return replace(self, values=fixed).encoded()
+        return replace(self, values=fixed).encoded
 
     def common_ways(self, encoded: list[bytes]) -> tuple[str, ...]:
         """Ways that are verified on all ranks, from `encoded`, the headers of all ranks as `ways_header` makes them.

@@ -56,8 +56,8 @@ class Ranks(Protocol):
     def scatter(self, part: Callable[[int], Tensor]) -> Tensor:
         """Reduce-scatter: the sum over ranks of their contributions to this rank, (n, D).
 
-        part(r): this rank's contribution (n, D) to rank r, a contiguous tensor that may be written to. It is called
-        once for each rank, in any order.
+        part(r): this rank's contribution (n, D) to rank r, a contiguous tensor that may be written to, and is valid
+        until the next contribution has been made, the last one also afterwards. `part` is called once for each rank.
         """
 
 

@@ -89,11 +89,11 @@ class ThreadRanks:
         self.name = f"threads-{next(_numbers)}"
 
     def agree(self, header: Header, device: torch.device) -> None:
-        header.check(self._meeting.exchange(self.rank, header.encoded()))
+        header.check(self._meeting.exchange(self.rank, header.encoded))
 
     def common_ways(self, operation: str, ways: tuple[str, ...], device: torch.device) -> tuple[str, ...]:
         header = ways_header(operation, ways)
-        return header.common_ways(self._meeting.exchange(self.rank, header.encoded()))
+        return header.common_ways(self._meeting.exchange(self.rank, header.encoded))
 
     def gather(
         self, own: Tensor, as_sent: Callable[[Tensor], Tensor], room: Tensor | None = None
@@ -114,7 +114,7 @@ class ThreadRanks:
         return x.copy_(torch.stack(self._meeting.exchange(self.rank, x.clone())).amax(0))
 
     def scatter(self, part: Callable[[int], Tensor]) -> Tensor:
-        parts = self._meeting.exchange(self.rank, [part(r) for r in range(self.W)])
+        parts = self._meeting.exchange(self.rank, [part(r).clone() for r in range(self.W)])
         return torch.stack([rank_parts[self.rank] for rank_parts in parts]).sum(0)
 
 

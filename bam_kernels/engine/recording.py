@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..backends.addresses import first_address
-
-NO_BASE = -1
+from ..ranks import ONE_RANK, Ranks
+from .workspace import NO_BASE
 
 
 class Place(NamedTuple):
@@ -35,13 +35,16 @@ class Run:
     bases       inputs, workspace, outputs, then results of operators, which are None before and after their use
     addresses   address of the first element of each base
     places      views of bases that operators take; `tensor` makes them when they are needed
+    views       numbers of the places on each base
     """
 
     bases: list[Tensor | None]
     addresses: list[int]
     places: list[Place]
+    views: dict[int, list[int]]
     device: torch.device
     stream: int
+    ranks: Ranks
     _made: list[Tensor | None]
     _typed: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
 
@@ -65,14 +68,16 @@ class Run:
         return base.as_strided(size, stride, base.storage_offset() + first)
 
     def keep(self, number: int, tensor: Tensor) -> None:
-        """Make the result of an operator a base."""
+        """Make the result of an operator or of ranks a base, in place of an earlier one."""
+        if self.bases[number] is not None:
+            self.release(number)
         self.bases[number] = tensor
         self.addresses[number] = first_address(tensor)
 
-    def release(self, number: int, places: Sequence[int]) -> None:
-        """Free the memory of a base, of which these places are views."""
+    def release(self, number: int) -> None:
+        """Free the memory of a base."""
         self.bases[number] = None
-        for i in places:
+        for i in self.views.get(number, ()):
             self._made[i] = None
             self._typed.pop((number, self.places[i].dtype), None)
 
@@ -140,13 +145,17 @@ class TritonLaunch:
 
 @dataclass(eq=False)
 class Release:
-    """Frees results of operators after their last use: base, and places of all its views."""
+    """Frees results after their last use; results: their bases."""
 
-    results: list[tuple[int, list[int]]]
+    results: list[int]
 
     def __call__(self, run: Run) -> None:
-        for base, places in self.results:
-            run.release(base, places)
+        for base in self.results:
+            run.release(base)
+
+
+class NoRoom(torch.OutOfMemoryError):
+    """There is not enough memory for the workspace and the outputs of a run, of which nothing has run yet."""
 
 
 @dataclass(eq=False)
@@ -156,7 +165,7 @@ class Recording:
     places           views that operators and `outputs` need
     workspace_bytes  memory of a run besides inputs, outputs and results
     allocated        size and dtype of outputs that are allocated before the operations run
-    results          how many tensors operators of torch allocate
+    results          how many bases hold tensors that operators of torch and ranks allocate
     outputs          places of the tensors that `run` returns
     """
 
@@ -167,18 +176,34 @@ class Recording:
     results: int
     outputs: list[int]
 
-    def run(self, *inputs: Tensor) -> list[Tensor]:
-        """Repeat the step for inputs of the recorded shapes, strides, types and device; returns its outputs."""
+    def __post_init__(self) -> None:
+        self._views: dict[int, list[int]] = {}
+        for i, place in enumerate(self.places):
+            self._views.setdefault(place.base, []).append(i)
+
+    def run(self, *inputs: Tensor, ranks: Ranks = ONE_RANK) -> list[Tensor]:
+        """Repeat the step for inputs of the recorded shapes, strides, types and device; returns its outputs.
+
+        ranks: with whom messages are exchanged; W and rank as they were recorded.
+        Raises: NoRoom before the first message; whatever an operation raises.
+        """
         device = inputs[0].device
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
-                return self.run(*inputs)
-        given = [*inputs, torch.empty(self.workspace_bytes, dtype=torch.uint8, device=device)]
-        given += [torch.empty(size, dtype=dtype, device=device) for size, dtype in self.allocated]
-        addresses = [first_address(x) for x in given] + [0] * self.results
-        stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
-        bases = [*given, *[None] * self.results]
-        run = Run(bases, addresses, self.places, device, stream, [None] * len(self.places))
+                return self.run(*inputs, ranks=ranks)
+        run = self._begin(inputs, device, ranks)
         for operation in self.operations:
             operation(run)
         return [run.tensor(i) for i in self.outputs]
+
+    def _begin(self, inputs: Sequence[Tensor], device: torch.device, ranks: Ranks) -> Run:
+        """Allocate the memory of a run. Raises: NoRoom."""
+        try:
+            given = [*inputs, torch.empty(self.workspace_bytes, dtype=torch.uint8, device=device)]
+            given += [torch.empty(size, dtype=dtype, device=device) for size, dtype in self.allocated]
+        except torch.OutOfMemoryError as error:
+            raise NoRoom(str(error)) from error
+        addresses = [first_address(x) for x in given] + [0] * self.results
+        stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+        made: list[Tensor | None] = [None] * len(self.places)
+        return Run([*given, *[None] * self.results], addresses, self.places, self._views, device, stream, ranks, made)

@@ -20,13 +20,15 @@ from ..header import NonFinite
 from ..layout import Layout
 from ..options import Options
 from ..precision import float32_products, is_sixteen_bit, product_precision
-from ..ranks import DEFAULT_GROUP, ONE_RANK, ranks_named
+from ..ranks import ranks_named
 from ..ways import WAYS, Way, split
 from . import flash, slab
 from .call import Call
 from .cost import Problem, choose_way, fastest_rows, rates
-from .recorder import NotRecordable, Recorder
-from .recording import Recording
+from .noted import NotRecordable
+from .recorded_ranks import RecordedRanks
+from .recorder import Recorder
+from .recording import NoRoom, Recording
 
 MOST_RECORDED_SCORES = 1 << 25  # with more scores, a device needs longer than the host needs to prepare its work
 MOST_RECORDINGS = 16  # recordings of one step; they differ in strides and flags
@@ -54,8 +56,7 @@ class Step:
 
     def __post_init__(self) -> None:
         layout = self.layout
-        alone = self.group in (DEFAULT_GROUP, ONE_RANK.name) and layout.W == 1
-        self._may_record = alone and max(layout.V, layout.R) * layout.B * layout.N <= MOST_RECORDED_SCORES
+        self._may_record = max(layout.V, layout.R) * layout.B * layout.N <= MOST_RECORDED_SCORES
         self._backends = [WAYS[way].backend for way in split(self.ways)]
         self._recordings: dict[Hashable, Recording | str] = {}
 
@@ -67,43 +68,45 @@ class Step:
         """
         key = self._key(student, teacher, needs_grad)
         state = self._recordings.get(key) if key is not None else NEVER
-        if isinstance(state, Recording):
-            with product_precision(student.device, self.options.precision):
-                try:
-                    loss, stats, dz = state.run(*_given(student, teacher))
-                    return loss, stats, dz
-                except (NotFinite, torch.OutOfMemoryError):
-                    # The engine reports which row is not finite, and can work with less memory.
-                    state = NEVER
-        if state is None:
-            self._set(key, FIRST)
-        return self._computed(student, teacher, needs_grad, key if state is FIRST else None)
-
-    def _computed(self, student: Tensor, teacher: Tensor | None, needs_grad: bool, record_as: Hashable) -> Result:
-        """Compute with the engine; record_as: key of the recording to make, or None."""
         try:
-            with self.call(student, teacher, needs_grad=needs_grad) as (engine, call):
-                if record_as is not None:
-                    return self._recorded(engine, call, record_as)
-                return _result(engine, call)
+            if isinstance(state, Recording):
+                result = self._repeated(state, student, teacher)
+                if result is not None:
+                    return result
+            if state is None:
+                self._set(key, FIRST)
+            return self._computed(student, teacher, needs_grad, key if state is FIRST else None)
         except NonFinite:
             D = student.shape[-1]
             dz = student.new_full((self.layout.M if needs_grad else 0, D), math.nan, dtype=torch.float32)
             loss = student.new_full((), math.nan, dtype=torch.float32)
             return loss, loss.expand(6).clone(), dz
 
-    def _recorded(self, engine: Any, call: Call, key: Hashable) -> Result:
-        """Compute with the engine and keep a recording, if it can be made."""
-        try:
-            recorder = Recorder(_given(call.student, call.teacher))
+    def _repeated(self, recording: Recording, student: Tensor, teacher: Tensor | None) -> Result | None:
+        """Repeat a recording; None where the engine must compute instead, which no other rank notices."""
+        with product_precision(student.device, self.options.precision):
+            try:
+                loss, stats, dz = recording.run(*_given(student, teacher), ranks=ranks_named(self.group))
+                return loss, stats, dz
+            except (NotFinite, NoRoom):
+                # The engine tells all ranks which row is not finite, and can work with less memory. A repeated step
+                # has sent no messages yet.
+                return None
+
+    def _computed(self, student: Tensor, teacher: Tensor | None, needs_grad: bool, record_as: Hashable) -> Result:
+        """Compute with the engine; record_as: key of the recording to make, or None."""
+        with self.call(student, teacher, needs_grad=needs_grad) as (engine, call):
+            if record_as is None:
+                return _result(engine, call)
+            recorder = Recorder(_given(student, teacher))
+            ranks = RecordedRanks(call.ranks, recorder) if call.layout.W > 1 else call.ranks
             with recorder:
-                result = _result(engine, replace(call, kernels=call.kernels.recorded(recorder)))
-            self._set(key, recorder.finish(result))
-            return result
+                result = _result(engine, replace(call, kernels=call.kernels.recorded(recorder), ranks=ranks))
+        try:
+            self._set(record_as, recorder.finish(result))
         except NotRecordable:
-            result = _result(engine, call)  # raises if a row is not finite, which is no reason for the next line
-            self._set(key, NEVER)
-            return result
+            self._set(record_as, NEVER)
+        return result
 
     def _set(self, key: Hashable, state: Recording | str) -> None:
         if key not in self._recordings and len(self._recordings) >= MOST_RECORDINGS:

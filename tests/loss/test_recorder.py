@@ -18,8 +18,10 @@ from bam_kernels.backends import cpu
 from bam_kernels.backends.extension import _C
 from bam_kernels.engine import recorder as recorder_module
 from bam_kernels.engine import slab
-from bam_kernels.engine.recorder import ALIGNMENT, Block, NotRecordable, Recorder, _place
+from bam_kernels.engine.noted import NotRecordable
+from bam_kernels.engine.recorder import Recorder
 from bam_kernels.engine.recording import Recording
+from bam_kernels.engine.workspace import ALIGNMENT, Block, place
 
 FLOAT32 = {"dtype": torch.float32, "device": "cpu"}
 
@@ -202,7 +204,7 @@ def test_outputs_that_overlap_or_are_parts():
         recording_of(twice, *inputs(0))
     x, _ = inputs(0)
     with pytest.raises(NotRecordable, match="two inputs share their memory"):
-        Recorder([x, x[2:]])
+        recording_of(lambda x, part: [x * 2], x, x[2:])
 
 
 # The workspace
@@ -241,7 +243,7 @@ def test_places_of_random_blocks(seed):
         first = draw.randint(0, 40)
         size = draw.choice([1, 4, 255, 256, 257, 1000, draw.randint(1, 10_000)])
         blocks.append(block(size, first, first + draw.choice([0, 1, draw.randint(0, 40)])))
-    total = _place(blocks, 2)
+    total = place(blocks, 2)
     check_places(blocks, total, 2)
     assert total % ALIGNMENT == 0
     # No placement is smaller than `least`; largest first is near it.
@@ -253,14 +255,14 @@ def test_places_are_shared_one_after_another():
     for size, aligned in ((1000, 1024), (1024, 1024), (1025, 1280)):
         for lasting, count in ((0, 1), (1, 2), (3, 4)):
             blocks = [block(size, i, i + lasting) for i in range(20)]
-            total = _place(blocks, 0)
+            total = place(blocks, 0)
             check_places(blocks, total, 0)
             assert total == count * aligned
 
 
 def test_small_blocks_fill_the_place_of_a_large_one():
     blocks = [block(4096, 0, 3), *(block(1024, 4, 9) for _ in range(4)), block(4096, 10, 11)]
-    total = _place(blocks, 1)
+    total = place(blocks, 1)
     check_places(blocks, total, 1)
     assert total == 4096
 
@@ -269,10 +271,10 @@ def test_a_gap_is_used_only_if_it_is_wide_enough():
     """Between two blocks that last, a gap of 1024 bytes opens; 1280 bytes go behind."""
     low, gap, high = block(4096, 0, 9), block(1024, 0, 1), block(2048, 0, 9)
     fits, wide = block(1000, 5, 9), block(1300, 5, 9)
-    total = _place([low, gap, high, fits, wide], 0)
+    total = place([low, gap, high, fits, wide], 0)
     check_places([low, gap, high, fits, wide], total, 0)
     assert total <= 4096 + 2048 + 1536 + 1024
-    assert _place([], 3) == 0
+    assert place([], 3) == 0
 
 
 SLACK = 20 * ALIGNMENT  # the blocks that a step uses at once are rounded up
@@ -295,11 +297,11 @@ def test_places_of_a_step(case, monkeypatch):
     """The workspace holds what is in use at the busiest moment, with little between; slabs share much."""
     placed = []
 
-    def place(blocks: list[Block], base: int) -> int:
-        placed.append((blocks, _place(blocks, base), base))
+    def noted_place(blocks: list[Block], base: int) -> int:
+        placed.append((blocks, place(blocks, base), base))
         return placed[-1][1]
 
-    monkeypatch.setattr(recorder_module, "_place", place)
+    monkeypatch.setattr(recorder_module, "place", noted_place)
     record(*case.inputs(0), **case.options)
     ((blocks, total, base),) = placed
     check_places(blocks, total, base)

@@ -303,7 +303,7 @@ def test_a_step_that_cannot_be_recorded_is_computed(obstacle, monkeypatch):
     monkeypatch.setattr(slab, "evaluate", evaluated)
     for seed in range(5):
         check_equal(result(*case.inputs(seed)), expected[seed])
-    assert len(calls) == 6  # the second call begins a recording, and gives it up
+    assert len(calls) == 5  # giving up a recording does not end the call, since other ranks may wait for it
     (call,) = checked_call._calls.values()
     assert [*call.step("cpu")._recordings.values()] == [NEVER]
 

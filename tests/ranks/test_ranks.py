@@ -298,7 +298,7 @@ def test_header_says_which_ranks():
     def header(epsilon: float) -> Header:
         return Header("bam_loss", {"epsilon": epsilon})
 
-    encoded = [header(0.1 if rank < 6 else 0.2).encoded() for rank in range(7)]
+    encoded = [header(0.1 if rank < 6 else 0.2).encoded for rank in range(7)]
     with pytest.raises(ValueError, match=r"epsilon: 0.1 on ranks 0, 1, 2, 3 and 2 more; 0.2 on rank 6"):
         header(0.1).check(encoded)
     assert all(len(text) == HEADER_BYTES for text in encoded)
@@ -312,17 +312,17 @@ def test_a_schedule_makes_no_new_kind_of_header():
         options = Options(**given)
         return Header(
             "bam_loss", options.header(Layout(B=2, V=2, L=2, T=2, D=3), torch.empty(0), None, "triton", True)
-        ).kind()
+        ).kind
 
     assert kind(epsilon=0.05) == kind(epsilon=0.02) == kind(epsilon=0.05, temperature=0.2)
     assert kind(epsilon=0.05) != kind(epsilon=0.001)  # one sum no longer holds the columns' range
     assert kind(epsilon=0.05) != kind(epsilon=0.05, iterations=4)
-    fault = Header("bam_loss", {"epsilon": 0.05}, "not finite").kind()
-    assert fault != Header("bam_loss", {"epsilon": 0.05}).kind()
+    fault = Header("bam_loss", {"epsilon": 0.05}, "not finite").kind
+    assert fault != Header("bam_loss", {"epsilon": 0.05}).kind
 
 
 def test_header_holds_the_longest_fault():
-    text = Header("sinkhorn_attention", {f"option {i}": 1e-300 for i in range(18)}, "é" * 5000).encoded()
+    text = Header("sinkhorn_attention", {f"option {i}": 1e-300 for i in range(18)}, "é" * 5000).encoded
     assert len(text) == HEADER_BYTES
 
 

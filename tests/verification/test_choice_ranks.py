@@ -28,7 +28,7 @@ pytestmark = [
 def common(*of_ranks: Header | tuple[str, ...]) -> tuple[str, ...]:
     """What rank 0 takes; each rank sends its ways, or another header."""
     headers = [sent if isinstance(sent, Header) else ways_header("bam_loss", sent) for sent in of_ranks]
-    return headers[0].common_ways([header.encoded() for header in headers])
+    return headers[0].common_ways([header.encoded for header in headers])
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_a_rank_that_names_its_backend_or_fails():
     with pytest.raises(ValueError, match=words):
         common(GPU_WAYS, named, GPU_WAYS)
     with pytest.raises(ValueError, match=words):
-        named.check([header.encoded() for header in (ways_header("bam_loss", GPU_WAYS), named,
+        named.check([header.encoded for header in (ways_header("bam_loss", GPU_WAYS), named,
                                                      ways_header("bam_loss", ("cuda",)))])  # fmt: skip
     with pytest.raises(ValueError, match="ranks disagree on operation: 'bam_loss' on rank 0; 'bam_targets' on rank 1"):
         common(GPU_WAYS, ways_header("bam_targets", GPU_WAYS))
