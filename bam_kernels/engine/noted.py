@@ -1,6 +1,6 @@
 """Operations of a step while it is recorded: which memory they use, and how they run again on other memory."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -89,7 +89,7 @@ def with_nested(noted: Iterable[Noted]) -> Iterator[Noted]:
 class NotedOperator(Noted):
     """A call of an operator of torch; results: blocks of the tensors that it allocates, by position."""
 
-    function: Callable[..., Any]
+    function: Any
     arguments: list[Any]
     keywords: dict[str, Any]
     results: dict[int, Block]

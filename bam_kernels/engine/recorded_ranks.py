@@ -186,7 +186,6 @@ class NotedGather(Noted):
 
     def blocks(self) -> Iterator[Block]:
         yield from blocks_of([self.own, self.room])
-        yield from self.received
 
     def nested(self) -> Iterator[Noted]:
         for _, operations in self.parts:
@@ -211,11 +210,17 @@ class Gather:
 
     def __call__(self, run: Run) -> None:
         room = run.tensor(self.room) if self.room is not None else None
-        gathered = run.ranks.gather(run.tensor(self.own), _no_simulation, room)
-        for (base, operations), (_, block) in zip(self.parts, gathered, strict=True):
+        gathered = iter(run.ranks.gather(run.tensor(self.own), _no_simulation, room))
+        for base, operations in self.parts:
+            _, block = next(gathered)
             if base != NO_BASE:
                 run.keep(base, block)
+            del block  # so that it is freed before the next one arrives
             repeat(operations, run)
+            if base != NO_BASE:
+                run.release(base)
+        for _ in gathered:
+            raise AssertionError("ranks gather another number of blocks than they did")
 
 
 def _no_simulation(unit: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ def pair(tmp_path_factory) -> Results:
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory) -> Results:
-    programs = ("disagreements", "through_host", "saved", "subgroup")
+    programs = ("disagreements", "through_host", "saved", "subgroup", "repeats")
     return run(programs, 3, tmp_path_factory.mktemp("three"))
 
 
@@ -169,6 +169,12 @@ def test_messages_of_a_step_between_four(tmp_path):
     check_messages(run(("traffic",), 4, tmp_path)["traffic"], 4)
 
 
+def test_repeated_steps(three):
+    """Bit for bit those of the engine; and again in a new process group that has the name of one that is gone."""
+    for results in three["repeats"].values():
+        assert results == {"unequal": [], "alone": True, "same name": True, "unequal again": []}
+
+
 def check_messages(results: dict[int, dict], W: int) -> None:
     """A header, W - 1 blocks of keys, a sum of N numbers per iteration, W - 1 blocks of key gradients; nothing else."""
     shapes = {
@@ -185,6 +191,7 @@ def check_messages(results: dict[int, dict], W: int) -> None:
         N, block = 2 * B * W, 2 * B * D * 4
         for name, shape in shapes.items():
             step, iterations = steps[name], shape.get("iterations", 3)
+            assert step.pop("repeated") == step
             gathers = 2 if name == "regather" else 1
             scatters = name in ("no teacher", "least epsilon")
             maximum = name == "least epsilon"  # of each column, where one float64 does not hold all sums

@@ -20,6 +20,7 @@ import gloo
 import torch
 import torch.distributed as dist
 from problems import features
+from repeated_steps import BEFORE_REPEATS, Case, by_engine, record, repeated, result
 
 from bam_kernels import BAMLoss, bam_loss, bam_targets, sinkhorn_attention
 from bam_kernels.ranks import ONE_RANK
@@ -79,7 +80,7 @@ class Traffic:
 
 
 def traffic() -> dict:
-    """Messages of one step, by problem."""
+    """Messages of one step, by problem: of the engine, and of a later call, which repeats a recording."""
     results = {}
     for name, R, options in (
         ("no teacher", 0, {}),
@@ -91,11 +92,53 @@ def traffic() -> dict:
         ("no gradient", 0, {}),
     ):
         student = embeddings(V).requires_grad_(name != "no gradient")
-        with Traffic() as seen:
-            loss = bam_loss(student, embeddings(R, seed=1) if R else None, precision="exact", **options)
-            if loss.requires_grad:
-                loss.backward()
-        results[name] = {"calls": dict(seen.calls), "bytes": dict(seen.bytes)}
+        calls = []
+        for _ in range(BEFORE_REPEATS + 1):
+            with Traffic() as seen:
+                loss = bam_loss(student, embeddings(R, seed=1) if R else None, precision="exact", **options)
+                if loss.requires_grad:
+                    loss.backward()
+            calls.append({"calls": dict(seen.calls), "bytes": dict(seen.bytes)})
+        results[name] = calls[0] | {"repeated": calls[-1]}
+    return results
+
+
+PROBLEMS = {
+    "no teacher": Case(V=3),
+    "teacher": Case(V=3, R=2),
+    "least epsilon": Case(options={"epsilon": 1e-3}),
+    "regather": Case(options={"regather": True}),
+    "slabs": Case(V=3, B=20, options={"memory_budget": 6000}),
+    "float16": Case(dtype=torch.float16),
+}
+
+
+def unequal_repeats() -> list[str]:
+    """Problems of which a repeated step is not the engine's, bit for bit."""
+    unequal = []
+    for name, case in PROBLEMS.items():
+        record(*case.inputs(RANK), **case.options)
+        for seed in (10, 20):
+            given = case.inputs(seed + RANK)
+            found, expected = repeated(*given, **case.options), by_engine(*given, **case.options)
+            if not all(torch.equal(x, y) for x, y in zip(found, expected, strict=True)):
+                unequal.append(name)
+    return unequal
+
+
+def repeats() -> dict:
+    """Steps that repeat a recording, before and after the process group has been made again under its old name."""
+    name = dist.group.WORLD.group_name
+    results = {"unequal": unequal_repeats()}
+    dist.barrier()
+    dist.destroy_process_group()
+    given = PROBLEMS["teacher"].inputs(RANK)
+    results["alone"] = torch.equal(result(*given)[2], by_engine(*given, group=ONE_RANK)[2])
+    folder = Path(sys.argv[1]) / "again"
+    folder.mkdir(exist_ok=True)
+    gloo.meet(folder, RANK, WORLD, TIMEOUT_S)
+    results["same name"] = dist.group.WORLD.group_name == name
+    results["unequal again"] = unequal_repeats()
     return results
 
 
