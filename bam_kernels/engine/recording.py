@@ -68,9 +68,7 @@ class Run:
         return base.as_strided(size, stride, base.storage_offset() + first)
 
     def keep(self, number: int, tensor: Tensor) -> None:
-        """Make the result of an operator or of ranks a base, in place of an earlier one."""
-        if self.bases[number] is not None:
-            self.release(number)
+        """Make the result of an operator or of ranks a base."""
         self.bases[number] = tensor
         self.addresses[number] = first_address(tensor)
 

@@ -7,6 +7,7 @@ import emulated
 import pytest
 import torch
 from cuda_device import DEVICE, kernels_on, pytestmark  # noqa: F401
+from equal_ranks import EqualRanks
 from problems import assert_close
 from repeated_steps import Case, by_engine, check_equal, record, recordings_alone, repeated, result
 
@@ -67,6 +68,25 @@ def test_a_repeated_step_is_the_engines(case, as_on_a_gpu):
         expected = reference.bam_loss(student, teacher, **options)
         exact = "precision" in case.options
         assert_close(found[0].cpu(), expected, (1e-5 if exact else 2e-3) * expected.item())
+
+
+RING = {
+    "float32": Case(V=3, options=EXACT),
+    "float32, slabs, teacher": Case(B=14, R=2, options=EXACT | {"memory_budget": 2000}),
+    "float16": Case(V=3, dtype=torch.float16, options=CUDA),
+    "float16, slabs": Case(B=14, dtype=torch.float16, options=CUDA | BUDGET),
+    "float16, teacher, least epsilon": Case(R=2, dtype=torch.float16, options=CUDA | {"epsilon": 1e-3}),
+}
+
+
+@pytest.mark.parametrize("case", RING.values(), ids=RING)
+def test_a_repeated_step_of_ranks_is_the_engines(case, as_on_a_gpu):
+    """Messages are read late, after further work of the sender; in 16 bit they have room for all ranks' keys."""
+    group = EqualRanks(3, 1)
+    record(*case.inputs(0, DEVICE), group=group, **case.options)
+    given = case.inputs(1, DEVICE)
+    found = repeated(*given, group=group, **case.options)
+    check_equal(found, by_engine(*given, group=group, **case.options))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

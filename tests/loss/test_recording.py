@@ -4,6 +4,7 @@ bam_kernels/layout.py defines the dimension letters.
 """
 
 import gc
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from bam_kernels import bam_loss, checked_call, reference
 from bam_kernels.backends.cpu import CpuKernels
+from bam_kernels.engine import recording as recording_module
 from bam_kernels.engine import slab
 from bam_kernels.engine import step as step_module
 from bam_kernels.engine.step import NEVER, Step
@@ -334,6 +336,20 @@ def test_a_kernel_that_reads_memory_from_outside(monkeypatch):
         check_equal(result(*case.inputs(seed)), expected[seed])
     with pytest.raises(AssertionError, match="the engine ran"):
         repeated(*case.inputs(0))
+
+
+def test_too_little_memory_for_a_workspace(monkeypatch):
+    """The engine computes, which may need less memory at once."""
+
+    def full(*_, **__) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    case = Case(V=3, R=2)
+    record(*case.inputs(0))
+    monkeypatch.setattr(recording_module, "torch", SimpleNamespace(**vars(torch) | {"empty": full}))
+    check_equal(result(*case.inputs(1)), by_engine(*case.inputs(1)))
+    with pytest.raises(AssertionError, match="the engine ran"):
+        repeated(*case.inputs(1))
 
 
 def test_large_problems_are_not_recorded(monkeypatch):
