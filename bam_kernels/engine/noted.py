@@ -35,7 +35,7 @@ class Places:
     """Numbers of the places that a recording needs, and the results of operators that it has to free.
 
     Operations are placed from the last to the first, so that the first use that is seen of a result is its last one.
-    held: bases of results that are not freed, because they are outputs or their last use has been seen.
+    results: bases of tensors that operators and ranks allocate. outputs: blocks that are not freed.
     """
 
     def __init__(self, results: Iterable[int], outputs: Iterable[Block]) -> None:

@@ -119,12 +119,12 @@ class Recorder(TorchDispatchMode):
         self._attempt(self._add, operation, used)
 
     def _add(self, operation: Noted, used: Iterable[Block] | None = None) -> None:
-        self._note_launches()
         self.use(operation.blocks() if used is None else used)
         self._lists[-1].append(operation)
 
     def use(self, blocks: Iterable[Block]) -> None:
         """Note a moment at which these blocks are used."""
+        self._attempt(self._note_launches)
         self._moment += 1
         for block in blocks:
             block.use(self._moment)
@@ -241,10 +241,10 @@ class Recorder(TorchDispatchMode):
 
     def _block_at(self, address: int) -> Block:
         """The block of an address. Raises: NotRecordable if the step did not make it and did not take it as input."""
-        place = bisect_right(self._blocks, address, key=lambda block: block.begin) - 1
-        if place < 0 or address >= self._blocks[place].end:
+        before = self._blocks[: bisect_right(self._blocks, address, key=lambda block: block.begin)]
+        if not before or address >= before[-1].end:
             raise NotRecordable("an operation uses memory from outside of the step")
-        return self._blocks[place]
+        return before[-1]
 
     def _described(self, x: Any) -> Any:
         """An argument of an operator, with views in place of a tensor or of a list of tensors."""
