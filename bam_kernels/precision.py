@@ -40,7 +40,7 @@ def is_sixteen_bit(backend: str, options: _Options, dtype: torch.dtype, device: 
 
 def float32_products(device: torch.device) -> str:
     """Torch's precision of float32 products: "highest", "high" or "medium", whichever of its two interfaces set it."""
-    newer_setting = {"ieee": "highest", "tf32": "high", "bf16": "medium"}.get(_fp32_precision(device.type), "")
+    newer_setting = _BY_NEWER_SETTING.get(_fp32_precision(device.type), "")
     try:
         setting = torch.get_float32_matmul_precision()
     except RuntimeError:  # torch refuses to read it after both interfaces were used
@@ -56,13 +56,16 @@ def flags_of_products(device: torch.device) -> tuple[Any, ...]:
 
 
 def _fp32_precision(device_type: str) -> str:
-    return getattr(_PRODUCTS[device_type], "fp32_precision", "none") if device_type in _PRODUCTS else "none"
+    return _get_fp32_precision(_LIBRARIES[device_type], "matmul") if device_type in _LIBRARIES else "none"
 
 
-_PRODUCTS: dict[str, Any] = {
-    "cuda": torch.backends.cuda.matmul,
-    "cpu": getattr(torch.backends.mkldnn, "matmul", None),
-}
+_BY_NEWER_SETTING = {"ieee": "highest", "tf32": "high", "bf16": "medium"}
+_LIBRARIES = {"cuda": "cuda", "cpu": "mkldnn"}  # of products, by device type
+# What attributes of torch.backends read and set, without a microsecond of Python each.
+_get_fp32_precision = torch._C._get_fp32_precision_getter
+_set_fp32_precision = torch._C._set_fp32_precision_setter
+_accumulates_in_fp16 = torch._C._get_cublas_allow_fp16_accumulation
+_UNCHANGED = nullcontext()
 
 
 def product_precision(device: torch.device, precision: str) -> AbstractContextManager[None]:
@@ -73,10 +76,10 @@ def product_precision(device: torch.device, precision: str) -> AbstractContextMa
     """
     is_set = not (
         torch.is_autocast_enabled(device.type)
-        or torch.backends.cuda.matmul.allow_fp16_accumulation
+        or _accumulates_in_fp16()
         or (precision == "exact" and float32_products(device) != "highest")
     )
-    return nullcontext() if is_set else _set_precision(device, precision)
+    return _UNCHANGED if is_set else _set_precision(device, precision)
 
 
 @contextmanager
@@ -98,7 +101,7 @@ def _exact_float32(device: torch.device) -> Iterator[None]:
 
     Setting the older interface also changes the newer one, for all devices.
     """
-    before = {name: _fp32_precision(name) for name in _PRODUCTS}
+    before = {name: _fp32_precision(name) for name in _LIBRARIES}
     try:
         flag = torch.get_float32_matmul_precision()
     except RuntimeError:
@@ -107,14 +110,14 @@ def _exact_float32(device: torch.device) -> Iterator[None]:
         if flag != "highest":
             torch.set_float32_matmul_precision("highest")
         if _fp32_precision(device.type) not in ("ieee", "none"):
-            _PRODUCTS[device.type].fp32_precision = "ieee"
+            _set_fp32_precision(_LIBRARIES[device.type], "matmul", "ieee")
         yield
     finally:
         if flag != "highest":
             torch.set_float32_matmul_precision(flag)
         for name, value in before.items():
             if _fp32_precision(name) != value:
-                _PRODUCTS[name].fp32_precision = value
+                _set_fp32_precision(_LIBRARIES[name], "matmul", value)
 
 
 def product(a: Tensor, b: Tensor, precision: str) -> Tensor:
