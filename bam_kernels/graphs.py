@@ -114,7 +114,7 @@ class StepGraphs:
     def __call__(
         self, key: Hashable, step: Step, student: Tensor, teacher: Tensor | None, refusal: str | None = None
     ) -> Result:
-        """Result of step(student, teacher) without autograd: loss (), stats (6,), and dz (M, D) or empty.
+        """Result of step(student, teacher) without autograd: loss (), stats (6,), and dz, like the student or empty.
 
         student, teacher: detached.
         key: everything that decides what `step` does but shapes, dtypes and device: options, ways, needs_grad, torch's

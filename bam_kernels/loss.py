@@ -178,12 +178,11 @@ def _loss_impl(
 
 
 def _loss_fake(student: Tensor, teacher: Tensor | None, *packed_and_needs_grad: Any) -> tuple[Tensor, Tensor, Tensor]:
-    D = student.shape[-1]
     needs_grad = packed_and_needs_grad[-1]
     return (
         student.new_empty((), dtype=torch.float32),
         student.new_empty(6, dtype=torch.float32),
-        student.new_empty((student.numel() // D, D) if needs_grad else 0, dtype=torch.float32),
+        student.new_empty(student.shape if needs_grad else 0, dtype=torch.float32),
     )
 
 
@@ -206,7 +205,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.set_materialize_grads(False)  # else torch makes zeros for stats and dz
     ctx.mark_non_differentiable(stats)
     ctx.save_for_backward(dz)
-    ctx.shape, ctx.dtype = student.shape, student.dtype
+    ctx.dtype = student.dtype
 
 
 def _setup_compiled(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -226,18 +225,18 @@ def _backward(ctx: Any, grad_loss: Tensor | None, _: None, grad_dz: Tensor | Non
     if grad_loss is None:
         return (None,) * len(ctx.needs_input_grad)
     dz, *student = ctx.saved_tensors
-    grad = _gradient_operator(grad_loss, dz, *student) if student else _scaled(grad_loss, dz, ctx.dtype, ctx.shape)
+    grad = _gradient_operator(grad_loss, dz, *student) if student else _scaled(grad_loss, dz, ctx.dtype)
     return (grad, *[None] * (len(ctx.needs_input_grad) - 1))
 
 
-def _scaled(grad_loss: Tensor, dz: Tensor, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+def _scaled(grad_loss: Tensor, dz: Tensor, dtype: torch.dtype) -> Tensor:
     if torch.is_grad_enabled():  # a product that is recorded is made of torch's own operators
-        return (grad_loss * dz).to(dtype).view(shape)
+        return (grad_loss * dz).to(dtype)
     if dtype == dz.dtype:
-        return (grad_loss * dz).view(shape)
+        return grad_loss * dz
     if are_plain(grad_loss):
-        return torch.mul(grad_loss, dz, out=torch.empty_like(dz, dtype=dtype)).view(shape)
-    return rounded_product(grad_loss, dz, dtype).view(shape)
+        return torch.mul(grad_loss, dz, out=torch.empty_like(dz, dtype=dtype))
+    return rounded_product(grad_loss, dz, dtype)
 
 
 def _targets_impl(student: Tensor, teacher: Tensor | None, *packed: Any) -> Tensor:
@@ -258,7 +257,7 @@ def _targets_fake(student: Tensor, teacher: Tensor | None, numbers: list[int], *
 _gradient_operator = make_differentiable(
     define(
         "loss_backward(Tensor grad_loss, Tensor dz, Tensor student) -> Tensor",
-        lambda grad_loss, dz, student: _scaled(grad_loss, dz, student.dtype, student.shape),
+        lambda grad_loss, dz, student: _scaled(grad_loss, dz, student.dtype),
         lambda grad_loss, dz, student: student.new_empty(student.shape),
     ),
     refuse_second_derivative,

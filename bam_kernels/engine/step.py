@@ -33,7 +33,8 @@ from .recording import NoRoom, Recording
 MOST_RECORDED_SCORES = 1 << 25  # with more scores, a device needs longer than the host needs to prepare its work
 MOST_RECORDINGS = 16  # recordings of one step; they differ in strides and flags
 
-Result = tuple[Tensor, Tensor, Tensor]  # the loss (), its statistics (6,) and dz (M, D) or empty, all float32
+# The loss (), its statistics (6,) and dz, in the shape of the student or empty, all float32.
+Result = tuple[Tensor, Tensor, Tensor]
 FIRST = "first"  # in place of a recording: the step has run once
 NEVER = "never"  # in place of a recording: the step cannot be recorded
 
@@ -77,8 +78,7 @@ class Step:
                 self._set(key, FIRST)
             return self._computed(student, teacher, needs_grad, key if state is FIRST else None)
         except NonFinite:
-            D = student.shape[-1]
-            dz = student.new_full((self.layout.M if needs_grad else 0, D), math.nan, dtype=torch.float32)
+            dz = student.new_full(student.shape if needs_grad else (0,), math.nan, dtype=torch.float32)
             loss = student.new_full((), math.nan, dtype=torch.float32)
             return loss, loss.expand(6).clone(), dz
 
@@ -129,7 +129,7 @@ class Step:
             _geometry(student),
             _geometry(teacher) if teacher is not None else None,
             device,
-            torch.get_num_threads() if device.type == "cpu" else 0,
+            torch.get_num_threads() if student.is_cpu else 0,
             float32_products(device),
             tuned.tuning() if self._backends != ["cpu"] else None,
             *[row_kernels(backend) for backend in self._backends],
@@ -163,7 +163,8 @@ class Step:
 
 def _result(engine: Any, call: Call) -> Result:
     found = engine.evaluate(call)
-    dz = found.dz if found.dz is not None else call.student.new_empty(0, dtype=torch.float32)
+    student = call.student
+    dz = found.dz.view(student.shape) if found.dz is not None else student.new_empty(0, dtype=torch.float32)
     return found.loss.float(), found.stats.float(), dz
 
 

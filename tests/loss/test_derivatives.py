@@ -44,7 +44,7 @@ def test_a_float16_gradient_is_rounded_in_one_launch():
     loss, scale = f(z), torch.tensor(3.0, requires_grad=True)
     with RecordedOperators(launched):
         (g,) = torch.autograd.grad(loss, z, scale.detach(), retain_graph=True)
-    assert [name for name in launched if name != "detach"] == ["rounded_product", "view"]
+    assert [name for name in launched if name != "detach"] == ["rounded_product"]
     (recorded,) = torch.autograd.grad(loss, z, scale, create_graph=True)
     assert g.dtype == torch.float16 and torch.equal(recorded, g)
     assert torch.autograd.grad(recorded.float().sum(), scale)[0] != 0

@@ -205,10 +205,10 @@ def test_a_compiled_function(R, compile_afresh):
 
 def test_the_gradient_of_a_compiled_function_is_its_own(compile_afresh):
     """The compiler may take dz's memory for something else, so the operator returns no part of it."""
-    dz, student = Case().inputs(0)[0].flatten(0, 1), Case().inputs(1)[0]
+    (dz, _), (student, _) = Case().inputs(0), Case().inputs(1)
     one = torch.ones(())
     grad = torch.ops.bam_kernels.loss_backward(one, dz, student)
-    assert torch.equal(grad, dz.view(student.shape)) and grad.data_ptr() != dz.data_ptr()
+    assert torch.equal(grad, dz) and grad.data_ptr() != dz.data_ptr()
     torch.library.opcheck(torch.ops.bam_kernels.loss_backward.default, (one, dz, student))
 
 
