@@ -7,28 +7,24 @@ import json
 from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from operator import itemgetter
-from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .backends import choose
+from .backends import choose, is_final
 from .constant import constant_in_graphs
 from .engine.cost import flash_supports
 from .engine.step import Step
 from .layout import Layout
 from .operators import are_plain, as_tensor
-from .options import NAMES, Options, check_positive
+from .options import Options, check_positive
 from .ranks import ranks_named, ranks_of
 
 # Arguments of the operators after the tensors: [V, L, T, R, W, rank, iterations, top_k, memory_budget or 0], then
 # [temperature, epsilon], then what else there is as `_text` writes it.
 PACKED = "SymInt[] numbers, Tensor scales, str text"
 MOST_CALLS = 256  # checked calls that are kept; a schedule of epsilon makes one at every step
-OPTION_TYPES = {int, float, bool, str, NoneType}  # whose values never change and are equal only if they are the same
-_values = itemgetter(*(name for name in NAMES if name != "group"))
 
 
 @dataclass(eq=False)
@@ -45,15 +41,20 @@ class CheckedCall:
     layout: Layout
     ranks: tuple[int, int, str]
     plain: bool
+    _ways: str | None = None
     _steps: dict[str, Step] = field(default_factory=dict)
 
     def ways(self, student: Tensor) -> str:
         """How to compute: "reference" or joined ways, as `choose` returns them."""
-        options = self.options
-        ways = choose(self.name, options, student.device, student.dtype, options.engine, self.ranks)
+        if self._ways is not None:
+            return self._ways
+        options, device = self.options, student.device
+        ways = choose(self.name, options, device, student.dtype, options.engine, self.ranks)
         if ways == "flash" and options.engine == "auto":
             if not flash_supports(self.layout, options.top_k, options.regather):
-                return choose(self.name, options, student.device, student.dtype, "slab", self.ranks)
+                ways = choose(self.name, options, device, student.dtype, "slab", self.ranks)
+        if is_final(options.backend, device, self.ranks):
+            self._ways = ways
         return ways
 
     def step(self, ways: str) -> Step:
@@ -78,14 +79,13 @@ _calls: dict[Hashable, CheckedCall] = {}
 def checked_call(name: str, student: Tensor, teacher: Tensor | None, options: Options) -> CheckedCall:
     """Check the arguments of a call, or find the result of earlier checks. Raises: ValueError, TypeError."""
     key = _key(name, student, teacher, options)
-    call = _calls.get(key) if key is not None else None
+    call = _calls.pop(key, None) if key is not None else None
     if call is None:
         options = options.checked(name)
         layout = options.layout(name, student, teacher)
         ranks, plain = ranks_of(name, options.group), are_plain(student, teacher)
         call = CheckedCall(name, replace(options, group=None), layout, ranks, plain)
     if key is not None:
-        _calls.pop(key, None)
         _calls[key] = call  # at the end, as the latest that was used; the first makes room for another
         if len(_calls) > MOST_CALLS:
             oldest, *_ = _calls
@@ -103,16 +103,14 @@ def _key(name: str, student: Tensor, teacher: Tensor | None, options: Options) -
     """All that the checks depend on; None if they must be made at every call."""
     if student is None or not are_plain(student, teacher):
         return None
-    values = _values(options.__dict__)
-    types = tuple(map(type, values))  # 1, 1.0 and True are equal, but not all of them are valid
-    if not OPTION_TYPES.issuperset(types):
+    values = options.key
+    if values is None:
         return None
-    given = [x for x in (student, teacher) if x is not None]
-    if any(x.layout is not torch.strided or x.is_nested for x in given):
-        return None
-    kinds = tuple((x.shape, x.dtype, x.device) for x in given)
-    may_mix = len(kinds) > 1 and kinds[0][1] != kinds[1][1] and torch.is_autocast_enabled(student.device.type)
-    return name, kinds, ranks_of(name, options.group), may_mix, values, types
+    dtype, device, of_teacher = student.dtype, student.device, None
+    if teacher is not None:
+        may_mix = dtype is not teacher.dtype and torch.is_autocast_enabled(device.type)
+        of_teacher = teacher.shape, teacher.dtype, teacher.device, may_mix
+    return name, student.shape, dtype, device, of_teacher, ranks_of(name, options.group), values
 
 
 @constant_in_graphs

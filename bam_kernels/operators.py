@@ -93,10 +93,14 @@ def without_operator(
         "jvp": staticmethod(_without_forward_mode(name)),
     }
     function: Any = types.new_class(name, (torch.autograd.Function,), exec_body=lambda body: body.update(members))
-    return function.apply
+    # Without the work of Function.apply for torch.func's transforms, which plain tensors are not in.
+    return super(torch.autograd.Function, function).apply
 
 
 PLAIN = (Tensor, torch.nn.Parameter)
+# Whether a tensor stands for others: in a transform of torch.func, and in a gradient with is_grads_batched=True.
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def are_plain(*tensors: Tensor | None) -> bool:
@@ -108,15 +112,17 @@ def are_plain(*tensors: Tensor | None) -> bool:
     ):
         return False
     for x in tensors:
-        if x is not None and (type(x) not in PLAIN or x.is_meta or x.is_neg() or _is_batch(x)):
+        if x is not None and (
+            type(x) not in PLAIN
+            or x.layout is not torch.strided
+            or x.is_nested
+            or x.is_meta
+            or x.is_neg()
+            or _is_wrapped(x)
+            or _is_batched(x)
+        ):
             return False
     return True
-
-
-def _is_batch(x: Tensor) -> bool:
-    """Whether x stands for a batch of tensors, as in torch.func.vmap or with is_grads_batched=True."""
-    of_torch = torch._C._functorch
-    return of_torch.is_functorch_wrapped_tensor(x) or of_torch.is_legacy_batchedtensor(x)
 
 
 def _inside_transform() -> bool:

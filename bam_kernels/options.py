@@ -2,6 +2,8 @@
 
 import sys
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from operator import itemgetter
 from typing import Any, TypeVar
 
 import numpy as np
@@ -50,7 +52,14 @@ class Options:
         return self  # immutable, and a process group cannot be copied
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"group": picklable_group(self.group)}
+        return {name: getattr(self, name) for name in NAMES} | {"group": picklable_group(self.group)}
+
+    @cached_property
+    def key(self) -> tuple[Any, Any] | None:
+        """All options but the group, with types: 1, 1.0 and True are equal. None if a value may change, as an array."""
+        values = _values(self.__dict__)
+        types = tuple(map(type, values))
+        return (values, types) if {int, float, bool, str, type(None)}.issuperset(types) else None
 
     def checked(self, name: str) -> "Options":
         """Check all options; return a copy with Python numbers for numpy scalars and 0-d tensors.
@@ -158,6 +167,7 @@ class Options:
 
 
 NAMES = tuple(field.name for field in fields(Options))
+_values = itemgetter(*(name for name in NAMES if name != "group"))
 
 
 def options_of(name: str, keywords: dict[str, Any]) -> Options:

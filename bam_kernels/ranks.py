@@ -123,24 +123,27 @@ def ranks_of(operation: str, group: Any) -> tuple[int, int, str]:
     Raises: ValueError, TypeError naming the operation.
     """
     ranks = _resolve(operation, group)
+    if group is None:
+        return ranks.W, ranks.rank, DEFAULT_GROUP
     _ranks_by_name[ranks.name] = ranks
-    return ranks.W, ranks.rank, ranks.name if group is not None else DEFAULT_GROUP
+    return ranks.W, ranks.rank, ranks.name
 
 
 def _resolve(operation: str, group: Any) -> Ranks:
+    distributed = torch.distributed
+    is_initialized = distributed.is_available() and distributed.is_initialized()
+    if group is None and not is_initialized:
+        return ONE_RANK
     from .simulated import SimulatedRanks, ThreadRanks
 
     group = getattr(group, "real_obj", group)  # torch.compile may wrap the group
 
     if isinstance(group, (OneRank, SimulatedRanks, ThreadRanks)):
         return group
-    distributed = torch.distributed
-    if not distributed.is_available() or not distributed.is_initialized():
+    if not is_initialized:
         if isinstance(group, SavedGroup):
             group.find(operation)  # raises
-        if group is not None:
-            raise ValueError(f"{operation}: group is given, but torch.distributed is not initialised")
-        return ONE_RANK
+        raise ValueError(f"{operation}: group is given, but torch.distributed is not initialised")
     from .distributed import GroupRanks
 
     if isinstance(group, SavedGroup):

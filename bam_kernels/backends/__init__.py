@@ -104,6 +104,15 @@ def _automatic(
 
 
 @constant_in_graphs
+def is_final(backend: str, device: torch.device, ranks: tuple[int, int, str]) -> bool:
+    """Whether a result of `choose` holds for all later calls with equal arguments.
+
+    Ranks on GPUs compare what they have verified, and a group that comes later may have an equal name.
+    """
+    return backend != "auto" or device.type != GPU or (ranks[0] == 1 and trust.is_decided(device))
+
+
+@constant_in_graphs
 def decide_early() -> None:
     """Decide what "auto" uses on the current GPU, if this process has a CUDA context on it already.
 

@@ -93,6 +93,11 @@ def of_device(device: torch.device) -> Trust:
         return _trust.get(index) or _keep(index, decide(index, may_try=True))
 
 
+def is_decided(device: torch.device) -> bool:
+    """Whether there is a decision for a device, which holds for this process."""
+    return (device.index or 0) in _trust
+
+
 def _keep(index: int, trust: Trust) -> Trust:
     if trust.settled:
         _trust[index] = trust

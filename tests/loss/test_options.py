@@ -13,6 +13,7 @@ from problems import features, needs_cpu_kernels
 from torch import Tensor
 
 from bam_kernels import BAMLoss, bam_loss, bam_targets, reference, sinkhorn_attention
+from bam_kernels.options import NAMES
 from bam_kernels.simulated import run_ranks
 
 SCALARS = [np.float32, np.float64, np.float16, np.array, torch.tensor, lambda x: torch.tensor(x, dtype=torch.bfloat16)]
@@ -70,8 +71,10 @@ def test_an_option_has_no_derivative():
 @pytest.mark.parametrize("make", [BAMLoss, lambda: BAMLoss(epsilon=np.float32(0.0625), top_k=3, return_stats=True)])
 def test_a_module_is_copied_and_saved(make):
     loss, z, file = make(), features(2, 6, 5), io.BytesIO()
+    loss(z)  # what calls keep beside the options is not saved
     torch.save(loss, file)
     file.seek(0)
+    assert tuple(vars(pickle.loads(pickle.dumps(loss)).options)) == NAMES
     for other in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss)), torch.load(file, weights_only=False)):
         assert repr(other) == repr(loss)
         a, b = other(z), loss(z)

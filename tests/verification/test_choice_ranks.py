@@ -12,8 +12,10 @@ import torch
 from problems import features, loss_and_grad, needs_cpu_kernels
 from stand_in_ways import ways  # noqa: F401
 
-from bam_kernels import bam_loss, reference
+from bam_kernels import bam_loss, checked_call, reference
+from bam_kernels.checked_call import CheckedCall
 from bam_kernels.header import Header, NonFinite, ways_header
+from bam_kernels.options import Options
 from bam_kernels.simulated import SimulatedRanks, run_ranks
 from bam_kernels.verification import trust
 from bam_kernels.ways import GPU_WAYS
@@ -124,6 +126,31 @@ def test_ranks_that_have_not_compared_do_not_wait(ways, monkeypatch):  # noqa: F
     assert trusted() == ("triton",)
     monkeypatch.setattr(trust, "_must_not_wait", lambda: True)
     assert trusted() == ("triton",) and group.asked == 1
+
+
+def test_a_kept_call_takes_what_ranks_have_verified_since(ways, monkeypatch):  # noqa: F811
+    """Ranks that compare later, then another group of an equal name; with one rank the first choice is kept."""
+
+    class Group:
+        def __init__(self, *verified: str) -> None:
+            self.common_ways = lambda *_: verified
+
+    z, groups = features(2, 4, 5), [Group("triton", "flash"), Group("flash")]
+    several, one = (
+        CheckedCall("bam_loss", Options(), Options().layout("bam_loss", z, None), ranks, True)
+        for ranks in ((2, 0, "group"), (1, 0, ""))
+    )
+    monkeypatch.setattr(trust, "ranks_named", lambda name: groups[0])
+    ways.trust("cuda", "triton", "flash")
+    with monkeypatch.context() as patch:
+        patch.setattr(trust, "_must_not_wait", lambda: True)
+        assert several.ways(z) == one.ways(z) == "cuda+triton+flash"
+    assert several.ways(z) == "triton+flash"
+    del groups[0]
+    assert several.ways(z) == "flash"
+    with monkeypatch.context() as patch:
+        patch.setattr(checked_call, "choose", lambda *_: pytest.fail("chosen again"))
+        assert one.ways(z) == "cuda+triton+flash"
 
 
 def run(folder: Path, W: int, *programs: str) -> dict[int, dict]:
