@@ -4,16 +4,24 @@
 
 A step is `loss = criterion(student, teacher); loss.backward(); student.grad = None`, with a BAMLoss made once and fp16
 embeddings. On a GPU kernels run while the host goes on, so a small step takes what its host takes. Here the backends
-cuda and triton get CPU tensors and kernels that return at once (null_kernels.py). The row of the formula is
-backend="reference" at 4 images and 4 features, where an operator of torch takes its own overhead and hardly computes.
+cuda and triton get CPU tensors and kernels that return at once (null_kernels.py). Two rows compare with torch:
 
-us              CPU time of this process: median, 20th and 80th percentile of steps in rounds of random order
+formula         backend="reference" at 4 images and 4 features, where an operator of torch takes its own overhead and
+                hardly computes
+floor           an autograd.Function that allocates loss and gradient, and scales the gradient in its backward pass:
+                about the least that a loss with a gradient of its own can take
+
+Steps run in rounds of random order, each step twice in a row. The first time is "cold": the caches of the processor
+hold the code and data of another step, as they hold the model's in training; rows may share some code. The second time
+is "warm": the step follows itself, as in a loop of nothing else.
+
+us              CPU time of this process, cold and warm: median, 20th and 80th percentile
 calls           calls of Python functions, generators that go on and stand-ins for kernels included
 allocations     blocks of memory from torch's allocators
 operators       operators of torch that Python or autograd calls, views included, without what these call in turn
 launches        kernels of this library; a CUDA kernel that adds up partial sums is a part of the launch before
 products        matrix products that null kernels replace
-x formula       time as a multiple of the formula's, with or without a teacher as this row
+x formula       median as a multiple of the formula's, with or without a teacher as this row
 
 Each count is taken in a further step, which is not timed. Left out is what only a GPU shows: the driver's work for each
 launch, the look-up of the current stream and Triton's launcher. The backward pass runs in this thread; on a GPU
@@ -46,8 +54,11 @@ from bam_kernels.options import Options
 
 T = TypeVar("T")
 PARTS = ("forward", "backward", "total")
+CACHES = ("cold", "warm")
 FORMULA = "reference"
+FLOOR = "floor"
 FORMULA_IMAGES, FORMULA_FEATURES = 4, 4
+QUANTILES = ("median", "p20", "p80")
 WARM_UP = 20  # steps; the first ones may compile, plan or record
 OPERATORS = ("aten::", "bam_kernels::", "bam_null::")  # torch's operators, ours and the stand-in for products
 
@@ -67,15 +78,30 @@ class HostOptions:
     csv: Path | None = None
 
 
+class Floor(torch.autograd.Function):
+    """The least that a loss with a gradient of its own can do: allocate both, and scale the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor | None) -> Tensor:
+        dz = torch.empty_like(student, dtype=torch.float32)
+        ctx.save_for_backward(dz)
+        return torch.empty((), dtype=torch.float32, device=student.device)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (dz,) = ctx.saved_tensors
+        return torch.mul(grads[0], dz, out=torch.empty_like(dz, dtype=torch.float16)), None
+
+
 @dataclass
 class Step:
-    """A step of one backend, the times of its forward and backward passes in ns, and its counts by part."""
+    """A step of one backend, times of its forward and backward passes in ns by state of caches, and counts by part."""
 
     backend: str
-    criterion: BAMLoss
+    criterion: Callable[..., Tensor]
     student: Tensor
     teacher: Tensor | None
-    times_ns: list[tuple[int, int]] = field(default_factory=list)
+    times_ns: dict[str, list[tuple[int, int]]] = field(default_factory=lambda: {caches: [] for caches in CACHES})
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @staticmethod
@@ -84,7 +110,7 @@ class Step:
         generator = torch.Generator().manual_seed(0)
         student, y = torch.randn(2, V * B, D, generator=generator).half().unbind()
         engine = {"engine": "slab"} if backend == "triton" else {}
-        criterion = BAMLoss(views=V, backend=backend, **engine)
+        criterion = BAMLoss(views=V, backend=backend, **engine) if backend != FLOOR else Floor.apply
         return Step(backend, criterion, student.requires_grad_(), y if teacher else None)
 
     def run(self) -> tuple[int, int]:
@@ -111,14 +137,16 @@ class Step:
     def rows(self) -> list[dict[str, Any]]:
         """One row for each part: times in us, and counts."""
         rows = []
-        ns = torch.tensor([(*pair, sum(pair)) for pair in self.times_ns], dtype=torch.float64)
-        p20, median, p80 = ns.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64), dim=0).tolist()
-        for i, part in enumerate(PARTS):
-            us = {"median_us": median[i] / 1e3, "p20_us": p20[i] / 1e3, "p80_us": p80[i] / 1e3}
+        for part in PARTS:
             head = {"backend": self.backend, "teacher": self.teacher is not None, "part": part}
-            rows.append(head | us | {"repetitions": len(ns)} | self.counts[part])
+            rows.append(head | {"repetitions": len(self.times_ns["cold"])} | self.counts[part])
             if self.backend == FORMULA:  # its kernels are operators of torch
                 rows[-1] |= {"launches": None, "products": None}
+        for caches, times in self.times_ns.items():
+            ns = torch.tensor([(*pair, sum(pair)) for pair in times], dtype=torch.float64)
+            quantiles = ns.quantile(torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64), dim=0).T.tolist()
+            for row, us in zip(rows, quantiles, strict=True):
+                row |= {f"{caches}_{name}_us": x / 1e3 for name, x in zip(QUANTILES, us, strict=True)}
         return rows
 
 
@@ -183,15 +211,21 @@ def products(null: NullKernels, run: Callable[[], T]) -> tuple[int, T]:
 
 
 def measure(steps: Sequence[Step], seconds: float) -> None:
-    """Time rounds in which each step runs once, in a new random order, so that noise hits all steps alike."""
-    order, end = random.Random(0), time.perf_counter() + seconds
+    """Time rounds in which each step runs twice, in a new random order, so that noise hits all steps alike."""
+    shuffle, end = random.Random(0).shuffle, time.perf_counter() + seconds
+    order = [*steps]
     gc.collect()
     gc.disable()
     try:
         rounds = 0
         while rounds < LEAST_ROUNDS or time.perf_counter() < end:
-            for step in order.sample(steps, len(steps)):
-                step.times_ns.append(step.run())
+            latest = order[-1]
+            shuffle(order)
+            if order[0] is latest:  # its caches would be warm
+                order.reverse()
+            for step in order:
+                for times in step.times_ns.values():
+                    times.append(step.run())
             rounds += 1
     finally:
         gc.enable()
@@ -200,21 +234,23 @@ def measure(steps: Sequence[Step], seconds: float) -> None:
 def rows_of(steps: Sequence[Step]) -> list[dict[str, Any]]:
     """Rows of all steps, with their times as multiples of the formula's."""
     rows = [row for step in steps for row in step.rows()]
-    formula = {(row["teacher"], row["part"]): row["median_us"] for row in rows if row["backend"] == FORMULA}
-    return [row | {"x_formula": row["median_us"] / formula[row["teacher"], row["part"]]} for row in rows]
+    formula = {(row["teacher"], row["part"]): row for row in rows if row["backend"] == FORMULA}
+    for row in rows:
+        other = formula[row["teacher"], row["part"]]
+        row |= {f"{caches}_x_formula": row[f"{caches}_median_us"] / other[f"{caches}_median_us"] for caches in CACHES}
+    return rows
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    head = "backend|teacher|part|median us|p20|p80|reps|calls|allocations|operators|launches|products|x formula"
-    cells = [[*head.split("|"), ""]]
+    times = [(f"{caches} us", "p20", "p80", "x formula") for caches in CACHES]
+    counts = ("calls", "allocations", "operators", "launches", "products")
+    cells = [["backend", "teacher", "part", *times[0], *times[1], "reps", *counts, ""]]
     for row in rows:
         name = "formula" if row["backend"] == FORMULA else row["backend"]
-        us = (number(row[key]) for key in ("median_us", "p20_us", "p80_us"))
-        counts = [row[key] for key in ("repetitions", "calls", "allocations", "operators", "launches", "products")]
-        texts = ("-" if count is None else str(count) for count in counts)
-        teacher = "yes" if row["teacher"] else "no"
-        first, *others = texts
-        cells.append([name, teacher, row["part"], *us, first, *others, number(row["x_formula"]), ""])
+        keys = [f"{caches}_{key}" for caches in CACHES for key in (*(f"{q}_us" for q in QUANTILES), "x_formula")]
+        shown = [number(row[key]) for key in keys]
+        shown += ["-" if row[key] is None else str(row[key]) for key in ("repetitions", *counts)]
+        cells.append([name, "yes" if row["teacher"] else "no", row["part"], *shown, ""])
     return align_columns(cells)
 
 
@@ -233,6 +269,7 @@ def measured_rows(options: HostOptions, layout: Layout, backends: Sequence[str])
         for teacher in options.teacher:
             for backend in backends:
                 steps.append(Step.make(backend, layout.V, layout.B, layout.D, teacher=teacher))
+            steps.append(Step.make(FLOOR, layout.V, layout.B, layout.D, teacher=teacher))
             steps.append(Step.make(FORMULA, layout.V, FORMULA_IMAGES, FORMULA_FEATURES, teacher=teacher))
         for step in steps:
             for _ in range(WARM_UP):

@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -38,25 +39,27 @@ def difference(after, before) -> dict[str, int]:
 
 
 def test_rows_are_complete(tmp_path: Path) -> None:
-    """Every backend that can run and the formula, without and with a teacher; no time, so the fewest rounds."""
+    """Every backend that can run, floor and formula, without and with a teacher; no time, so the fewest rounds."""
     file = tmp_path / "host.json"
     finished = run("host.py", "--shapes", "8x8x4", "--seconds", "0", "--json", file)
     found = {(row["backend"], row["teacher"], row["part"]): row for row in rows_of(finished, file)}
-    kinds = [*BACKENDS, host.FORMULA]
+    kinds = [*BACKENDS, host.FLOOR, host.FORMULA]
     assert found.keys() == {(kind, R, part) for kind in kinds for R in (False, True) for part in host.PARTS}
     counts = ("calls", "allocations", "operators")
     for (kind, R, part), row in found.items():
-        assert 0 < row["p20_us"] <= row["median_us"] <= row["p80_us"]
+        formula = found[host.FORMULA, R, part]
+        for caches in host.CACHES:
+            p20, median, p80 = (row[f"{caches}_{name}_us"] for name in ("p20", "median", "p80"))
+            assert 0 < p20 <= median <= p80
+            assert row[f"{caches}_x_formula"] == pytest.approx(median / formula[f"{caches}_median_us"])
         assert row["repetitions"] == 5 and row["threads"] == 1 and row["device_type"] == "cpu"
         assert all(row[key] for key in ("device", "python", "torch", "bam_kernels", "commit"))
         assert (row["triton"] is not None) == ("triton" in BACKENDS)
         assert (row["M"], row["N"], row["D"], row["R"]) == (8, 8, 4, 2 * R)
-        formula = found[host.FORMULA, R, part]
-        assert row["x_formula"] == pytest.approx(row["median_us"] / formula["median_us"])
         if kind == host.FORMULA:
             assert row["launches"] is None and row["products"] is None
             continue
-        assert (row["launches"] > 0) == (row["products"] > 0) == (part != "backward")
+        assert (row["launches"] > 0) == (row["products"] > 0) == (part != "backward" and kind != host.FLOOR)
         assert all(row[key] > 0 for key in counts)
         if part == "total":
             for key in (*counts, "launches", "products"):
@@ -187,24 +190,80 @@ def test_operators_of_this_library_count_and_what_they_call() -> None:
         assert host.operators(lambda: scores.multiply(x, x, x))[0] == 1
 
 
+@dataclass(eq=False)
+class Noted:
+    """A step that notes when it ran, and takes as many ns as its name and runs say."""
+
+    name: str
+    runs: list["Noted"]
+    times_ns: dict[str, list[tuple[int, int]]] = field(default_factory=lambda: {"cold": [], "warm": []})
+
+    def run(self) -> tuple[int, int]:
+        self.runs.append(self)
+        return len(self.runs), ord(self.name)
+
+
+@pytest.mark.parametrize("names", ["a", "ab", "abc", "abcde"])
+def test_each_step_runs_after_another_one_and_then_after_itself(names: str, monkeypatch) -> None:
+    """Over 200 rounds, in which each step runs twice."""
+    monkeypatch.setattr(host, "LEAST_ROUNDS", 200)
+    runs: list[Noted] = []
+    steps = [Noted(name, runs) for name in names]
+    host.measure(steps, 0)
+    assert runs[::2] == runs[1::2] and len(runs) == 2 * 200 * len(names)
+    others = [before is not after for before, after in zip(runs[1::2], runs[2::2], strict=False)]
+    assert all(others) or len(names) == 1
+    rounds = [runs[i : i + 2 * len(names) : 2] for i in range(0, len(runs), 2 * len(names))]
+    assert all(sorted(step.name for step in one) == sorted(names) for one in rounds)
+    if len(names) > 2:  # of two steps there is one order
+        assert {one[0] for one in rounds} == {one[-1] for one in rounds} == set(steps)
+    for step in steps:
+        moments = [i + 1 for i, other in enumerate(runs) if other is step]
+        assert step.times_ns["cold"] == [(i, ord(step.name)) for i in moments[::2]]
+        assert step.times_ns["warm"] == [(i, ord(step.name)) for i in moments[1::2]]
+
+
+@pytest.mark.parametrize("teacher", [False, True])
+def test_the_floor_has_a_gradient(teacher: bool) -> None:
+    """It allocates loss and gradient and then the product, of the student's type; two calls of Python functions."""
+    step = host.Step.make(host.FLOOR, 2, 4, 3, teacher=teacher)
+    step.criterion(step.student, step.teacher).backward()
+    grad = step.student.grad
+    assert grad.shape == step.student.shape and grad.dtype == torch.float16
+    step.student.grad = None
+    with null.null_kernels(()) as kernels:
+        step.count(kernels)
+    forward, backward, _ = (step.counts[part] for part in host.PARTS)
+    assert (forward["allocations"], backward["operators"]) == (2, 4)  # ones, empty_like, the product, detach
+    assert forward["calls"] <= 4 and forward["launches"] == forward["products"] == 0
+
+
 def test_rows_from_known_times() -> None:
     """Quantiles of the sum of both passes are those of steps, and not the sum of quantiles."""
-    times = [(1000 * i, 10_000 * (6 - i)) for i in range(1, 6)]
+    cold = [(1000 * i, 10_000 * (6 - i)) for i in range(1, 6)]
+    times = {"cold": cold, "warm": [(a // 2, b // 5) for a, b in cold]}
+    of_formula = {"cold": [(2000, 15_000)], "warm": [(1000, 4_000)]}
     names = ("calls", "allocations", "operators", "launches", "products")
     counts = {part: dict(zip(names, range(7, 12), strict=True)) for part in host.PARTS}
     made = [
         host.Step("cuda", None, torch.empty(1), None, times, counts),
-        host.Step(host.FORMULA, None, torch.empty(1), None, [(2000, 15_000)], counts),
+        host.Step(host.FORMULA, None, torch.empty(1), None, of_formula, counts),
     ]
     forward, backward, total, *formula = host.rows_of(made)
-    assert [forward[key] for key in ("p20_us", "median_us", "p80_us")] == pytest.approx([1.8, 3, 4.2])
-    assert [backward[key] for key in ("p20_us", "median_us", "p80_us")] == pytest.approx([18, 30, 42])
-    assert [total[key] for key in ("p20_us", "median_us", "p80_us")] == pytest.approx([22.2, 33, 43.8])
-    assert [row["x_formula"] for row in (forward, backward, total)] == pytest.approx([1.5, 2, 33 / 17])
-    assert [row["x_formula"] for row in formula] == [1, 1, 1] and forward["repetitions"] == 5
+    cold, warm = ([f"{caches}_{name}" for name in ("p20_us", "median_us", "p80_us")] for caches in host.CACHES)
+    assert [forward[key] for key in cold] == pytest.approx([1.8, 3, 4.2])
+    assert [forward[key] for key in warm] == pytest.approx([0.9, 1.5, 2.1])
+    assert [backward[key] for key in cold] == pytest.approx([18, 30, 42])
+    assert [backward[key] for key in warm] == pytest.approx([3.6, 6, 8.4])
+    assert [total[key] for key in cold] == pytest.approx([22.2, 33, 43.8])
+    assert [total[key] for key in warm] == pytest.approx([5.7, 7.5, 9.3])
+    assert [row["cold_x_formula"] for row in (forward, backward, total)] == pytest.approx([1.5, 2, 33 / 17])
+    assert [row["warm_x_formula"] for row in (forward, backward, total)] == pytest.approx([1.5, 1.5, 1.5])
+    assert all(row[f"{caches}_x_formula"] == 1 for row in formula for caches in host.CACHES)
+    assert forward["repetitions"] == 5 and formula[0]["repetitions"] == 1
     lines = host.table([forward, *formula]).splitlines()
-    assert lines[2].split() == "formula no forward 2.00 2.00 2.00 1 7 8 9 - - 1.00".split()
-    assert lines[1].split() == "cuda no forward 3.00 1.80 4.20 5 7 8 9 10 11 1.50".split()
+    assert lines[2].split() == "formula no forward 2.00 2.00 2.00 1.00 1.00 1.00 1.00 1.00 1 7 8 9 - -".split()
+    assert lines[1].split() == "cuda no forward 3.00 1.80 4.20 1.50 1.50 0.900 2.10 1.50 5 7 8 9 10 11".split()
 
 
 def test_shapes_are_of_one_rank() -> None:
