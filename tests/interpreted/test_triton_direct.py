@@ -1,10 +1,11 @@
-"""Recorded launches on memory that is given as addresses."""
+"""Recorded launches on memory that is given as addresses, and what the interpreter prepares for a launch."""
 
 import pytest
 import torch
 from row_problems import assert_close
 from triton_device import DEVICE, pytestmark  # noqa: F401
 
+from bam_kernels.backends import triton as backend
 from bam_kernels.backends.triton import plan, sinkhorn
 from bam_kernels.backends.triton.direct import direct
 from bam_kernels.backends.triton.launch import launch
@@ -47,3 +48,25 @@ def test_strides_types_and_no_tensor(dtype):
     recorded.run([t.data_ptr() for t in (x[1], s, *row, *col, u)], stream())
     expected = before - torch.exp2(s.double() * 0.01) * u.double()[:, None]
     assert_close(x[1].cpu(), expected.cpu(), 1e-6 if dtype == torch.float32 else 2**-10, 1e-6)
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="not interpreted")
+def test_the_interpreter_replaces_its_language_once_a_launch(monkeypatch):
+    """However many programs call functions; after the launch the language is Triton's own again."""
+    from triton import language
+    from triton.runtime import interpreter
+
+    kernels, replace, modules = backend.kernels(), interpreter._patch_builtin, []
+
+    def counted(module, *rest):
+        modules.append(module)
+        return replace(module, *rest)
+
+    kernels.normalize(torch.rand(1, 3))  # functions of Triton's own library stay replaced from their first call on
+    monkeypatch.setattr(interpreter, "_patch_builtin", counted)
+    for rows in (1, 40):
+        modules.clear()
+        x = torch.rand(rows, 3) + 0.5
+        assert_close(kernels.normalize(x).norm, x.double().norm(dim=1), 1e-12)
+        assert modules.count(language) == 1
+        assert language.core.is_builtin(language.load) and language.core.is_builtin(language.tensor.__add__)

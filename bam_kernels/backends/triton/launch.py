@@ -9,11 +9,11 @@ from torch import Tensor
 
 from .. import interface
 from ..interface import Number, Positives
-from .interpreter import patch_interpreter_index
+from .interpreter import patch_interpreter
 
 Launch = Callable[..., None]
 COMPILE_OPTIONS = {"enable_fp_fusion": True}  # options of every launch
-patch_interpreter_index()
+patch_interpreter()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
