@@ -73,7 +73,7 @@ def test_other_settings(backend, device, setting):
         loss = bam_loss(leaf, teacher, backend=backend)
         return [loss.detach(), *torch.autograd.grad(loss, leaf), bam_targets(student, backend=backend)]
 
-    assert_same(outcome, setting)
+    assert_same(outcome, setting, outcome())
 
 
 # The default is another one while gradients are computed, or was.
@@ -102,7 +102,7 @@ def test_the_doctor(default, capsys):
         assert __main__.main() == 0
         return []
 
-    assert_same(outcome, Default(default))
+    assert_same(outcome, Default(default), outcome())
     said = capsys.readouterr().out.split("\nbackend")
     assert said[1].split("bam_kernels")[0] == said[2]
 
@@ -117,7 +117,7 @@ def test_a_gradient_cache(default):
         loss = GradientCache(model, BAMLoss())(batches)
         return [loss, *(p.grad.clone() for p in model.parameters())]
 
-    assert_same(outcome, Default(default))
+    assert_same(outcome, Default(default), outcome())
 
 
 def test_a_default_lasts_as_long_as_any_thread_needs_it():
