@@ -9,6 +9,7 @@ from triton_device import DEVICE, pytestmark  # noqa: F401
 from bam_kernels.backends import triton as backend
 from bam_kernels.backends.interface import DeviceNumber, Potential
 from bam_kernels.backends.triton import launch_sinkhorn, tiles
+from bam_kernels.backends.triton.row_kernels import MEAN_TILE
 
 
 @pytest.fixture(params=[tiles.LONGEST_ROW, 16], ids=["one read", "two reads"])
@@ -35,7 +36,7 @@ class TestSinkhorn(SinkhornTests):
 
 
 class TestEmbeddings(EmbeddingTests):
-    pass
+    MANY = 2 * MEAN_TILE[0] + 1
 
 
 def test_scalars_and_the_centre_are_float32(whole):

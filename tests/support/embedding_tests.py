@@ -61,13 +61,16 @@ class NormTests:
 
 
 class EmbeddingTests(NormTests):
-    # A tail of every vector; features of several blocks, and more rows than they read in a turn; whole vectors in rows
-    # that are apart; one feature.
+    MANY = 2049
+    """Rows of which the mean row's blocks read some in each of several turns."""
+
+    # A tail of every vector; features of several blocks, and MANY rows; whole vectors in rows that are apart; one
+    # feature.
     @pytest.mark.parametrize(
         ("shape", "order"),
         [
             ((3, 7, 5), (1, 0, 2)),
-            ((2049, 40), (0, 1)),
+            ((None, 40), (0, 1)),
             ((2, 300, 24), (1, 0, 2)),
             ((40, 2049), (1, 0)),
             ((5, 1), (0, 1)),
@@ -75,12 +78,16 @@ class EmbeddingTests(NormTests):
     )
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
     def test_mean_row(self, whole, device, shape, order, dtype):
+        shape = [size or self.MANY for size in shape]
         x = torch.randn(*(shape[i] for i in order)).to(device, dtype).permute(order)
         rows = x.double().flatten(0, -2)
         assert_close(whole.mean_row(x), rows.mean(0), 0, 3e-7)
         mean = (rows / rows.norm(dim=1, keepdim=True)).mean(0)
         assert_close(whole.mean_unit_row(x), mean, 0, 3e-7)
-        assert_close(whole.mean_unit_row(x, 3), mean / 3, 0, 1e-7)
+
+    def test_mean_unit_row_of_a_rank_of_three(self, whole, device):
+        x = torch.randn(3, 7, 5).to(device)
+        assert_close(whole.mean_unit_row(x, 3), unit_and_norm(x)[0].mean(0) / 3, 0, 1e-7)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_mean_unit_row_of_any_norm(self, whole, device, dtype):
