@@ -3,8 +3,9 @@
     python -m bam_kernels.verification.problems triton --device 0
 
 Each problem forces some form of the kernels. It is computed three times, and the results must be equal bit by bit: the
-third call repeats the launches that the second recorded (engine/recorder.py). One problem is also replayed as a CUDA
-graph. Memory is filled with NaN before the first call and the third, so that missing writes are seen.
+third call repeats the launches that the second recorded (engine/recorder.py). Emulated and interpreted kernels, whose
+launches are not recorded, compute it twice. One problem is also replayed as a CUDA graph. Memory is filled with NaN
+before the first call and the last, so that missing writes are seen.
 layout.py defines the dimension letters.
 """
 
@@ -49,7 +50,7 @@ class Wrong(Exception):
 
 
 def run_case(case: cases.Case, device: torch.device) -> float:
-    """Compute each run of a case three times, compare with float64; returns the largest error, as a share of its bound.
+    """Compute each run of a case, compare with float64; returns the largest error, as a share of its bound.
 
     Raises: Wrong naming the first result that is not right, once all results of that run are printed.
     """
@@ -57,7 +58,9 @@ def run_case(case: cases.Case, device: torch.device) -> float:
     for run in case.runs:
         print(f"  {run.label}", flush=True)
         poison(device)
-        found, recorded = run.compute(), run.compute()
+        found = run.compute()
+        # Steps of GPU kernels on CPU tensors are not recorded: their look for rows that are not finite reads memory.
+        recorded = run.compute() if device.type == "cuda" else found
         poison(device)
         repeated = run.compute()
         faults = []

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+import torch
 from cuda_device import DEVICE, kernels_on
 
 from bam_kernels.backends import cuda
@@ -158,6 +159,31 @@ def test_a_fault_is_found(problem, kernel, fault, result, kernels, monkeypatch):
     found = try_problems(monkeypatch, problem)
     assert found["status"] == "failed"
     assert re.match(rf"{problem}: .*numbers of the {result} (are wrong|differ from run to run) \(", found["reason"])
+
+
+@pytest.mark.parametrize(
+    ("place", "wrong", "said"),
+    [
+        ("cpu", 0, "1 of 1 numbers of the loss are wrong (some)"),
+        ("cpu", 1, "numbers of the loss differ from run to run (some)"),
+        ("cuda", 0, "1 of 1 numbers of the loss are wrong (some)"),
+        ("cuda", 1, "numbers of the loss differ from run to run (some)"),
+        ("cuda", 2, "numbers of the loss differ from run to run (some)"),
+    ],
+)
+def test_every_call_of_a_run_is_compared(place, wrong, said, monkeypatch):
+    """Two calls; on a GPU, where the third repeats what the second has recorded, three."""
+    calls = itertools.count()
+
+    def compute() -> dict[str, torch.Tensor]:
+        return {"loss": torch.tensor(2.0 if next(calls) == wrong else 1.0)}
+
+    monkeypatch.setattr(problems, "poison", lambda device: None)
+    run = cases.Run("some", compute, {"loss": cases.Bound(1e-6, 0.0)})
+    case = cases.Case(lambda: {"loss": torch.tensor(1.0, dtype=torch.float64)}, [run])
+    with pytest.raises(problems.Wrong, match=re.escape(said)):
+        problems.run_case(case, torch.device(place))
+    assert next(calls) == (3 if place == "cuda" else 2)
 
 
 def test_what_is_printed_tells_where_and_how_a_kernel_is_wrong(kernels, monkeypatch, capsys):
