@@ -207,6 +207,10 @@ const Kernels* find_kernels(const char* isa);
 void mask_positives(const MaskPositives&);
 // col = 1 / (sum * 2^shift), of the column sums of ColumnLse; 1 for an empty column, which has no entry to scale.
 void reciprocal_potential(Potential col, const float* shift, const float* sum, int64_t n);
+// total = sum * 2^(shift - common): column sums of ColumnLse as numbers that ranks can add up.
+void column_totals(const float* shift, const float* sum, double common, double* total, int64_t n, int threads);
+// col = 1 / (total * 2^common); 1 for an empty column.
+void total_potential(Potential col, const double* total, float common, int64_t n);
 // col <- col / c; a column with c = 0 keeps its potential.
 void divide_potential(Potential col, const float* c, int64_t n);
 void loss_and_stats(const LossAndStats&);

@@ -68,6 +68,24 @@ void bind_sinkhorn(py::class_<KernelTable>& c) {
         },
         nullptr);
   });
+  c.def("column_totals",
+        [](const KernelTable& k, Address shift, Address sum, double common, Address total, int64_t n, int threads) {
+          k.run(
+              [=](const Memory& at, void*) {
+                const auto* from = at.as<const float>(shift);
+                const auto* sums = at.as<const float>(sum);
+                bam::cpu::column_totals(from, sums, common, at.as<double>(total), n, threads);
+              },
+              nullptr);
+        });
+  c.def("total_potential", [](const KernelTable& k, Pair col, Address total, float common, int64_t n) {
+    k.run(
+        [=](const Memory& at, void*) {
+          const bam::Potential written = potential(at, col);
+          bam::cpu::total_potential(written, at.as<const double>(total), common, n);
+        },
+        nullptr);
+  });
   c.def("divide_potential", [](const KernelTable& k, Pair col, Address sums, int64_t n) {
     k.run(
         [=](const Memory& at, void*) {

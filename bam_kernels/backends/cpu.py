@@ -154,12 +154,16 @@ class CpuKernels:
 
     def column_totals(self, shift: Tensor, sums: Tensor, common: int) -> Tensor:
         """Column sums as multiples of 2^common, which can be added up: sums_j * 2^(shift_j - common) (n,) float64."""
-        return torch.sub(shift, common, out=torch.empty_like(shift, dtype=torch.float64)).exp2_().mul_(sums)
+        total, n = torch.empty_like(shift, dtype=torch.float64), len(shift)
+        at = address(shift, CPU), address(sums, CPU)
+        self._kernels.column_totals(*at, common, address(total, CPU, FLOAT64), n, _threads(n))
+        return total
 
     def total_potential(self, total: Tensor, common: int) -> Potential:
         """Column potential 1 / (total_j * 2^common) of column sums as `column_totals` writes them."""
-        mantissa, exponent = torch.frexp(total)
-        return self.reciprocal_potential((exponent + common).float(), mantissa.float())
+        col = Potential.empty(len(total), CPU)
+        self._kernels.total_potential(pair(col, CPU), address(total, CPU, FLOAT64), common, len(total))
+        return col
 
     def divide_potential_(self, col: Potential, c: Tensor) -> None:
         """Divide the column potential by c, in place."""

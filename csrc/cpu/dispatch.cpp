@@ -42,13 +42,30 @@ void mask_positives(const MaskPositives& p) {
   }
 }
 
+namespace {
+
+// Column j's potential 1 / (sum * 2^shift); 1 for an empty column.
+template <class Number>
+void set_column(Potential col, int64_t j, float shift, Number sum) {
+  int power = 0;
+  const float mantissa = sum == 0 ? 1.0f : (float)std::frexp(sum, &power);
+  col.exponent[j] = sum == 0 ? 0.0f : -shift - (float)power;
+  col.mantissa[j] = 1.0f / mantissa;
+}
+
+}  // namespace
+
 void reciprocal_potential(Potential col, const float* shift, const float* sum, int64_t n) {
-  for (int64_t j = 0; j < n; ++j) {
-    int power = 0;
-    const float mantissa = sum[j] > 0.0f ? std::frexp(sum[j], &power) : 1.0f;
-    col.exponent[j] = sum[j] > 0.0f ? -shift[j] - (float)power : 0.0f;
-    col.mantissa[j] = 1.0f / mantissa;
-  }
+  for (int64_t j = 0; j < n; ++j) set_column(col, j, shift[j], sum[j]);
+}
+
+void column_totals(const float* shift, const float* sum, double common, double* total, int64_t n, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t j = 0; j < n; ++j) total[j] = sum[j] * std::exp2(shift[j] - common);
+}
+
+void total_potential(Potential col, const double* total, float common, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) set_column(col, j, common, total[j]);
 }
 
 void divide_potential(Potential col, const float* c, int64_t n) {

@@ -15,6 +15,7 @@ from row_problems import (
     match_problem,
     representable,
 )
+from sinkhorn_tests import ColumnTotalTests
 
 from bam_kernels.backends import cpu
 from bam_kernels.backends.cpu import LOG2_E, CpuKernels, Potential
@@ -230,7 +231,7 @@ def test_plan_operator(kernels, n):
     assert_close(x, expected, 1e-5, 1e-5)
 
 
-class TestNorms(NormTests):
+class OnCpu:
     @pytest.fixture
     def whole(self, kernels):
         return kernels
@@ -238,6 +239,14 @@ class TestNorms(NormTests):
     @pytest.fixture
     def device(self):
         return torch.device("cpu")
+
+
+class TestNorms(OnCpu, NormTests):
+    pass
+
+
+class TestColumnTotals(OnCpu, ColumnTotalTests):
+    pass
 
 
 # One row; a block of 4 rows and a tail; a chunk of 16 rows and a tail; more than 64 chunks of 16. One feature; tails.

@@ -46,7 +46,34 @@ def column_potential(exact: torch.Tensor, epsilon: float, device: torch.device) 
     return Potential(g.floor().float().to(device), torch.exp2(g - g.floor()).float().to(device))
 
 
-class SinkhornTests:
+class ColumnTotalTests:
+    """Fixtures: `whole`, the kernels, and `device`."""
+
+    # Fewer columns than a block has threads, and more. Sums of all sizes that a rank has, and less; a column that is
+    # empty on one rank, and on all; NaN.
+    @pytest.mark.parametrize("n", [9, 300])
+    @pytest.mark.parametrize("common", [0, 29, 498])
+    def test_column_sums_of_ranks_and_their_potential(self, whole, device, n, common):
+        shift = torch.randint(-common - 20, common + 1, (3, n)).float()
+        sums = torch.rand(3, n) + 0.5
+        shift[0, :5], sums[:, :5] = common - 1200.0, 1.0
+        sums[0, 5], shift[0, 5] = 0.0, EMPTY
+        sums[:, 6], shift[:, 6] = 0.0, EMPTY
+        sums[1, 7] = math.nan
+        parts = [whole.column_totals(shift[r].to(device), sums[r].to(device), common) for r in range(3)]
+        assert all(part.dtype == torch.float64 for part in parts)
+        total = torch.stack(parts).sum(0)
+        exact = (sums.double() * torch.exp2(shift.double() - common)).sum(0)
+        assert_close(total.cpu()[exact > 0], exact[exact > 0], 1e-15)
+        assert total[6] == 0 and total[7].isnan()
+        col = whole.total_potential(total, common)
+        assert col.exponent[6] == 0 and col.mantissa[6] == 1 and col.mantissa[7].isnan()
+        assert (col.exponent.cpu() == col.exponent.cpu().round()).all()
+        power = col.exponent.cpu().double() + col.mantissa.cpu().double().log2()
+        assert_close(power[exact > 0], -(exact[exact > 0].log2() + common), 0, 2e-7)
+
+
+class SinkhornTests(ColumnTotalTests):
     SHAPES: tuple[tuple[int, int], ...]
     """(m, n): one per regime of the backend's blocks."""
     WIDE = 600
@@ -80,29 +107,6 @@ class SinkhornTests:
         expected = torch.logsumexp(masked(s.cpu()) / epsilon, 0) * LOG2_E
         others = torch.arange(n) != 4
         assert_close((shift.cpu().double() + sums.cpu().double().log2())[others], expected[others], 0, 2e-6)
-
-    # Fewer columns than a block has threads, and more. Sums of all sizes that a rank has, and less; a column that is
-    # empty on one rank, and on all; NaN.
-    @pytest.mark.parametrize("n", [9, 300])
-    @pytest.mark.parametrize("common", [0, 29, 498])
-    def test_column_sums_of_ranks_and_their_potential(self, whole, device, n, common):
-        shift = torch.randint(-common - 20, common + 1, (3, n)).float()
-        sums = torch.rand(3, n) + 0.5
-        shift[0, :5], sums[:, :5] = common - 1200.0, 1.0
-        sums[0, 5], shift[0, 5] = 0.0, EMPTY
-        sums[:, 6], shift[:, 6] = 0.0, EMPTY
-        sums[1, 7] = math.nan
-        parts = [whole.column_totals(shift[r].to(device), sums[r].to(device), common) for r in range(3)]
-        assert all(part.dtype == torch.float64 for part in parts)
-        total = torch.stack(parts).sum(0)
-        exact = (sums.double() * torch.exp2(shift.double() - common)).sum(0)
-        assert_close(total.cpu()[exact > 0], exact[exact > 0], 1e-15)
-        assert total[6] == 0 and total[7].isnan()
-        col = whole.total_potential(total, common)
-        assert col.exponent[6] == 0 and col.mantissa[6] == 1 and col.mantissa[7].isnan()
-        assert (col.exponent.cpu() == col.exponent.cpu().round()).all()
-        power = col.exponent.cpu().double() + col.mantissa.cpu().double().log2()
-        assert_close(power[exact > 0], -(exact[exact > 0].log2() + common), 0, 2e-7)
 
     # T = 2 key views on W = 3 ranks, this one in the middle; a slab that begins within a view. N = 24 is of whole
     # octets, N = 30 is not.
