@@ -89,6 +89,7 @@ class OneRank:
         return part(0)
 
 
+HAS_DISTRIBUTED = torch.distributed.is_available()
 ONE_RANK = OneRank()
 DEFAULT_GROUP = ""  # stands for the default process group of the time of the call, or for one rank if there is none
 _ranks_by_name: WeakValueDictionary[str, Ranks] = WeakValueDictionary({ONE_RANK.name: ONE_RANK})
@@ -131,7 +132,7 @@ def ranks_of(operation: str, group: Any) -> tuple[int, int, str]:
 
 def _resolve(operation: str, group: Any) -> Ranks:
     distributed = torch.distributed
-    is_initialized = distributed.is_available() and distributed.is_initialized()
+    is_initialized = HAS_DISTRIBUTED and distributed.is_initialized()
     if group is None and not is_initialized:
         return ONE_RANK
     from .simulated import SimulatedRanks, ThreadRanks

@@ -20,7 +20,7 @@ from ..header import NonFinite
 from ..layout import Layout
 from ..options import Options
 from ..precision import float32_products, is_sixteen_bit, product_precision
-from ..ranks import ranks_named
+from ..ranks import ONE_RANK, ranks_named
 from ..ways import WAYS, Way, split
 from . import flash, slab
 from .call import Call
@@ -86,7 +86,8 @@ class Step:
         """Repeat a recording; None where the engine must compute instead, which no other rank notices."""
         with product_precision(student.device, self.options.precision):
             try:
-                loss, stats, dz = recording.run(*_given(student, teacher), ranks=ranks_named(self.group))
+                ranks = ranks_named(self.group) if self.layout.W > 1 else ONE_RANK
+                loss, stats, dz = recording.run(*_given(student, teacher), ranks=ranks)
                 return loss, stats, dz
             except (NotFinite, NoRoom):
                 # The engine tells all ranks which row is not finite, and can work with less memory. A repeated step
