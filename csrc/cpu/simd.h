@@ -276,7 +276,7 @@ BAM_INLINE int64_t padded(int64_t n) {
 struct Chunks {
   explicit Chunks(int64_t m) {
     rows = (m + 63) / 64;
-    rows = rows < 16 ? 16 : (rows + 3) / 4 * 4;
+    rows = rows < 32 ? 32 : (rows + 3) / 4 * 4;
     count = (m + rows - 1) / rows;
   }
   int64_t rows, count;

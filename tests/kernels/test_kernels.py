@@ -27,8 +27,8 @@ if cpu.unavailable():
 
 # A single entry; a tail shorter than any vector; around 8 and 16 lanes; a prime; around a panel of 1024 columns.
 COLUMNS = (1, 3, 7, 8, 9, 15, 16, 17, 97, 1023, 1024, 1025)
-# One row; around a block of 4 rows; more than one chunk of 16 rows; more than 64 chunks of 16.
-ROWS = (1, 3, 4, 5, 17, 1031)
+# One row; around a block of 4 rows; more than one chunk of 32 rows; more than 64 chunks of 32.
+ROWS = (1, 3, 4, 5, 33, 2055)
 
 
 def isas() -> list[str]:
@@ -249,8 +249,8 @@ class TestColumnTotals(OnCpu, ColumnTotalTests):
     pass
 
 
-# One row; a block of 4 rows and a tail; a chunk of 16 rows and a tail; more than 64 chunks of 16. One feature; tails.
-@pytest.mark.parametrize("m", [1, 7, 17, 1031])
+# One row; a block of 4 rows and a tail; a chunk of 32 rows and a tail; more than 64 chunks of 32. One feature; tails.
+@pytest.mark.parametrize("m", [1, 7, 33, 2055])
 @pytest.mark.parametrize("d", [1, 9, 40, 129])
 def test_mean_row(kernels, m, d):
     x = torch.randn(m, d + 3)[:, 2:-1]
