@@ -51,21 +51,18 @@ class Run:
     def tensor(self, i: int) -> Tensor:
         """The tensor at place i."""
         made = self._made[i]
-        if made is None:
-            made = self._made[i] = self._view(*self.places[i])
-        return made
-
-    def _view(self, number: int, dtype: torch.dtype, size: Any, stride: Any, first: int) -> Tensor:
-        if number == NO_BASE:
-            return torch.empty(size, dtype=dtype, device=self.device)
-        base = self.bases[number]
+        if made is not None:
+            return made
+        number, dtype, size, stride, first = self.places[i]
+        base = self.bases[number] if number != NO_BASE else torch.empty(size, dtype=dtype, device=self.device)
         assert base is not None
         if base.dtype is not dtype:
             typed = self._typed.get((number, dtype))
             base = typed if typed is not None else self._typed.setdefault((number, dtype), base.view(dtype))
-        elif not first and base.shape == size and base.stride() == stride:
-            return base
-        return base.as_strided(size, stride, base.storage_offset() + first)
+        if first or base.shape != size or base.stride() != stride:
+            base = base.as_strided(size, stride, base.storage_offset() + first)
+        self._made[i] = base
+        return base
 
     def keep(self, number: int, tensor: Tensor) -> None:
         """Make the result of an operator or of ranks a base."""
