@@ -92,6 +92,36 @@ def test_times_on_a_cpu(head, file, part, kinds, peaks):
         assert_rounded(cells, values + [found[kind]["peak_bytes"] / MB for kind in peaks])
 
 
+def test_times_of_small_problems_on_a_cpu():
+    rows = table("docs/benchmarks.md", "| M x N x D | views | cpu | products | compile | eager |")
+    assert len(rows) == 4
+    for first, views, *cells in rows:
+        M, N, D = map(int, numbers(first))
+        file = "cpu_small.json" if views == "2" else "cpu_small_views.json"
+        found = {row["kind"]: row["median_ms"] for row in results(file, M=M, N=N, D=D, V=int(views))}
+        ours = found["cpu"]
+        ratios = [number for kind in ("gemms", "compile", "eager") for number in (found[kind], found[kind] / ours)]
+        assert_rounded(cells, [ours, *ratios])
+
+
+def test_host_time():
+    rows = table(
+        "docs/benchmarks.md",
+        "| | cuda | triton | formula | floor | Python calls: cuda, triton | allocations | operators of torch |",
+    )
+    assert len(rows) == 6
+    for first, *cells in rows:
+        prefix = "" if "anew" in first else "cold_" if "cold" in first else "warm_"
+        file = "host.json" if prefix else "host-before.json"
+        found = {r["backend"]: r for r in results(file, part="total", teacher="no teacher" not in first)}
+        median, share = f"{prefix}median_us", f"{prefix}x_formula"
+        values = [number for name in ("cuda", "triton") for number in (found[name][median], found[name][share])]
+        values += [found["reference"][median], *([found["floor"][median]] if prefix else [])]
+        for count in ("calls", "allocations", "operators"):
+            values += [found[name][count] for name in ("cuda", "triton")]
+        assert_rounded([cell for cell in cells if cell != "-"], values)
+
+
 @pytest.mark.parametrize(
     "head, file, kinds",
     [
