@@ -7,9 +7,8 @@ import emulated
 import pytest
 import torch
 from cuda_device import DEVICE, kernels_on, pytestmark  # noqa: F401
-from equal_ranks import EqualRanks
 from problems import assert_close
-from repeated_steps import Case, by_engine, check_equal, record, recordings_alone, repeated, result
+from repeated_steps import Case, by_engine, check_equal, check_ring, record, recordings_alone, repeated, result
 
 from bam_kernels import bam_loss, checked_call, reference
 from bam_kernels.backends import cuda
@@ -81,12 +80,7 @@ RING = {
 
 @pytest.mark.parametrize("case", RING.values(), ids=RING)
 def test_a_repeated_step_of_ranks_is_the_engines(case, as_on_a_gpu):
-    """Messages are read late, after further work of the sender; in 16 bit they have room for all ranks' keys."""
-    group = EqualRanks(3, 1)
-    record(*case.inputs(0, DEVICE), group=group, **case.options)
-    given = case.inputs(1, DEVICE)
-    found = repeated(*given, group=group, **case.options)
-    check_equal(found, by_engine(*given, group=group, **case.options))
+    check_ring(case, DEVICE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from equal_ranks import EqualRanks
 from problems import features
 from torch import Tensor
 
@@ -89,3 +90,12 @@ def check_equal(found: Result, expected: Result) -> None:
     for actual, truth in zip(found, expected, strict=True):
         torch.testing.assert_close(actual, truth, rtol=0.0, atol=0.0, equal_nan=True)
         assert actual.stride() == truth.stride()
+
+
+def check_ring(case: Case, device: torch.device) -> None:
+    """A repeated step of three ranks is the engine's. Messages are read late, after further work of the sender."""
+    group = EqualRanks(3, 1)
+    record(*case.inputs(0, device), group=group, **case.options)
+    given = case.inputs(1, device)
+    found = repeated(*given, group=group, **case.options)
+    check_equal(found, by_engine(*given, group=group, **case.options))
