@@ -49,11 +49,12 @@ class CheckedCall:
         if self._ways is not None:
             return self._ways
         options, device = self.options, student.device
+        final = is_final(options.backend, device, self.ranks)  # first: another thread may decide while this one chooses
         ways = choose(self.name, options, device, student.dtype, options.engine, self.ranks)
         if ways == "flash" and options.engine == "auto":
             if not flash_supports(self.layout, options.top_k, options.regather):
                 ways = choose(self.name, options, device, student.dtype, "slab", self.ranks)
-        if is_final(options.backend, device, self.ranks):
+        if final:
             self._ways = ways
         return ways
 

@@ -105,7 +105,7 @@ def _automatic(
 
 @constant_in_graphs
 def is_final(backend: str, device: torch.device, ranks: tuple[int, int, str]) -> bool:
-    """Whether a result of `choose` holds for all later calls with equal arguments.
+    """Whether what `choose` returns from now on holds for all later calls with equal arguments.
 
     Ranks on GPUs compare what they have verified, and a group that comes later may have an equal name.
     """

@@ -103,6 +103,22 @@ def test_what_is_not_known_is_left_to_the_reference_and_decided_later(moment, un
     assert undecided.taken() == ["cuda slab"]
 
 
+def test_a_decision_of_another_thread_during_a_capture_holds_for_later_calls(undecided, monkeypatch):
+    """The reference, which the call of the capture takes, is not kept for calls like it."""
+    decide, decision = trust.decide, trust.Trust(GPU_WAYS, FOUND)
+
+    def overtaken(index: int, may_try: bool) -> trust.Trust:
+        undecided_here = decide(index, may_try)
+        trust._trust[index] = decision
+        return undecided_here
+
+    monkeypatch.setattr(trust, "decide", overtaken)
+    captured(Z)
+    assert not undecided.taken() and trust._trust[0] is decision
+    bam_loss(Z)
+    assert undecided.taken() == ["cuda slab"]
+
+
 def test_a_failed_verdict_is_not_tried_again_at_any_moment(undecided):
     keep("failed")
     for moment in (captured, bam_loss):
