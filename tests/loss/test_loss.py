@@ -1,6 +1,7 @@
 """bam_loss, bam_targets, BAMLoss and BAMStats with the C++ row kernels, against float64."""
 
 import math
+from contextlib import suppress
 from dataclasses import fields
 
 import pytest
@@ -448,6 +449,23 @@ def test_newer_precision_flag(matmul_precision, flag):
         assert products.fp32_precision == flag
     finally:
         products.fp32_precision = before
+
+
+def test_products_of_float16_add_in_float32():
+    """Whatever torch's flag says, which is left as it was, also after an error."""
+    products, within = torch.backends.cuda.matmul, []
+    before = products.allow_fp16_accumulation
+    try:
+        for flag in (True, False):
+            products.allow_fp16_accumulation = flag
+            for precision in ("default", "exact"):
+                with suppress(ZeroDivisionError), product_precision(torch.device("cuda"), precision):
+                    within.append(products.allow_fp16_accumulation)
+                    raise ZeroDivisionError
+                assert products.allow_fp16_accumulation == flag
+    finally:
+        products.allow_fp16_accumulation = before
+    assert within == [False] * 4
 
 
 # Gradient
