@@ -4,6 +4,7 @@ layout.py defines the dimension letters.
 """
 
 import json
+from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -74,24 +75,31 @@ class CheckedCall:
         return numbers, as_tensor(options.temperature, options.epsilon), _text(ways, self.ranks[2], *flags)
 
 
-_calls: dict[Hashable, CheckedCall] = {}
+_calls: OrderedDict[Hashable, CheckedCall] = OrderedDict()  # the latest that was used is at the end
 
 
 def checked_call(name: str, student: Tensor, teacher: Tensor | None, options: Options) -> CheckedCall:
     """Check the arguments of a call, or find the result of earlier checks. Raises: ValueError, TypeError."""
     key = _key(name, student, teacher, options)
-    call = _calls.pop(key, None) if key is not None else None
+    if key is None:
+        return _checked(name, student, teacher, options)
+    call = _calls.get(key)  # stays where others find it: a thread that missed it would record its steps again
     if call is None:
-        options = options.checked(name)
-        layout = options.layout(name, student, teacher)
-        ranks, plain = ranks_of(name, options.group), are_plain(student, teacher)
-        call = CheckedCall(name, replace(options, group=None), layout, ranks, plain)
-    if key is not None:
-        _calls[key] = call  # at the end, as the latest that was used; the first makes room for another
+        call = _calls.setdefault(key, _checked(name, student, teacher, options))
+    try:
+        _calls.move_to_end(key)
         if len(_calls) > MOST_CALLS:
-            oldest, *_ = _calls
-            _calls.pop(oldest, None)
+            _calls.popitem(last=False)
+    except KeyError:  # another thread has taken it out
+        pass
     return call
+
+
+def _checked(name: str, student: Tensor, teacher: Tensor | None, options: Options) -> CheckedCall:
+    options = options.checked(name)
+    layout = options.layout(name, student, teacher)
+    ranks, plain = ranks_of(name, options.group), are_plain(student, teacher)
+    return CheckedCall(name, replace(options, group=None), layout, ranks, plain)
 
 
 def forget() -> None:

@@ -3,6 +3,7 @@
 bam_kernels/layout.py defines the dimension letters.
 """
 
+import sys
 import threading
 from contextlib import contextmanager, nullcontext
 from typing import ClassVar
@@ -19,6 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from bam_kernels import BAMLoss, bam_loss, checked_call
 from bam_kernels.engine import step as step_module
 from bam_kernels.engine.recording import Recording
+from bam_kernels.options import Options
 
 pytestmark = needs_cpu_kernels
 
@@ -60,6 +62,17 @@ def test_a_schedule_of_epsilon(monkeypatch):
         assert torch.equal(criterion(student, step=step), expected)
         most = max(most, len(checked_call._calls))
     assert most == 5
+
+
+def test_a_call_in_use_outlasts_others(monkeypatch):
+    """A call between those of a schedule goes on repeating its recording."""
+    monkeypatch.setattr(checked_call, "MOST_CALLS", 5)
+    student, _ = Case().inputs(0)
+    expected = by_engine(student)
+    record(student)
+    for step in range(20):
+        bam_loss(student, epsilon=0.06 + 0.001 * step)
+        check_equal(repeated(student), expected)
 
 
 def test_recordings_of_a_step_stay_bounded(monkeypatch):
@@ -148,6 +161,14 @@ def test_tensors_of_inference_mode(dtype):
         assert torch.equal(bam_loss(*made[0]), bam_loss(*case.inputs(0)))
 
 
+@pytest.fixture
+def switch_threads_often():
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
 def test_several_threads_use_one_module():
     case, calls = Case(R=2), 20
     expected = [[by_engine(*case.inputs(100 * i + call)) for call in range(calls)] for i in range(4)]
@@ -173,6 +194,22 @@ def test_several_threads_use_one_module():
         for x, y in zip(of_thread, truth, strict=True):
             check_equal(x, y)
     repeated(*case.inputs(0))  # they were recorded
+
+
+def test_threads_find_the_call_that_is_kept(switch_threads_often):
+    """None misses it while another has found it: a second one would have to record its steps again."""
+    student, _ = Case().inputs(0)
+    kept, found = checked_call.checked_call("bam_loss", student, None, Options()), []
+
+    def look() -> None:
+        found.extend(checked_call.checked_call("bam_loss", student, None, Options()) for _ in range(5000))
+
+    threads = [threading.Thread(target=look) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 20000 and all(call is kept for call in found)
 
 
 # Compilers, transforms and modes that watch operators
