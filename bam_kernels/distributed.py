@@ -154,5 +154,7 @@ _Pending = dist.Work | _HostTransfer
 
 
 def _wait(pending: list[_Pending]) -> None:
+    """Wait for messages, and forget them: what is pending holds the memory that it sends and receives."""
     for work in pending:
         work.wait()
+    pending.clear()
