@@ -93,6 +93,10 @@ class Step:
                 # The engine tells all ranks which row is not finite, and can work with less memory. A repeated step
                 # has sent no messages yet.
                 return None
+            except torch.OutOfMemoryError:
+                if self.layout.W > 1:  # messages may have been sent, which the engine would send again
+                    raise
+                return None
 
     def _computed(self, student: Tensor, teacher: Tensor | None, needs_grad: bool, record_as: Hashable) -> Result:
         """Compute with the engine; record_as: key of the recording to make, or None."""
