@@ -41,7 +41,8 @@ class Ranks(Protocol):
         """Gather the keys `own` (n, D) of every rank: yields (first row, rows) block by block, in order of arrival.
 
         The first block is this rank's own. A block has the rows (k*n, D) of k neighbouring ranks, is valid until the
-        next block is taken, and must not be written to. The iterator must be read to its end.
+        next block is taken, and must not be written to. The iterator must be read to its end. Keys of equal shapes give
+        the same blocks in the same order at every call, because recordings of steps rely on it.
         as_sent: for simulated ranks, the `own` of a rank whose unit rows are the argument.
         room: (N, D), of which `own` is this rank's block. The other ranks' keys are received in it, and blocks are
         parts of it, valid as long as it is.

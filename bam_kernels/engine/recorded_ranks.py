@@ -177,7 +177,10 @@ def repeat(operations: Sequence[Operation], run: Run) -> None:
 
 @dataclass(eq=False)
 class NotedGather(Noted):
-    """parts: of each block of keys, whether it is new memory, and the operations after its arrival."""
+    """parts: of each block of keys, whether it is new memory, and the operations after its arrival.
+
+    received: the blocks that are new memory, which one base holds in turn.
+    """
 
     own: View
     room: View | None
@@ -229,7 +232,10 @@ def _no_simulation(unit: Tensor) -> Tensor:
 
 @dataclass(eq=False)
 class NotedScatter(Noted):
-    """parts: of each rank, the operations that make the contribution to it, and the contribution. total: if new."""
+    """parts: of each rank, the operations that make the contribution to it, and the contribution.
+
+    total: the block of the sum if it is new memory, else empty: the sum lies in the last contribution.
+    """
 
     parts: dict[int, tuple[list[Noted], View]] = field(default_factory=dict)
     total: list[Block] = field(default_factory=list)
@@ -254,8 +260,11 @@ class NotedScatter(Noted):
 
 @dataclass(eq=False)
 class Scatter:
-    """Reduce-scatter; parts: of each rank, what makes the contribution to it, and its place. total: base, or NO_BASE
-    if the sum lies in the last contribution."""
+    """Reduce-scatter of contributions.
+
+    parts: of each rank, the operations that make the contribution to it, and the contribution's place.
+    total: base of the sum, NO_BASE if it lies in the last contribution.
+    """
 
     parts: dict[int, tuple[list[Operation], int]]
     total: int

@@ -59,7 +59,7 @@ class Recorder(TorchDispatchMode):
         self._refusal: NotRecordable | None = None
         self._launched: list[list[tuple[Block, int]]] = []  # by launch: block and offset of each address
         self._lists: list[list[Noted]] = [[]]  # operations; then those nested in an operation that has not ended
-        self._results: list[list[Block]] = []  # that are held by one base each
+        self._results: list[list[Block]] = []  # by base, the blocks that it holds in turn
         self._moment = 0
         self._blocks: list[Block] = []  # of the memory that is in use now, by address
         self._inputs = [self._new_block(x, allocated=False) for x in inputs]

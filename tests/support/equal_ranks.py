@@ -26,8 +26,9 @@ class Transfer:
 class EqualRanks(GroupRanks, ThreadRanks):
     """Rank `rank` of W that all hold this process's rows: what a neighbour sends is what this rank sends.
 
-    The rings are those of GroupRanks, without its process group. With key gradients the neighbours' contributions to
-    a rank are this rank's to another one, so that gradients are not those of W ranks.
+    The rings are those of GroupRanks, without its process group; as ThreadRanks it may be given as `group`. With key
+    gradients the neighbours' contributions to a rank are this rank's to another one, so that gradients are not those of
+    W ranks.
     """
 
     def __init__(self, W: int, rank: int) -> None:
