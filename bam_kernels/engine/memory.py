@@ -1,4 +1,4 @@
-"""Free memory, read at every call: of a GPU from its driver, of the host from /proc/meminfo and its cgroups."""
+"""Free memory, read anew each time: of a GPU from its driver, of the host from /proc/meminfo and its cgroups."""
 
 import os
 from collections.abc import Iterator

@@ -62,6 +62,13 @@ def on_ranks(W: int, case: Case, calls: range) -> list:
     return run_ranks(W, run)
 
 
+def check_all_equal(found: list, expected: list) -> None:
+    """Results of each call on each rank, bit for bit."""
+    for of_rank, truth in zip(found, expected, strict=True):
+        for x, y in zip(of_rank, truth, strict=True):
+            check_equal(x, y)
+
+
 class CountedEngine:
     """In its block, counts evaluations by the slab engine, by rank."""
 
@@ -88,9 +95,7 @@ def test_repeated_steps_of_ranks_are_the_engines(W, case):
     with CountedEngine() as evaluations:
         found = on_ranks(W, case, range(CALLS))
     assert sorted(evaluations) == sorted([*range(W)] * BEFORE_REPEATS)
-    for actual, truth in zip(found, expected, strict=True):
-        for x, y in zip(actual, truth, strict=True):
-            check_equal(x, y)
+    check_all_equal(found, expected)
 
 
 @every_case
@@ -239,9 +244,7 @@ def test_a_rank_that_cannot_record():
     with CountedEngine() as evaluations:
         found = outcomes(call)
     assert sorted(evaluations) == [0] * BEFORE_REPEATS + [1] * (CALLS + 2)
-    for rank in range(2):
-        for x, y in zip(found[rank], expected[rank], strict=True):
-            check_equal(x, y)
+    check_all_equal(found, expected)
 
 
 def test_a_step_goes_on_where_its_recording_is_given_up(monkeypatch):
@@ -259,9 +262,7 @@ def test_a_step_goes_on_where_its_recording_is_given_up(monkeypatch):
     with CountedEngine() as evaluations:
         found = on_ranks(2, case, range(CALLS))
     assert sorted(evaluations) == [0] * BEFORE_REPEATS + [1] * CALLS
-    for actual, truth in zip(found, expected, strict=True):
-        for x, y in zip(actual, truth, strict=True):
-            check_equal(x, y)
+    check_all_equal(found, expected)
 
 
 def test_too_little_memory_on_one_rank(monkeypatch):
@@ -279,9 +280,7 @@ def test_too_little_memory_on_one_rank(monkeypatch):
     with CountedEngine() as evaluations:
         found = on_ranks(2, case, range(CALLS))
     assert sorted(evaluations) == [0] * BEFORE_REPEATS + [1] * CALLS
-    for actual, truth in zip(found, expected, strict=True):
-        for x, y in zip(actual, truth, strict=True):
-            check_equal(x, y)
+    check_all_equal(found, expected)
 
 
 def test_no_memory_in_the_midst_of_a_repeated_step(monkeypatch):
