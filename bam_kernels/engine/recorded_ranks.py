@@ -177,7 +177,7 @@ def repeat(operations: Sequence[Operation], run: Run) -> None:
 
 @dataclass(eq=False)
 class NotedGather(Noted):
-    """parts: of each block of keys, whether it is new memory, and the operations after its arrival.
+    """parts: for each block of keys, whether it is new memory, and the operations after its arrival.
 
     received: the blocks that are new memory, which one base holds in turn.
     """
@@ -204,7 +204,7 @@ class NotedGather(Noted):
 class Gather:
     """Gathers keys from place `own`, with room for them at place `room`.
 
-    parts: of each block of keys, the base that holds it, NO_BASE if it lies in `own` or `room`, and what runs then.
+    parts: for each block of keys, the base that holds it, NO_BASE if it lies in `own` or `room`, and what runs then.
     """
 
     own: int
@@ -232,7 +232,7 @@ def _no_simulation(unit: Tensor) -> Tensor:
 
 @dataclass(eq=False)
 class NotedScatter(Noted):
-    """parts: of each rank, the operations that make the contribution to it, and the contribution.
+    """parts: for each rank, the operations that make the contribution to it, and the contribution.
 
     total: the block of the sum if it is new memory, else empty: the sum lies in the last contribution.
     """
@@ -262,7 +262,7 @@ class NotedScatter(Noted):
 class Scatter:
     """Reduce-scatter of contributions.
 
-    parts: of each rank, the operations that make the contribution to it, and the contribution's place.
+    parts: for each rank, the operations that make the contribution to it, and the place of the contribution.
     total: base of the sum, NO_BASE if it lies in the last contribution.
     """
 

@@ -225,7 +225,7 @@ def test_each_step_runs_after_another_one_and_then_after_itself(names: str, monk
 
 @pytest.mark.parametrize("teacher", [False, True])
 def test_the_floor_has_a_gradient(teacher: bool) -> None:
-    """It allocates loss and gradient and then the product, of the student's type; two calls of Python functions."""
+    """The floor allocates loss and gradient, then their product in the student's type, by two Python calls."""
     step = host.Step.make(host.FLOOR, 2, 4, 3, teacher=teacher)
     step.criterion(step.student, step.teacher).backward()
     grad = step.student.grad

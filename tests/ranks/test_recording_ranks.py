@@ -117,8 +117,8 @@ SLACK = 4096  # bytes
 @pytest.mark.parametrize(("options", "messages"), [({}, 1), ({"regather": True}, 0)], ids=str)
 @pytest.mark.parametrize("R", [0, 2])
 def test_a_repeated_step_of_ranks_takes_no_more_memory_than_the_engine(R, options, messages):
-    """As much as is alive at once in the engine. One message more where the keys are kept, in the workspace: messages
-    lie outside of it. Where they are gathered again, blocks of keys are freed as soon as they have been read.
+    """A repeated step holds what the engine holds at its busiest moment. Where keys are kept, one message comes on top,
+    because messages lie outside of the workspace. Where keys are gathered again, their blocks are freed once read.
     """
     case, group, evaluate, engine = Case(**WIDE, R=R), EqualRanks(8, 3), slab.evaluate, PeakMemory()
 
@@ -232,7 +232,7 @@ def test_an_option_that_one_rank_changes():
 
 
 def test_a_rank_that_cannot_record():
-    """Its teacher's rows lie in the student's memory. The other rank repeats, and both are right."""
+    """On one rank the teacher's rows lie in the student's memory. The other rank repeats, and both are right."""
     case = Case(R=2)
 
     def call(group: ThreadRanks, time: int):
