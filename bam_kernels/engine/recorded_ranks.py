@@ -4,7 +4,7 @@ Ranks call back while messages are under way: a gather yields keys as they arriv
 meanwhile, a scatter asks for one contribution after another. What runs then is nested in the operation of the messages.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +15,7 @@ from ..header import Header, NonFinite
 from ..ranks import Ranks
 from .noted import Noted, Places, View, blocks_of
 from .recorder import Recorder
-from .recording import Operation, Run
+from .recording import Operation, Run, repeat
 from .workspace import NO_BASE, Block
 
 
@@ -168,11 +168,6 @@ class Sum:
 
     def __call__(self, run: Run) -> None:
         run.ranks.sum(run.tensor(self.x), lambda: repeat(self.meanwhile, run))
-
-
-def repeat(operations: Sequence[Operation], run: Run) -> None:
-    for operation in operations:
-        operation(run)
 
 
 @dataclass(eq=False)

@@ -167,12 +167,12 @@ class Recorder(TorchDispatchMode):
 
     def view(self, x: Tensor) -> View:
         """Describe a tensor of the step or of its inputs."""
-        return self._attempt(self._view, x) or View(None, x.dtype, tuple(x.shape), x.stride(), 0)
+        return self._attempt(self._view, x) or _without_memory(x)
 
     def _view(self, x: Tensor) -> View:
         """Describe a tensor. Raises: NotRecordable if it comes neither from the step nor from its inputs."""
         if not x.numel():
-            return View(None, x.dtype, tuple(x.shape), x.stride(), 0)
+            return _without_memory(x)
         begin, block = first_address(x), self._block_at(first_address(x))
         if begin + extent_bytes(x) > block.end:
             raise NotRecordable("a tensor is larger than the memory that the step has for it")
@@ -241,10 +241,10 @@ class Recorder(TorchDispatchMode):
 
     def _block_at(self, address: int) -> Block:
         """The block of an address. Raises: NotRecordable if the step did not make it and did not take it as input."""
-        before = self._blocks[: bisect_right(self._blocks, address, key=lambda block: block.begin)]
-        if not before or address >= before[-1].end:
+        i = bisect_right(self._blocks, address, key=lambda block: block.begin) - 1
+        if i < 0 or address >= self._blocks[i].end:
             raise NotRecordable("an operation uses memory from outside of the step")
-        return before[-1]
+        return self._blocks[i]
 
     def _described(self, x: Any) -> Any:
         """An argument of an operator, with views in place of a tensor or of a list of tensors."""
@@ -269,6 +269,10 @@ class Recorder(TorchDispatchMode):
         self._blocks = [other for other in self._blocks if other.end <= block.begin or block.end <= other.begin]
         self._blocks.insert(bisect_right(self._blocks, begin, key=lambda block: block.begin), block)
         return block
+
+
+def _without_memory(x: Tensor) -> View:
+    return View(None, x.dtype, tuple(x.shape), x.stride(), 0)
 
 
 def _whole_block(view: View) -> Block:

@@ -78,6 +78,13 @@ class Run:
 
 
 Operation = Callable[[Run], None]
+
+
+def repeat(operations: Sequence[Operation], run: Run) -> None:
+    for operation in operations:
+        operation(run)
+
+
 Slots = list[tuple[Any, int]]  # position or name of an argument, and place of its tensor
 
 
@@ -187,8 +194,7 @@ class Recording:
             with torch.cuda.device(device):
                 return self.run(*inputs, ranks=ranks)
         run = self._begin(inputs, device, ranks)
-        for operation in self.operations:
-            operation(run)
+        repeat(self.operations, run)
         return [run.tensor(i) for i in self.outputs]
 
     def _begin(self, inputs: Sequence[Tensor], device: torch.device, ranks: Ranks) -> Run:

@@ -6,10 +6,20 @@ bam_kernels/layout.py defines the dimension letters.
 import pytest
 import torch
 from problems import assert_close
-from repeated_steps import Case, by_engine, check_equal, check_ring, record, recordings_alone, repeated, result
+from repeated_steps import (
+    Case,
+    by_engine,
+    check_equal,
+    check_ring,
+    kept_recordings,
+    record,
+    recordings_alone,
+    repeated,
+    result,
+)
 from triton_device import DEVICE, pytestmark  # noqa: F401
 
-from bam_kernels import bam_loss, checked_call, reference
+from bam_kernels import bam_loss, reference
 from bam_kernels.backends import triton
 from bam_kernels.engine.step import NEVER
 
@@ -86,8 +96,7 @@ def test_memory_that_is_aligned_otherwise(as_on_a_gpu):
         student = whole[first : first + 48].view(2, 3, 8).copy_(given)
         check_equal(function(student, **options), expected)
         whole.fill_(torch.nan)
-    (call,) = checked_call._calls.values()
-    assert len(call.step("triton")._recordings) == 2
+    assert len(kept_recordings()) == 2
 
 
 def test_a_kernel_without_a_compiled_form_ends_a_recording(as_on_a_gpu, monkeypatch):
@@ -96,8 +105,7 @@ def test_a_kernel_without_a_compiled_form_ends_a_recording(as_on_a_gpu, monkeypa
     expected = by_engine(*given, **TRITON)
     for _ in range(3):
         check_equal(result(*given, **TRITON), expected)
-    (call,) = checked_call._calls.values()
-    assert [*call.step("triton")._recordings.values()] == [NEVER]
+    assert kept_recordings() == [NEVER]
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="rows on a GPU are not looked at")

@@ -8,9 +8,19 @@ import pytest
 import torch
 from cuda_device import DEVICE, kernels_on, pytestmark  # noqa: F401
 from problems import assert_close
-from repeated_steps import Case, by_engine, check_equal, check_ring, record, recordings_alone, repeated, result
+from repeated_steps import (
+    Case,
+    by_engine,
+    check_equal,
+    check_ring,
+    kept_recordings,
+    record,
+    recordings_alone,
+    repeated,
+    result,
+)
 
-from bam_kernels import bam_loss, checked_call, reference
+from bam_kernels import bam_loss, reference
 from bam_kernels.backends import cuda
 from bam_kernels.engine.step import NEVER
 
@@ -125,8 +135,7 @@ def test_kernels_of_another_device(as_on_a_gpu, monkeypatch):
         for kernels in others:
             monkeypatch.setattr(cuda, "kernels", lambda kernels=kernels: kernels)
             check_equal(result(*given, **EXACT), by_engine(*given, **EXACT))
-    (call,) = checked_call._calls.values()
-    assert len(call.step("cuda")._recordings) == 2
+    assert len(kept_recordings()) == 2
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="the emulator counts launches")
@@ -158,8 +167,7 @@ def test_a_look_at_the_rows_ends_a_recording(case):
     """The look on CPU tensors depends on their contents. The engine computes every step, and finds bad rows."""
     for seed in range(4):
         check_equal(result(*case.inputs(seed), **case.options), by_engine(*case.inputs(seed), **case.options))
-    (call,) = checked_call._calls.values()
-    assert [*call.step("cuda")._recordings.values()] == [NEVER]
+    assert kept_recordings() == [NEVER]
     with recordings_alone(), pytest.raises(AssertionError, match="the engine ran"):
         bam_loss(*case.inputs(0), **case.options)
     student, teacher = case.inputs(0)

@@ -12,7 +12,18 @@ import pytest
 import torch
 from problems import needs_cpu_kernels
 from recorded_operators import RecordedOperators
-from repeated_steps import SLABS, Case, by_engine, check_equal, record, recordings_alone, repeated, result, stats_of
+from repeated_steps import (
+    SLABS,
+    Case,
+    by_engine,
+    check_equal,
+    kept_recordings,
+    record,
+    recordings_alone,
+    repeated,
+    result,
+    stats_of,
+)
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -84,8 +95,7 @@ def test_recordings_of_a_step_stay_bounded(monkeypatch):
         wide = torch.full((2, 7, 13 + gap), torch.nan)[..., :13].copy_(student)
         for _ in range(3):
             assert torch.equal(bam_loss(wide), by_engine(student)[0])
-        (call,) = checked_call._calls.values()
-        kept = max(kept, len(call.step("cpu")._recordings))
+        kept = max(kept, len(kept_recordings()))
     assert kept == 4
 
 
@@ -103,8 +113,7 @@ def test_number_of_threads(threads):
         check_equal(found, by_engine(*case.inputs(0)))
         assert expected is None or torch.allclose(found[0], expected[0], rtol=1e-6, atol=0)
         expected = found
-    (call,) = checked_call._calls.values()
-    assert len(call.step("cpu")._recordings) == 2  # launches are recorded with their number of threads
+    assert len(kept_recordings()) == 2  # launches are recorded with their number of threads
 
 
 def test_precision_of_products(matmul_precision):

@@ -15,13 +15,15 @@ from repeated_steps import (
     by_engine,
     check_equal,
     engine_alone,
+    engine_peak,
+    kept_recordings,
     record,
     recordings_alone,
     repeated,
     result,
 )
 
-from bam_kernels import bam_loss, checked_call
+from bam_kernels import bam_loss
 from bam_kernels.engine import recorded_ranks, recording, slab
 from bam_kernels.engine.noted import NotRecordable
 from bam_kernels.engine.recorder import Recorder
@@ -120,23 +122,16 @@ def test_a_repeated_step_of_ranks_takes_no_more_memory_than_the_engine(R, option
     """A repeated step holds what the engine holds at its busiest moment. Where keys are kept, one message comes on top,
     because messages lie outside of the workspace. Where keys are gathered again, their blocks are freed once read.
     """
-    case, group, evaluate, engine = Case(**WIDE, R=R), EqualRanks(8, 3), slab.evaluate, PeakMemory()
-
-    def watched(call):
-        with engine:
-            return evaluate(call)
-
+    case, group = Case(**WIDE, R=R), EqualRanks(8, 3)
     options = options | {"group": group}
-    with engine_alone(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(slab, "evaluate", watched)
-        result(*case.inputs(0), **options)
+    peak = engine_peak(*case.inputs(0), **options)
     record(*case.inputs(0), **options)
-    (made,) = recordings_of_the_call()
+    (made,) = kept_recordings()
     given = [x for x in case.inputs(1) if x is not None]
     with PeakMemory() as again:
         made.run(*given, ranks=group)
     message = 2 * case.B * case.D * 4
-    assert 0 < again.peak <= engine.peak + messages * message + SLACK
+    assert 0 < again.peak <= peak + messages * message + SLACK
 
 
 def test_a_ring_holds_two_blocks_at_once():
@@ -147,11 +142,6 @@ def test_a_ring_holds_two_blocks_at_once():
         while next(blocks, None) is not None:
             pass
     assert used.total == 4 * own.nbytes and used.peak == 2 * own.nbytes
-
-
-def recordings_of_the_call() -> list[Recording | str]:
-    (call,) = checked_call._calls.values()
-    return [*call.step("cpu")._recordings.values()]
 
 
 # One rank does otherwise
@@ -324,7 +314,7 @@ def test_simulated_ranks_that_make_messages_at_every_call_are_not_recorded():
     keys = torch.nn.functional.normalize(features(1, 28, 13, seed=9)[0], dim=1)
     group = SimulatedRanks(2, 0, keys)
     record(student, group=group)
-    assert recordings_of_the_call() == [NEVER]
+    assert kept_recordings() == [NEVER]
     with recordings_alone(), pytest.raises(AssertionError, match="the engine ran"):
         bam_loss(student, group=group)
 

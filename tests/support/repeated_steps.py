@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from equal_ranks import EqualRanks
+from peak_memory import PeakMemory
 from problems import features
 from torch import Tensor
 
-from bam_kernels import BAMStats, bam_loss
+from bam_kernels import BAMStats, bam_loss, checked_call
 from bam_kernels.engine import flash, slab
+from bam_kernels.engine.recording import Recording
 from bam_kernels.engine.step import Step
 
 BEFORE_REPEATS = 2  # the first call runs as it is, the second is recorded
@@ -83,6 +85,27 @@ def record(*given: Any, **options: Any) -> None:
     """Call often enough that calls like these repeat a recording."""
     for _ in range(BEFORE_REPEATS):
         result(*given, **options)
+
+
+def kept_recordings() -> list[Recording | str]:
+    """Recordings of the one step that is kept, and what stands in their place."""
+    (call,) = checked_call._calls.values()
+    (step,) = call._steps.values()
+    return [*step._recordings.values()]
+
+
+def engine_peak(*given: Any, **options: Any) -> int:
+    """Most bytes that are alive at once in the slab engine, besides its inputs."""
+    evaluate, memory = slab.evaluate, PeakMemory()
+
+    def watched(call: Any) -> Any:
+        with memory:
+            return evaluate(call)
+
+    with engine_alone(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(slab, "evaluate", watched)
+        result(*given, **options)
+    return memory.peak
 
 
 def check_equal(found: Result, expected: Result) -> None:
