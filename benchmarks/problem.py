@@ -213,13 +213,14 @@ def loss_work(layout: Layout, iterations: int, score_bytes: int = 4) -> Work:
 def whole_work(layout: Layout, iterations: int, score_bytes: int = 4) -> Work:
     """Work from embeddings to the loss and dz: the result of `loss_work` and three products of 2MND flops.
 
-    The products are the source scores, dz, and the teacher's target scores or, without a teacher, dk. On one rank
-    without a teacher the keys are the first N rows, whose dz and dk are one product with G + Gᵀ.
+    The products are the source scores, dz, and the teacher's target scores or, without a teacher, dk. Without a teacher
+    this rank's keys are its first rows, for which dz and dk are one product with G + Gᵀ.
     """
     scores = loss_work(layout, iterations, score_bytes)
     M, N, D = layout.M, layout.N, layout.D
-    third = layout.R * layout.B if layout.R else M - N if layout.W == 1 else M
-    products = (2 * M + third) * N
+    own = N // layout.W
+    third = layout.R * layout.B * N if layout.R else M * N - own * own
+    products = 2 * M * N + third
     return Work(scores.bytes, scores.exps, 2 * products * D)
 
 

@@ -145,11 +145,11 @@ struct Project {
   int threads;
 };
 
-// G <- G + transpose(G) of a square G, and its row sums.
+// G <- G + transpose(G) of a square G, and the column sums that G had.
 struct Symmetrize {
   float* G;  // (m, m)
   int64_t m, stride;
-  float* row_sums;  // (m)
+  float* column_sums;  // (m)
   int threads;
 };
 

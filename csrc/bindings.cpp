@@ -168,9 +168,9 @@ void bind_plan(py::class_<KernelTable>& c) {
                                threads};
     });
   });
-  c.def("symmetrize", [](const KernelTable& k, Address G, int64_t m, int64_t stride, Address row_sums, int threads) {
+  c.def("symmetrize", [](const KernelTable& k, Address G, int64_t m, int64_t stride, Address column_sums, int threads) {
     call(k, k.kernels->symmetrize, [=](const Memory& at) {
-      return bam::Symmetrize{at.as<float>(G), m, stride, at.as<float>(row_sums), threads};
+      return bam::Symmetrize{at.as<float>(G), m, stride, at.as<float>(column_sums), threads};
     });
   });
 }

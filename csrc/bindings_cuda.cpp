@@ -215,11 +215,11 @@ void bind_plan(py::class_<KernelTable>& c) {
                                 x_stride};
     });
   });
-  c.def("symmetrize", [](const KernelTable& k, Address G, int type, int64_t m, int64_t stride, Address row_sums,
+  c.def("symmetrize", [](const KernelTable& k, Address G, int type, int64_t m, int64_t stride, Address column_sums,
                          Address partial, WhereTuple where) {
     call(k, &Kernels::symmetrize, where, [=](const Memory& at) {
       return cuda::Symmetrize{at.as<void>(G), static_cast<FloatType>(type), m,
-                              stride,         at.as<float>(row_sums),       at.as<float>(partial)};
+                              stride,         at.as<float>(column_sums),    at.as<float>(partial)};
     });
   });
 }

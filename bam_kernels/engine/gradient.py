@@ -58,14 +58,32 @@ class Gradient:
 
     def _add_whole(self, G: Tensor) -> None:
         """Add all rows G (M, N) at once: key gradients are scattered to their ranks before dz is computed."""
-        if self.own_keys and self.layout.W == 1:
-            self._add_symmetric(G)
-            return
-        if self.own_keys:
+        added = False  # whether d holds anything yet
+        blocks = self.keys.blocks
+        if self.own_keys and (self.layout.W == 1 or not self.keys.sixteen_bit):
+            self._add_own(G)
+            added, blocks = True, self.keys.others
+        elif self.own_keys:
             self._add_column_sums(G)
             self.dk_own = self._scatter(lambda keys, out: multiply(G[:, keys].T, self.z, out))
-        for number, (column, block) in enumerate(self.keys.blocks()):
-            multiply(G[:, column : column + len(block)], block, self.d, add=number > 0)
+        for column, block in blocks():
+            multiply(G[:, column : column + len(block)], block, self.d, add=added)
+            added = True
+
+    def _add_own(self, G: Tensor) -> None:
+        """Add what this rank's keys give: their part of G k, and all ranks' Gᵀ z of them."""
+        n = self.layout.T * self.layout.B
+        of_keys = self.d[:n]  # the rows that are this rank's keys
+
+        def part(rank: int) -> Tensor:
+            columns = G[:, rank * n : (rank + 1) * n]
+            if rank == self.ranks.rank:
+                return self._add_symmetric(columns, of_keys)
+            return multiply(columns.T, self.z, torch.empty_like(of_keys))
+
+        total = self.ranks.scatter(part)
+        if total is not of_keys:
+            of_keys.copy_(total)
 
     def _scatter(self, write: Callable[[slice, Tensor], Any]) -> Tensor:
         """Reduce-scatter of key gradients: this rank's (T*B, D), summed over the ranks.
@@ -93,22 +111,22 @@ class Gradient:
         assert column_sums is not None
         return dk.addr_(column_sums, self.keys.centre, alpha=self.keys.unit)
 
-    def _add_symmetric(self, G: Tensor) -> None:
-        """Add all rows on one rank without a teacher, where the first N rows are the keys.
+    def _add_symmetric(self, G: Tensor, d: Tensor) -> Tensor:
+        """Write G k' + Gᵀ z of this rank's keys to `d`, which is dz of the same rows, and G k' to dz of all other rows.
 
-        For the first N rows, G k + Gᵀ z is one product H z with H = G + Gᵀ. There z = k' + centre, so
-        H z = H k' + rowsum(H) centre; products with k' stay small near collapse.
+        G (M, T*B): the columns of these keys. The first T*B rows are the keys, so there z = k' + centre, and
+        G k' + Gᵀ z = H k' + colsum(G) centre with H = G + Gᵀ: one product, of numbers that stay small near collapse.
         """
-        keys, N = self.keys.whole, self.layout.N
-        if len(G) > N:
-            multiply(G[N:], keys, self.d[N:])
-        H = G[:N]
+        keys, n = self.keys.own, len(d)
+        if len(G) > n:
+            multiply(G[n:], keys, self.d[n:])
+        H = G[:n]
         self.column_sums = self.kernels.symmetrize_(H)
-        d = multiply(H, keys, self.d[:N])
-        if len(G) > N:
-            multiply(G[N:].T, self.z[N:], d, add=True)
-            self._add_column_sums(G[N:])
-        d.addr_(self.column_sums, self.keys.centre, alpha=self.keys.unit)
+        multiply(H, keys, d)
+        if len(G) > n:
+            multiply(G[n:].T, self.z[n:], d, add=True)
+            self._add_column_sums(G[n:])
+        return d.addr_(self.column_sums, self.keys.centre, alpha=self.keys.unit)
 
     @named_range("gradient")
     def finish(self, temperature: float) -> Tensor:

@@ -86,6 +86,31 @@ class Keys:
         return sent
 
     @property
+    def own(self) -> Tensor:
+        """Centred keys of this rank (n, D)."""
+        if self._gathered is None:
+            return torch.sub(self._own, self.centre, out=torch.empty_like(self._own))
+        first, last = self._own_columns
+        return self.whole[first:last]
+
+    def others(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield (first column, centred keys) of the other ranks, as `blocks`."""
+        if self._gathered is None:
+            blocks = self.blocks()
+            next(blocks)  # this rank's own
+            yield from blocks
+            return
+        first, last = self._own_columns
+        for part in (slice(0, first), slice(last, len(self._gathered))):
+            if part.start < part.stop:
+                yield part.start, self.whole[part]
+
+    @property
+    def _own_columns(self) -> tuple[int, int]:
+        n = len(self._own)
+        return self.ranks.rank * n, (self.ranks.rank + 1) * n
+
+    @property
     def whole(self) -> Tensor:
         """All keys (N, D); gathers them if they have not arrived. `bias` is complete afterwards."""
         assert self._gathered is not None

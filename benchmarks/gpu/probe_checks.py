@@ -138,7 +138,7 @@ def symmetrize(kernels: Any, device: torch.device, m: int, _: int, findings: Fin
         sums = kernels.symmetrize_(on_device)
         expected = G.float() + G.float().T
         findings.check(f"G + transpose(G), {dtype}", on_device, expected.to(dtype), 0, 1e-30)
-        findings.check(f"row sums, {dtype}", sums, expected.double().sum(1), 0, 1e-5 * m**0.5)
+        findings.check(f"column sums, {dtype}", sums, G.double().sum(0), 0, 1e-5 * m**0.5)
 
 
 def columns(kernels: Any, device: torch.device, m: int, n: int, findings: Findings) -> None:

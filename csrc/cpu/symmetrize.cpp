@@ -1,4 +1,4 @@
-// G <- G + transpose(G) in place, and its row sums.
+// G <- G + transpose(G) in place, and the column sums that G had.
 //
 // Where the keys are the rows themselves, dz = G k + transpose(G) z is one product with the sum: a third of the
 // gradient's and the score's arithmetic is saved for one pass over G.
@@ -27,7 +27,6 @@ BAM_INLINE void store_square(float* G, int64_t stride, int64_t rows, int64_t col
   }
 }
 
-// Sum of the rows: a chain of vectors, where the sum of a row would be a chain of scalars.
 BAM_INLINE vfloat column_sums(const vfloat (&square)[kLanes]) {
   vfloat total = square[0];
   for (int64_t r = 1; r < kLanes; ++r) total += square[r];
@@ -46,16 +45,17 @@ void add_transposed(const Symmetrize& p, int64_t i, int64_t j, float* sums_i, fl
   vfloat a[kLanes], b[kLanes];
   load_square(upper, p.stride, rows, columns, a);
   load_square(lower, p.stride, columns, rows, b);
+  add_to(sums_i, column_sums(b));
+  if (i != j) add_to(sums_j, column_sums(a));
   transpose(b);
   for (int64_t r = 0; r < kLanes; ++r) a[r] += b[r];
   store_square(upper, p.stride, rows, columns, a);
-  if (i != j) add_to(sums_j, column_sums(a));
+  if (i == j) return;
   transpose(a);
-  if (i != j) store_square(lower, p.stride, columns, rows, a);
-  add_to(sums_i, column_sums(a));
+  store_square(lower, p.stride, columns, rows, a);
 }
 
-// The pair of tiles (I, J) and (J, I), or the tile on the diagonal, and the sums of their rows.
+// The pair of tiles (I, J) and (J, I), or the tile on the diagonal, and the sums of their columns.
 void add_transposed_tiles(const Symmetrize& p, int64_t I, int64_t J, int64_t tiles, float* partial) {
   const int64_t first_i = I * kTile, first_j = J * kTile;
   float* sums_i = partial + (I * tiles + J) * kTile;
@@ -80,10 +80,10 @@ void symmetrize(const Symmetrize& p) {
       for (int64_t J = pair[q]; J < tiles; ++J) add_transposed_tiles(p, pair[q], J, tiles, partial.data);
   }
   for_columns(p.m, [&](int64_t i, auto part) {
-    const float* of_rows = partial.data + (i / kTile) * tiles * kTile + i % kTile;
+    const float* of_tiles = partial.data + (i / kTile) * tiles * kTile + i % kTile;
     vfloat total = splat(0.0f);
-    for (int64_t J = 0; J < tiles; ++J) total += load(of_rows + J * kTile, Full{});
-    store(p.row_sums + i, total, part);
+    for (int64_t J = 0; J < tiles; ++J) total += load(of_tiles + J * kTile, Full{});
+    store(p.column_sums + i, total, part);
   });
 }
 

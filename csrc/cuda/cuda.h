@@ -280,8 +280,8 @@ struct Symmetrize {
   void* G;         // (m, m)
   FloatType type;  // float32 or fp16
   int64_t m, stride;
-  float* row_sums;
-  float* partial;  // (ceil(m/32), m)
+  float* column_sums;  // (m), of G before
+  float* partial;      // (ceil(m/32), m)
 };
 
 struct MaskPositives {

@@ -137,44 +137,38 @@ __global__ void __launch_bounds__(kRowThreads) plan_subtract_kernel(const PlanSu
   }
 }
 
-// Tiles (I, J) and (J, I) of G <- G + transpose(G), I <= J, and partial[J, i] = sum over tile J of the result's row i.
+// Tiles (I, J) and (J, I) of G <- G + transpose(G), I <= J, and partial[J, i] = sum over rows of tile J of G's column
+// i, before.
 template <class T>
 __global__ void __launch_bounds__(kTile* kTileRows) symmetrize_kernel(const Symmetrize p) {
   follow_earlier_kernels();
   T* G = static_cast<T*>(p.G);
   const int64_t I = blockIdx.y, J = blockIdx.x;
   if (I > J) return;
-  auto* tile = static_cast<float (*)[kTile + 1]>(shared_memory());
+  auto* upper = static_cast<float (*)[kTile + 1]>(shared_memory());
+  auto* lower = upper + kTile;
   const int x = threadIdx.x % kTile, first = threadIdx.x / kTile;
-  const int64_t j = J * kTile + x, i_of_x = I * kTile + x;
-  for (int y = first; y < kTile; y += kTileRows) {  // tile[a][b]: row I*kTile + b, column J*kTile + a, of the transpose
-    const int64_t row = J * kTile + y;
-    tile[y][x] = row < p.m && i_of_x < p.m ? as_float(G[row * p.stride + i_of_x]) : 0.0f;
+  const int64_t i_of_x = I * kTile + x, j_of_x = J * kTile + x;
+  for (int y = first; y < kTile; y += kTileRows) {
+    const int64_t i = I * kTile + y, j = J * kTile + y;
+    upper[y][x] = i < p.m && j_of_x < p.m ? as_float(G[i * p.stride + j_of_x]) : 0.0f;
+    lower[y][x] = j < p.m && i_of_x < p.m ? as_float(G[j * p.stride + i_of_x]) : 0.0f;
   }
   sync_block();
   for (int y = first; y < kTile; y += kTileRows) {
-    const int64_t i = I * kTile + y;
-    float total = tile[x][y];
-    if (i < p.m && j < p.m) {
-      total += as_float(G[i * p.stride + j]);
-      G[i * p.stride + j] = from_float<T>(total);
-    }
-    tile[x][y] = total;
-  }
-  sync_block();
-  for (int y = first; y < kTile; y += kTileRows) {
-    const int64_t row = J * kTile + y;
-    if (I < J && row < p.m && i_of_x < p.m) G[row * p.stride + i_of_x] = from_float<T>(tile[y][x]);
+    const int64_t i = I * kTile + y, j = J * kTile + y;
+    if (i < p.m && j_of_x < p.m) G[i * p.stride + j_of_x] = from_float<T>(upper[y][x] + lower[x][y]);
+    if (I < J && j < p.m && i_of_x < p.m) G[j * p.stride + i_of_x] = from_float<T>(lower[y][x] + upper[x][y]);
   }
   if (first == 0 && i_of_x < p.m) {
     float sum = 0.0f;
-    for (int b = 0; b < kTile; ++b) sum += tile[b][x];
+    for (int y = 0; y < kTile; ++y) sum += lower[y][x];
     p.partial[J * p.m + i_of_x] = sum;
   }
-  if (first == 1 && I < J && j < p.m) {
+  if (first == 1 && I < J && j_of_x < p.m) {
     float sum = 0.0f;
-    for (int b = 0; b < kTile; ++b) sum += tile[x][b];
-    p.partial[I * p.m + j] = sum;
+    for (int y = 0; y < kTile; ++y) sum += upper[y][x];
+    p.partial[I * p.m + j_of_x] = sum;
   }
 }
 
@@ -219,10 +213,10 @@ void plan_subtract(const PlanSubtract& p, const Where& where) {
 void symmetrize(const Symmetrize& p, const Where& where) {
   const unsigned tiles = blocks_for(p.m, kTile);
   const Shape shape = {dim3(tiles, tiles), kTile * kTileRows,
-                       kTile * (kTile + 1) * static_cast<int64_t>(sizeof(float))};
+                       2 * kTile * (kTile + 1) * static_cast<int64_t>(sizeof(float))};
   if (p.type == FloatType::kFloat32) launch("symmetrize_kernel<float32>", symmetrize_kernel<float>, shape, where, p);
   else launch("symmetrize_kernel<float16>", symmetrize_kernel<__half>, shape, where, p);
-  add_chunks({p.partial, tiles, p.m, nullptr, p.row_sums, false}, where);
+  add_chunks({p.partial, tiles, p.m, nullptr, p.column_sums, false}, where);
 }
 
 }  // namespace bam::cuda

@@ -69,7 +69,7 @@ def test_sixteen_lanes_agree_with_eight(wide, n):
         )
         y, w = kernels.plan_products(scores, LOG2_E / 0.02, row, col, torch.ones(n), torch.ones(18))
         square = (scores[:, :5].T @ scores[:, :5]).contiguous()
-        sums_of_rows = kernels.symmetrize_(square)
-        outcomes.append([c, q.float(), targets, G, matched.loss, matched.source_entropy, y, w, square, sums_of_rows])
+        column_sums = kernels.symmetrize_(square)
+        outcomes.append([c, q.float(), targets, G, matched.loss, matched.source_entropy, y, w, square, column_sums])
     for eight, sixteen in zip(*outcomes, strict=True):
         assert ((sixteen - eight).abs() <= 1e-5 * eight.abs() + 1e-6).all()

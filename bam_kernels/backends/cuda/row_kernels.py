@@ -94,7 +94,7 @@ class CudaKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
         return d
 
     def symmetrize_(self, G: Tensor) -> Tensor:
-        """Replace G (m, m), float32 or fp16, by G + Gᵀ; returns the row sums (m,) float32 of the result."""
+        """Replace G (m, m), float32 or fp16, by G + Gᵀ; returns the column sums (m,) float32 of G before."""
         m = len(G)
         assert G.shape == (m, m) and G.stride(1) == 1
         device, first = G.device, address(G, G.device, UNIT_TYPES)

@@ -115,7 +115,7 @@ def plan_subtract_kernel(
 
 @triton.jit
 def symmetrize_kernel(G, partial, m, stride, TILE: tl.constexpr):
-    """G <- G + Gᵀ, two tiles (I, J) and (J, I) a program, and partial[J, i] = Σ_{j in tile J} of the result's row i.
+    """G <- G + Gᵀ, two tiles (I, J) and (J, I) a program, and partial[J, i] = Σ_{j in tile J} G_ji, before.
 
     Shapes: G (m, m) float32 or fp16, partial (ceil(m / TILE), m); the grid is all pairs of tiles.
     """
@@ -126,12 +126,12 @@ def symmetrize_kernel(G, partial, m, stride, TILE: tl.constexpr):
         lower = G + offs_j.to(tl.int64)[:, None] * stride + offs_i[None, :]
         mask_upper = (offs_i < m)[:, None] & (offs_j < m)[None, :]
         mask_lower = (offs_j < m)[:, None] & (offs_i < m)[None, :]
-        total = tl.load(upper, mask=mask_upper, other=0.0).to(tl.float32)
-        total += tl.trans(tl.load(lower, mask=mask_lower, other=0.0)).to(tl.float32)
-        transposed = tl.trans(total)
+        a = tl.load(upper, mask=mask_upper, other=0.0).to(tl.float32)
+        b = tl.load(lower, mask=mask_lower, other=0.0).to(tl.float32)
+        total = a + tl.trans(b)
         # The diagonal tile is read in both orders before it is written.
         tl.debug_barrier()
         tl.store(upper, total, mask=mask_upper)
-        tl.store(lower, transposed, mask=mask_lower)
-        tl.store(partial + J.to(tl.int64) * m + offs_i, tl.sum(total, axis=1), mask=offs_i < m)
-        tl.store(partial + I.to(tl.int64) * m + offs_j, tl.sum(transposed, axis=1), mask=offs_j < m)
+        tl.store(lower, tl.trans(total), mask=mask_lower)
+        tl.store(partial + J.to(tl.int64) * m + offs_i, tl.sum(b, axis=0), mask=offs_i < m)
+        tl.store(partial + I.to(tl.int64) * m + offs_j, tl.sum(a, axis=0), mask=offs_j < m)

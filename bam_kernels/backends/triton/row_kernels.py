@@ -150,7 +150,7 @@ class TritonKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
         return d
 
     def symmetrize_(self, G: Tensor) -> Tensor:
-        """Replace G (m, m), float32 or fp16, by G + Gᵀ; returns the row sums (m,) float32 of the result."""
+        """Replace G (m, m), float32 or fp16, by G + Gᵀ; returns the column sums (m,) float32 of G before."""
         m, tile = len(G), 64
         assert G.shape == (m, m) and G.stride(1) == 1
         tiles = -(-m // tile)
