@@ -112,7 +112,7 @@ def slab_seconds(x: Problem, slabs: SlabPlan, rates: Rates, way: str = "triton")
     sweeps = 1 if slabs.cached else x.iterations + (0 if x.shared else 1)
     source_rows = layout.M if not x.shared or not slabs.cached else 0
     contracted: float = layout.M * (2 if x.scatters else 1) if x.needs_grad else 0
-    if x.scatters and (layout.W == 1 or not x.sixteen_bit):
+    if x.scatters and slabs.match_images == layout.B and (layout.W == 1 or not x.sixteen_bit):
         contracted -= layout.T * layout.B / layout.W  # one product with G + Gᵀ replaces two, for this rank's keys
     score_bytes = HALF_BYTES if x.sixteen_bit else FLOAT_BYTES
     reads = (x.iterations * x.rows + (0 if x.shared else x.targets) + layout.M) * layout.N

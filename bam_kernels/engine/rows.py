@@ -62,7 +62,7 @@ class Keys:
         if self._gathered is not None and self._complete:
             yield 0, self._gathered
             return
-        for first, block in range_for_each("gather", iter(self.ranks.gather(self._own, self._as_sent, self._room))):
+        for first, block in self._arriving():
             part = slice(first, first + len(block))
             if self._gathered is None:
                 yield first, block - self.centre
@@ -73,6 +73,9 @@ class Keys:
         if self._room is not None:
             self.bias = _bias_of(self._room).contiguous()
         self._complete = True
+
+    def _arriving(self) -> Iterator[tuple[int, Tensor]]:
+        return range_for_each("gather", iter(self.ranks.gather(self._own, self._as_sent, self._room)))
 
     def _as_sent(self, unit: Tensor) -> Tensor:
         """The message of a rank whose keys are these unit rows, for simulated ranks."""
@@ -96,9 +99,10 @@ class Keys:
     def others(self) -> Iterator[tuple[int, Tensor]]:
         """Yield (first column, centred keys) of the other ranks, as `blocks`."""
         if self._gathered is None:
-            blocks = self.blocks()
-            next(blocks)  # this rank's own
-            yield from blocks
+            arriving = self._arriving()
+            next(arriving)  # this rank's own
+            for first, block in arriving:
+                yield first, block - self.centre
             return
         first, last = self._own_columns
         for part in (slice(0, first), slice(last, len(self._gathered))):

@@ -135,7 +135,7 @@ class Contact:
                     TESTS / "kernels" / "test_gpu_graphs.py",
                     TESTS / "loss" / "test_gradient_cache.py",
                 ],
-                240,
+                300,
                 3,
                 "-m",
                 "gpu",

@@ -331,5 +331,6 @@ def test_torchrun_starts_ranks_anew_after_one_was_killed():
     )
     run = torchrun(2, *broken_ranks.RUN, script=script, restarts=1)
     assert run.returncode == 0 and run.stdout.count("written: ") == 1, run.stderr
-    assert run.stderr.count("error: another rank has ended.") == 1
+    # torchrun may end the other rank of the first attempt before that rank notices.
+    assert run.stderr.count("error: another rank has ended.") <= 1
     assert os.path.isdir("runs/digits-002")

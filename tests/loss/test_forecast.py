@@ -51,9 +51,10 @@ def test_work():
 
     seconds = plan(views=4, images=3, features=5, ranks=4, rates=UNIT).seconds
     assert seconds["target products"] == 12 * product and seconds["source products"] == 0
-    assert seconds["gradient products"] == 2 * 12 * product and seconds["scatter"] == 3 * (2 * 3 * 5 * 4)
+    # G k and Gᵀ z, but for the 6 rows that are keys, one of the two for their own keys, a quarter of all.
+    assert seconds["gradient products"] == (2 * 12 - 6 / 4) * product and seconds["scatter"] == 3 * (2 * 3 * 5 * 4)
     one_rank = plan(views=4, images=3, features=5, rates=UNIT)
-    assert one_rank.seconds["gradient products"] == 12 * 2 * 6 * 5 and one_rank.messages == ()
+    assert one_rank.seconds["gradient products"] == (2 * 12 - 6) * 2 * 6 * 5 and one_rank.messages == ()
 
 
 def test_slabs_are_made_again_in_every_sweep():
@@ -62,6 +63,7 @@ def test_slabs_are_made_again_in_every_sweep():
     assert again.slabs.cached is False and again.memory["scores"] == 4 * 4 * 24
     assert again.seconds["target products"] == 3 * kept.seconds["target products"]
     assert again.seconds["source products"] == kept.seconds["target products"]
+    assert again.seconds["gradient products"] == 2 * kept.seconds["target products"]
 
 
 def test_a_step_is_at_least_its_longest_part_and_at_most_their_sum():
