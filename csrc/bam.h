@@ -124,24 +124,30 @@ struct MeanRow {
   int threads;
 };
 
-// The row potential 2^(scale * <unit_i, centre>) of scores taken against centred keys, the product in double.
+// The row potential 2^(scale * <unit_i, centre>) of scores taken against centred keys, the product in double. Where
+// rows are keys: also unit_i - centre of the first rows.
 struct CentrePotential {
   const float* unit;    // (m, d)
   const float* centre;  // (d)
   int64_t m, d;
   double scale;
-  Potential row;  // (m) out
+  Potential row;   // (m) out
+  float* centred;  // (centred_rows, d) out
+  int64_t centred_rows;
   int threads;
 };
 
 // d_i <- factor * (d_i - unit_i <unit_i, d_i>) / norm_i, and 0 where norm_i < 1e-12: the way back through the L2
-// normalisation.
+// normalisation. Before that, common_factor * weight_i * common is added to the first rows.
 struct Project {
   float* d;  // (m, d) in, out
   const float* unit;
   const double* norm;
   double factor;
-  int64_t m, d_features;
+  const float* weight;  // (weights)
+  const float* common;  // (d_features)
+  float common_factor;
+  int64_t weights, m, d_features;
   int threads;
 };
 

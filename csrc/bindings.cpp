@@ -198,19 +198,29 @@ void bind_embeddings(py::class_<KernelTable>& c) {
           });
         });
   c.def("centre_potential", [](const KernelTable& k, Address unit, Address centre, int64_t rows, int64_t d,
-                               double scale, Pair row, int threads) {
+                               double scale, Pair row, Address centred, int64_t centred_rows, int threads) {
     call(k, k.kernels->centre_potential, [=](const Memory& at) {
-      return bam::CentrePotential{
-          at.as<const float>(unit), at.as<const float>(centre), rows, d, scale, potential(at, row), threads};
+      return bam::CentrePotential{at.as<const float>(unit), at.as<const float>(centre), rows,         d,      scale,
+                                  potential(at, row),       at.as<float>(centred),      centred_rows, threads};
     });
   });
-  c.def("project", [](const KernelTable& k, Address d, Address unit, Address norm, double factor, int64_t rows,
-                      int64_t features, int threads) {
-    call(k, k.kernels->project, [=](const Memory& at) {
-      return bam::Project{at.as<float>(d), at.as<const float>(unit), at.as<const double>(norm), factor, rows, features,
-                          threads};
-    });
-  });
+  c.def("project",
+        [](const KernelTable& k, Address d, Address unit, Address norm, double factor, Address weight, Address common,
+           float common_factor, int64_t weights, int64_t rows, int64_t features, int threads) {
+          call(k, k.kernels->project, [=](const Memory& at) {
+            return bam::Project{at.as<float>(d),
+                                at.as<const float>(unit),
+                                at.as<const double>(norm),
+                                factor,
+                                at.as<const float>(weight),
+                                at.as<const float>(common),
+                                common_factor,
+                                weights,
+                                rows,
+                                features,
+                                threads};
+          });
+        });
 }
 
 void bind_stats(py::class_<KernelTable>& c) {

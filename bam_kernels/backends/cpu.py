@@ -13,7 +13,7 @@ from torch import Tensor
 from ..layout import Layout
 from .addresses import FLOAT64, INT16, address, pair, scores_of
 from .extension import _C, import_error
-from .interface import LOG2_E, MatchSums, Positives, Potential, UnitRows
+from .interface import LOG2_E, CommonPart, MatchSums, Positives, Potential, UnitRows
 
 CPU = torch.device("cpu")
 
@@ -76,24 +76,51 @@ class CpuKernels:
         )
         return mean
 
-    def centre_potential(self, read: Tensor, centre: Tensor, epsilon: float) -> Potential:
-        """Row potential exp(<unit_i, centre>/eps) of float32 rows, from which Sinkhorn on centred keys starts."""
+    def centre_potential(
+        self, read: Tensor, centre: Tensor, epsilon: float, centred: Tensor | None = None
+    ) -> Potential:
+        """Row potential exp(<unit_i, centre>/eps) of float32 rows (m, D), from which Sinkhorn on centred keys starts.
+
+        centred  (n, D), out: the first n rows less the centre, for rows that are keys
+        """
         m, d = read.shape
+        assert read.is_contiguous() and (centred is None or centred.is_contiguous())
         row = Potential.empty(m, CPU)
         self._kernels.centre_potential(
-            address(read, CPU), address(centre, CPU), m, d, LOG2_E / epsilon, pair(row, CPU), _threads(m * d)
+            address(read, CPU),
+            address(centre, CPU),
+            m,
+            d,
+            LOG2_E / epsilon,
+            pair(row, CPU),
+            address(centred, CPU),
+            len(centred) if centred is not None else 0,
+            _threads(m * d),
         )
         return row
 
-    def project_(self, d: Tensor, rows: UnitRows, factor: float = 1.0) -> Tensor:
+    def project_(self, d: Tensor, rows: UnitRows, factor: float = 1.0, common: CommonPart | None = None) -> Tensor:
         """Gradient of the L2 normalisation, in place: d (m, D) <- factor * (d - unit <unit, d>) / norm.
 
-        A row with a norm below 1e-12 gets 0.
+        `common` is added to d before. A row with a norm below 1e-12 gets 0.
         """
         m, features = d.shape
         assert d.is_contiguous() and rows.x.is_contiguous()
-        norm = address(rows.norm, CPU, FLOAT64)
-        self._kernels.project(address(d, CPU), address(rows.x, CPU), norm, factor, m, features, _threads(m * features))
+        weights, row, common_factor = common or (None, None, 0.0)
+        assert common is None or common.weights.is_contiguous()
+        self._kernels.project(
+            address(d, CPU),
+            address(rows.x, CPU),
+            address(rows.norm, CPU, FLOAT64),
+            factor,
+            address(weights, CPU),
+            address(row, CPU),
+            common_factor,
+            len(weights) if weights is not None else 0,
+            m,
+            features,
+            _threads(m * features),
+        )
         return d
 
     def symmetrize_(self, G: Tensor) -> Tensor:

@@ -72,6 +72,20 @@ class UnitRows(NamedTuple):
         return UnitRows(self.read[:m], self.norm[:m], first_views(self.x, count, B), bias)
 
 
+class CommonPart(NamedTuple):
+    """A multiple of one vector for each of the first n rows of a gradient: factor * weights_i * row is added to row i.
+
+    weights (n,) and row (D,) are float32 and contiguous.
+    """
+
+    weights: Tensor
+    row: Tensor
+    factor: float = 1.0
+
+    def add_to(self, d: Tensor) -> None:
+        d[: len(self.weights)].addr_(self.weights, self.row, alpha=self.factor)
+
+
 def first_views(x: Tensor, count: int, B: int) -> Tensor:
     """The first `count` views of x (V*B, D) or (V, B, D), of B images each."""
     return x[: count if x.dim() == 3 else count * B]
@@ -142,8 +156,10 @@ class RowKernels(Protocol):
     def recorded(self, recorder: Any) -> "RowKernels": ...
     def normalize(self, x: Tensor) -> UnitRows: ...
     def mean_row(self, x: Tensor, /) -> Tensor: ...
-    def centre_potential(self, read: Tensor, centre: Tensor, epsilon: float) -> Potential: ...
-    def project_(self, d: Tensor, rows: UnitRows, factor: float = 1.0) -> Tensor: ...
+    def centre_potential(
+        self, read: Tensor, centre: Tensor, epsilon: float, centred: Tensor | None = None
+    ) -> Potential: ...
+    def project_(self, d: Tensor, rows: UnitRows, factor: float = 1.0, common: CommonPart | None = None) -> Tensor: ...
     def symmetrize_(self, G: Tensor) -> Tensor: ...
     def mask_positives_(self, scores: Tensor, positives: Positives, /) -> Tensor: ...
     def column_lse(

@@ -2,9 +2,9 @@
 
 layout.py defines the dimension letters.
 
-In 16 bit, G is (a A - Pbar) * GRADIENT_FACTOR in fp16; rows and keys are centred, times HALF_UNIT, in fp16. The part
-common to all rows is added in float32, because near collapse it is most of every row. Sums are float32, and their
-factors are taken out at the end.
+In 16 bit, G is (a A - Pbar) * GRADIENT_FACTOR in fp16; rows and keys are centred, times HALF_UNIT, in fp16. Sums are
+float32, and their factors are taken out at the end. Where Gᵀ is multiplied by centred rows, what they have in common is
+added in float32 at the end, because near collapse it is most of every row.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.interface import GRADIENT_FACTOR
+from ..backends.interface import GRADIENT_FACTOR, CommonPart
 from ..layout import Layout
 from ..precision import multiply
 from ..ranges import named_range
@@ -31,7 +31,7 @@ class Gradient:
         self.d = torch.empty_like(self.z, dtype=torch.float32)
         self.dk: Tensor | None = None  # (N, D), Gᵀ z' of all keys and this rank's rows
         self.dk_own: Tensor | None = None  # (T*B, D), gradient of this rank's keys from all ranks' rows
-        self.column_sums: Tensor | None = None  # (N,), of G in 16 bit
+        self.column_sums: Tensor | None = None  # (N,), at the end (T*B,), of G where Gᵀ is multiplied by centred rows
 
     @named_range("gradient")
     def add(self, G: Tensor, first: int) -> None:
@@ -102,14 +102,9 @@ class Gradient:
             return message
 
         total = self.ranks.scatter(part)
-        return self._add_common_part(total[: n * D].view(n, D), total[n * D :])
-
-    def _add_common_part(self, dk: Tensor, column_sums: Tensor | None) -> Tensor:
-        """Add, in 16 bit, the part of Gᵀ z that is common to all rows of z, to Gᵀ z' of the same columns of G."""
-        if not self.keys.sixteen_bit:
-            return dk
-        assert column_sums is not None
-        return dk.addr_(column_sums, self.keys.centre, alpha=self.keys.unit)
+        if self.column_sums is not None:
+            self.column_sums = total[n * D :]
+        return total[: n * D].view(n, D)
 
     def _add_symmetric(self, G: Tensor, d: Tensor) -> Tensor:
         """Write G k' + Gᵀ z of this rank's keys to `d`, which is dz of the same rows, and G k' to dz of all other rows.
@@ -126,20 +121,20 @@ class Gradient:
         if len(G) > n:
             multiply(G[n:].T, self.z[n:], d, add=True)
             self._add_column_sums(G[n:])
-        return d.addr_(self.column_sums, self.keys.centre, alpha=self.keys.unit)
+        return d
 
     @named_range("gradient")
     def finish(self, temperature: float) -> Tensor:
         """Return dz (M, D) float32, after the gradient of the L2 normalisation."""
         n = self.layout.T * self.layout.B
         if (dk := self.dk) is not None:
-            if self.layout.W == 1:
-                self.dk_own = self._add_common_part(dk, self.column_sums)
-            else:
-                self.dk_own = self._scatter(lambda keys, out: out.copy_(dk[keys]))
+            self.dk_own = dk if self.layout.W == 1 else self._scatter(lambda keys, out: out.copy_(dk[keys]))
         if self.dk_own is not None:
             self.d[:n].add_(self.dk_own)
         factor = 1.0
         if self.keys.sixteen_bit:
             factor = 1 / (GRADIENT_FACTOR * self.keys.unit * self.layout.B * temperature)
-        return self.kernels.project_(self.d, self.rows, factor)
+        common = None
+        if self.column_sums is not None:  # what centred rows left out
+            common = CommonPart(self.column_sums, self.keys.centre, self.keys.unit)
+        return self.kernels.project_(self.d, self.rows, factor, common)

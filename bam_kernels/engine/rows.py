@@ -50,6 +50,7 @@ class Keys:
         self.bias: Tensor | None = None
         self._own, self._room, self._gathered = own.read, room, None
         self._complete = ranks.W == 1 and self.sixteen_bit
+        self._own_is_centred = False
         if self._complete:
             self._gathered, self.bias = own.read, own.bias
         elif room is not None:
@@ -66,8 +67,8 @@ class Keys:
             part = slice(first, first + len(block))
             if self._gathered is None:
                 yield first, block - self.centre
-            elif self.sixteen_bit:  # the block is a part of the room
-                yield first, self._gathered[part]
+            elif self.sixteen_bit or (self._own_is_centred and first == self._own_columns[0]):
+                yield first, self._gathered[part]  # in 16 bit the block is a part of the room
             else:
                 yield first, torch.sub(block, self.centre, out=self._gathered[part])
         if self._room is not None:
@@ -87,6 +88,14 @@ class Keys:
         sent[:, : unit.shape[1]] = centred * HALF_UNIT
         _bias_of(sent).copy_(centred @ centre * HALF_UNIT**2)
         return sent
+
+    def room_for_own(self) -> Tensor | None:
+        """Where the caller writes this rank's centred float32 keys; None if they are not held."""
+        if self._gathered is None:
+            return None
+        self._own_is_centred = True
+        first, last = self._own_columns
+        return self._gathered[first:last]
 
     @property
     def own(self) -> Tensor:
@@ -195,10 +204,11 @@ def rows_and_keys(call: Call, read: tuple[UnitRows, UnitRows | None] | None) -> 
     layout, kernels, epsilon = call.layout, call.kernels, call.options.epsilon
     if read is not None:
         z, y = read[0], read[1] if read[1] is not None else read[0]
-        own, room = y.views(layout.T, layout.B), None
-        centre = kernels.mean_row(own.read)
+        own = y.views(layout.T, layout.B)
+        keys = Keys(own, kernels.mean_row(own.read), call.ranks, call.options.regather)
         target = z if call.shared else y
-        potential = kernels.centre_potential(target.read, centre, epsilon)
+        room_for_own = keys.room_for_own() if target is y else None
+        potential = kernels.centre_potential(target.read, keys.centre, epsilon, room_for_own)
     else:
         first = first_views(call.student if call.teacher is None else call.teacher, layout.T, layout.B)
         centre = call.ranks.sum(kernels.mean_unit_row(first, layout.W))
@@ -210,6 +220,5 @@ def rows_and_keys(call: Call, read: tuple[UnitRows, UnitRows | None] | None) -> 
             z, potential = kernels.half_rows(call.student, centre, epsilon)
             y, y_potential = kernels.half_rows(call.teacher, centre, epsilon, message)
         target, potential = (z, potential) if call.shared else (y, y_potential)
-        own = y.views(layout.T, layout.B)
-    keys = Keys(own, centre, call.ranks, call.options.regather, room)
+        keys = Keys(y.views(layout.T, layout.B), centre, call.ranks, call.options.regather, room)
     return Rows(z, target, potential, keys, own_keys=call.teacher is None)

@@ -77,10 +77,15 @@ void mean_row(const MeanRow& p) {
 void centre_potential(const CentrePotential& p) {
 #pragma omp parallel for num_threads(p.threads) schedule(static)
   for (int64_t i = 0; i < p.m; ++i) {
-    const double x = p.scale * dot(p.unit + i * p.d, p.centre, p.d);
+    const float* unit = p.unit + i * p.d;
+    const double x = p.scale * dot(unit, p.centre, p.d);
     const double exponent = floor(x);
     p.row.exponent[i] = (float)exponent;
     p.row.mantissa[i] = (float)::exp2(x - exponent);
+    if (i >= p.centred_rows) continue;
+    float* centred = p.centred + i * p.d;
+    for_columns(
+        p.d, [&](int64_t k, auto part) { store(centred + k, load(unit + k, part) - load(p.centre + k, part), part); });
   }
 }
 
@@ -90,6 +95,12 @@ void project(const Project& p) {
     float* d = p.d + i * p.d_features;
     const float* unit = p.unit + i * p.d_features;
     const double inverse = p.norm[i] < kNormFloor ? 0.0 : p.factor / p.norm[i];
+    if (i < p.weights) {
+      const vfloat weight = splat(p.common_factor * p.weight[i]);
+      for_columns(p.d_features, [&](int64_t k, auto part) {
+        store(d + k, fma(load(p.common + k, part), weight, load(d + k, part)), part);
+      });
+    }
     vfloat dots = splat(0.0f);
     for_columns(p.d_features, [&](int64_t k, auto part) { dots = fma(load(d + k, part), load(unit + k, part), dots); });
     const vfloat along = splat(-sum(dots)), factor = splat((float)inverse);

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bam_kernels.backends import cpu
 from bam_kernels.backends.addresses import FLOAT32, SCORES, address
-from bam_kernels.backends.interface import DeviceNumber, Positives, Potential, UnitRows
+from bam_kernels.backends.interface import CommonPart, DeviceNumber, Positives, Potential, UnitRows
 from bam_kernels.layout import Layout
 
 LAYOUT = Layout(B=2, V=3, L=2, T=2, D=3)
@@ -89,7 +89,11 @@ def of_cuda() -> dict[str, dict]:
 def of_cpu() -> dict[str, dict]:
     """Arguments of each method of the CPU row kernels, by name."""
     norm = made(M, dtype=torch.float64)
-    return shared("scores") | {
+    of_both = shared("scores")
+    return of_both | {
+        # On GPUs torch makes the centred rows, and adds the common part.
+        "centre_potential": of_both["centre_potential"] | {"centred": made(2, D)},
+        "project_": of_both["project_"] | {"common": CommonPart(made(2), made(D), 0.5)},
         "mean_row": {"x": made(M, D)},
         "require_finite": {"norm": norm},
         "loss_and_stats": {
@@ -113,7 +117,7 @@ def mapped(x: object, change, path: str = "") -> object:
         return change(path, x)
     if isinstance(x, DeviceNumber):
         return DeviceNumber(x.factor, change(f"{path}.scalar", x.scalar))
-    if isinstance(x, Potential | UnitRows):
+    if isinstance(x, Potential | UnitRows | CommonPart):
         return type(x)(*(mapped(part, change, f"{path}.{name}") for name, part in x._asdict().items()))
     return {key: mapped(part, change, key) for key, part in x.items()} if isinstance(x, dict) else x
 

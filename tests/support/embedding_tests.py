@@ -8,7 +8,7 @@ import pytest
 import torch
 from row_problems import assert_close, log2, representable, rows_of_any_norm
 
-from bam_kernels.backends.interface import HALF_UNIT, LOG2_E
+from bam_kernels.backends.interface import HALF_UNIT, LOG2_E, CommonPart
 
 FLOOR = 1e-12  # shorter rows are divided by this
 LEAST = 2**-149  # float32's
@@ -58,6 +58,23 @@ class NormTests:
             projected = whole.project_(gradient.clone(), found, factor)
             assert (projected[norm[:, 0] < FLOOR] == 0).all()
             check_projected(projected, gradient, x, factor)
+
+    # No key, some rows, all rows; a vector and tails of every length of vector.
+    @pytest.mark.parametrize("count", [0, 2, 5])
+    @pytest.mark.parametrize("d", [1, 16, 100, 301])
+    def test_rows_that_are_keys(self, whole, device, d, count):
+        """They are centred as the potential is made, and their gradient has a part in common."""
+        x = torch.randn(5, d).to(device)
+        found = whole.normalize(x)
+        centre, centred = found.read.mean(0), torch.full((count, d), 7.0, device=device)
+        row = whole.centre_potential(found.read, centre, representable(0.05), centred)
+        assert_close(log2(row), found.read.double() @ centre.double() / representable(0.05) * LOG2_E, 0, 1e-6)
+        assert torch.equal(centred, found.read[:count] - centre)
+
+        gradient, weights = torch.randn(5, d).to(device), torch.randn(count).to(device)
+        added = gradient.double()
+        added[:count] += 0.5 * weights.double()[:, None] * centre.double()
+        check_projected(whole.project_(gradient, found, 2.0, CommonPart(weights, centre, 0.5)), added, x, 2.0)
 
 
 class EmbeddingTests(NormTests):

@@ -17,6 +17,7 @@ from ..interface import (
     FIXED_STEPS,
     HALF_UNIT,
     LOG2_E,
+    CommonPart,
     DeviceNumber,
     Number,
     Positives,
@@ -108,8 +109,13 @@ class TritonKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
         )
         return DeviceNumber(1.0, step)
 
-    def centre_potential(self, read: Tensor, centre: Tensor, epsilon: float) -> Potential:
-        """Row potential exp(<unit_i, centre>/eps) of float32 rows, from which Sinkhorn on centred keys starts."""
+    def centre_potential(
+        self, read: Tensor, centre: Tensor, epsilon: float, centred: Tensor | None = None
+    ) -> Potential:
+        """Row potential exp(<unit_i, centre>/eps) of float32 rows (m, D), from which Sinkhorn on centred keys starts.
+
+        centred  (n, D), out: the first n rows less the centre, for rows that are keys
+        """
         m, d = read.shape
         assert read.stride(1) == 1 and centre.is_contiguous()
         row = Potential.empty(m, read.device)
@@ -126,13 +132,17 @@ class TritonKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
             BLOCK=block,
             num_warps=warps(block, 8),
         )
+        if centred is not None:
+            torch.sub(read[: len(centred)], centre, out=centred)
         return row
 
-    def project_(self, d: Tensor, rows: UnitRows, factor: float = 1.0) -> Tensor:
+    def project_(self, d: Tensor, rows: UnitRows, factor: float = 1.0, common: CommonPart | None = None) -> Tensor:
         """Gradient of the L2 normalisation, in place: d (m, D) <- factor * (d - unit <unit, d>) / norm.
 
-        A row with a norm below 1e-12 gets 0.
+        `common` is added to d before. A row with a norm below 1e-12 gets 0.
         """
+        if common is not None:
+            common.add_to(d)
         assert d.is_contiguous()
         block = block_of(d.shape[1])
         self.run(
