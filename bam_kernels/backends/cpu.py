@@ -124,7 +124,7 @@ class CpuKernels:
         return d
 
     def symmetrize_(self, G: Tensor) -> Tensor:
-        """Replace G (m, m) by G + Gᵀ; returns the column sums (m,) of G before."""
+        """Replace G (m, m) by G + Gᵀ; returns the column sums (m,) that G had."""
         m = len(G)
         assert G.shape == (m, m) and G.stride(1) == 1
         sums = torch.empty(m, dtype=torch.float32, device=CPU)

@@ -83,6 +83,7 @@ class CommonPart(NamedTuple):
     factor: float = 1.0
 
     def add_to(self, d: Tensor) -> None:
+        """Add it to a gradient d (m, D), in place."""
         d[: len(self.weights)].addr_(self.weights, self.row, alpha=self.factor)
 
 

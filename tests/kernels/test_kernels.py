@@ -338,10 +338,13 @@ def test_project(kernels, d):
 # Within a tile of 64, at its edge, past it, and an odd number of tiles.
 @pytest.mark.parametrize("m", [1, 63, 64, 65, 150])
 def test_symmetrize(kernels, m):
-    G = torch.randn(m, m)
+    """A square within wider rows, the rest of which stays as it is."""
+    wide = torch.randn(m, m + 5)
+    before, G = wide.clone(), wide[:, 2 : m + 2]
     expected, column_sums = G + G.T, G.double().sum(0)
     sums = kernels.symmetrize_(G)
     assert torch.equal(G, expected)
+    assert torch.equal(wide[:, :2], before[:, :2]) and torch.equal(wide[:, m + 2 :], before[:, m + 2 :])
     assert_close(sums, column_sums, 0, 1e-5 * max(1, m**0.5))
 
 

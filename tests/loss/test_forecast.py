@@ -51,7 +51,7 @@ def test_work():
 
     seconds = plan(views=4, images=3, features=5, ranks=4, rates=UNIT).seconds
     assert seconds["target products"] == 12 * product and seconds["source products"] == 0
-    # G k and Gᵀ z, but for the 6 rows that are keys, one of the two for their own keys, a quarter of all.
+    # G k and Gᵀ z of 12 rows. The 6 rows that are keys need one product, not two, with these, a quarter of the keys.
     assert seconds["gradient products"] == (2 * 12 - 6 / 4) * product and seconds["scatter"] == 3 * (2 * 3 * 5 * 4)
     one_rank = plan(views=4, images=3, features=5, rates=UNIT)
     assert one_rank.seconds["gradient products"] == (2 * 12 - 6) * 2 * 6 * 5 and one_rank.messages == ()

@@ -118,9 +118,7 @@ REGATHER = {"regather": True}
 
 
 @pytest.mark.parametrize(
-    ("R", "options", "messages"),
-    [(0, {}, 1), (2, {}, 1), (0, {"regather": True}, 1), (2, {"regather": True}, 0)],
-    ids=str,
+    ("R", "options", "messages"), [(0, {}, 1), (2, {}, 1), (0, REGATHER, 1), (2, REGATHER, 0)], ids=str
 )
 def test_a_repeated_step_of_ranks_takes_no_more_memory_than_the_engine(R, options, messages):
     """A repeated step holds what the engine holds at its busiest moment. Where keys are kept, one message comes on top,

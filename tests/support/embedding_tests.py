@@ -151,11 +151,14 @@ class EmbeddingTests(NormTests):
     # Within a tile of 32, at its edge and past it; the same of 64, and more than two tiles.
     @pytest.mark.parametrize("m", [1, 32, 33, 64, 65, 130])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-    def test_symmetrize(self, whole, device, m, dtype):
-        G = torch.randn(m, m).to(device, dtype)
+    @pytest.mark.parametrize("more", [0, 5])
+    def test_symmetrize(self, whole, device, m, more, dtype):
+        """With `more`, a square within wider rows, the rest of which stays as it is."""
+        wide = torch.randn(m, m + more).to(device, dtype)
+        before, G = wide.clone(), wide[:, :m]
         expected, column_sums = G.float() + G.float().T, G.double().sum(0)
         sums = whole.symmetrize_(G)
-        assert torch.equal(G, expected.to(dtype))
+        assert torch.equal(G, expected.to(dtype)) and torch.equal(wide[:, m:], before[:, m:])
         assert_close(sums, column_sums, 0, 1e-5 * max(1, m**0.5))
 
     # 7 images of 3 views, in strides of their own; rows as a matrix; features beyond a turn of a row's block.

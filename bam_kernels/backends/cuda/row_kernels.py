@@ -103,7 +103,7 @@ class CudaKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
         return d
 
     def symmetrize_(self, G: Tensor) -> Tensor:
-        """Replace G (m, m), float32 or fp16, by G + Gᵀ; returns the column sums (m,) float32 of G before."""
+        """Replace G (m, m), float32 or fp16, by G + Gᵀ; returns the column sums (m,) float32 that G had."""
         m = len(G)
         assert G.shape == (m, m) and G.stride(1) == 1
         device, first = G.device, address(G, G.device, UNIT_TYPES)

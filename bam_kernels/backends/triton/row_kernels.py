@@ -160,7 +160,7 @@ class TritonKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
         return d
 
     def symmetrize_(self, G: Tensor) -> Tensor:
-        """Replace G (m, m), float32 or fp16, by G + Gᵀ; returns the column sums (m,) float32 of G before."""
+        """Replace G (m, m), float32 or fp16, by G + Gᵀ; returns the column sums (m,) float32 that G had."""
         m, tile = len(G), 64
         assert G.shape == (m, m) and G.stride(1) == 1
         tiles = -(-m // tile)
