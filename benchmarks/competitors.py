@@ -201,7 +201,8 @@ def authors_competitors(
 def products(problem: Problem, choice: Choice) -> list[Competitor]:
     """Three torch.mm of a step: scores, dz = G k, and dk = Gᵀ z or, with a teacher, the target scores.
 
-    Without a teacher our engine makes dz and dk of this rank's keys in one product, so it can be faster than this row.
+    Without a teacher our engine makes dz and dk of this rank's keys in one product, in 16 bit on one rank only, so it
+    can be faster than this row.
     """
     if "gemms" not in choice.rows:
         return []

@@ -31,7 +31,8 @@ class Gradient:
         self.d = torch.empty_like(self.z, dtype=torch.float32)
         self.dk: Tensor | None = None  # (N, D), Gᵀ z' of all keys and this rank's rows
         self.dk_own: Tensor | None = None  # (T*B, D), gradient of this rank's keys from all ranks' rows
-        self.column_sums: Tensor | None = None  # (N,), at the end (T*B,), of G where Gᵀ is multiplied by centred rows
+        # Sums of columns of G over the rows that Gᵀ multiplies centred: of all N, at the end of this rank's keys alone.
+        self.column_sums: Tensor | None = None
 
     @named_range("gradient")
     def add(self, G: Tensor, first: int) -> None:
@@ -57,7 +58,7 @@ class Gradient:
             self.column_sums = sums if self.column_sums is None else self.column_sums.add_(sums)
 
     def _add_whole(self, G: Tensor) -> None:
-        """Add all rows G (M, N) at once: key gradients are scattered to their ranks before dz is computed."""
+        """Add all rows G (M, N) at once. Key gradients are scattered before other ranks' keys are read again."""
         added = False  # whether d holds anything yet
         blocks = self.keys.blocks
         if self.own_keys and (self.layout.W == 1 or not self.keys.sixteen_bit):

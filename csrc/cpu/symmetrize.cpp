@@ -1,7 +1,7 @@
 // G <- G + transpose(G) in place, and the column sums that G had.
 //
-// Where the keys are the rows themselves, dz = G k + transpose(G) z is one product with the sum: a third of the
-// gradient's and the score's arithmetic is saved for one pass over G.
+// Where the keys are the rows themselves, dz = G k + transpose(G) z is one product with the sum, for one pass over G.
+// On one rank whose views are all keys, this saves a third of the gradient's and the scores' arithmetic.
 #include "kernels.h"
 
 namespace bam::cpu::BAM_ISA {
