@@ -82,10 +82,6 @@ class CommonPart(NamedTuple):
     row: Tensor
     factor: float = 1.0
 
-    def add_to(self, d: Tensor) -> None:
-        """Add it to a gradient d (m, D), in place."""
-        d[: len(self.weights)].addr_(self.weights, self.row, alpha=self.factor)
-
 
 def first_views(x: Tensor, count: int, B: int) -> Tensor:
     """The first `count` views of x (V*B, D) or (V, B, D), of B images each."""

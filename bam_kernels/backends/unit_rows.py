@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .interface import BIAS_COLUMNS, LOG2_E, Potential, UnitRows
+from .interface import BIAS_COLUMNS, LOG2_E, CommonPart, Potential, UnitRows
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Reading:
 
 
 class UnitRowsKernels:
-    """Row kernels that normalise embeddings: allocate results that a backend's `_read_rows` fills."""
+    """Row kernels of embeddings: allocate the results that a backend's own methods fill."""
 
     def normalize(self, x: Tensor) -> UnitRows:
         """L2-normalise x (m, D) or (V, B, D), any float type and strides, into view-major unit rows (m, D) float32."""
@@ -67,8 +67,41 @@ class UnitRowsKernels:
         self._read_rows(Reading(x, norm, read, centre, bias, row, LOG2_E / epsilon, message))
         return UnitRows(read, norm, x, bias), row
 
+    def centre_potential(
+        self, read: Tensor, centre: Tensor, epsilon: float, centred: Tensor | None = None
+    ) -> Potential:
+        """Row potential exp(<unit_i, centre>/eps) of float32 rows (m, D), from which Sinkhorn on centred keys starts.
+
+        centred  (n, D), out: the first n rows less the centre, for rows that are keys
+        """
+        assert centre.is_contiguous()
+        row = Potential.empty(len(read), read.device)
+        self._centre_potential(read, centre, LOG2_E / epsilon, row)
+        if centred is not None:
+            torch.sub(read[: len(centred)], centre, out=centred)
+        return row
+
+    def project_(self, d: Tensor, rows: UnitRows, factor: float = 1.0, common: CommonPart | None = None) -> Tensor:
+        """Gradient of the L2 normalisation, in place: d (m, D) <- factor * (d - unit <unit, d>) / norm.
+
+        `common` is added to d before. A row with a norm below 1e-12 gets 0.
+        """
+        assert d.is_contiguous()
+        if common is not None:
+            d[: len(common.weights)].addr_(common.weights, common.row, alpha=common.factor)
+        self._project(d, rows, factor)
+        return d
+
     def _read_rows(self, to: Reading) -> None:
         """Fill the tensors of a reading."""
+        raise NotImplementedError
+
+    def _centre_potential(self, read: Tensor, centre: Tensor, scale: float, row: Potential) -> None:
+        """Write 2^(scale * <unit_i, centre>) to `row`."""
+        raise NotImplementedError
+
+    def _project(self, d: Tensor, rows: UnitRows, factor: float) -> None:
+        """`project_` without a common part."""
         raise NotImplementedError
 
     def _mean_row(self, x: Tensor, norm: Tensor | None, ranks: int) -> Tensor:

@@ -54,7 +54,7 @@ class Keys:
         if self._complete:
             self._gathered, self.bias = own.read, own.bias
         elif room is not None:
-            self._own, self._gathered = own_message(room, ranks), room[:, :D]
+            self._own, self._gathered = own_part(room, ranks), room[:, :D]
         elif not regather or ranks.W == 1:
             self._gathered = own.read.new_empty(ranks.W * n, D)
 
@@ -67,7 +67,7 @@ class Keys:
             part = slice(first, first + len(block))
             if self._gathered is None:
                 yield first, block - self.centre
-            elif self.sixteen_bit or (self._own_is_centred and first == self._own_columns[0]):
+            elif self.sixteen_bit or (self._own_is_centred and first == self._first_own):
                 yield first, self._gathered[part]  # in 16 bit the block is a part of the room
             else:
                 yield first, torch.sub(block, self.centre, out=self._gathered[part])
@@ -94,16 +94,14 @@ class Keys:
         if self._gathered is None:
             return None
         self._own_is_centred = True
-        first, last = self._own_columns
-        return self._gathered[first:last]
+        return own_part(self._gathered, self.ranks)
 
     @property
     def own(self) -> Tensor:
         """Centred keys of this rank (n, D)."""
         if self._gathered is None:
             return torch.sub(self._own, self.centre, out=torch.empty_like(self._own))
-        first, last = self._own_columns
-        return self.whole[first:last]
+        return own_part(self.whole, self.ranks)
 
     def others(self) -> Iterator[tuple[int, Tensor]]:
         """Yield (first column, centred keys) of the other ranks, as `blocks`."""
@@ -113,15 +111,13 @@ class Keys:
             for first, block in arriving:
                 yield first, block - self.centre
             return
-        first, last = self._own_columns
-        for part in (slice(0, first), slice(last, len(self._gathered))):
+        for part in (slice(0, self._first_own), slice(self._first_own + len(self._own), len(self._gathered))):
             if part.start < part.stop:
                 yield part.start, self.whole[part]
 
     @property
-    def _own_columns(self) -> tuple[int, int]:
-        n = len(self._own)
-        return self.ranks.rank * n, (self.ranks.rank + 1) * n
+    def _first_own(self) -> int:
+        return self.ranks.rank * len(self._own)
 
     @property
     def whole(self) -> Tensor:
@@ -140,10 +136,10 @@ def message_room(like: Tensor, layout: Layout) -> Tensor | None:
     return like.new_empty(layout.N, sent_columns(layout.D, True), dtype=torch.float16)
 
 
-def own_message(room: Tensor, ranks: Ranks) -> Tensor:
-    """This rank's part of the room."""
-    n = len(room) // ranks.W
-    return room[ranks.rank * n : (ranks.rank + 1) * n]
+def own_part(rows: Tensor, ranks: Ranks) -> Tensor:
+    """This rank's part of the rows of all ranks."""
+    n = len(rows) // ranks.W
+    return rows[ranks.rank * n : (ranks.rank + 1) * n]
 
 
 def _bias_of(sent: Tensor) -> Tensor:
@@ -213,7 +209,7 @@ def rows_and_keys(call: Call, read: tuple[UnitRows, UnitRows | None] | None) -> 
         first = first_views(call.student if call.teacher is None else call.teacher, layout.T, layout.B)
         centre = call.ranks.sum(kernels.mean_unit_row(first, layout.W))
         room = message_room(call.student, layout)
-        message = own_message(room, call.ranks) if room is not None else None
+        message = own_part(room, call.ranks) if room is not None else None
         if call.teacher is None:
             z, potential = y, y_potential = kernels.half_rows(call.student, centre, epsilon, message)
         else:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...layout import Layout
 from ..addresses import FLOAT64, address, pair, scores_of
-from ..interface import LOG2_E, CommonPart, DeviceNumber, Number, Positives, Potential, UnitRows
+from ..interface import DeviceNumber, Number, Positives, Potential, UnitRows
 from ..unit_rows import Reading, UnitRowsKernels
 from .launch import FLOAT_TYPES, as_float32, number, positives_of, rows_of
 from .launch_match import MatchKernels
@@ -67,40 +67,22 @@ class CudaKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
         self._kernels.product_step(*arguments, address(step, device), self._launch_context(centre))
         return DeviceNumber(1.0, step)
 
-    def centre_potential(
-        self, read: Tensor, centre: Tensor, epsilon: float, centred: Tensor | None = None
-    ) -> Potential:
-        """Row potential exp(<unit_i, centre>/eps) of float32 rows (m, D), from which Sinkhorn on centred keys starts.
-
-        centred  (n, D), out: the first n rows less the centre, for rows that are keys
-        """
+    def _centre_potential(self, read: Tensor, centre: Tensor, scale: float, row: Potential) -> None:
+        assert read.is_contiguous()
         m, d = read.shape
-        assert read.is_contiguous() and centre.is_contiguous()
-        device, scale = read.device, as_float32(LOG2_E / epsilon)
-        row = Potential.empty(m, device)
-        centre_address = address(centre, device)
+        device, factor = read.device, as_float32(scale)
+        of_centre = address(centre, device)
         self._kernels.centre_potential(
-            address(read, device), m, d, centre_address, scale, pair(row, device), self._launch_context(read)
+            address(read, device), m, d, of_centre, factor, pair(row, device), self._launch_context(read)
         )
-        if centred is not None:
-            torch.sub(read[: len(centred)], centre, out=centred)
-        return row
 
-    def project_(self, d: Tensor, rows: UnitRows, factor: float = 1.0, common: CommonPart | None = None) -> Tensor:
-        """Gradient of the L2 normalisation, in place: d (m, D) <- factor * (d - unit <unit, d>) / norm.
-
-        `common` is added to d before. A row with a norm below 1e-12 gets 0.
-        """
-        if common is not None:
-            common.add_to(d)
+    def _project(self, d: Tensor, rows: UnitRows, factor: float) -> None:
         m, features = d.shape
-        assert d.is_contiguous()
         device = d.device
         norm = address(rows.norm, device, FLOAT64)
         self._kernels.project(
             address(d, device), rows_of(rows.x, device), norm, factor, m, features, self._launch_context(d)
         )
-        return d
 
     def symmetrize_(self, G: Tensor) -> Tensor:
         """Replace G (m, m), float32 or fp16, by G + Gᵀ; returns the column sums (m,) float32 that G had."""

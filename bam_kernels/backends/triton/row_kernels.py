@@ -16,8 +16,6 @@ from ...layout import Layout
 from ..interface import (
     FIXED_STEPS,
     HALF_UNIT,
-    LOG2_E,
-    CommonPart,
     DeviceNumber,
     Number,
     Positives,
@@ -109,16 +107,9 @@ class TritonKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
         )
         return DeviceNumber(1.0, step)
 
-    def centre_potential(
-        self, read: Tensor, centre: Tensor, epsilon: float, centred: Tensor | None = None
-    ) -> Potential:
-        """Row potential exp(<unit_i, centre>/eps) of float32 rows (m, D), from which Sinkhorn on centred keys starts.
-
-        centred  (n, D), out: the first n rows less the centre, for rows that are keys
-        """
+    def _centre_potential(self, read: Tensor, centre: Tensor, scale: float, row: Potential) -> None:
+        assert read.stride(1) == 1
         m, d = read.shape
-        assert read.stride(1) == 1 and centre.is_contiguous()
-        row = Potential.empty(m, read.device)
         block = block_of(d)
         self.run(
             embed.centre_potential_kernel,
@@ -128,22 +119,12 @@ class TritonKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
             *row,
             d,
             read.stride(0),
-            LOG2_E / epsilon,
+            scale,
             BLOCK=block,
             num_warps=warps(block, 8),
         )
-        if centred is not None:
-            torch.sub(read[: len(centred)], centre, out=centred)
-        return row
 
-    def project_(self, d: Tensor, rows: UnitRows, factor: float = 1.0, common: CommonPart | None = None) -> Tensor:
-        """Gradient of the L2 normalisation, in place: d (m, D) <- factor * (d - unit <unit, d>) / norm.
-
-        `common` is added to d before. A row with a norm below 1e-12 gets 0.
-        """
-        if common is not None:
-            common.add_to(d)
-        assert d.is_contiguous()
+    def _project(self, d: Tensor, rows: UnitRows, factor: float) -> None:
         block = block_of(d.shape[1])
         self.run(
             embed.project_kernel,
@@ -157,7 +138,6 @@ class TritonKernels(UnitRowsKernels, SinkhornKernels, MatchKernels):
             HELD=block >= d.shape[1],
             num_warps=warps(block, 8),
         )
-        return d
 
     def symmetrize_(self, G: Tensor) -> Tensor:
         """Replace G (m, m), float32 or fp16, by G + Gᵀ; returns the column sums (m,) float32 that G had."""
