@@ -25,6 +25,7 @@ import hashlib
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -55,6 +56,8 @@ X86_ISAS = {
     "avx2": (8, "-mavx2 -mfma"),
     "avx512": (16, "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mprefer-vector-width=512"),
 }
+AMX = X86_ISAS["avx512"][1] + " -mavx512bf16 -mamx-tile -mamx-bf16"  # flags of gcc 11, clang 12 and later
+NO_FALSE_ALARMS = "-Wno-maybe-uninitialized -Wno-uninitialized"  # of gcc 12's headers of AVX-512
 SOURCE_SUFFIXES = (".h", ".cpp", ".cuh", ".cu")
 NO_NVCC = "no nvcc in CUDA_HOME, PATH or /usr/local/cuda"
 WITHOUT_EXTENSION = "To install without the extension: BAM_KERNELS_BUILD=none pip install -e ."
@@ -194,14 +197,19 @@ class NinjaBuild(build_ext):
         source = ROOT / "csrc"
         with path.open("w") as file:
             w = Writer(file, width=100000)
-            w.variable("cxx", os.environ.get("CXX", "g++" if shutil.which("g++") else "c++"))
+            w.variable("cxx", self.cxx())
             w.variable("flags", "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -Wall -Wextra")
             w.rule("cpp", "$cxx -MMD -MF $out.d $flags $more -c $in -o $out", depfile="$out.d", deps="gcc")
-            objects = [self.cpu_object(w, source / "cpu" / "dispatch.cpp", "dispatch", self.openmp_flags())]
+            with_amx = self.knows_amx()
+            more = self.openmp_flags() + (" -DBAM_WITH_AMX" if with_amx else "")
+            objects = [self.cpu_object(w, source / "cpu" / "dispatch.cpp", "dispatch", more)]
+            if with_amx:
+                more = f"{self.openmp_flags()} {AMX} -DBAM_ISA=amx -DBAM_LANES=16 {NO_FALSE_ALARMS}"
+                objects.append(self.cpu_object(w, source / "cpu" / "product.cpp", "product.amx", more))
             for isa, (lanes, machine) in self.isas().items():
                 more = f"{self.openmp_flags()} {machine} -DBAM_ISA={isa} -DBAM_LANES={lanes}"
                 if isa == "avx512":
-                    more += " -Wno-maybe-uninitialized -Wno-uninitialized"  # false alarms in gcc 12's headers
+                    more += f" {NO_FALSE_ALARMS}"
                 objects += [self.cpu_object(w, source / "cpu" / f"{k}.cpp", f"{k}.{isa}", more) for k in CPU_KERNELS]
             bindings, link, constants, compiler = self.binding_flags(), self.openmp_flags(), "", ""
             if nvcc:
@@ -229,6 +237,17 @@ class NinjaBuild(build_ext):
         if platform.machine() in ("x86_64", "AMD64"):
             return X86_ISAS
         return {"plain": (4, "")}
+
+    @staticmethod
+    def cxx() -> str:
+        return os.environ.get("CXX", "g++" if shutil.which("g++") else "c++")
+
+    def knows_amx(self) -> bool:
+        """Whether the compiler can use the tile units (AMX) of x86-64 processors, which only Linux gives access to."""
+        if sys.platform != "linux" or "avx512" not in self.isas():
+            return False
+        command = [*shlex.split(self.cxx()), *AMX.split(), "-fsyntax-only", "-x", "c++", os.devnull]
+        return subprocess.run(command, capture_output=True).returncode == 0
 
     @staticmethod
     def openmp_flags() -> str:

@@ -101,7 +101,9 @@ def _version(name: str) -> str:
 def _cpu_line() -> str:
     if cpu.unavailable():
         return f"reference only: {cpu.unavailable()}"
-    return f"{torch.get_num_threads()} threads, instruction set {cpu.kernels().isa}"
+    kernels = cpu.kernels()
+    tiles = ", 16-bit products on AMX" if kernels.with_split_products().splits_products else ""
+    return f"{torch.get_num_threads()} threads, instruction set {kernels.isa}{tiles}"
 
 
 def _gpu_unavailable(backend: Any) -> str | None:

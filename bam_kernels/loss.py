@@ -87,8 +87,9 @@ def bam_loss(
     backend         auto | reference | cpu | triton | cuda; auto: cpu for CPU tensors, on a GPU the fastest verified
                     kernels (see below), reference for float64 and, with a warning, where there are no kernels
     engine          auto | slab | flash (triton only); auto: the engine that is forecast to be faster
-    precision       default: 16-bit arithmetic on GPUs where the input's type or torch's flags allow it;
-                    exact: float32 products whatever torch's flags; fp8: where a backend has it
+    precision       default: where the input has 16 bits or torch's flag allows rounding, 16-bit arithmetic on GPUs and
+                    products of two bf16 parts on CPUs with AMX; exact: float32 products whatever torch's flags; fp8:
+                    where a backend has it
     memory_budget   bytes the engine may use for scores; None: a quarter of the memory that is free, 64 MiB at least
     regather        with several ranks: do not keep the gathered keys but gather them again for the gradient; all scores
                     are then kept

@@ -23,19 +23,25 @@ class _Options(Protocol):
     def regather(self) -> bool: ...
 
 
+def may_round_products(options: _Options, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether matrix products may be less precise than float32.
+
+    True for 16-bit input, and for float32 input if torch's flag allows products to be rounded. Follows from options and
+    types alone, never from free memory. False for small epsilon, because the error of scores is multiplied by
+    1/epsilon.
+    """
+    if options.precision == "exact" or options.epsilon < LEAST_EPSILON_OF_FIXED_SCORES:
+        return False
+    return dtype in (torch.float16, torch.bfloat16) or float32_products(device) != "highest"
+
+
 def is_sixteen_bit(backend: str, options: _Options, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a GPU backend uses fp16 rows, keys and score gradients, and int16 fixed-point scores.
 
-    True for 16-bit input, and for float32 input if torch's flag allows products to be rounded. Follows from options and
-    types alone, never from free memory. On GPUs reading scores takes most of the time; CPU kernels gain nothing.
-    False for small epsilon, because the error of scores is multiplied by 1/epsilon, and with `regather`, because the
-    fixed-point step needs all keys at once.
+    True where products may be rounded. On GPUs reading scores takes most of the time; CPU kernels gain nothing. False
+    with `regather`, because the fixed-point step needs all keys at once.
     """
-    if backend == "cpu" or options.precision == "exact" or options.regather:
-        return False
-    if options.epsilon < LEAST_EPSILON_OF_FIXED_SCORES:
-        return False
-    return dtype in (torch.float16, torch.bfloat16) or float32_products(device) != "highest"
+    return backend != "cpu" and not options.regather and may_round_products(options, dtype, device)
 
 
 def float32_products(device: torch.device) -> str:

@@ -16,6 +16,7 @@ from bam_kernels.backends.interface import RowKernels
 RowName = Literal[
     "cpu",
     "cpu-int16",
+    "cpu-split",
     "triton",
     "triton-int16",
     "triton-flash",
@@ -45,6 +46,7 @@ RowName = Literal[
 GIVEN_SCORES: tuple[RowName, ...] = ("cpu", "cpu-int16", "triton", "triton-int16", "cuda", "cuda-int16")
 WHOLE: tuple[RowName, ...] = (
     "cpu",
+    "cpu-split",
     "triton",
     "triton-int16",
     "triton-flash",
@@ -69,6 +71,7 @@ class Competitor:
     and ratios, `name` the printed one. held_bytes counts preallocated outputs of `run`, which its peak must include.
     precision is one of:
     - float32: everything;
+    - split: products of two bf16 parts of each number, the rest float32;
     - tf32: TF32 products, the rest float32;
     - int16: int16 fixed-point scores, the rest fp16;
     - fp16: as int16, and the embeddings and the returned gradient are fp16;
@@ -103,13 +106,13 @@ class Choice:
         """The rows among `all_rows` that are chosen and can run on the problem's device, with their kernels.
 
         A CPU row appears once per instruction set. A row named int16 has int16 scores; in the whole loss its rows,
-        keys and gradient are fp16.
+        keys and gradient are fp16. The row named split has products on tile units, where the processor has them.
         """
         device = problem.student.device
         chosen = [row for row in all_rows if row in self.rows]
         found: list[tuple[RowName, RowKernels]] = []
         if device.type == "cpu" and cpu.unavailable() is None:
-            found += [(row, cpu.kernels(isa)) for isa in self.isa for row in chosen if row.startswith("cpu")]
+            found += [(row, kernels) for isa in self.isa for row in chosen if (kernels := _on_cpu(row, isa))]
         on_gpus: dict[str, Any] = {"triton": triton, "cuda": cuda}
         for name, backend in on_gpus.items():
             rows = [row for row in chosen if row.startswith(name)]
@@ -119,6 +122,17 @@ class Choice:
             elif rows and device.type == "cuda":
                 print(f"left out: {', '.join(rows)}: {reason}")
         return found
+
+
+def _on_cpu(row: RowName, isa: Isa) -> cpu.CpuKernels | None:
+    """The CPU kernels of a row; None for rows of GPUs, and for split products where there are no tile units."""
+    if not row.startswith("cpu"):
+        return None
+    kernels = cpu.kernels(isa)
+    if row != "cpu-split":
+        return kernels
+    kernels = kernels.with_split_products()
+    return kernels if kernels.splits_products else None
 
 
 class Rotation:

@@ -134,8 +134,7 @@ def null_kernels(backends: Sequence[str] = ("cuda", "triton")) -> Iterator[NullK
             made = null.row_kernels(name)
             stack.enter_context(mock.patch.object(PACKAGES[name], "kernels", lambda made=made: made))
             stack.enter_context(mock.patch.object(PACKAGES[name], "unavailable", lambda device: None))
-        for module in ("scores", "gradient"):
-            stack.enter_context(mock.patch(f"bam_kernels.engine.{module}.multiply", null.multiply))
+        stack.enter_context(mock.patch("bam_kernels.backends.unit_rows.multiply", null.multiply))
         for module in ("engine.rows", "reference"):
             stack.enter_context(mock.patch(f"bam_kernels.{module}.check_finite", lambda *_: None))
         product = stack.enter_context(torch.library._scoped_library("bam_null", "IMPL"))

@@ -3,7 +3,9 @@
 Letters of dimensions are defined in bam_kernels/layout.py.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -112,25 +114,29 @@ def our_competitor(
     outputs: Callable[[], Truth],
     work: Work,
 ) -> Competitor:
-    fixed = "int16" in kind
+    precision = "int16" if "int16" in kind else "split" if "split" in kind else "float32"
     isa = f" {kernels.isa}" if isinstance(kernels, cpu.CpuKernels) else ""
     name = kernels.backend + isa + kind.removeprefix(kernels.backend).replace("-", " ")
-    return Competitor(kind, name, fresh, run, outputs, work, precision="int16" if fixed else "float32")
+    return Competitor(kind, name, fresh, run, outputs, work, precision=precision)
 
 
 def our_whole_competitor(problem: Problem, kind: RowName, kernels: RowKernels, fresh: Rotation) -> Competitor:
     """Our whole loss, forward and backward, as a competitor: `bam_loss`, or the engine below it.
 
     The engine is called directly in 16 bit and for a CPU instruction set that is not the best one. `bam_loss` has no
-    option for the instruction set, and takes 16 bit for float32 input only if torch's flag lets products be rounded.
+    option for the instruction set, and takes 16 bit for float32 input only if torch's flag lets products be rounded. It
+    does so for the row with split products.
     """
     layout, options, sixteen_bit = problem.layout, problem.options, "int16" in kind
     engine: Any = flash if "flash" in kind else slab
     ranks = problem.ranks()
     named = loss_options(problem) | ({"engine": "flash"} if engine is flash else {})
 
+    products = partial(rounded_products, kind == "cpu-split")
+
     def public(z: Tensor, y: Tensor | None) -> Tensor:
-        return torch.autograd.grad(bam_loss(z, y, backend=kernels.backend, **named), z)[0]
+        with products():
+            return torch.autograd.grad(bam_loss(z, y, backend=kernels.backend, **named), z)[0]
 
     def call(z: Tensor, y: Tensor | None, needs_grad: bool) -> Call:
         return Call("benchmark", z.detach(), y, layout, options, ranks, kernels, needs_grad, sixteen_bit)
@@ -148,7 +154,8 @@ def our_whole_competitor(problem: Problem, kind: RowName, kernels: RowKernels, f
     def outputs() -> Truth:
         z, y = fresh()
         if is_public:
-            P = bam_targets(z.detach(), y, backend=kernels.backend, **named)
+            with products():
+                P = bam_targets(z.detach(), y, backend=kernels.backend, **named)
         else:
             P = engine.targets(call(z, y, needs_grad=False))
         return Truth(P, run(z, y))
@@ -159,6 +166,18 @@ def our_whole_competitor(problem: Problem, kind: RowName, kernels: RowKernels, f
     if kind in GRAPHS:
         competitor.note += ", replayed; its memory is the graph's"
     return competitor
+
+
+@contextmanager
+def rounded_products(allowed: bool) -> Iterator[None]:
+    """Context in which torch's flag lets float32 products be rounded, if allowed."""
+    before = torch.get_float32_matmul_precision()
+    if allowed:
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class GraphReplay:

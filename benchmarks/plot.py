@@ -20,6 +20,7 @@ RESULTS = Path(__file__).parent / "results"
 COLOURS = {
     "cpu": "#1f5fa8",
     "cpu-int16": "#6fa8dc",
+    "cpu-split": "#2f5f8f",
     "triton": "#2e7d5b",
     "triton-int16": "#7cc3a0",
     "triton-flash": "#7a4fa0",
@@ -49,6 +50,7 @@ COLOURS = {
 MARKERS = {
     "cpu": "o",
     "cpu-int16": "s",
+    "cpu-split": "^",
     "triton": "o",
     "triton-int16": "s",
     "triton-flash": "v",

@@ -190,6 +190,22 @@ struct LossAndStats {
   float* stats;  // (6)
 };
 
+// Number k of row i at data + i*row_stride + k*depth_stride; one of the strides is 1.
+struct Factor {
+  const float* data;
+  int64_t row_stride, depth_stride;
+};
+
+// out (m, n) <- a b, or out + a b with `add`; rows of the Factor b are columns of the matrix b.
+struct Product {
+  Factor a, b;
+  float* out;
+  int64_t m, n, depth, out_stride;
+  bool add;
+  void* workspace;  // SplitProducts::bytes
+  int threads;
+};
+
 namespace cpu {
 
 struct Kernels {
@@ -210,6 +226,15 @@ struct Kernels {
 // The best set of kernels this processor can run, or the named one; null where it cannot run here.
 const Kernels* find_kernels(const char* isa);
 
+// Products of two bf16 parts of each number, on tile units.
+struct SplitProducts {
+  int64_t (*bytes)(int64_t m, int64_t n, int64_t depth, int threads);  // of the workspace
+  void (*product)(const Product&);
+};
+
+// Null where the processor, its operating system or this build has none.
+const SplitProducts* find_split_products();
+
 void mask_positives(const MaskPositives&);
 // col = 1 / (sum * 2^shift), of the column sums of ColumnLse; 1 for an empty column, which has no entry to scale.
 void reciprocal_potential(Potential col, const float* shift, const float* sum, int64_t n);
@@ -220,6 +245,8 @@ void total_potential(Potential col, const double* total, float common, int64_t n
 // col <- col / c; a column with c = 0 keeps its potential.
 void divide_potential(Potential col, const float* c, int64_t n);
 void loss_and_stats(const LossAndStats&);
+// Ask the system for pages of 2 MB within memory that has not been written yet: first writes to them take less time.
+void use_huge_pages(void* memory, int64_t bytes);
 // Number of infinite and NaN entries of norm (m).
 int64_t count_not_finite(const double* norm, int64_t m);
 

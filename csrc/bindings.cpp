@@ -20,6 +20,12 @@ struct Arguments {
   const float *first, *second;
 };
 
+using FactorTuple = std::tuple<Address, int64_t, int64_t>;  // address, strides of rows and depth
+
+bam::Factor factor(const Memory& at, const FactorTuple& x) {
+  return {at.as<const float>(std::get<0>(x)), std::get<1>(x), std::get<2>(x)};
+}
+
 struct NotFinite : std::domain_error {
   using std::domain_error::domain_error;
 };
@@ -245,6 +251,21 @@ void bind_stats(py::class_<KernelTable>& c) {
         });
 }
 
+void bind_products(py::class_<KernelTable>& c) {
+  c.def_static("has_split_products", [] { return bam::cpu::find_split_products() != nullptr; });
+  c.def_static("split_product_bytes", [](int64_t m, int64_t n, int64_t depth, int threads) {
+    return bam::cpu::find_split_products()->bytes(m, n, depth, threads);
+  });
+  c.def("split_product", [](const KernelTable& k, FactorTuple a, FactorTuple b, Address out, int64_t out_stride,
+                            std::array<int64_t, 3> dimensions, bool add, Address workspace, int threads) {
+    call(k, bam::cpu::find_split_products()->product, [=](const Memory& at) {
+      const auto [m, n, depth] = dimensions;
+      return bam::Product{factor(at, a), factor(at, b), at.as<float>(out),      m,      n, depth,
+                          out_stride,    add,           at.as<void>(workspace), threads};
+    });
+  });
+}
+
 void bind_launch_list(py::module_& m) {
   py::class_<bam::LaunchList, std::shared_ptr<bam::LaunchList>>(
       m, "LaunchList", "Launches that were recorded as they ran, to be run again on other memory.")
@@ -279,6 +300,7 @@ void bind_cpu(py::module_& m) {
   bind_plan(table);
   bind_embeddings(table);
   bind_stats(table);
+  bind_products(table);
   m.def(
       "cpu_kernels",
       [](const std::string& isa) {
@@ -288,6 +310,8 @@ void bind_cpu(py::module_& m) {
       },
       py::arg("isa") = "auto",
       "The kernels for an instruction set (auto, avx512, avx2, plain); auto is the best this processor runs.");
+  m.def("use_huge_pages",
+        [](Address memory, int64_t bytes) { bam::cpu::use_huge_pages(reinterpret_cast<void*>(memory), bytes); });
   m.def(
       "cpu_kernels_at", [](Address table) { return KernelTable{reinterpret_cast<const Kernels*>(table)}; },
       "Kernels of another build by the address of their table: for tests.");

@@ -10,6 +10,7 @@ from .interface import Potential
 FLOAT32 = (torch.float32,)
 FLOAT64 = (torch.float64,)
 INT16 = (torch.int16,)
+BYTES = (torch.uint8,)
 SCORES = (torch.float32, torch.int16)
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..layout import Layout
-from .addresses import FLOAT64, INT16, address, pair, scores_of
+from ..precision import multiply
+from .addresses import BYTES, FLOAT64, INT16, address, pair, scores_of
 from .extension import _C, import_error
 from .interface import LOG2_E, CommonPart, MatchSums, Positives, Potential, UnitRows
 
@@ -28,6 +29,8 @@ def unavailable() -> str | None:
 # Elements from which threads gain more than it takes to start them: of kernels that do much arithmetic on an element,
 # and of kernels that add it up.
 LEAST_SHARED, LEAST_SHARED_SUMS = 1 << 15, 1 << 18
+# Multiplications of a product from which it gains more from tile units than it takes to fill them.
+LEAST_SPLIT = 1 << 20
 
 
 def _threads(elements: int, least: int = LEAST_SHARED) -> int:
@@ -40,13 +43,46 @@ class CpuKernels:
 
     backend = "cpu"
 
-    def __init__(self, isa: str = "auto", table: Any = None) -> None:
+    def __init__(self, isa: str = "auto", table: Any = None, splits_products: bool = False) -> None:
         self._kernels = table if table is not None else _C.cpu_kernels(isa)
         self.isa: str = self._kernels.isa
+        self.splits_products = splits_products
 
     def recorded(self, recorder: Any) -> "CpuKernels":
         """These kernels, whose launches a Recorder also notes."""
-        return CpuKernels(table=self._kernels.recorded(recorder.launches))
+        return CpuKernels(table=self._kernels.recorded(recorder.launches), splits_products=self.splits_products)
+
+    def with_split_products(self) -> "CpuKernels":
+        """These kernels, with products of two bf16 parts of each number where the processor has tile units (AMX).
+
+        The error of a product a b is at most 2^-16 |a||b| for each row of a and column of b, beside float32's rounding.
+        """
+        if not self._kernels.has_split_products():
+            return self
+        return CpuKernels(table=self._kernels, splits_products=True)
+
+    def multiply(self, a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
+        """Write a b, or out + a b with `add`, to out (m, n) float32; a (m, k) and b (k, n), of float32.
+
+        Rows or columns of a and of b must be contiguous, and rows of out.
+        """
+        (m, k), n = a.shape, b.shape[1]
+        if not self.splits_products or m * n * k < LEAST_SPLIT:
+            return multiply(a, b, out, add=add)
+        assert out.stride(1) == 1 and 1 in a.stride() and 1 in b.stride()
+        threads = torch.get_num_threads()
+        workspace = torch.empty(self._kernels.split_product_bytes(m, n, k, threads), dtype=torch.uint8, device=CPU)
+        self._kernels.split_product(
+            (address(a, CPU), *a.stride()),
+            (address(b, CPU), *b.stride()[::-1]),
+            address(out, CPU),
+            out.stride(0),
+            (m, n, k),
+            add,
+            address(workspace, CPU, BYTES),
+            threads,
+        )
+        return out
 
     def require_finite(self, norm: Tensor) -> None:
         """Raise NotFinite if a norm of rows, norm (m,) float64, is not finite."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..precision import multiply
 from .interface import BIAS_COLUMNS, LOG2_E, CommonPart, Potential, UnitRows
 
 
@@ -28,6 +29,10 @@ class Reading:
 
 class UnitRowsKernels:
     """Row kernels of embeddings: allocate the results that a backend's own methods fill."""
+
+    def multiply(self, a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
+        """Write a b, or out + a b with `add`, to out (m, n) float32, as `precision.multiply`."""
+        return multiply(a, b, out, add=add)
 
     def normalize(self, x: Tensor) -> UnitRows:
         """L2-normalise x (m, D) or (V, B, D), any float type and strides, into view-major unit rows (m, D) float32."""

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ..backends.interface import GRADIENT_FACTOR, CommonPart
 from ..layout import Layout
-from ..precision import multiply
 from ..ranges import named_range
 from ..ranks import Ranks
 from .rows import Rows
@@ -42,13 +41,13 @@ class Gradient:
             self._add_whole(G.view(V * b, N))
             return
         rows, keys = G.reshape(V * b, N), self.keys.whole
-        d = multiply(rows, keys, self.d.new_empty(V * b, self.layout.D))
+        d = self.kernels.multiply(rows, keys, self.d.new_empty(V * b, self.layout.D))
         self.d.view(V, -1, self.layout.D)[:, first : first + b] = d.view(V, b, -1)
         if self.own_keys:
             if self.dk is None:
                 self.dk = self.d.new_zeros(keys.shape)
             z = self.z.view(V, -1, self.layout.D)[:, first : first + b].reshape(V * b, -1)
-            multiply(rows.T, z, self.dk, add=True)
+            self.kernels.multiply(rows.T, z, self.dk, add=True)
             self._add_column_sums(rows)
 
     def _add_column_sums(self, G: Tensor) -> None:
@@ -66,9 +65,9 @@ class Gradient:
             added, blocks = True, self.keys.others
         elif self.own_keys:
             self._add_column_sums(G)
-            self.dk_own = self._scatter(lambda keys, out: multiply(G[:, keys].T, self.z, out))
+            self.dk_own = self._scatter(lambda keys, out: self.kernels.multiply(G[:, keys].T, self.z, out))
         for column, block in blocks():
-            multiply(G[:, column : column + len(block)], block, self.d, add=added)
+            self.kernels.multiply(G[:, column : column + len(block)], block, self.d, add=added)
             added = True
 
     def _add_own(self, G: Tensor) -> None:
@@ -80,7 +79,7 @@ class Gradient:
             columns = G[:, rank * n : (rank + 1) * n]
             if rank == self.ranks.rank:
                 return self._add_symmetric(columns, of_keys)
-            return multiply(columns.T, self.z, torch.empty_like(of_keys))
+            return self.kernels.multiply(columns.T, self.z, torch.empty_like(of_keys))
 
         total = self.ranks.scatter(part)
         if total is not of_keys:
@@ -115,12 +114,12 @@ class Gradient:
         """
         keys, n = self.keys.own, len(d)
         if len(G) > n:
-            multiply(G[n:], keys, self.d[n:])
+            self.kernels.multiply(G[n:], keys, self.d[n:])
         H = G[:n]
         self.column_sums = self.kernels.symmetrize_(H)
-        multiply(H, keys, d)
+        self.kernels.multiply(H, keys, d)
         if len(G) > n:
-            multiply(G[n:].T, self.z[n:], d, add=True)
+            self.kernels.multiply(G[n:].T, self.z[n:], d, add=True)
             self._add_column_sums(G[n:])
         return d
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..backends.addresses import first_address
 from ..ranks import ONE_RANK, Ranks
+from .memory import use_huge_pages
 from .workspace import NO_BASE
 
 
@@ -200,7 +201,7 @@ class Recording:
     def _begin(self, inputs: Sequence[Tensor], device: torch.device, ranks: Ranks) -> Run:
         """Allocate the memory of a run. Raises: NoRoom."""
         try:
-            given = [*inputs, torch.empty(self.workspace_bytes, dtype=torch.uint8, device=device)]
+            given = [*inputs, use_huge_pages(torch.empty(self.workspace_bytes, dtype=torch.uint8, device=device))]
             given += [torch.empty(size, dtype=dtype, device=device) for size, dtype in self.allocated]
         except torch.OutOfMemoryError as error:
             raise NoRoom(str(error)) from error

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..backends.interface import HALF_UNIT, DeviceNumber, Positives, Potential, RowKernels, SixteenBitKernels
 from ..layout import Layout
-from ..precision import multiply
 from ..ranges import named_range
+from .memory import use_huge_pages
 from .plan import SlabPlan
 from .rows import Keys, Rows
 
@@ -37,8 +37,8 @@ class Scores:
         self.keys, self.layout, self.masked, self.kernels = keys, layout, masked, kernels
         self.dtype = torch.int16 if keys.sixteen_bit else torch.float32
         self._row_bias = row_bias
-        self._made = keys.centre.new_empty(plan.product_rows, layout.N)
-        self._buffer = keys.centre.new_empty(plan.slab_rows, layout.N, dtype=self.dtype)
+        self._made = self.empty(plan.product_rows, torch.float32)
+        self._buffer = self.empty(plan.slab_rows)
 
     @classmethod
     def of(cls, rows: Rows, layout: Layout, masked: bool, plan: SlabPlan, kernels: RowKernels) -> "Scores":
@@ -57,6 +57,10 @@ class Scores:
     def step(self) -> Any:
         """Score of one step of the stored scores, as a Number; 1 for float32 scores."""
         return self.product_step * HALF_UNIT**-2 if self.keys.sixteen_bit else 1.0
+
+    def empty(self, rows: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Room for scores (rows, N), of the type of stored scores or of `dtype`."""
+        return use_huge_pages(self.keys.centre.new_empty(rows, self.layout.N, dtype=dtype or self.dtype))
 
     def buffer(self, rows: int, after: int = 0) -> Tensor:
         """Rows after .. after + rows - 1 of the buffer."""
@@ -102,7 +106,7 @@ class Scores:
     def multiply(self, unit: Tensor, out: Tensor) -> Tensor:
         """Products of unit rows (m, D) with all keys, as they arrive, into `out` (m, N) float32."""
         for column, block in self.keys.blocks():
-            multiply(unit, block.T, out[:, column : column + len(block)])
+            self.kernels.multiply(unit, block.T, out[:, column : column + len(block)])
         return out
 
     @named_range("scores")
@@ -110,8 +114,8 @@ class Scores:
         """Compute float32 scores of all rows of two tensors of unit rows, while reading the keys once."""
         for column, block in self.keys.blocks():
             columns = slice(column, column + len(block))
-            multiply(first, block.T, out_first[:, columns])
-            multiply(second, block.T, out_second[:, columns])
+            self.kernels.multiply(first, block.T, out_first[:, columns])
+            self.kernels.multiply(second, block.T, out_second[:, columns])
         positives = self._positives(0, None)
         if positives is not None:
             self.kernels.mask_positives_(out_first, positives)
@@ -197,7 +201,7 @@ class TargetScores:
     def _slabs(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield (first row, unit rows, tensor for their scores) for all rows; sets `kept` if the plan keeps scores."""
         rows, size = len(self.unit), self.plan.sweep_rows
-        kept = self.unit.new_empty(rows, self.columns, dtype=self.scores.dtype) if self.plan.cached else None
+        kept = self.scores.empty(rows) if self.plan.cached else None
         for first in range(0, rows, size):
             unit = self.unit[first : first + size]
             yield first, unit, self.scores.buffer(len(unit)) if kept is None else kept[first : first + size]
@@ -210,7 +214,7 @@ class SourceScores:
     def __init__(self, unit: Tensor, scores: Scores, plan: SlabPlan, sums: int) -> None:
         """sums: number of all-reduces of column sums, over which the slabs are spread evenly."""
         self.unit, self.scores = unit, scores
-        self.kept = unit.new_empty(len(unit), scores.layout.N, dtype=scores.dtype)
+        self.kept = scores.empty(len(unit))
         self._sums, self._portions = sums, 0
         self._slab = plan.product_rows or -(-len(unit) // sums)
         self._done = 0

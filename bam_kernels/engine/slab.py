@@ -146,7 +146,7 @@ def evaluate(call: Call) -> Evaluation:
     target = TargetScores(x.rows.target.read, scores, plan)
     source = SourceScores(z, scores, plan, options.iterations) if plan.source_cached else None
     if source is not None and options.regather:
-        target.kept = z.new_empty(len(target.unit), layout.N)
+        target.kept = scores.empty(len(target.unit))
         scores.make_both(target.unit, z, target.kept, source.kept)
         source.mark_made()
     meanwhile = source.next_portion if source is not None else None
@@ -224,7 +224,7 @@ def targets(call: Call) -> Tensor:
     plan, scores = x.plan, x.scores
     target = TargetScores(x.rows.target.read, scores, plan)
     col, _ = balance(target, x.rows.potential, options.epsilon, options.iterations, call.ranks)
-    P = col.mantissa.new_empty(layout.L, layout.B, layout.N)
+    P = scores.empty(layout.L * layout.B, torch.float32).view(layout.L, layout.B, layout.N)
     unit = target.unit.view(-1, layout.B, layout.D)[: layout.L]
     row_exponent = x.rows.potential.exponent.view(-1, layout.B)
     kept = target.kept.view(-1, layout.B, layout.N) if target.kept is not None else None

@@ -19,7 +19,7 @@ from ..backends.extension import NotFinite
 from ..header import NonFinite
 from ..layout import Layout
 from ..options import Options
-from ..precision import float32_products, is_sixteen_bit, product_precision
+from ..precision import float32_products, is_sixteen_bit, may_round_products, product_precision
 from ..ranks import ONE_RANK, ranks_named
 from ..ways import WAYS, Way, split
 from . import flash, slab
@@ -148,7 +148,9 @@ class Step:
         with product_precision(student.device, options.precision):
             way = self._fastest(ways, student, sixteen_bit, needs_grad=needs_grad)
             chosen = replace(options, backend=way.backend, engine=way.engine)
-            kernels = row_kernels(way.backend)
+            kernels: Any = row_kernels(way.backend)
+            if way.backend == "cpu" and may_round_products(options, student.dtype, student.device):
+                kernels = kernels.with_split_products()
             call = Call(self.name, student, teacher, self.layout, chosen, ranks, kernels, needs_grad, sixteen_bit)
             yield flash if way.engine == "flash" else slab, call
 

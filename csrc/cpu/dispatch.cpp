@@ -5,6 +5,15 @@
 #include "../bam.h"
 #include "../layout.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+#if defined(BAM_WITH_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace bam::cpu {
 
 namespace plain {
@@ -32,6 +41,36 @@ const Kernels* find_kernels(const char* isa) {
   if (any || std::strcmp(isa, "plain") == 0) return &plain::table;
   return nullptr;
 }
+
+#if defined(BAM_WITH_AMX)
+namespace amx {
+extern const SplitProducts split_products;
+}
+
+namespace {
+
+// Linux lets a process use tiles after it has asked for them. The processor must multiply bf16 tiles, and convert
+// float32 to bf16.
+bool has_tiles() {
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24, kAvx512Bf16 = 1u << 5;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kAmxBf16) || !(d & kAmxTile)) return false;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & kAvx512Bf16)) return false;
+  return find_kernels("avx512") && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+}  // namespace
+
+const SplitProducts* find_split_products() {
+  static const bool found = has_tiles();
+  return found ? &amx::split_products : nullptr;
+}
+#else
+const SplitProducts* find_split_products() {
+  return nullptr;
+}
+#endif
 
 void mask_positives(const MaskPositives& p) {
 #pragma omp parallel for num_threads(p.threads) schedule(static)
@@ -131,6 +170,17 @@ void loss_and_stats(const LossAndStats& p) {
   p.stats[3] = (float)(below > above ? below : above);
   p.stats[4] = (float)p.uniform_loss;
   p.stats[5] = (float)(p.uniform_loss - loss);
+}
+
+void use_huge_pages(void* memory, int64_t bytes) {
+#if defined(__linux__)
+  constexpr std::uintptr_t kHugePage = 2 << 20;
+  const auto begin = (reinterpret_cast<std::uintptr_t>(memory) + kHugePage - 1) / kHugePage * kHugePage;
+  const auto end = (reinterpret_cast<std::uintptr_t>(memory) + bytes) / kHugePage * kHugePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // only advice: may fail
+#else
+  (void)memory, (void)bytes;
+#endif
 }
 
 int64_t count_not_finite(const double* norm, int64_t m) {

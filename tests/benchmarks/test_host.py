@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from bam_kernels import precision
-from bam_kernels.backends import cuda, triton
-from bam_kernels.engine import gradient, rows, scores
+from bam_kernels.backends import cuda, triton, unit_rows
+from bam_kernels.engine import rows
 from bam_kernels.operators import rounded_product
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -131,14 +131,14 @@ def test_null_kernels_end_with_their_block() -> None:
     with null.null_kernels(BACKENDS):
         d.addr_(ones, ones)
         torch.mul(ones, ones, out=d[0])
-        scores.multiply(d + 1, d + 1, d)
+        unit_rows.multiply(d + 1, d + 1, d)
         assert not d.any()
         assert all(null.PACKAGES[name].unavailable(CPU) is None for name in BACKENDS)
     d.addr_(ones, ones)
     torch.mul(ones, ones + 1, out=d[1])
     assert d.tolist() == [[1, 1], [2, 2]]
     assert all((package.kernels, package.unavailable) == kept for package, kept in before.items())
-    assert scores.multiply is gradient.multiply is precision.multiply and rows.check_finite is finite
+    assert unit_rows.multiply is precision.multiply and rows.check_finite is finite
 
 
 def inner(x: int) -> int:
@@ -187,7 +187,7 @@ def test_operators_of_this_library_count_and_what_they_call() -> None:
     count, result = host.operators(lambda: rounded_product(two, x, torch.float16))
     assert count == 3 and result.tolist() == [2, 2, 2]  # and empty_like and mul
     with null.null_kernels(()):
-        assert host.operators(lambda: scores.multiply(x, x, x))[0] == 1
+        assert host.operators(lambda: unit_rows.multiply(x, x, x))[0] == 1
 
 
 @dataclass(eq=False)

@@ -1,6 +1,8 @@
 """Peak memory: the budget is obeyed, and what is beyond it is small."""
 
+import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +10,8 @@ import torch
 from memory import peak_bytes
 from problems import needs_cpu_kernels
 
+from bam_kernels import bam_loss
+from bam_kernels.engine import memory as engine_memory
 from bam_kernels.engine import plan
 from bam_kernels.engine.scores import SourceScores
 
@@ -89,7 +93,10 @@ def test_slabs_of_products_are_even(monkeypatch, rows, l2_bytes, slab):
 )
 def test_source_scores_are_computed_in_whole_slabs(rows, slab, portions):
     class Recorded:
-        layout, dtype, sizes = SimpleNamespace(N=1), torch.float32, []
+        sizes = []
+
+        def empty(self, rows):
+            return torch.empty(rows, 1)
 
         def make(self, unit, first, into):
             assert len(unit) == len(into)
@@ -105,3 +112,36 @@ def test_source_scores_are_computed_in_whole_slabs(rows, slab, portions):
         done.append(int(source.kept.sum()))
     assert done == portions and set(recorded.sizes[:-1]) <= {slab or 4}
     assert source.finish().all()
+
+
+def flags_of_mapping(address: int) -> list[str]:
+    """Flags of the mapping of memory that holds an address, e.g. hg for one with huge pages wherever possible."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            begin, end = (int(x, 16) for x in line.split()[0].split("-"))
+            inside = begin <= address < end
+        elif inside and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    raise AssertionError(f"no mapping holds {address:x}")
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="the system has no huge pages")
+def test_huge_pages_are_asked_for():
+    x = torch.empty(engine_memory.LEAST_HUGE_BYTES, dtype=torch.uint8)
+    middle = x.data_ptr() + len(x) // 2
+    assert "hg" not in flags_of_mapping(middle)
+    assert engine_memory.use_huge_pages(x) is x
+    assert "hg" in flags_of_mapping(middle)
+
+
+def test_large_scores_are_in_huge_pages(monkeypatch):
+    """The engine's scores at the first two calls, and the workspace of the repeated call; small ones are not."""
+    asked = []
+    monkeypatch.setattr(engine_memory._C, "use_huge_pages", lambda address, size: asked.append(size))
+    for B, sizes in ((1500, [4 * 3000**2, 4 * 3000**2]), (64, [])):
+        asked.clear()
+        for _ in range(3):
+            bam_loss(torch.randn(2 * B, 4), views=2)
+        assert asked[:2] == sizes
+        assert len(asked) == 3 if sizes else not asked
