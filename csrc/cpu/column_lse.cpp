@@ -1,6 +1,8 @@
-// The first column step: per column a (maximum, sum) of 2^(scale*s) * row, in one read of the scores.
+// The first column step: per column sum_i 2^(scale*s_ij) * row_i as sum * 2^shift, in one read of the scores.
 //
-// The maximum is kept as an integer exponent with headroom, so that rescaling is exact and rare.
+// The shift of a column is an integer near the largest exponent of a sample of rows, and all chunks of rows begin with
+// it. It is raised only where a sum grows out of range, so that no maximum is taken of the other rows; rescaling is
+// exact. What a sum loses is below 2^-126, where the rows that set the shift give about 1.
 // Source: the first half step of Sinkhorn-Knopp in log space.
 #include "kernels.h"
 #include "row.h"
@@ -8,80 +10,112 @@
 namespace bam::cpu::BAM_ISA {
 namespace {
 
-constexpr int kRows = 4;
-constexpr float kHeadroom = 8.0f;
+constexpr int kRows = 4;  // rows added to the column sums at once: a quarter of the traffic on the sums
+constexpr int64_t kColumns = 512;
+constexpr int64_t kSample = 16;
 constexpr float kNoShift = -16777216.0f;  // 2^-kNoShift underflows to 0 against any real shift
+constexpr float kMostSumLog2 = 12.0f, kMostSum = 0x1p12f;  // exponents are rounded at their size
 
 template <class Score>
 struct Block {
   const Score* row[kRows];
+  int64_t ahead;  // elements from a row to that of the next block
   float exponent[kRows];
   float mantissa[kRows];
 };
+
+// Write the shifts that rows spread over the slab give, and empty sums.
+template <class Score>
+void start(const ColumnLse& p, int64_t first, int64_t last) {
+  const int64_t sample = p.m < kSample ? p.m : kSample;
+  for_columns(first, last, [&](int64_t j, auto part) {
+    vfloat most = splat(kNoShift);
+    for (int64_t q = 0; q < sample; ++q) {
+      const int64_t i = q * p.m / sample;
+      const vfloat s = load_scores(row_of(p.scores, Score{}, 0, i) + j, part);
+      most = max(most, fma(s, splat(p.scale), splat(p.row.exponent[i])));
+    }
+    store(p.shift + j, round(most), part);
+    store(p.sum + j, splat(0.0f), part);
+  });
+}
+
+// sum plus the terms of the rows, times 2^-shift.
+template <int rows, class Score, class Part>
+BAM_INLINE vfloat with_terms(vfloat sum, const Block<Score>& block, int64_t j, Part part, float scale, vfloat shift) {
+  vfloat e[rows];
+  for (int q = 0; q < rows; ++q)
+    e[q] = fma(load_scores(block.row[q] + j, part), splat(scale), splat(block.exponent[q]) - shift);
+  exp2(e);
+  for (int q = 0; q < rows; ++q) sum = fma(e[q], splat(block.mantissa[q]), sum);
+  return sum;
+}
+
+// A shift with room for the terms of the rows, and for a sum that outgrew the given shift.
+template <int rows, class Score, class Part>
+BAM_INLINE vfloat raised(vfloat shift, const Block<Score>& block, int64_t j, Part part, float scale) {
+  vfloat most = shift + kMostSumLog2;
+  for (int q = 0; q < rows; ++q)
+    most = max(most, fma(load_scores(block.row[q] + j, part), splat(scale), splat(block.exponent[q])));
+  return round(most);
+}
 
 template <int rows, class Score>
 BAM_INLINE void add_rows(const Block<Score>& block, int64_t n, float scale, float* __restrict__ shift,
                          float* __restrict__ sum) {
   for_columns(n, [&](int64_t j, auto part) {
-    vfloat s[rows], most = splat(-INFINITY);
-    for (int q = 0; q < rows; ++q) {
-      s[q] = load_scores(block.row[q] + j, part);
-      most = max(most, fma(s[q], splat(scale), splat(block.exponent[q])));
-    }
-    vfloat shift_j = load(shift + j, part), sum_j = load(sum + j, part);
-    if (any_greater(most, shift_j)) {
-      const vfloat fresh = most > shift_j ? round(most) + kHeadroom : shift_j;
-      sum_j = sum_j * exp2(shift_j - fresh);
+    const vfloat shift_j = load(shift + j, part), sum_j = load(sum + j, part);
+    for (int q = 0; q < rows; ++q) prefetch(block.row[q] + j + block.ahead);
+    vfloat total = with_terms<rows>(sum_j, block, j, part, scale, shift_j);
+    if (__builtin_expect(any_not_below(total, splat(kMostSum)), false)) {
+      const vfloat fresh = total < splat(kMostSum) ? shift_j : raised<rows>(shift_j, block, j, part, scale);
+      total = with_terms<rows>(sum_j * exp2(shift_j - fresh), block, j, part, scale, fresh);
       store(shift + j, fresh, part);
-      shift_j = fresh;
     }
-    for (int q = 0; q < rows; ++q) {
-      const vfloat e = exp2(fma(s[q], splat(scale), splat(block.exponent[q]) - shift_j));
-      sum_j = fma(e, splat(block.mantissa[q]), sum_j);
-    }
-    store(sum + j, sum_j, part);
+    store(sum + j, total, part);
   });
+}
+
+template <int rows, class Score>
+void add_block(const ColumnLse& p, int64_t i, float* shift, float* sum) {
+  Block<Score> block;
+  block.ahead = kRows * p.scores.row_stride;
+  for (int q = 0; q < rows; ++q) {
+    block.row[q] = row_of(p.scores, Score{}, 0, i + q);
+    block.exponent[q] = p.row.exponent[i + q];
+    block.mantissa[q] = p.row.mantissa[i + q];
+  }
+  add_rows<rows>(block, p.n, p.scale, shift, sum);
 }
 
 template <class Score>
 void chunk_lse(const ColumnLse& p, int64_t first, int64_t last, float* shift, float* sum) {
-  for (int64_t j = 0; j < p.n; ++j) shift[j] = kNoShift, sum[j] = 0.0f;
-  for (int64_t i = first; i < last; i += kRows) {
-    Block<Score> block;
-    const int rows = last - i < kRows ? (int)(last - i) : kRows;
-    for (int q = 0; q < rows; ++q) {
-      block.row[q] = row_of(p.scores, Score{}, 0, i + q);
-      block.exponent[q] = p.row.exponent[i + q];
-      block.mantissa[q] = p.row.mantissa[i + q];
-    }
-    switch (rows) {
-      case 4: add_rows<4>(block, p.n, p.scale, shift, sum); break;
-      case 3: add_rows<3>(block, p.n, p.scale, shift, sum); break;
-      case 2: add_rows<2>(block, p.n, p.scale, shift, sum); break;
-      default: add_rows<1>(block, p.n, p.scale, shift, sum);
-    }
-  }
+  memcpy(shift, p.shift, p.n * sizeof(float));
+  memset(sum, 0, p.n * sizeof(float));
+  int64_t i = first;
+  for (; i + kRows <= last; i += kRows) add_block<kRows, Score>(p, i, shift, sum);
+  for (; i < last; ++i) add_block<1, Score>(p, i, shift, sum);
 }
 
-// (shift, sum) of all chunks, in order, into the output.
-void merge(const ColumnLse& p, const float* shifts, const float* sums, int64_t stride, int64_t chunks) {
-#pragma omp parallel for num_threads(p.threads) schedule(static)
-  for (int64_t first = 0; first < p.n; first += 512) {
-    const int64_t width = p.n - first < 512 ? p.n - first : 512;
-    for_columns(width, [&](int64_t k, auto part) {
-      const int64_t j = first + k;
-      vfloat shift = p.accumulate ? load(p.shift + j, part) : splat(kNoShift);
-      vfloat sum = p.accumulate ? load(p.sum + j, part) : splat(0.0f);
-      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-        const vfloat other = load(shifts + chunk * stride + j, part);
+// Add (shift, sum) of all chunks, in order, to the output.
+void merge(const ColumnLse& p, const float* shifts, const float* sums, int64_t stride, int64_t chunks, int64_t first,
+           int64_t last) {
+  for_columns(first, last, [&](int64_t j, auto part) {
+    vfloat shift = load(p.shift + j, part), sum = load(p.sum + j, part);
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const vfloat other = load(shifts + chunk * stride + j, part);
+      const vfloat more = load(sums + chunk * stride + j, part);
+      if (any_not_below(max(shift - other, other - shift), splat(1.0f))) {
         const vfloat most = max(shift, other);
-        sum = fma(load(sums + chunk * stride + j, part), exp2(other - most), sum * exp2(shift - most));
+        sum = fma(more, exp2(other - most), sum * exp2(shift - most));
         shift = most;
+      } else {
+        sum += more;
       }
-      store(p.shift + j, shift, part);
-      store(p.sum + j, sum, part);
-    });
-  }
+    }
+    store(p.shift + j, shift, part);
+    store(p.sum + j, sum, part);
+  });
 }
 
 template <class Score>
@@ -91,13 +125,26 @@ void run(const ColumnLse& p) {
   Buffer partial(2 * chunks.count * stride);
   float* shifts = partial.data;
   float* sums = shifts + chunks.count * stride;
-#pragma omp parallel for num_threads(p.threads) schedule(static)
-  for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
-    const int64_t first = chunk * chunks.rows;
-    const int64_t last = first + chunks.rows < p.m ? first + chunks.rows : p.m;
-    chunk_lse<Score>(p, first, last, shifts + chunk * stride, sums + chunk * stride);
+#pragma omp parallel num_threads(p.threads)
+  {
+    const FlushSubnormals flush;
+    if (!p.accumulate) {
+#pragma omp for schedule(static)
+      for (int64_t first = 0; first < p.n; first += kColumns)
+        start<Score>(p, first, first + kColumns < p.n ? first + kColumns : p.n);
+    }
+#pragma omp for schedule(static)
+    for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
+      const int64_t first = chunk * chunks.rows;
+      const int64_t last = first + chunks.rows < p.m ? first + chunks.rows : p.m;
+      chunk_lse<Score>(p, first, last, shifts + chunk * stride, sums + chunk * stride);
+    }
+#pragma omp for schedule(static)
+    for (int64_t first = 0; first < p.n; first += kColumns) {
+      const int64_t last = first + kColumns < p.n ? first + kColumns : p.n;
+      merge(p, shifts, sums, stride, chunks.count, first, last);
+    }
   }
-  merge(p, shifts, sums, stride, chunks.count);
 }
 
 }  // namespace

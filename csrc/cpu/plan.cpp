@@ -22,6 +22,7 @@ void run_products(const PlanProducts& p) {
   Buffer partial(p.u ? chunks.count * stride : 0);
 #pragma omp parallel num_threads(p.threads)
   {
+    const FlushSubnormals flush;
     Buffer e(stride);
 #pragma omp for schedule(static)
     for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
@@ -48,6 +49,7 @@ template <class Score>
 void run_subtract(const PlanSubtract& p) {
 #pragma omp parallel num_threads(p.threads)
   {
+    const FlushSubnormals flush;
     Buffer e(padded(p.n));
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < p.m; ++i) {

@@ -37,37 +37,55 @@ BAM_INLINE bool is_good_sum(double total) {
   return total > kLeastSum && total < kMostSum;
 }
 
-// e_j = 2^(scale*s_j + col.exponent_j + exponent); returns sum_j e_j * col.mantissa_j.
+// Row q of several: its scores, its exponent, and where its exponentials go.
 template <class Score>
-BAM_INLINE double exponentials(const Score* __restrict__ s, int64_t n, float scale, float exponent,
-                               const Potential& col, float* __restrict__ e) {
+struct RowTerms {
+  const Score* scores;
+  float exponent;
+  float* e;
+};
+
+// e_j = 2^(scale*s_j + col.exponent_j + exponent) of every row, and total = sum_j e_j * col.mantissa_j. The rows go
+// side by side: they share the loads of the column potential, and their chains of instructions overlap. Scores at
+// `ahead` elements from a row will be read next.
+template <int rows, class Score>
+BAM_INLINE void exponentials(const RowTerms<Score> (&row)[rows], int64_t n, float scale, const Potential& col,
+                             int64_t ahead, double (&total)[rows]) {
   const float* __restrict__ col_exponent = col.exponent;
   const float* __restrict__ col_mantissa = col.mantissa;
-  const vfloat scales = splat(scale), exponents = splat(exponent);
-  double row_total = 0.0;
+  for (int q = 0; q < rows; ++q) total[q] = 0.0;
   for (int64_t first = 0; first < n; first += kPanel) {
-    vfloat total = splat(0.0f);
+    vfloat part_total[rows] = {};
     for_columns(first, panel_end(first, n), [&](int64_t j, auto part) {
-      const vfloat x = fma(load_scores(s + j, part), scales, load(col_exponent + j, part) + exponents);
-      const vfloat ej = exp2(x);
-      store(e + j, ej, part);
-      total = fma(ej, load(col_mantissa + j, part), total);
+      const vfloat exponent_j = load(col_exponent + j, part), mantissa_j = load(col_mantissa + j, part);
+      vfloat e[rows];
+      for (int q = 0; q < rows; ++q) {
+        prefetch(row[q].scores + j + ahead);
+        e[q] = fma(load_scores(row[q].scores + j, part), splat(scale), exponent_j + splat(row[q].exponent));
+      }
+      exp2(e);
+      for (int q = 0; q < rows; ++q) {
+        store(row[q].e + j, e[q], part);
+        part_total[q] = fma(e[q], mantissa_j, part_total[q]);
+      }
     });
-    row_total += sum(total);
+    for (int q = 0; q < rows; ++q) total[q] += sum(part_total[q]);
   }
-  return row_total;
 }
 
-// The same, with a better exponent where the given one was poor. A row with no key left sums to 0.
-template <class Score>
-BAM_INLINE double row_exponentials(const Score* s, int64_t n, float scale, float& exponent, const Potential& col,
-                                   float* e) {
-  double total = exponentials(s, n, scale, exponent, col, e);
-  if (!is_good_sum(total)) {
-    exponent = exponent_of_max(s, n, scale, col.exponent);
-    total = exponentials(s, n, scale, exponent, col, e);
+// The exponentials of rows, with a better exponent where the given one was poor. A row with no key left sums to 0.
+template <int rows, class Score>
+BAM_INLINE void row_exponentials(RowTerms<Score> (&row)[rows], int64_t n, float scale, const Potential& col,
+                                 int64_t ahead, double (&total)[rows]) {
+  exponentials(row, n, scale, col, ahead, total);
+  for (int q = 0; q < rows; ++q) {
+    if (is_good_sum(total[q])) continue;
+    row[q].exponent = exponent_of_max(row[q].scores, n, scale, col.exponent);
+    const RowTerms<Score> again[1] = {row[q]};
+    double total_again[1];
+    exponentials(again, n, scale, col, 0, total_again);
+    total[q] = total_again[0];
   }
-  return total;
 }
 
 // 2^exponent / total as a potential with mantissa in (1, 2]; infinite where total is 0.

@@ -106,6 +106,25 @@ BAM_INLINE void store(float* p, vfloat x, Tail tail) {
   memcpy(p, &x, tail.count * sizeof(float));
 }
 
+// Bring what is at p into the second-level cache, wherever it points.
+BAM_INLINE void prefetch(const void* p) {
+  __builtin_prefetch(p, 0, 2);
+}
+
+// In its scope, results of this thread below 2^-126 are 0. Subnormal numbers, common where scores spread widely, take
+// x86 processors a hundred cycles each.
+struct FlushSubnormals {
+#if defined(__SSE__)
+  FlushSubnormals() : before(_mm_getcsr()) { _mm_setcsr(before | _MM_FLUSH_ZERO_ON); }
+  ~FlushSubnormals() { _mm_setcsr(before); }
+  unsigned before;
+#else
+  FlushSubnormals() {}  // not trivial, so that no compiler finds the variable unused
+#endif
+  FlushSubnormals(const FlushSubnormals&) = delete;
+  FlushSubnormals& operator=(const FlushSubnormals&) = delete;
+};
+
 // kDoubles floats as doubles. gcc 12 converts a vector two lanes at a time where no instruction is named.
 constexpr int64_t kDoubles = kLanes / 2;
 typedef double vdouble __attribute__((vector_size(4 * BAM_LANES)));
@@ -130,8 +149,13 @@ BAM_INLINE vfloat load_scores(const float* p, Tail tail) {
   return load(p, tail, kMaskedScore);
 }
 BAM_INLINE vfloat from_fixed(vshort q) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__) && BAM_LANES == 16
+  const __mmask16 attended = _mm256_cmpneq_epi16_mask((__m256i)q, _mm256_set1_epi16(kMaskedFixed));
+  return (vfloat)_mm512_mask_cvtepi32_ps((__m512)splat(kMaskedScore), attended, _mm512_cvtepi16_epi32((__m256i)q));
+#else
   const vfloat x = __builtin_convertvector(__builtin_convertvector(q, vint), vfloat);
   return x == splat(kMaskedFixed) ? splat(kMaskedScore) : x;
+#endif
 }
 BAM_INLINE vfloat load_scores(const int16_t* p, Full) {
   vshort q;
@@ -156,26 +180,62 @@ BAM_INLINE void for_columns(int64_t n, Body body) {
   for_columns(0, n, body);
 }
 
+// body(j, part, Several<count>) for every `count` vectors of columns from j on, full ones; then for single ones.
+template <int number>
+struct Several {
+  static constexpr int count = number;
+};
+template <int count, class Body>
+BAM_INLINE void for_several(int64_t first, int64_t last, Body body) {
+  int64_t j = first;
+  for (; j + count * kLanes <= last; j += count * kLanes) body(j, Full{}, Several<count>{});
+  for_columns(j, last, [&](int64_t k, auto part) { body(k, part, Several<1>{}); });
+}
+
 // Row sums are taken panel by panel in float and the panels added in double: the error does not grow with the row.
 constexpr int64_t kPanel = 1024;
 BAM_INLINE int64_t panel_end(int64_t first, int64_t n) {
   return first + kPanel < n ? first + kPanel : n;
 }
 
-// 2^x, relative error below 2e-7; exactly 0 below -127, and 2^127 above.
+// 2^x for `count` vectors, relative error below 2e-7; 0 below -127 with FlushSubnormals, 0 below -150 without; 2^127 or
+// infinity above. The vectors go side by side: each is a chain of dependent instructions.
+#if defined(__AVX512DQ__) && BAM_LANES == 16
+// 2^x = 2^floor(x) * 2^r with r = x - floor(x) in [0, 1]: one instruction gives r, another scales. The polynomial is the
+// minimax fit on [0, 1] among float coefficients with value 1 at 0.
+template <int count>
+BAM_INLINE void exp2(vfloat (&x)[count]) {
+  constexpr float kCoefficients[] = {0x1.277852p-7f, 0x1.c91ce6p-5f, 0x1.ebdb58p-3f, 0x1.62e4bap-1f, 1.0f};
+  vfloat r[count], p[count];
+  for (int q = 0; q < count; ++q) r[q] = (vfloat)_mm512_reduce_ps((__m512)x[q], _MM_FROUND_TO_NEG_INF);
+  for (int q = 0; q < count; ++q) p[q] = splat(0x1.e9750ap-10f);
+  for (const float coefficient : kCoefficients)
+    for (int q = 0; q < count; ++q) p[q] = fma(p[q], r[q], splat(coefficient));
+  for (int q = 0; q < count; ++q) x[q] = (vfloat)_mm512_scalef_ps((__m512)p[q], (__m512)x[q]);
+}
+#else
 // Adding the magic number leaves round(x) + 127 in the low bits, which shifted up are the float 2^round(x), and the
 // float 0 for -127. The polynomial is the minimax fit on [-1/2, 1/2] among float coefficients.
-BAM_INLINE vfloat exp2(vfloat x) {
+template <int count>
+BAM_INLINE void exp2(vfloat (&xs)[count]) {
   const vfloat magic = splat(12582912.0f + 127.0f);
-  x = min(max(x, splat(-127.0f)), splat(127.0f));
-  const vfloat rounded = x + magic;
-  const vfloat r = x - (rounded - magic);
-  const vfloat r2 = r * r;
-  const vfloat p01 = fma(splat(0x1.62e42cp-1f), r, splat(1.0f));
-  const vfloat p23 = fma(splat(0x1.c6b5e6p-5f), r, splat(0x1.ebf9b8p-3f));
-  const vfloat p45 = fma(splat(0x1.5c1480p-10f), r, splat(0x1.3ceb68p-7f));
-  const vfloat p = fma(fma(p45, r2, p23), r2, p01);
-  return p * (vfloat)(bits(rounded) << 23);
+  for (int q = 0; q < count; ++q) {
+    const vfloat x = min(max(xs[q], splat(-127.0f)), splat(127.0f));
+    const vfloat rounded = x + magic;
+    const vfloat r = x - (rounded - magic);
+    const vfloat r2 = r * r;
+    const vfloat p01 = fma(splat(0x1.62e42cp-1f), r, splat(1.0f));
+    const vfloat p23 = fma(splat(0x1.c6b5e6p-5f), r, splat(0x1.ebf9b8p-3f));
+    const vfloat p45 = fma(splat(0x1.5c1480p-10f), r, splat(0x1.3ceb68p-7f));
+    const vfloat p = fma(fma(p45, r2, p23), r2, p01);
+    xs[q] = p * (vfloat)(bits(rounded) << 23);
+  }
+}
+#endif
+BAM_INLINE vfloat exp2(vfloat x) {
+  vfloat one[1] = {x};
+  exp2(one);
+  return one[0];
 }
 
 // log2 of normal x > 0, absolute error below 1e-7 for x in [1/2, 2]; an infinite or NaN x gives no meaningful number.
@@ -226,16 +286,17 @@ BAM_INLINE float max(vfloat x) {
   return most;
 }
 
-BAM_INLINE bool any_greater(vfloat a, vfloat b) {
+// Whether a < b fails in a lane; it fails for NaN.
+BAM_INLINE bool any_not_below(vfloat a, vfloat b) {
 #if defined(__AVX512F__) && BAM_LANES == 16
-  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ) != 0;
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_NLT_UQ) != 0;
 #elif defined(__AVX__) && BAM_LANES == 8
-  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GT_OQ)) != 0;
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_NLT_UQ)) != 0;
 #else
-  const vint greater = a > b;
-  int32_t any = 0;
-  for (int64_t l = 0; l < kLanes; ++l) any |= greater[l];
-  return any != 0;
+  const vint below = a < b;
+  int32_t all = -1;
+  for (int64_t l = 0; l < kLanes; ++l) all &= below[l];
+  return all == 0;
 #endif
 }
 

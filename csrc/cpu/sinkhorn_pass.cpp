@@ -21,26 +21,27 @@ BAM_INLINE void add_rows(const float* __restrict__ e, int64_t stride, const floa
   });
 }
 
+// The rows from i on: their potentials, and their entries added to the column sums.
+template <int rows, class Score>
+void group_pass(const SinkhornPass& p, int64_t i, int64_t stride, float* e, float* c) {
+  RowTerms<Score> row[rows];
+  for (int q = 0; q < rows; ++q) row[q] = {row_of(p.scores, Score{}, 0, i + q), p.row.exponent[i + q], e + q * stride};
+  double total[rows];
+  row_exponentials(row, p.n, p.scale, p.col, kRows * p.scores.row_stride, total);
+  float weight[rows];
+  for (int q = 0; q < rows; ++q) {
+    set_reciprocal(p.row, i + q, row[q].exponent, total[q]);
+    weight[q] = total[q] > 0.0 ? (float)(1.0 / total[q]) : 0.0f;
+  }
+  add_rows<rows>(e, stride, weight, p.n, c);
+}
+
 template <class Score>
 void chunk_pass(const SinkhornPass& p, int64_t first, int64_t last, int64_t stride, float* e, float* c) {
   memset(c, 0, p.n * sizeof(float));
-  for (int64_t i = first; i < last; i += kRows) {
-    const int rows = last - i < kRows ? (int)(last - i) : kRows;
-    float weight[kRows];
-    for (int q = 0; q < rows; ++q) {
-      float exponent = p.row.exponent[i + q];
-      const Score* s = row_of(p.scores, Score{}, 0, i + q);
-      const double total = row_exponentials(s, p.n, p.scale, exponent, p.col, e + q * stride);
-      set_reciprocal(p.row, i + q, exponent, total);
-      weight[q] = total > 0.0 ? (float)(1.0 / total) : 0.0f;
-    }
-    switch (rows) {
-      case 4: add_rows<4>(e, stride, weight, p.n, c); break;
-      case 3: add_rows<3>(e, stride, weight, p.n, c); break;
-      case 2: add_rows<2>(e, stride, weight, p.n, c); break;
-      default: add_rows<1>(e, stride, weight, p.n, c);
-    }
-  }
+  int64_t i = first;
+  for (; i + kRows <= last; i += kRows) group_pass<kRows, Score>(p, i, stride, e, c);
+  for (; i < last; ++i) group_pass<1, Score>(p, i, stride, e, c);
 }
 
 template <class Score>
@@ -50,6 +51,7 @@ void run(const SinkhornPass& p) {
   Buffer partial(chunks.count * stride);
 #pragma omp parallel num_threads(p.threads)
   {
+    const FlushSubnormals flush;
     Buffer e(kRows * stride);
 #pragma omp for schedule(static)
     for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
