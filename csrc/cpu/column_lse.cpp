@@ -1,8 +1,8 @@
 // The first column step: per column sum_i 2^(scale*s_ij) * row_i as sum * 2^shift, in one read of the scores.
 //
-// The shift of a column is an integer near the largest exponent of a sample of rows, and all chunks of rows begin with
+// The shift of a column is an integer above the largest exponent of a sample of rows, and all chunks of rows begin with
 // it. It is raised only where a sum grows out of range, so that no maximum is taken of the other rows; rescaling is
-// exact. What a sum loses is below 2^-126, where the rows that set the shift give about 1.
+// exact. What a sum loses is below 2^-126, where the rows that set the shift give 2^-9 or more.
 // Source: the first half step of Sinkhorn-Knopp in log space.
 #include "kernels.h"
 #include "row.h"
@@ -13,7 +13,8 @@ namespace {
 constexpr int kRows = 4;  // rows added to the column sums at once: a quarter of the traffic on the sums
 constexpr int64_t kColumns = 512;
 constexpr int64_t kSample = 16;
-constexpr float kNoShift = -16777216.0f;  // 2^-kNoShift underflows to 0 against any real shift
+constexpr float kHeadroom = 8.0f;
+constexpr float kNoShift = -16777216.0f;                   // 2^-kNoShift underflows to 0 against any real shift
 constexpr float kMostSumLog2 = 12.0f, kMostSum = 0x1p12f;  // exponents are rounded at their size
 
 template <class Score>
@@ -33,9 +34,9 @@ void start(const ColumnLse& p, int64_t first, int64_t last) {
     for (int64_t q = 0; q < sample; ++q) {
       const int64_t i = q * p.m / sample;
       const vfloat s = load_scores(row_of(p.scores, Score{}, 0, i) + j, part);
-      most = max(most, fma(s, splat(p.scale), splat(p.row.exponent[i])));
+      most = max(fma(s, splat(p.scale), splat(p.row.exponent[i])), most);
     }
-    store(p.shift + j, round(most), part);
+    store(p.shift + j, round(most) + kHeadroom, part);
     store(p.sum + j, splat(0.0f), part);
   });
 }
@@ -56,8 +57,8 @@ template <int rows, class Score, class Part>
 BAM_INLINE vfloat raised(vfloat shift, const Block<Score>& block, int64_t j, Part part, float scale) {
   vfloat most = shift + kMostSumLog2;
   for (int q = 0; q < rows; ++q)
-    most = max(most, fma(load_scores(block.row[q] + j, part), splat(scale), splat(block.exponent[q])));
-  return round(most);
+    most = max(fma(load_scores(block.row[q] + j, part), splat(scale), splat(block.exponent[q])), most);
+  return round(most) + kHeadroom;
 }
 
 template <int rows, class Score>

@@ -10,7 +10,6 @@
 namespace bam::cpu::BAM_ISA {
 namespace {
 
-constexpr int kSideBySide = 4;  // vectors of a row whose exponentials are taken at once
 constexpr double kLn2 = 0.693147180559945309;
 
 // The workspace of one thread: L target rows, Pbar, one source row; with top-k, the chosen columns.
@@ -33,7 +32,7 @@ struct TargetSums {
   double dot;    // sum_j p_j * log2(p_j)
 };
 
-// p_j = 2^(scale*s_j + col.exponent_j + exponent) * col.mantissa_j and its sums.
+// p_j = 2^(scale*s_j + col.exponent_j + exponent + col_log2_j), where the last is log2(col.mantissa_j), and its sums.
 template <class Score>
 BAM_INLINE TargetSums target_exponentials(const Score* __restrict__ s, const Match& m, float exponent,
                                           const float* __restrict__ col_log2, float* __restrict__ p) {
@@ -42,20 +41,14 @@ BAM_INLINE TargetSums target_exponentials(const Score* __restrict__ s, const Mat
   TargetSums sums = {0.0, 0.0};
   for (int64_t first = 0; first < m.n; first += kPanel) {
     vfloat total = splat(0.0f), dot = splat(0.0f);
-    for_several<kSideBySide>(first, panel_end(first, m.n), [&](int64_t j, auto part, auto several) {
-      vfloat x[several.count], pj[several.count];
-      for (int q = 0; q < several.count; ++q) {
-        const int64_t k = j + q * kLanes;
-        prefetch(s + k + m.target.row_stride);
-        const vfloat exponent_k = load(col_exponent + k, part) + exponents;
-        pj[q] = x[q] = fma(load_scores(s + k, part), scales, exponent_k) + load(col_log2 + k, part);
-      }
-      exp2(pj);
-      for (int q = 0; q < several.count; ++q) {
-        store(p + j + q * kLanes, pj[q], part);
-        total += pj[q];
-        dot = fma(pj[q], x[q], dot);
-      }
+    for_columns(first, panel_end(first, m.n), [&](int64_t j, auto part) {
+      prefetch(s + j + m.target.row_stride);
+      const vfloat exponent_j = load(col_exponent + j, part) + exponents;
+      const vfloat x = fma(load_scores(s + j, part), scales, exponent_j) + load(col_log2 + j, part);
+      const vfloat pj = exp2(x);
+      store(p + j, pj, part);
+      total += pj;
+      dot = fma(pj, x, dot);
     });
     sums.total += sum(total);
     sums.dot += sum(dot);
@@ -69,29 +62,24 @@ struct SourceSums {
   double matched;  // sum_j pbar_j * s_j
 };
 
-// e_j = 2^(scale*s_j + exponent) and its sums.
+// e_j = 2^(scale*s_j + exponent) and its sums. The gradient will be written to `out`.
 template <class Score>
-BAM_INLINE SourceSums source_exponentials(const Score* __restrict__ s, int64_t n, float scale, float exponent,
-                                          const float* __restrict__ pbar, float* __restrict__ e, int64_t ahead) {
-  const vfloat scales = splat(scale), exponents = splat(exponent);
+BAM_INLINE SourceSums source_exponentials(const Score* __restrict__ s, const Match& m, float exponent,
+                                          const float* __restrict__ pbar, float* __restrict__ e, const float* out) {
+  const vfloat scales = splat(m.source_scale), exponents = splat(exponent);
   SourceSums sums = {0.0, 0.0, 0.0};
-  for (int64_t first = 0; first < n; first += kPanel) {
+  for (int64_t first = 0; first < m.n; first += kPanel) {
     vfloat total = splat(0.0f), dot = splat(0.0f), matched = splat(0.0f);
-    for_several<kSideBySide>(first, panel_end(first, n), [&](int64_t j, auto part, auto several) {
-      vfloat x[several.count], ej[several.count];
-      for (int q = 0; q < several.count; ++q) {
-        const int64_t k = j + q * kLanes;
-        prefetch(s + k + ahead);
-        const vfloat sk = load_scores(s + k, part);
-        ej[q] = x[q] = fma(sk, scales, exponents);
-        matched = fma(load(pbar + k, part), sk, matched);
-      }
-      exp2(ej);
-      for (int q = 0; q < several.count; ++q) {
-        store(e + j + q * kLanes, ej[q], part);
-        total += ej[q];
-        dot = fma(ej[q], x[q], dot);
-      }
+    for_columns(first, panel_end(first, m.n), [&](int64_t j, auto part) {
+      prefetch(s + j + m.source.row_stride);
+      if (sizeof(Score) == 2) prefetch(out + j);  // float32 scores are usually replaced by their gradient
+      const vfloat sj = load_scores(s + j, part);
+      const vfloat x = fma(sj, scales, exponents);
+      const vfloat ej = exp2(x);
+      store(e + j, ej, part);
+      total += ej;
+      dot = fma(ej, x, dot);
+      matched = fma(load(pbar + j, part), sj, matched);
     });
     sums.total += sum(total);
     sums.dot += sum(dot);
@@ -249,10 +237,10 @@ void match_image(const Match& m, int64_t i, Workspace& work) {
     if (!matched) pbar.row = work.target(0);  // weight 0
     float* e = work.source(m.L);
     float exponent = 0.0f;
-    SourceSums sums = source_exponentials(s, m.n, m.source_scale, exponent, pbar.row, e, m.source.row_stride);
+    SourceSums sums = source_exponentials(s, m, exponent, pbar.row, e, out);
     if (!is_good_sum(sums.total)) {
       exponent = exponent_of_max(s, m.n, m.source_scale, nullptr);
-      sums = source_exponentials(s, m.n, m.source_scale, exponent, pbar.row, e, m.source.row_stride);
+      sums = source_exponentials(s, m, exponent, pbar.row, e, out);
     }
     const double log2_total = ::log2(sums.total);
     entropy += kLn2 * (log2_total - sums.dot / sums.total);

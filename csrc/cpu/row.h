@@ -21,7 +21,7 @@ static __attribute__((noinline)) float exponent_of_max(const Score* s, int64_t n
   vfloat most = splat(-INFINITY);
   for_columns(n, [&](int64_t j, auto part) {
     const vfloat e = exponent ? load(exponent + j, part) : splat(0.0f);
-    most = max(most, fma(load_scores(s + j, part), splat(scale), e));
+    most = max(fma(load_scores(s + j, part), splat(scale), e), most);
   });
   const float largest = max(most);
   return largest < kEmpty ? 0.0f : -ceilf(largest);

@@ -201,8 +201,8 @@ BAM_INLINE int64_t panel_end(int64_t first, int64_t n) {
 // 2^x for `count` vectors, relative error below 2e-7; 0 below -127 with FlushSubnormals, 0 below -150 without; 2^127 or
 // infinity above. The vectors go side by side: each is a chain of dependent instructions.
 #if defined(__AVX512DQ__) && BAM_LANES == 16
-// 2^x = 2^floor(x) * 2^r with r = x - floor(x) in [0, 1]: one instruction gives r, another scales. The polynomial is the
-// minimax fit on [0, 1] among float coefficients with value 1 at 0.
+// 2^x = 2^floor(x) * 2^r with r = x - floor(x) in [0, 1]: one instruction gives r, another scales. The polynomial is
+// the minimax fit on [0, 1] among float coefficients with value 1 at 0.
 template <int count>
 BAM_INLINE void exp2(vfloat (&x)[count]) {
   constexpr float kCoefficients[] = {0x1.277852p-7f, 0x1.c91ce6p-5f, 0x1.ebdb58p-3f, 0x1.62e4bap-1f, 1.0f};

@@ -1,6 +1,7 @@
 """Each row kernel of csrc/cpu against float64, for every instruction set that this processor runs."""
 
 import math
+import platform
 
 import pytest
 import torch
@@ -70,6 +71,47 @@ def test_column_lse_of_slabs_is_that_of_all_rows(kernels):
         kernels.column_lse(scores[first:last], LOG2_E / epsilon, row.rows(first, last), shift, sums, first > 0)
     expected = torch.logsumexp(scores.double() / epsilon, 0) * LOG2_E
     assert_close(shift.double() + sums.double().log2(), expected, 0, 2e-6)
+
+
+# The row that outweighs the others is the first one, is one of the last, or ends a block of 4 rows in a later chunk.
+@pytest.mark.parametrize("largest", [0, 79, 98])
+@pytest.mark.parametrize("attended", ["all rows", "no row but the largest and those that follow it"])
+def test_column_lse_follows_a_row_far_above_the_others(kernels, largest, attended):
+    m, n, scale = 100, 19, LOG2_E / representable(1e-3)
+    scores = 0.1 * made_scores(m, n) - 0.9
+    scores[largest] += 1.8  # 2600 powers of two above
+    if attended != "all rows":
+        scores[:largest] = MASKED
+    for given, step in ((scores, 1.0), fixed(kernels, scores)):
+        shift, sums = torch.empty(n), torch.empty(n)
+        kernels.column_lse(given, scale * step, Potential.one(m), shift, sums, accumulate=False)
+        exact = torch.where(scores == MASKED, -math.inf, given.double() * step)
+        expected = torch.logsumexp(exact * scale / LOG2_E, 0) * LOG2_E
+        # The step of int16 scores is rounded with the scale: 2^-24 of exponents of up to 1300.
+        assert_close(shift.double() + sums.double().log2(), expected, 0, 2e-6 if step == 1.0 else 1e-4)
+
+
+def test_column_lse_holds_a_sum_of_many_rows(kernels):
+    """Every row adds 1, so that sums outgrow their range through no single row."""
+    m, n = 20000, 17
+    shift, sums = torch.full((n,), -20.0), torch.zeros(n)
+    kernels.column_lse(torch.zeros(m, n), 1.0, Potential.one(m), shift, sums, accumulate=True)
+    assert_close(shift.double() + sums.double().log2(), torch.full((n,), math.log2(m)), 0, 2e-6)
+
+
+@pytest.mark.parametrize("n", [7, 40])
+def test_scores_of_minus_infinity_add_nothing(kernels, n):
+    scores = made_scores(37, n)
+    scores[::5] = scores[:, 2] = scores[0:3, 1] = -math.inf
+    row, c, shift, sums = Potential.one(37), torch.empty(n), torch.empty(n), torch.empty(n)
+    kernels.column_lse(scores, 10.0, row, shift, sums, accumulate=False)
+    attended = [j for j in range(n) if j != 2]
+    expected = torch.logsumexp(scores.double() * 10 / LOG2_E, 0) * LOG2_E
+    assert_close((shift.double() + sums.double().log2())[attended], expected[attended], 0, 2e-6)
+    assert sums[2] == 0
+    kernels.sinkhorn_pass(scores, 10.0, row, Potential.one(n), c, accumulate=False)
+    expected = torch.softmax(scores.double() * 10 / LOG2_E, 1).nan_to_num(0.0).sum(0)
+    assert_close(c, expected, 1e-6)
 
 
 @pytest.mark.parametrize("n", COLUMNS)
@@ -167,6 +209,28 @@ def test_match(kernels, dimensions, epsilon, top_k):
     assert_close(matched.target_entropy, target_entropy, 1e-5, 1e-5)
     assert_close(matched.source_entropy, source_entropy, 1e-5)
     assert_close(kept, G, 0, 2e-6 * G.abs().max().item())
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="no other processor is told to flush")
+def test_subnormal_numbers_are_flushed_within_kernels_alone(kernels):
+    """A gradient of 2^-135 becomes 0. Afterwards torch computes subnormal numbers on all threads."""
+    n = 1 << 16  # enough for several threads
+    scores = torch.zeros(1, 1, n)
+    scores[..., 3] = 100.0  # P of the other columns is 2^-100, A is 2^-50
+    G = torch.empty(1, 1, n)
+    kernels.match(
+        scores,
+        scores,
+        Layout(B=1, V=1, L=1, T=1, D=1, W=n),
+        Potential.one(n),
+        torch.full((1, 1), -100.0),
+        epsilon=LOG2_E,
+        temperature=2 * LOG2_E,
+        gradient=G,
+        gradient_factor=2 * LOG2_E * 2.0**-85,
+    )
+    assert (G[..., :3] == 0).all() and (G[..., 4:] == 0).all()
+    assert (torch.full((1 << 20,), torch.finfo(torch.float32).tiny) * 0.5 != 0).all()
 
 
 def test_top_k_breaks_ties_by_the_lower_public_column(kernels):
