@@ -114,7 +114,7 @@ BAM_INLINE void prefetch(const void* p) {
 // In its scope, results of this thread below 2^-126 are 0. Subnormal numbers, common where scores spread widely, take
 // x86 processors a hundred cycles each.
 struct FlushSubnormals {
-#if defined(__SSE__)
+#if defined(__x86_64__)
   FlushSubnormals() : before(_mm_getcsr()) { _mm_setcsr(before | _MM_FLUSH_ZERO_ON); }
   ~FlushSubnormals() { _mm_setcsr(before); }
   unsigned before;
@@ -178,18 +178,6 @@ BAM_INLINE void for_columns(int64_t first, int64_t last, Body body) {
 template <class Body>
 BAM_INLINE void for_columns(int64_t n, Body body) {
   for_columns(0, n, body);
-}
-
-// body(j, part, Several<count>) for every `count` vectors of columns from j on, full ones; then for single ones.
-template <int number>
-struct Several {
-  static constexpr int count = number;
-};
-template <int count, class Body>
-BAM_INLINE void for_several(int64_t first, int64_t last, Body body) {
-  int64_t j = first;
-  for (; j + count * kLanes <= last; j += count * kLanes) body(j, Full{}, Several<count>{});
-  for_columns(j, last, [&](int64_t k, auto part) { body(k, part, Several<1>{}); });
 }
 
 // Row sums are taken panel by panel in float and the panels added in double: the error does not grow with the row.
