@@ -10,9 +10,9 @@
 namespace bam::cpu::BAM_ISA {
 namespace {
 
-constexpr int kRows = 4;  // rows added to the column sums at once: a quarter of the traffic on the sums
-constexpr int64_t kColumns = 512;
-constexpr int64_t kSample = 16;
+constexpr int kRows = 4;           // rows added to the column sums at once: a quarter of the traffic on the sums
+constexpr int64_t kColumns = 512;  // columns that a thread starts or merges at once
+constexpr int64_t kSample = 16;    // rows that the first shifts come from
 constexpr float kHeadroom = 8.0f;
 constexpr float kNoShift = -16777216.0f;                   // 2^-kNoShift underflows to 0 against any real shift
 constexpr float kMostSumLog2 = 12.0f, kMostSum = 0x1p12f;  // exponents are rounded at their size
