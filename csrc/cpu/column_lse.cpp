@@ -14,8 +14,9 @@ constexpr int kRows = 4;           // rows added to the column sums at once: a q
 constexpr int64_t kColumns = 512;  // columns that a thread starts or merges at once
 constexpr int64_t kSample = 16;    // rows that the first shifts come from
 constexpr float kHeadroom = 8.0f;
-constexpr float kNoShift = -16777216.0f;                   // 2^-kNoShift underflows to 0 against any real shift
-constexpr float kMostSumLog2 = 12.0f, kMostSum = 0x1p12f;  // exponents are rounded at their size
+constexpr float kNoShift = -16777216.0f;  // 2^-kNoShift underflows to 0 against any real shift
+// Exponents are rounded at their size, so that sums are kept small.
+constexpr float kMostColumnSumLog2 = 12.0f, kMostColumnSum = 0x1p12f;
 
 template <class Score>
 struct Block {
@@ -55,7 +56,7 @@ BAM_INLINE vfloat with_terms(vfloat sum, const Block<Score>& block, int64_t j, P
 // A shift with room for the terms of the rows, and for a sum that outgrew the given shift.
 template <int rows, class Score, class Part>
 BAM_INLINE vfloat raised(vfloat shift, const Block<Score>& block, int64_t j, Part part, float scale) {
-  vfloat most = shift + kMostSumLog2;
+  vfloat most = shift + kMostColumnSumLog2;
   for (int q = 0; q < rows; ++q)
     most = max(fma(load_scores(block.row[q] + j, part), splat(scale), splat(block.exponent[q])), most);
   return round(most) + kHeadroom;
@@ -68,8 +69,8 @@ BAM_INLINE void add_rows(const Block<Score>& block, int64_t n, float scale, floa
     const vfloat shift_j = load(shift + j, part), sum_j = load(sum + j, part);
     for (int q = 0; q < rows; ++q) prefetch(block.row[q] + j + block.ahead);
     vfloat total = with_terms<rows>(sum_j, block, j, part, scale, shift_j);
-    if (__builtin_expect(any_not_below(total, splat(kMostSum)), false)) {
-      const vfloat fresh = total < splat(kMostSum) ? shift_j : raised<rows>(shift_j, block, j, part, scale);
+    if (__builtin_expect(any_not_below(total, splat(kMostColumnSum)), false)) {
+      const vfloat fresh = total < splat(kMostColumnSum) ? shift_j : raised<rows>(shift_j, block, j, part, scale);
       total = with_terms<rows>(sum_j * exp2(shift_j - fresh), block, j, part, scale, fresh);
       store(shift + j, fresh, part);
     }
