@@ -243,11 +243,16 @@ class NinjaBuild(build_ext):
         return os.environ.get("CXX", "g++" if shutil.which("g++") else "c++")
 
     def knows_amx(self) -> bool:
-        """Whether the compiler can use the tile units (AMX) of x86-64 processors, which only Linux gives access to."""
+        """Whether compiler and assembler know tile units (AMX) of x86-64 processors, which Linux lets processes use."""
         if sys.platform != "linux" or "avx512" not in self.isas():
             return False
-        command = [*shlex.split(self.cxx()), *AMX.split(), "-fsyntax-only", "-x", "c++", os.devnull]
-        return subprocess.run(command, capture_output=True).returncode == 0
+        source = "#include <immintrin.h>\n#include <omp.h>\nvoid release() { _tile_release(); }\n"
+        flags = [*AMX.split(), *self.openmp_flags().split(), "-x", "c++", "-c", "-o", os.devnull, "-"]
+        try:
+            tried = subprocess.run([*shlex.split(self.cxx()), *flags], input=source, text=True, capture_output=True)
+        except OSError:  # there is no compiler, as the build will say
+            return False
+        return tried.returncode == 0
 
     @staticmethod
     def openmp_flags() -> str:

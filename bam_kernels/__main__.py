@@ -102,7 +102,7 @@ def _cpu_line() -> str:
     if cpu.unavailable():
         return f"reference only: {cpu.unavailable()}"
     kernels = cpu.kernels()
-    tiles = ", 16-bit products on AMX" if kernels.with_split_products().splits_products else ""
+    tiles = ", 16-bit products on AMX" if kernels.can_split_products else ""
     return f"{torch.get_num_threads()} threads, instruction set {kernels.isa}{tiles}"
 
 

@@ -131,8 +131,7 @@ def _on_cpu(row: RowName, isa: Isa) -> cpu.CpuKernels | None:
     kernels = cpu.kernels(isa)
     if row != "cpu-split":
         return kernels
-    kernels = kernels.with_split_products()
-    return kernels if kernels.splits_products else None
+    return kernels.with_split_products() if kernels.can_split_products else None
 
 
 class Rotation:

@@ -52,19 +52,23 @@ class CpuKernels:
         """These kernels, whose launches a Recorder also notes."""
         return CpuKernels(table=self._kernels.recorded(recorder.launches), splits_products=self.splits_products)
 
-    def with_split_products(self) -> "CpuKernels":
-        """These kernels, with products of two bf16 parts of each number where the processor has tile units (AMX).
+    @property
+    def can_split_products(self) -> bool:
+        """Whether the processor has tile units (AMX), which this process may use."""
+        return self._kernels.has_split_products()
 
-        The error of a product a b is at most 2^-16 |a||b| for each row of a and column of b, beside float32's rounding.
+    def with_split_products(self) -> "CpuKernels":
+        """These kernels, with products of two bf16 parts of each number on tile units.
+
+        The error of a product a b is at most 2^-15 |a||b| for each row of a and column of b, beside float32's rounding.
         """
-        if not self._kernels.has_split_products():
-            return self
+        assert self.can_split_products
         return CpuKernels(table=self._kernels, splits_products=True)
 
     def multiply(self, a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
         """Write a b, or out + a b with `add`, to out (m, n) float32; a (m, k) and b (k, n), of float32.
 
-        Rows or columns of a and of b must be contiguous, and rows of out.
+        Rows or columns of a and of b must be contiguous, and rows of out. Small products are torch's.
         """
         (m, k), n = a.shape, b.shape[1]
         if not self.splits_products or m * n * k < LEAST_SPLIT:

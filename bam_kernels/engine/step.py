@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import ranges, tuned
-from ..backends import row_kernels
+from ..backends import cpu, row_kernels
 from ..backends.addresses import first_address
 from ..backends.extension import NotFinite
 from ..header import NonFinite
@@ -84,7 +84,8 @@ class Step:
 
     def _repeated(self, recording: Recording, student: Tensor, teacher: Tensor | None) -> Result | None:
         """Repeat a recording; None where the engine must compute instead, which no other rank notices."""
-        with product_precision(student.device, self.options.precision):
+        precision = "exact" if self._splits_products(student) else self.options.precision
+        with product_precision(student.device, precision):
             try:
                 ranks = ranks_named(self.group) if self.layout.W > 1 else ONE_RANK
                 loss, stats, dz = recording.run(*_given(student, teacher), ranks=ranks)
@@ -145,14 +146,19 @@ class Step:
         """Choose the engine and make its call; in the block, product precision is set."""
         options, ways, ranks = self.options, split(self.ways), ranks_named(self.group)
         sixteen_bit = is_sixteen_bit(WAYS[ways[0]].backend, options, student.dtype, student.device)
-        with product_precision(student.device, options.precision):
+        splits = self._splits_products(student)
+        with product_precision(student.device, "exact" if splits else options.precision):
             way = self._fastest(ways, student, sixteen_bit, needs_grad=needs_grad)
             chosen = replace(options, backend=way.backend, engine=way.engine)
-            kernels: Any = row_kernels(way.backend)
-            if way.backend == "cpu" and may_round_products(options, student.dtype, student.device):
-                kernels = kernels.with_split_products()
+            kernels = cpu.kernels().with_split_products() if splits else row_kernels(way.backend)
             call = Call(self.name, student, teacher, self.layout, chosen, ranks, kernels, needs_grad, sixteen_bit)
             yield flash if way.engine == "flash" else slab, call
+
+    def _splits_products(self, student: Tensor) -> bool:
+        """Whether products are of two bf16 parts of each number. Small products are float32 then."""
+        if self._backends != ["cpu"] or not may_round_products(self.options, student.dtype, student.device):
+            return False
+        return cpu.kernels().can_split_products
 
     def _fastest(self, ways: tuple[str, ...], student: Tensor, sixteen_bit: bool, *, needs_grad: bool) -> Way:
         """Choose one of the ways. Reads the product precision of the moment."""

@@ -107,7 +107,7 @@ void merge(const ColumnLse& p, const float* shifts, const float* sums, int64_t s
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       const vfloat other = load(shifts + chunk * stride + j, part);
       const vfloat more = load(sums + chunk * stride + j, part);
-      if (any_not_below(max(shift - other, other - shift), splat(1.0f))) {
+      if (any_not_below(max(shift - other, other - shift), splat(0.25f))) {  // beyond 2^22 shifts may be halves
         const vfloat most = max(shift, other);
         sum = fma(more, exp2(other - most), sum * exp2(shift - most));
         shift = most;

@@ -14,13 +14,20 @@ constexpr double kLn2 = 0.693147180559945309;
 
 // The workspace of one thread: L target rows, Pbar, one source row; with top-k, the chosen columns.
 struct Workspace {
-  Workspace(int64_t L, int64_t n, int64_t k, const float* col_log2)
-      : stride(padded(n)), col_log2(col_log2), rows((L + 2) * stride), weights(L), kept(k), kept_values(k) {}
+  Workspace(int64_t L, int64_t n, int64_t k, const float* col_log2, bool is_finite)
+      : stride(padded(n)),
+        col_log2(col_log2),
+        is_finite(is_finite),
+        rows((L + 2) * stride),
+        weights(L),
+        kept(k),
+        kept_values(k) {}
   float* target(int64_t t) { return rows.data + t * stride; }
   float* mean(int64_t L) { return rows.data + L * stride; }
   float* source(int64_t L) { return rows.data + (L + 1) * stride; }
   int64_t stride;
   const float* col_log2;  // (n) log2 of col.mantissa, shared by the threads
+  bool is_finite;         // every col.mantissa; their log2 does not tell
   Buffer rows;
   Buffer weights;  // P_t = weights[t] * target(t)
   Buffer kept;     // int32 columns
@@ -86,6 +93,15 @@ BAM_INLINE SourceSums source_exponentials(const Score* __restrict__ s, const Mat
     sums.matched += sum(matched);
   }
   return sums;
+}
+
+BAM_INLINE bool all_finite(const float* x, int64_t n) {
+  vfloat zero = splat(0.0f);  // or NaN
+  for_columns(n, [&](int64_t j, auto part) {
+    const vfloat x_j = load(x + j, part);
+    zero += x_j - x_j;
+  });
+  return sum(zero) == 0.0f;
 }
 
 BAM_INLINE int64_t count_at_least(const float* x, int64_t n, int32_t threshold) {
@@ -170,7 +186,9 @@ double targets_of_image(const Match& m, int64_t i, Workspace& work) {
     work.weights.data[t] = sums.total > 0.0 ? (float)(1.0 / sums.total) : 0.0f;
     if (m.row_out.exponent && t == 0) set_reciprocal(m.row_out, i, exponent, sums.total);
     if (sums.total > 0.0) entropy += kLn2 * (::log2(sums.total) - sums.dot / sums.total);
+    if (!work.is_finite) work.weights.data[t] = NAN;
   }
+  if (!work.is_finite) return NAN;
   if (m.top_k <= 0 || m.top_k >= m.n) return entropy;
 
   float* mean = work.mean(m.L);
@@ -261,10 +279,11 @@ template <class Score>
 void run(const Match& m) {
   const bool chooses = m.top_k > 0 && m.top_k < m.n;
   Buffer col_log2(m.n);
+  const bool is_finite = all_finite(m.col.mantissa, m.n);
 #pragma omp parallel num_threads(m.threads)
   {
     const FlushSubnormals flush;
-    Workspace work(m.L, m.n, chooses ? m.top_k : 0, col_log2.data);
+    Workspace work(m.L, m.n, chooses ? m.top_k : 0, col_log2.data, is_finite);
 #pragma omp for schedule(static)
     for (int64_t first = 0; first < m.n; first += kPanel) {
       for_columns(first, panel_end(first, m.n),

@@ -1,8 +1,11 @@
 // Products of float32 matrices on the tile units (AMX) of a processor: each number is cut into two bf16 parts,
 // x = high + low, and a product is high*high + high*low + low*high, summed in float32. What is left out is at most
-// 2^-16 |a||b| for a row of a and a column of b.
+// 2^-15 |a||b| for a row of a and a column of b: low*low, and the rest of each number beyond both parts.
 //
-// Compiled for AMX and AVX-512 alone; dispatch.cpp calls it where the processor has both.
+// Numbers must be below 3.38e38, the largest bf16 number. Tiles take numbers below 2^-126 as 0, so products of size
+// 1e-36 lose their low parts.
+//
+// Compiled for AMX and AVX-512 with BF16; dispatch.cpp offers it where a processor has them.
 #include <omp.h>
 
 #include "simd.h"

@@ -1,6 +1,7 @@
 """setup.py in a copy of the sources: what it says when it fails, and the library without an extension."""
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -41,6 +42,13 @@ def test_a_failed_compile_names_the_command_and_the_way_without(sources):
     assert result.returncode != 0
     assert "FAILED" in output and "rows.cpp -o rows." in output
     assert "BAM_KERNELS_BUILD=none pip install -e ." in output
+
+
+def test_a_missing_compiler_is_named_with_the_way_without(sources):
+    result = build(sources, BAM_KERNELS_BUILD="cpu", CXX="/missing/g++")
+    assert result.returncode != 0
+    assert "/missing/g++" in result.stdout + result.stderr
+    assert "BAM_KERNELS_BUILD=none pip install -e ." in result.stdout + result.stderr
 
 
 def test_an_unknown_mode_is_an_error(sources):
@@ -123,6 +131,21 @@ def test_a_build_with_bounded_waits_has_objects_of_its_own(sources, compilers):
     assert result.returncode != 0 and "must be 0 or 1, got 'yes'" in result.stderr
 
 
+@pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="AMX needs Linux on x86-64")
+@pytest.mark.parametrize("refused", [None, "-mamx-bf16"])
+def test_split_products_are_built_where_the_compiler_knows_their_instructions(refused, sources, compilers, tmp_path):
+    if refused:
+        compiler = Path(compilers["CXX"])
+        refusal = f'case "$*" in *{refused}*) exit 1;; esac\n'
+        compiler.write_text(compiler.read_text().replace("#!/bin/sh\n", f"#!/bin/sh\n{refusal}"))
+    result = build(sources, BAM_KERNELS_BUILD="cpu", **compilers)
+    assert result.returncode == 0, result.stderr
+    made = (tmp_path / "made").read_text().splitlines()
+    (ninja,) = (sources / "build").glob("*/build.ninja")
+    assert ("product.amx.o" in made) == ("BAM_WITH_AMX" in ninja.read_text()) == (refused is None)
+    assert "match.avx512.o" in made
+
+
 def test_builds_for_a_gpu_machine_neither_touch_the_package_nor_compile_twice(sources, compilers, tmp_path):
     script = sources / "benchmarks" / "gpu" / "build.py"
     shutil.copytree(ROOT / "benchmarks" / "gpu", script.parent)
@@ -148,6 +171,7 @@ def test_builds_for_a_gpu_machine_neither_touch_the_package_nor_compile_twice(so
     (sources / "csrc" / "cuda" / "stats.cu").touch()
     assert run("--variants", "sm_80", "bounded").count(" MB ") == 2
     again = (tmp_path / "made").read_text().splitlines()[len(made) :]
+    again = [file for file in again if file != os.devnull]  # trials of the compiler
     assert again.count("stats.cuda.o") == 2 and len(again) == 4  # two objects and two links
 
 

@@ -129,6 +129,27 @@ def test_scores_of_minus_infinity_add_nothing(kernels, n):
     assert_close(c, expected, 1e-6)
 
 
+def test_column_lse_tells_shifts_apart_that_differ_by_a_half(kernels):
+    """Exponents beyond 2^22, where floats have halves, in two chunks of rows that are not sampled."""
+    m, n = 100, 5
+    scores = torch.zeros(m, n)
+    scores[33], scores[65] = 4300000.0, 4300000.5
+    shift, sums = torch.empty(n), torch.empty(n)
+    kernels.column_lse(scores, 1.0, Potential.one(m), shift, sums, accumulate=False)
+    expected = 4300000.0 + torch.tensor([1 + math.sqrt(2)]).double().log2().expand(n)
+    assert_close(shift.double() + sums.double().log2(), expected, 0, 1e-6)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_column_potential_that_is_not_finite_shows_in_the_targets(kernels, value):
+    layout, scores, col = match_problem(V=2, L=2, B=3, T=2, W=2, epsilon=0.05)
+    col.mantissa[3] = value
+    P = torch.empty(2, 3, layout.N)
+    rows = scores.view(2, 3, layout.N)
+    kernels.match(rows, rows, layout, col, torch.zeros(2, 3), epsilon=0.05, temperature=0.1, targets=P)
+    assert P.isnan().any(-1).all()
+
+
 @pytest.mark.parametrize("n", COLUMNS)
 @pytest.mark.parametrize("epsilon", EPSILONS, ids=["0.05", "0.001"])
 def test_sinkhorn_pass(kernels, n, epsilon):

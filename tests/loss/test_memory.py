@@ -93,7 +93,8 @@ def test_slabs_of_products_are_even(monkeypatch, rows, l2_bytes, slab):
 )
 def test_source_scores_are_computed_in_whole_slabs(rows, slab, portions):
     class Recorded:
-        sizes = []
+        def __init__(self):
+            self.sizes = []
 
         def empty(self, rows):
             return torch.empty(rows, 1)
