@@ -30,7 +30,7 @@ def unavailable() -> str | None:
 # and of kernels that add it up.
 LEAST_SHARED, LEAST_SHARED_SUMS = 1 << 15, 1 << 18
 # Multiplications of a product from which it gains more from tile units than it takes to fill them.
-LEAST_SPLIT = 1 << 20
+LEAST_SPLIT = 1 << 23
 
 
 def _threads(elements: int, least: int = LEAST_SHARED) -> int:
