@@ -4,8 +4,7 @@ Letters of dimensions are defined in bam_kernels/layout.py.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -132,7 +131,7 @@ def our_whole_competitor(problem: Problem, kind: RowName, kernels: RowKernels, f
     ranks = problem.ranks()
     named = loss_options(problem) | ({"engine": "flash"} if engine is flash else {})
 
-    products = partial(rounded_products, kind == "cpu-split")
+    products = rounded_products if kind == "cpu-split" else nullcontext
 
     def public(z: Tensor, y: Tensor | None) -> Tensor:
         with products():
@@ -169,11 +168,10 @@ def our_whole_competitor(problem: Problem, kind: RowName, kernels: RowKernels, f
 
 
 @contextmanager
-def rounded_products(allowed: bool) -> Iterator[None]:
-    """Context in which torch's flag lets float32 products be rounded, if allowed."""
+def rounded_products() -> Iterator[None]:
+    """Context in which torch's flag lets float32 products be rounded."""
     before = torch.get_float32_matmul_precision()
-    if allowed:
-        torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("high")
     try:
         yield
     finally:
