@@ -53,10 +53,11 @@ def results(file: str, **problem: object) -> list[dict]:
             ["cpu", *OTHERS],
         ),
         (
-            "| M x N | cpu | products | compile | authors | eager | peak MB: cpu, compile, authors, eager |",
+            "| M x N | cpu | cpu, split products | products | compile | authors | eager | "
+            "peak MB: cpu, compile, authors, eager |",
             "cpu_loss.json",
             "whole",
-            ["gemms", *OTHERS],
+            ["cpu-split", "gemms", *OTHERS],
             ["cpu", *OTHERS],
         ),
         (
@@ -92,15 +93,33 @@ def test_times_on_a_cpu(head, file, part, kinds, peaks):
         assert_rounded(cells, values + [found[kind]["peak_bytes"] / MB for kind in peaks])
 
 
-def test_times_of_small_problems_on_a_cpu():
-    rows = table("docs/benchmarks.md", "| M x N x D | views | cpu | products | compile | eager |")
+def test_times_before_on_a_cpu():
+    rows = table("docs/benchmarks.md", "| M x N x D | from scores | share of floor | whole | products |")
     assert len(rows) == 4
+    for first, *cells in rows:
+        M, N, D = map(int, numbers(first)[:3])
+        file = "cpu_views_before.json" if "views" in first else "cpu_loss_before.json"
+        found = {(r["part"], r["kind"]): r for r in results(file, M=M, N=N, D=D)}
+        whole, products = (found["whole", kind]["median_ms"] for kind in ("cpu", "gemms"))
+        values = [whole, products, products / whole]
+        if given := found.get(("from-scores", "cpu")):
+            values = [given["median_ms"], 100 * given["share_of_floor"], *values]
+        assert_rounded([cell for cell in cells if cell != "-"], values)
+
+
+def test_times_of_small_problems_on_a_cpu():
+    rows = table("docs/benchmarks.md", "| M x N x D | views | cpu | cpu, split products | products | compile | eager |")
+    assert len(rows) == 5
     for first, views, *cells in rows:
         M, N, D = map(int, numbers(first))
-        file = "cpu_small.json" if views == "2" else "cpu_small_views.json"
+        file = "cpu_small.json" if views == "2" else "cpu_views.json"
         found = {row["kind"]: row["median_ms"] for row in results(file, M=M, N=N, D=D, V=int(views))}
         ours = found["cpu"]
-        ratios = [number for kind in ("gemms", "compile", "eager") for number in (found[kind], found[kind] / ours)]
+        ratios = [
+            number
+            for kind in ("cpu-split", "gemms", "compile", "eager")
+            for number in (found[kind], found[kind] / ours)
+        ]
         assert_rounded(cells, [ours, *ratios])
 
 
@@ -126,9 +145,9 @@ def test_host_time():
     "head, file, kinds",
     [
         (
-            "| mean cosine | epsilon | cpu | reference in float32 | authors |",
+            "| mean cosine | epsilon | cpu | cpu, split products | reference in float32 | authors |",
             "cpu_accuracy.json",
-            ["cpu", "eager", "authors"],
+            ["cpu", "cpu-split", "eager", "authors"],
         ),
         (
             "| mean cosine | epsilon | slab engine, 16 bit | flash engine, 16 bit | reference in float32 |",
