@@ -78,13 +78,16 @@ def test_golden(golden, kind, plans):
 
 
 def check_against_float64(student, teacher=None, **options):
-    """Bounds: a few roundings of the scores, which P magnifies by 1/epsilon, and of G's entries 1/(B N tau)."""
+    """Bounds: a few roundings of the scores, which P magnifies by 1/epsilon, and of G's entries 1/(B N tau).
+
+    The loss is a difference of numbers of size 1/tau = 10, of which a half unit in float32 is 5e-7.
+    """
     in_float64 = student.double(), teacher.double() if teacher is not None else None
     expected_loss, expected_grad = loss_and_grad(reference.bam_loss, *in_float64, **options)
     loss, grad = loss_and_grad(bam_loss, student, teacher, **options, **EXACT)
     P = bam_targets(student, teacher, **options, **EXACT)
     epsilon, floor = options.get("epsilon", 0.05), 1e-6 / (student.shape[1] * math.sqrt(P.shape[1]))
-    assert_close(loss, expected_loss, 1e-6 * expected_loss.abs().item() + 1e-7)
+    assert_close(loss, expected_loss, 1e-6 * expected_loss.abs().item() + 5e-7)
     assert_close(grad, expected_grad, 2e-5 * expected_grad.abs().max().item() + floor)
     assert_close(P, reference.bam_targets(*in_float64, **options), 1e-7 + 4e-8 / epsilon)
 
@@ -405,7 +408,10 @@ def test_types_may_differ_under_autocast(dtype):
 @pytest.mark.parametrize("flag", ["high", "medium"])
 @pytest.mark.parametrize("precision", ["exact", "default"])
 def test_global_precision_flag(matmul_precision, monkeypatch, precision, flag):
-    """exact: products at "highest" and the same bits, whether or not this processor has anything lower."""
+    """exact: products at "highest" and the same bits, whether or not this processor has anything lower.
+
+    Split products are none of torch's, which are at "highest" beside them.
+    """
     within = []
 
     def evaluate(*args, **named):
@@ -420,7 +426,8 @@ def test_global_precision_flag(matmul_precision, monkeypatch, precision, flag):
     torch.set_float32_matmul_precision(flag)
     with torch.autocast("cpu", torch.bfloat16):
         actual = loss_and_grad(bam_loss, student, backend="cpu", precision=precision)
-    assert within == [("highest" if precision == "exact" else flag, False)]
+    is_highest = precision == "exact" or cpu.kernels().can_split_products
+    assert within == [("highest" if is_highest else flag, False)]
     assert torch.get_float32_matmul_precision() == flag
     if precision == "exact":
         assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
