@@ -3,8 +3,8 @@
 Letters of dimensions are defined in bam_kernels/layout.py.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from bam_kernels.backends.interface import FIXED_STEPS, LOG2_E, Positives, Poten
 from bam_kernels.engine import flash, slab
 from bam_kernels.engine.call import Call
 from bam_kernels.ranks import ONE_RANK
+from bam_kernels.verification.cases import rounded_products
 
 
 def fixed_point(scores: Tensor, problem: Problem, kernels: Any) -> tuple[Tensor, float]:
@@ -165,17 +166,6 @@ def our_whole_competitor(problem: Problem, kind: RowName, kernels: RowKernels, f
     if kind in GRAPHS:
         competitor.note += ", replayed; its memory is the graph's"
     return competitor
-
-
-@contextmanager
-def rounded_products() -> Iterator[None]:
-    """Context in which torch's flag lets float32 products be rounded."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 class GraphReplay:

@@ -116,7 +116,7 @@ void pack_piece(const Factor& x, int64_t i, int64_t rows, int64_t k, int64_t dep
   }
 }
 
-// Tiles 0 to 3 <- tiles 4 and 5 (rows of a band of `a`) times tiles 6 and 7 (columns of a band of `b`), added.
+// Tiles 0 to 3 += tiles 4 and 5 (rows of a band of `a`) times tiles 6 and 7 (columns of a band of `b`).
 BAM_INLINE void multiply_tiles() {
   _tile_dpbf16ps(0, 4, 6);
   _tile_dpbf16ps(1, 4, 7);

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from problems import features, loss_and_grad
 from torch import Tensor
 
 from bam_kernels import bam_loss, bam_targets, reference
@@ -99,18 +100,8 @@ def test_an_aligned_result_is_written_like_any_other():
     assert torch.equal(KERNELS.multiply(a, b, aligned), KERNELS.multiply(a, b, unaligned))
 
 
-def embeddings(views: int, images: int, D: int, cosine: float) -> Tensor:
-    """Views of images in clusters of 4, with a mean cosine between two images."""
-    common = torch.nn.functional.normalize(torch.randn(D), dim=0)
-    means = torch.randn(images, D) + torch.randn(images // 4, D).repeat_interleave(4, 0)
-    x = torch.nn.functional.normalize(means + 0.5 * torch.randn(views, images, D), dim=-1)
-    return (math.sqrt(1 - cosine) * x + math.sqrt(cosine) * common) * (1 + torch.rand(views, images, 1))
-
-
-def gradient_and_targets(loss, targets, x: Tensor, y: Tensor | None, **options) -> tuple[Tensor, Tensor]:
-    x = x.clone().requires_grad_()
-    loss(x, y, **options).backward()
-    return x.grad.double(), targets(x.detach(), y, **options).double()
+def gradient_and_targets(loss, targets, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+    return loss_and_grad(loss, x, y)[1].double(), targets(x, y).double()
 
 
 def relative_errors(results: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> list[float]:
@@ -129,8 +120,8 @@ def test_the_loss_where_products_may_be_rounded(
     Products too small for tile units are float32, also where torch's flag would round them to 8 bits.
     """
     monkeypatch.setattr(cpu, "LEAST_SPLIT", least)
-    x = embeddings(2, 64, 64, cosine)
-    y = embeddings(2, 64, 64, cosine) if with_teacher else None
+    x = features(3, 64, 64, cosine=cosine)
+    y = features(3, 64, 64, cosine=cosine, seed=1) if with_teacher else None
     expected = gradient_and_targets(
         reference.bam_loss, reference.bam_targets, x.double(), y.double() if y is not None else None
     )

@@ -77,17 +77,14 @@ def test_golden(golden, kind, plans):
     assert kind == "all" or all(plan.match_images < problem.student.shape[1] for plan in plans if not plan.cached)
 
 
-def check_against_float64(student, teacher=None, **options):
-    """Bounds: a few roundings of the scores, which P magnifies by 1/epsilon, and of G's entries 1/(B N tau).
-
-    The loss is a difference of numbers of size 1/tau = 10, of which a half unit in float32 is 5e-7.
-    """
+def check_against_float64(student, teacher=None, loss_floor=1e-7, **options):
+    """Bounds: a few roundings of the scores, which P magnifies by 1/epsilon, and of G's entries 1/(B N tau)."""
     in_float64 = student.double(), teacher.double() if teacher is not None else None
     expected_loss, expected_grad = loss_and_grad(reference.bam_loss, *in_float64, **options)
     loss, grad = loss_and_grad(bam_loss, student, teacher, **options, **EXACT)
     P = bam_targets(student, teacher, **options, **EXACT)
     epsilon, floor = options.get("epsilon", 0.05), 1e-6 / (student.shape[1] * math.sqrt(P.shape[1]))
-    assert_close(loss, expected_loss, 1e-6 * expected_loss.abs().item() + 5e-7)
+    assert_close(loss, expected_loss, 1e-6 * expected_loss.abs().item() + loss_floor)
     assert_close(grad, expected_grad, 2e-5 * expected_grad.abs().max().item() + floor)
     assert_close(P, reference.bam_targets(*in_float64, **options), 1e-7 + 4e-8 / epsilon)
 
@@ -117,7 +114,9 @@ SHAPES = [
     "options", [{}, {"key_views": 1, "top_k": 3}, {"mask_positives": False, "iterations": 1}], ids=str
 )
 def test_shapes(V, B, D, options):
-    check_against_float64(features(V, B, D), **options)
+    # A row that attends to one key has no loss: a difference of numbers up to 1/tau = 10, half a unit of which is 5e-7.
+    loss_floor = 5e-7 if (V, B) == (1, 2) else 1e-7
+    check_against_float64(features(V, B, D), loss_floor=loss_floor, **options)
 
 
 @pytest.mark.parametrize("V,R,options", [
